@@ -1,0 +1,276 @@
+"""The losses: alignment, uniformity (in the batch and against a queue) and MoCo's InfoNCE.
+
+Shapes: N batch on this rank, K queue, C feature dimension. `x, y, q, k` are (N, C) with unit rows,
+`queue` is (C, K) with unit columns. Unit length is the caller's business (`F.normalize`): checking
+it would make a GPU wait in every step. The equations hold as written for other lengths too, since
+squared distances are computed as |x|^2 + |y|^2 - 2<x, y>; only the published ranges do not.
+
+All losses return a float32 scalar (float64 for float64 input), under autocast as well: the error of
+bf16 products is 1 % in the alignment loss.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Keys per block of a sweep. A block of scores is N x 2048, so that it is still in the cache when
+# its exponentials are taken and when it is multiplied back onto the keys.
+BLOCK_SIZE = 2048
+
+
+def _in_full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Run `loss` outside autocast, on float32 copies of half-precision arguments."""
+
+    def upcast(value: object) -> object:
+        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            return value.float()
+        return value
+
+    @functools.wraps(loss)
+    def wrapped(first: Tensor, *args: object, **kwargs: object) -> Tensor:
+        device_type = first.device.type if isinstance(first, Tensor) else "cpu"
+        with torch.autocast(device_type, enabled=False):
+            return loss(
+                upcast(first),
+                *(upcast(value) for value in args),
+                **{name: upcast(value) for name, value in kwargs.items()},
+            )
+
+    return wrapped
+
+
+@_in_full_precision
+def align_loss(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
+    """Alignment loss, mean_i ||x_i - y_i||^alpha (arXiv:2005.10242, section 4.1 and Figure 6).
+
+    Args:
+        x, y: (N, C) features of positive pairs, unit rows; gradient flows to both.
+        alpha: exponent, > 0; at least 1 when a gradient is asked for, because below 1 the slope is
+            infinite where the two views coincide.
+
+    Returns:
+        Scalar in [0, 2^alpha]; 0 when all pairs coincide.
+
+    Raises:
+        ValueError: for shapes, dtypes or an alpha other than the above.
+
+    The distance is the norm of the difference, not (2 - 2<x, y>)^(1/2): rounding makes the latter's
+    base negative for about a fifth of all coincident float32 pairs, and its power NaN.
+    """
+    _check_features(x, "x")
+    _check_features(y, "y", like=x)
+    _check_positive(alpha, "alpha")
+    if alpha < 1 and torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        raise ValueError(
+            f"alpha={alpha:g} cannot be trained with: the slope of ||x - y||^alpha is infinite at "
+            "coincident points for alpha < 1; use alpha >= 1"
+        )
+    return torch.linalg.vector_norm(x - y, dim=1).pow(alpha).mean()
+
+
+@_in_full_precision
+def uniform_loss(x: Tensor, t: float = 2) -> Tensor:
+    """Uniformity loss, the log of the mean Gaussian potential over all pairs of the batch.
+
+        log( 2 / (N(N-1)) * sum_{i<j} exp(-t ||x_i - x_j||^2) )
+
+    (arXiv:2005.10242, section 4.1 and Figure 6: unordered pairs, no self-pairs.)
+
+    Args:
+        x: (N, C) features, unit rows, N >= 2.
+        t: inverse temperature of the potential, > 0.
+
+    Returns:
+        Scalar in [-4t, 0]; 0 when all features coincide. The least value that an infinite
+        population can reach is `align_uniform.bounds.uniformity_infimum(C, t)`.
+
+    Raises:
+        ValueError: for shapes, dtypes, N or t other than the above.
+    """
+    _check_features(x, "x")
+    _check_positive(t, "t")
+    if len(x) < 2:
+        raise ValueError(f"uniform_loss needs at least 2 rows to make a pair, got {len(x)}")
+    return _log_sum_pairs(x, t) - math.log(len(x) * (len(x) - 1) / 2)
+
+
+@_in_full_precision
+def uniform_loss_with_queue(
+    q: Tensor, queue: Tensor, t: float = 2, intra_batch: bool = True
+) -> Tensor:
+    """Uniformity loss of queries against a queue of keys (arXiv:2005.10242, Eq. 21 and 22).
+
+        Eq. 21: log( 1/(NK) * sum_ij exp(-t ||q_i - queue_j||^2) )
+        Eq. 22: log( [ sum_ij  exp(-t ||q_i - queue_j||^2)
+                     + sum_{i<j} exp(-t ||q_i - q_j||^2) ] / (NK + N(N-1)/2) )
+
+    Args:
+        q: (N, C) queries, unit rows; gradient flows to them.
+        queue: (C, K) keys, unit columns, constants: without gradient.
+        t: inverse temperature of the potential, > 0.
+        intra_batch: Eq. 22 (pairs within the batch count too, each once) or Eq. 21. The pairs are
+            few (N/2K of the terms) but carry gradient on both sides.
+
+    Returns:
+        Scalar in [-4t, 0]; 0 when queries and queue are all at one point.
+
+    Raises:
+        ValueError: for shapes, dtypes or t other than the above.
+    """
+    _check_features(q, "q")
+    _check_queue(queue, q)
+    _check_positive(t, "t")
+    keys = queue.t().to(q.dtype)
+    per_query = _QueueLogSumExp.apply(q, keys, 2 * t, t, False) - t * q.square().sum(dim=1)  # (N,)
+    total, pairs = per_query.logsumexp(dim=0), float(len(q) * len(keys))
+    if intra_batch and len(q) > 1:
+        total = torch.logaddexp(total, _log_sum_pairs(q, t))
+        pairs += len(q) * (len(q) - 1) / 2
+    return total - math.log(pairs)
+
+
+@_in_full_precision
+def contrastive_loss(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
+    """InfoNCE as MoCo uses it (He et al. 2020, arXiv:1911.05722, Eq. 1).
+
+        mean_i -log( exp(<q_i, k_i>/tau) / [exp(<q_i, k_i>/tau) + sum_j exp(<q_i, queue_j>/tau)] )
+
+    Args:
+        q, k: (N, C) queries and their positive keys, unit rows; gradient flows to both.
+        queue: (C, K) negative keys, unit columns, constants: without gradient.
+        tau: temperature, > 0.
+
+    Returns:
+        Scalar >= 0; log(K + 1) when all similarities are equal.
+
+    Raises:
+        ValueError: for shapes, dtypes or a tau other than the above.
+    """
+    _check_features(q, "q")
+    _check_features(k, "k", like=q)
+    _check_queue(queue, q)
+    _check_positive(tau, "tau")
+    positive = (q * k).sum(dim=1) / tau  # (N,)
+    negatives = _QueueLogSumExp.apply(q, queue.t().to(q.dtype), 1 / tau, 0.0, False)  # (N,)
+    return (torch.logaddexp(positive, negatives) - positive).mean()
+
+
+@torch.no_grad()
+@_in_full_precision
+def contrastive_rank(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
+    """Number of queue keys that are more similar to each query than its own key.
+
+    The (K+1)-way accuracy that MoCo prints is `(rank < 1)` for top-1 and `(rank < 5)` for top-5.
+
+    Args:
+        q, k: (N, C) queries and positive keys, unit rows.
+        queue: (C, K) negative keys, unit columns.
+
+    Returns:
+        (N,) int64 in [0, K].
+    """
+    _check_features(q, "q")
+    _check_features(k, "k", like=q)
+    _check_queue(queue, q)
+    positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
+    rank = torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    for block in queue.t().split(BLOCK_SIZE):
+        rank += (q @ block.t().to(q.dtype) > positive).sum(dim=1)
+    return rank
+
+
+def _log_sum_pairs(x: Tensor, t: float) -> Tensor:
+    """log sum_{i<j} exp(-t ||x_i - x_j||^2), for any N, in blocks."""
+    one_side = _QueueLogSumExp.apply(x, x.detach(), 2 * t, t, True) - t * x.square().sum(dim=1)
+    total = one_side.logsumexp(dim=0) - math.log(2)  # each pair stands in two rows
+    # `one_side` moves x_i against constant x_j. Both ends of a pair move alike, so the whole
+    # gradient is twice that one; the value stays.
+    return 2 * total - total.detach()
+
+
+class _QueueLogSumExp(torch.autograd.Function):
+    """log sum_j exp(scale * <q_i, keys_j> - w * |keys_j|^2) for every row i of q.
+
+    One sweep over blocks of the keys yields the value and its gradient with respect to q,
+
+        scale * sum_j softmax_ij * keys_j,
+
+    an online soft-max average: the running maximum of each row is kept, and what was accumulated
+    is scaled down when a larger one turns up. Neither the N x K scores nor a copy of the keys live
+    on until backward. Two products of 2NKC flops each are the arithmetic limit.
+
+    With `skip_self`, keys_i is left out of row i (keys are the rows of q themselves).
+    """
+
+    @staticmethod
+    def forward(ctx, q, keys, scale, key_norm_weight, skip_self):
+        want_gradient = ctx.needs_input_grad[0]
+        maximum = q.new_full((len(q), 1), -math.inf)  # (N, 1) running maximum of the scores
+        total = q.new_zeros(len(q), 1)  # (N, 1) sum of exp(score - maximum)
+        mean = torch.zeros_like(q) if want_gradient else None  # (N, C) the same sum, times the key
+        for start in range(0, len(keys), BLOCK_SIZE):
+            block = keys[start : start + BLOCK_SIZE]  # (B, C)
+            if key_norm_weight:
+                offset = block.square().sum(dim=1).mul_(-key_norm_weight)  # (B,)
+                scores = torch.addmm(offset, q, block.t(), alpha=scale)  # (N, B)
+            else:
+                scores = (q @ block.t()).mul_(scale)
+            if skip_self:
+                scores[start : start + len(block)].fill_diagonal_(-math.inf)
+            new_maximum = torch.maximum(maximum, scores.amax(dim=1, keepdim=True))
+            # A row whose only key so far is itself has no maximum yet: -inf minus -inf is NaN.
+            finite = new_maximum.clamp(min=torch.finfo(q.dtype).min)
+            shrink = (maximum - finite).exp_()
+            weights = scores.sub_(finite).exp_()
+            total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
+            if want_gradient:
+                mean.mul_(shrink).addmm_(weights, block)
+            maximum = new_maximum
+        if want_gradient:
+            ctx.save_for_backward(mean.mul_(scale / total))
+        return (maximum + total.log()).squeeze(1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return grad.unsqueeze(1) * gradient, None, None, None, None
+
+
+def _check_features(x: Tensor, name: str, like: Tensor | None = None) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a floating-point tensor of shape (N, C), got {got}")
+    if x.dim() != 2 or x.numel() == 0:
+        raise ValueError(
+            f"{name} must have shape (N, C) with N, C >= 1, got {tuple(x.shape)}; "
+            "flatten other dimensions first"
+        )
+    if like is not None and x.shape != like.shape:
+        raise ValueError(
+            f"{name} must pair up row by row, expected shape {tuple(like.shape)}, "
+            f"got {tuple(x.shape)}"
+        )
+
+
+def _check_queue(queue: Tensor, q: Tensor) -> None:
+    if not isinstance(queue, Tensor) or not queue.is_floating_point():
+        got = queue.dtype if isinstance(queue, Tensor) else type(queue).__name__
+        raise ValueError(f"queue must be a floating-point tensor of shape (C, K), got {got}")
+    if queue.dim() != 2 or queue.shape[0] != q.shape[1] or queue.shape[1] == 0:
+        raise ValueError(
+            f"queue must have shape (C, K) with C = {q.shape[1]} as in q and K >= 1, "
+            f"got {tuple(queue.shape)} (keys are its columns)"
+        )
+    if queue.requires_grad:
+        raise ValueError("queue must not require a gradient: its keys are constants; detach it")
+
+
+def _check_positive(value: float, name: str) -> None:
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")

@@ -1,0 +1,260 @@
+"""The MoCo module: query encoder, momentum (key) encoder, queue, and one training step.
+
+Shapes: N batch on this rank, W ranks, K queue, C = dim feature dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from align_uniform import align_loss, contrastive_loss, contrastive_rank, uniform_loss_with_queue
+from moco import distributed
+from moco.encoders import add_mlp_head
+
+
+class MoCo(nn.Module):
+    """MoCo with any mix of alignment, uniformity and InfoNCE (arXiv:1911.05722, 2005.10242).
+
+    Args:
+        base_encoder: called twice as `base_encoder(num_classes=dim)`; returns a torchvision-like
+            network. Its batch norm is the caller's business: MoCo changes none.
+        dim: feature dimension C.
+        K: queue size; any number that is at least one global batch.
+        m: momentum of the key encoder, key <- m * key + (1 - m) * query, in [0, 1].
+        contr_tau: temperature of the InfoNCE term; None leaves the term out.
+        align_alpha: exponent of the alignment term, >= 1; None leaves the term out.
+        unif_t: t of the uniformity term; None leaves the term out.
+        unif_intra_batch: the uniformity term also counts the pairs within the batch on this rank
+            (Eq. 22 of arXiv:2005.10242) or only query-queue pairs (Eq. 21).
+        mlp: two-layer projection head as in MoCo v2 (arXiv:2003.04297).
+
+    Raises:
+        ValueError: no term, or a number outside the ranges above.
+
+    The state dict has upstream MoCo's names: `encoder_q.*`, `encoder_k.*`, `queue` (C, K),
+    `queue_ptr` (1,). The state of `shuffle_generator`, which draws the key shuffle and must be
+    equal on all ranks, is not in it and belongs into a checkpoint beside it.
+    """
+
+    def __init__(
+        self,
+        base_encoder: Callable[..., nn.Module],
+        dim: int = 128,
+        K: int = 65536,
+        m: float = 0.999,
+        *,
+        contr_tau: float | None = None,
+        align_alpha: float | None = None,
+        unif_t: float | None = None,
+        unif_intra_batch: bool = True,
+        mlp: bool = False,
+    ) -> None:
+        super().__init__()
+        if contr_tau is None and align_alpha is None and unif_t is None:
+            raise ValueError(
+                "an objective needs a term: give contr_tau, align_alpha or unif_t (all are None)"
+            )
+        for name, value, least in (
+            ("contr_tau", contr_tau, 0),
+            ("align_alpha", align_alpha, 1),
+            ("unif_t", unif_t, 0),
+        ):
+            if value is not None and not (0 < value < math.inf and value >= least):
+                wanted = f"at least {least}" if least else "positive"
+                raise ValueError(f"{name} must be {wanted} and finite, got {value!r}")
+        if not 0 <= m <= 1:
+            raise ValueError(f"m must be in [0, 1], got {m!r}")
+        if dim < 1 or K < 1:
+            raise ValueError(f"dim and K must be at least 1, got dim={dim!r} and K={K!r}")
+        self.K = K
+        self.m = m
+        self.contr_tau = contr_tau
+        self.align_alpha = align_alpha
+        self.unif_t = unif_t
+        self.unif_intra_batch = unif_intra_batch
+
+        # In upstream's order, so that one seed gives one set of initial weights in both.
+        self.encoder_q = base_encoder(num_classes=dim)
+        self.encoder_k = base_encoder(num_classes=dim)
+        if mlp:
+            add_mlp_head(self.encoder_q)
+            add_mlp_head(self.encoder_k)
+        self.encoder_k.load_state_dict(self.encoder_q.state_dict())
+        self.encoder_k.requires_grad_(False)
+
+        # Stored row by row, one key after another, and shown as the transpose, which is the name
+        # and shape that checkpoints have: enqueueing then writes whole rows, sweeps read them.
+        keys = F.normalize(torch.randn(dim, K), dim=0)  # (C, K)
+        self.register_buffer("queue", keys.t().contiguous().t())
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+
+        self.shuffle_generator = torch.Generator().manual_seed(0)
+        self._steps = 0  # tells MoCoLosses when the queue it looks at has moved on
+
+    def forward(self, im_q: Tensor, im_k: Tensor) -> MoCoLosses:
+        """One MoCo step on this rank's batch: everything but the optimizer.
+
+        Updates the key encoder, encodes both views, computes the losses against the queue from
+        before this batch, then enqueues the keys of all ranks.
+
+        Args:
+            im_q, im_k: (N, 3, H, W) two views of the same N images; N is equal on all ranks.
+
+        Raises:
+            ValueError: views of different shape, or K smaller than the global batch.
+        """
+        if im_q.shape != im_k.shape:
+            raise ValueError(
+                f"the two views must have one shape, got {tuple(im_q.shape)}, {tuple(im_k.shape)}"
+            )
+        if len(im_q) * distributed.world_size() > self.K:
+            raise ValueError(
+                f"the queue (K={self.K}) must hold at least one global batch, got "
+                f"{distributed.world_size()} x {len(im_q)} images; use a larger K"
+            )
+        q = F.normalize(self.encoder_q(im_q).float(), dim=1)  # (N, C)
+        with torch.no_grad():
+            self.update_key_encoder()
+            keys = self.encode_keys(im_k)  # (W*N, C), all ranks'
+        rank, n = distributed.rank(), len(q)
+        k = keys[rank * n : (rank + 1) * n]  # (N, C)
+
+        losses = self._losses(q, k)
+        self.enqueue(keys)
+        return losses
+
+    @torch.no_grad()
+    def update_key_encoder(self) -> None:
+        """key <- m * key + (1 - m) * query, for parameters only: batch-norm statistics are not
+        averaged, the key encoder gathers its own."""
+        torch._foreach_lerp_(
+            list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m
+        )
+
+    @torch.no_grad()
+    def encode_keys(self, im_k: Tensor) -> Tensor:
+        """Normalised keys of all ranks' images, in rank order: (N, 3, H, W) -> (W*N, C).
+
+        Images are encoded in shuffled order, across ranks and so across the batch-norm groups
+        within a rank: a key's batch statistics then do not give away which query it belongs to
+        (arXiv:1911.05722, section 3.3).
+        """
+        n_all = len(im_k) * distributed.world_size()
+        permutation = torch.randperm(n_all, generator=self.shuffle_generator)  # alike on all ranks
+        shuffled = distributed.exchange_rows(im_k, permutation)  # (N, 3, H, W)
+        k = F.normalize(self.encoder_k(shuffled).float(), dim=1)
+        keys = torch.empty(n_all, k.shape[1], dtype=k.dtype, device=k.device)
+        keys[permutation.to(k.device)] = distributed.all_gather(k)
+        return keys
+
+    @torch.no_grad()
+    def enqueue(self, keys: Tensor) -> None:
+        """Overwrite the oldest columns of the queue with `keys` (n, C), wrapping around its end."""
+        positions = self.queue_ptr + torch.arange(len(keys), device=keys.device)
+        self.queue.t().index_copy_(0, positions % self.K, keys.to(self.queue.dtype))
+        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.K)
+        self._steps += 1
+
+    def _losses(self, q: Tensor, k: Tensor) -> MoCoLosses:
+        losses = MoCoLosses()
+        if self.contr_tau is not None:
+            losses.loss_contr = contrastive_loss(q, k, self.queue, self.contr_tau)
+            losses._logits = _Logits(self, q, k)
+        if self.align_alpha is not None:
+            losses.loss_align = align_loss(q, k, self.align_alpha)
+        if self.unif_t is not None:
+            losses.loss_unif = uniform_loss_with_queue(
+                q, self.queue, self.unif_t, self.unif_intra_batch
+            )
+        return losses
+
+
+@dataclass
+class MoCoLosses:
+    """Losses of one step on this rank, float32 scalars; None where the term is off."""
+
+    loss_contr: Tensor | None = None
+    loss_align: Tensor | None = None
+    loss_unif: Tensor | None = None
+    _logits: _Logits | None = field(default=None, repr=False)
+
+    @property
+    def logits_contr(self) -> Tensor | None:
+        """(N, 1+K) similarities over tau, the positive first; None when InfoNCE is off.
+
+        Made on demand, without gradient: InfoNCE itself never holds this matrix. Must be asked
+        for before the next step, which changes the queue: RuntimeError after it.
+        """
+        return None if self._logits is None else self._logits.matrix()
+
+    def contr_rank(self) -> Tensor | None:
+        """(N,) number of queue keys nearer to the query than its own key; None when InfoNCE is
+        off. Top-1 and top-5 accuracy are the shares below 1 and 5; until the next step only."""
+        return None if self._logits is None else self._logits.rank()
+
+    def combine(self, contr_w: float = 1, align_w: float = 1, unif_w: float = 1) -> Tensor:
+        """The objective, contr_w * loss_contr + align_w * loss_align + unif_w * loss_unif.
+
+        Raises:
+            ValueError: a non-zero weight for a term that is off, or no non-zero weight at all.
+        """
+        terms = [
+            ("contr", contr_w, self.loss_contr),
+            ("align", align_w, self.loss_align),
+            ("unif", unif_w, self.loss_unif),
+        ]
+        for name, weight, loss in terms:
+            if weight != 0 and loss is None:
+                raise ValueError(
+                    f"{name}_w={weight!r}, but this term is off; give MoCo its parameter or pass "
+                    f"{name}_w=0"
+                )
+        # A zero weight skips its term: zero times a loss that overflowed is NaN.
+        weighted = [weight * loss for _, weight, loss in terms if weight != 0]
+        if not weighted:
+            raise ValueError("all weights are zero: there is nothing to minimise")
+        return torch.stack(weighted).sum()
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, loss) of the terms that are on."""
+        for name in ("contr", "align", "unif"):
+            loss = getattr(self, f"loss_{name}")
+            if loss is not None:
+                yield name, loss
+
+
+class _Logits:
+    """The InfoNCE logits of one step, computed when asked for.
+
+    Enqueueing has overwritten some of the keys that the step saw by then, so those are kept.
+    """
+
+    def __init__(self, moco: MoCo, q: Tensor, k: Tensor) -> None:
+        self.moco = moco
+        self.q, self.k = q.detach(), k
+        self.step = moco._steps
+        n_all = len(q) * distributed.world_size()
+        self.replaced = (moco.queue_ptr + torch.arange(n_all, device=q.device)) % moco.K
+        self.old_keys = moco.queue.t()[self.replaced]
+
+    def _queue(self) -> Tensor:
+        if self.moco._steps > self.step + 1:
+            raise RuntimeError(
+                "the queue has moved on: read logits_contr or contr_rank before the next step"
+            )
+        keys = self.moco.queue.t().clone()
+        return keys.index_copy_(0, self.replaced, self.old_keys).t()
+
+    def matrix(self) -> Tensor:
+        with torch.no_grad():
+            positive = (self.q * self.k).sum(dim=1, keepdim=True)  # (N, 1)
+            return torch.cat([positive, self.q @ self._queue()], dim=1) / self.moco.contr_tau
+
+    def rank(self) -> Tensor:
+        return contrastive_rank(self.q, self.k, self._queue())

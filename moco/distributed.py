@@ -1,0 +1,289 @@
+"""Processes and what they say to each other: the only file that names a collective.
+
+Every function here is a no-op (or the identity) without a process group, so that all other code
+runs unchanged in a single process.
+
+    rank 0 holds images 0..N-1 of the global batch, rank 1 holds N..2N-1, and so on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+# ------------------------------------------------------------------------------------------------
+# Who am I
+# ------------------------------------------------------------------------------------------------
+
+
+def is_active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_active() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_active() else 1
+
+
+def is_main() -> bool:
+    """Rank 0: the one that prints and writes files."""
+    return rank() == 0
+
+
+def print_main(*values: object) -> None:
+    """print() on rank 0 only."""
+    if is_main():
+        print(*values, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Launch
+# ------------------------------------------------------------------------------------------------
+
+
+def visible_devices(device: str, gpus: list[int] | None) -> list[torch.device]:
+    """Devices that this node contributes, one per process.
+
+    Args:
+        device: "auto" (all visible GPUs, else the CPU), "cpu" or "cuda".
+        gpus: indices of the GPUs to use; None for all.
+
+    Raises:
+        ValueError: a GPU that does not exist, or GPUs named together with the CPU.
+    """
+    count = torch.cuda.device_count()
+    if device == "cpu":
+        if gpus:
+            raise ValueError(f"--device cpu was asked for together with GPUs {gpus}")
+        return [torch.device("cpu")]
+    if gpus is None:
+        if device == "cuda" and count == 0:
+            raise ValueError("--device cuda was asked for, but no GPU is visible; use --device cpu")
+        gpus = list(range(count))
+    missing = [index for index in gpus if not 0 <= index < count]
+    if missing:
+        raise ValueError(
+            f"GPU {', '.join(map(str, missing))} does not exist: {count} visible on this machine"
+            + (f" (0 to {count - 1})" if count else "; leave out --gpu/--gpus to run on the CPU")
+        )
+    if len(set(gpus)) < len(gpus):
+        raise ValueError(f"a GPU is named twice in {gpus}")
+    return [torch.device("cuda", index) for index in gpus] or [torch.device("cpu")]
+
+
+def started_by_torchrun() -> bool:
+    """torchrun (or anything alike) has started one process per device and numbered them."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def planned_world_size(devices: list[torch.device], nodes: int) -> int:
+    """Number of processes that `launch` will run, over all nodes."""
+    if started_by_torchrun():
+        return int(os.environ["WORLD_SIZE"])
+    return len(devices) * nodes
+
+
+def launch(
+    worker: Callable[..., None],
+    args: object,
+    *,
+    devices: list[torch.device],
+    nodes: int = 1,
+    node_rank: int = 0,
+    dist_url: str | None = None,
+    backend: str | None = None,
+) -> None:
+    """Run `worker(device, args)` once per process, with a process group when there are several.
+
+    Three forms: under torchrun this process is one of those already started; otherwise one process
+    per entry of `devices` is started here, on this node of `nodes`; a single one runs in place.
+
+    Args:
+        devices: this node's devices, from `visible_devices`.
+        nodes, node_rank: upstream's --world-size and --rank.
+        dist_url: where rank 0 listens, tcp://HOST:PORT or env:// (MASTER_ADDR and MASTER_PORT);
+            None takes a free port on this machine, which several nodes cannot.
+        backend: None takes nccl on GPUs and gloo on CPUs.
+    """
+    if started_by_torchrun():
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if devices[0].type == "cuda" and local_rank >= len(devices):
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: {len(devices)} usable on this node; start "
+                f"torchrun with --nproc-per-node {len(devices)}"
+            )
+        device = devices[local_rank] if devices[0].type == "cuda" else devices[0]
+        _run(
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            "env://",
+            backend,
+            worker,
+            device,
+            args,
+        )
+        return
+    world = len(devices) * nodes
+    if world == 1:
+        _set_device(devices[0])
+        worker(devices[0], args)
+        return
+    if dist_url is None:
+        if nodes > 1:
+            raise ValueError(f"{nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    first_rank = node_rank * len(devices)
+    if len(devices) == 1:
+        _run(first_rank, world, dist_url, backend, worker, devices[0], args)
+        return
+    torch.multiprocessing.spawn(
+        _spawned,
+        args=(first_rank, world, dist_url, backend, worker, devices, args),
+        nprocs=len(devices),
+    )
+
+
+def _spawned(local_rank, first_rank, world, dist_url, backend, worker, devices, args) -> None:
+    _run(first_rank + local_rank, world, dist_url, backend, worker, devices[local_rank], args)
+
+
+def _run(rank, world, dist_url, backend, worker, device, args) -> None:
+    _set_device(device)
+    dist.init_process_group(
+        backend or ("nccl" if device.type == "cuda" else "gloo"),
+        init_method=dist_url,
+        world_size=world,
+        rank=rank,
+        timeout=timedelta(minutes=30),
+    )
+    try:
+        worker(device, args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _set_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Collectives
+# ------------------------------------------------------------------------------------------------
+
+
+def data_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Average gradients over ranks; the module itself in a single process.
+
+    Parameters and buffers start as rank 0's. Buffers are not sent again: ranks hold equal queues by
+    construction, and rank 0's batch-norm statistics are the ones that are saved. (DDP's default
+    would resend the 32 MiB queue in every step.)
+    """
+    if world_size() == 1:
+        return module
+    broadcast_buffers(module)
+    # Newer torch has renamed the option.
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    return DistributedDataParallel(
+        module, device_ids=[device] if device.type == "cuda" else None, **{sync: False}
+    )
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, (N, ...) -> (W*N, ...); N is equal on all ranks."""
+    if world_size() == 1:
+        return rows
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered
+
+
+def exchange_rows(rows: Tensor, permutation: Tensor) -> Tensor:
+    """This rank's part of the global batch in the order of `permutation`, (N, ...) -> (N, ...).
+
+    Row p of the permuted global batch is row permutation[p] of the global batch. Only rows that
+    change rank travel, (W-1)/W of them on average, each once.
+
+    Args:
+        rows: this rank's N rows of the global batch.
+        permutation: (W*N,) on the CPU, the same on all ranks.
+    """
+    n, world, me = len(rows), world_size(), rank()
+    if world == 1:
+        return rows[permutation.to(rows.device)]
+    owner = permutation.div(n, rounding_mode="floor").view(world, n)  # [d, i]: who has d's row i
+    # What I send, grouped by destination, each group in the destination's order.
+    mine = owner == me
+    send = (permutation.view(world, n)[mine] - me * n).to(rows.device)
+    send_sizes = mine.sum(dim=1).tolist()
+    # What I receive comes grouped by source, each group in my order: a stable sort by owner.
+    arrival = owner[me].argsort(stable=True).to(rows.device)
+    receive_sizes = owner[me].bincount(minlength=world).tolist()
+    received = torch.empty_like(rows)
+    dist.all_to_all_single(received, rows[send], receive_sizes, send_sizes)
+    permuted = torch.empty_like(rows)
+    permuted[arrival] = received
+    return permuted
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Mean over ranks, as a new tensor."""
+    return sum_over_ranks(value.clone()) / world_size()
+
+
+def gather_uneven(rows: Tensor) -> Tensor:
+    """Rows of all ranks in rank order, where ranks may have different numbers of them."""
+    if world_size() == 1:
+        return rows
+    size = torch.tensor([len(rows)], device=rows.device)
+    sizes = all_gather(size).tolist()
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = all_gather(padded).split(max(sizes))
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Send rank 0's buffers (batch-norm statistics, queue) to all other ranks."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value on all ranks; plain Python data."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

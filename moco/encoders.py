@@ -1,0 +1,278 @@
+"""Encoders: torchvision's classifiers and a small CIFAR ResNet, their heads, stems and batch norm.
+
+State-dict names are torchvision's throughout, whatever stem or batch norm is chosen, so weights
+move freely between this project and torchvision.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock
+
+# ------------------------------------------------------------------------------------------------
+# Building
+# ------------------------------------------------------------------------------------------------
+
+
+def arch_names() -> list[str]:
+    """Names that `build_encoder` takes."""
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    return sorted([*classifiers, *_CIFAR_RESNETS])
+
+
+def build_encoder(
+    arch: str,
+    num_classes: int,
+    *,
+    image_size: int = 224,
+    small_stem: bool = False,
+    bn_splits: int = 1,
+) -> nn.Module:
+    """A classification network with random weights and a last linear layer of `num_classes`.
+
+    Args:
+        arch: a torchvision classification architecture, or a CIFAR ResNet of this file.
+        num_classes: outputs of the last linear layer.
+        image_size: side of the square input, for the networks that are built for one size.
+        small_stem: for images of 32 to 64 pixels: 3x3 stride-1 first convolution, no max-pool
+            (torchvision's ResNets only).
+        bn_splits: groups of the batch that are normalised apart; see `SplitBatchNorm2d`.
+
+    Raises:
+        ValueError: an unknown arch, or one that does not fit (no final linear layer, several
+            outputs, no such stem, images too small).
+    """
+    if arch not in arch_names():
+        near = difflib.get_close_matches(arch, arch_names(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see --help for the known ones"
+        raise ValueError(f"unknown arch {arch!r}; {hint}")
+    if arch in ("googlenet", "inception_v3"):
+        raise ValueError(f"arch {arch} has auxiliary outputs while training; choose another one")
+    if arch in _CIFAR_RESNETS:
+        encoder = CifarResNet(*_CIFAR_RESNETS[arch], num_classes=num_classes)
+    else:
+        sized = {"image_size": image_size} if arch.startswith("vit_") else {}
+        try:
+            encoder = torchvision.models.get_model(
+                arch, weights=None, num_classes=num_classes, **sized
+            )
+        except ValueError as error:
+            raise ValueError(f"arch {arch} with images of {image_size} pixels: {error}") from error
+    head_name(encoder)  # refuses networks without a final linear layer
+    if small_stem:
+        if not isinstance(encoder, torchvision.models.ResNet):
+            raise ValueError(f"--small-stem is for torchvision's ResNets, got {arch}")
+        encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(encoder.conv1.weight, mode="fan_out", nonlinearity="relu")
+        encoder.maxpool = nn.Identity()
+    if bn_splits > 1:
+        split_batch_norm(encoder, bn_splits)
+    return encoder
+
+
+def check_image_size(encoder: nn.Module, image_size: int) -> None:
+    """One tiny forward pass in eval mode, so that a size that does not fit is refused at start.
+
+    Raises:
+        ValueError: the network cannot take such images or does not return one (N, C) tensor.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        with torch.no_grad():
+            out = encoder(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"images of {image_size} pixels do not fit the encoder: {reason}"
+        ) from None
+    finally:
+        encoder.train(was_training)
+    if not isinstance(out, Tensor) or out.dim() != 2:
+        raise ValueError(f"the encoder must return one (N, C) tensor, got {type(out).__name__}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Heads
+# ------------------------------------------------------------------------------------------------
+
+
+def head_name(encoder: nn.Module) -> str:
+    """Dotted name of the last layer: "fc" for ResNets, "classifier.6" for VGG, "heads.head" for
+    ViT. It is a linear layer, or the projection MLP or Identity that took its place.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    for name in ("fc", "classifier", "heads", "head"):
+        head = getattr(encoder, name, None)
+        if isinstance(head, (nn.Linear, nn.Identity)) or isinstance(head, ProjectionHead):
+            return name
+        if isinstance(head, nn.Sequential) and len(head):
+            last_name, last = list(head.named_children())[-1]
+            if isinstance(last, (nn.Linear, nn.Identity, ProjectionHead)):
+                return f"{name}.{last_name}"
+    raise ValueError(
+        f"{type(encoder).__name__} does not end in a linear layer named fc, classifier, heads or "
+        "head, so it cannot carry a projection head or a linear classifier; choose another arch"
+    )
+
+
+def get_head(encoder: nn.Module) -> nn.Module:
+    return encoder.get_submodule(head_name(encoder))
+
+
+def set_head(encoder: nn.Module, head: nn.Module) -> None:
+    """Replace the last layer, so that a state dict keeps its name."""
+    parent, _, last = head_name(encoder).rpartition(".")
+    setattr(encoder.get_submodule(parent), last, head)
+
+
+def feature_dim(encoder: nn.Module) -> int:
+    """Width of the features that enter the last layer."""
+    head = get_head(encoder)
+    return head[0].in_features if isinstance(head, ProjectionHead) else head.in_features
+
+
+class ProjectionHead(nn.Sequential):
+    """MoCo v2's head, Linear - ReLU - Linear (arXiv:2003.04297); names fc.0 and fc.2."""
+
+    def __init__(self, in_features: int, last: nn.Linear) -> None:
+        super().__init__(nn.Linear(in_features, in_features), nn.ReLU(), last)
+
+
+def add_mlp_head(encoder: nn.Module) -> None:
+    """Turn the last linear layer into MoCo v2's two-layer projection head, keeping that layer."""
+    last = get_head(encoder)
+    set_head(encoder, ProjectionHead(last.in_features, last))
+
+
+# ------------------------------------------------------------------------------------------------
+# Batch norm in groups
+# ------------------------------------------------------------------------------------------------
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose training statistics come from `splits` groups of the batch, each its own.
+
+    One device then sees the statistics that `splits` devices see, each with its share of the
+    batch. Sample i is in group i mod splits. The running statistics are the mean over groups and
+    have the usual size C, so weights load into plain BatchNorm2d and back; eval mode is the same.
+
+    Raises:
+        ValueError: in training, a batch that is not a multiple of `splits`.
+    """
+
+    def __init__(self, num_features: int, splits: int, **kwargs) -> None:
+        super().__init__(num_features, **kwargs)
+        self.splits = splits
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        n, c, h, w = x.shape
+        s = self.splits
+        if n % s:
+            raise ValueError(f"a batch of {n} cannot be split into {s} equal batch-norm groups")
+        self.num_batches_tracked.add_(1)
+        mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
+        # Groups side by side as channels. For channels_last input this reshape is a copy.
+        out = F.batch_norm(
+            x.reshape(n // s, s * c, h, w),
+            mean,
+            var,
+            self.weight.repeat(s) if self.affine else None,
+            self.bias.repeat(s) if self.affine else None,
+            training=True,
+            momentum=self.momentum,
+            eps=self.eps,
+        )
+        with torch.no_grad():
+            self.running_mean.copy_(mean.view(s, c).mean(dim=0))
+            self.running_var.copy_(var.view(s, c).mean(dim=0))
+        return out.reshape(n, c, h, w)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, splits={self.splits}"
+
+
+def split_batch_norm(module: nn.Module, splits: int) -> None:
+    """Replace every BatchNorm2d inside `module` by SplitBatchNorm2d, keeping its parameters."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            if child.momentum is None or not child.track_running_stats:
+                raise ValueError(f"batch norm without running averages cannot be split: {child}")
+            split = SplitBatchNorm2d(
+                child.num_features,
+                splits,
+                eps=child.eps,
+                momentum=child.momentum,
+                affine=child.affine,
+            )
+            split.load_state_dict(child.state_dict())
+            setattr(module, name, split)
+        else:
+            split_batch_norm(child, splits)
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(child, nn.BatchNorm2d) for child in module.modules())
+
+
+# ------------------------------------------------------------------------------------------------
+# Small ResNets for 32-pixel images
+# ------------------------------------------------------------------------------------------------
+
+
+class CifarResNet(nn.Module):
+    """The CIFAR ResNet of He et al. 2016 (arXiv:1512.03385, section 4.2), of depth 6n + 2.
+
+    A 3x3 convolution and three stages of n basic blocks, with w, 2w, 4w channels at strides
+    1, 2, 2; global average pooling and a linear layer `fc`. (The paper has w = 16 and shortcuts
+    without parameters where the width changes; here they are 1x1 convolutions, its option B.)
+    """
+
+    def __init__(self, depth: int, width: int, num_classes: int = 10) -> None:
+        super().__init__()
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, stride=1)
+        self.layer2 = _stage(width, 2 * width, blocks, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2)
+        self.fc = nn.Linear(4 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential:
+    downsample = None
+    if stride != 1 or inputs != outputs:
+        downsample = nn.Sequential(
+            nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+    first = BasicBlock(inputs, outputs, stride, downsample)
+    return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))
+
+
+# name: (depth, width). xW is W times the paper's width.
+_CIFAR_RESNETS = {
+    "resnet8": (8, 16),
+    "resnet8x2": (8, 32),
+    "resnet8x4": (8, 64),
+    "resnet14": (14, 16),
+    "resnet14x2": (14, 32),
+    "resnet20": (20, 16),
+}

@@ -1,0 +1,130 @@
+"""Features of a data set, k-NN and top-k accuracy, each image counted exactly once over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from moco import distributed
+from moco.loader import normalize
+
+
+@torch.no_grad()
+def extract_features(
+    encoder: nn.Module,
+    loader: DataLoader,
+    *,
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
+    progress: Callable = iter,
+) -> tuple[Tensor, Tensor]:
+    """Unit-length features and labels of this rank's share: (N, C) float32 and (N,), on the device.
+
+    The encoder is put into eval mode and back.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    features, labels = [], []
+    for images, targets in progress(loader):
+        images = normalize(images.to(device, non_blocking=True), mean, std)
+        features.append(F.normalize(encoder(images).float(), dim=1))
+        labels.append(targets.to(device))
+    encoder.train(was_training)
+    return torch.cat(features), torch.cat(labels)
+
+
+@torch.no_grad()
+def knn_predict(
+    features: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    classes: int,
+    k: int = 200,
+    temperature: float = 0.07,
+    block_size: int = 1024,
+) -> Tensor:
+    """Weighted k-nearest-neighbour vote (Wu et al. 2018, arXiv:1805.01978, section 3.4).
+
+    Each of the k bank features most similar to a query votes for its label with the weight
+    exp(<query, neighbour> / temperature).
+
+    Args:
+        features: (N, C) unit rows to classify.
+        bank: (M, C) unit rows with known labels.
+        bank_labels: (M,) int64 in [0, classes).
+        k: neighbours; capped at M.
+        block_size: queries at a time; memory is block_size x M.
+
+    Returns:
+        (N, classes) int64, the classes from most to fewest votes.
+
+    Raises:
+        ValueError: k or temperature not positive.
+    """
+    if k < 1 or temperature <= 0:
+        raise ValueError(
+            f"k must be >= 1 and temperature > 0, got k={k}, temperature={temperature}"
+        )
+    k = min(k, len(bank))
+    ranked = []
+    for queries in features.split(block_size):
+        similarity, neighbours = (queries @ bank.t()).topk(k, dim=1)  # (B, k)
+        # Shifted by each row's best, which changes no ranking and cannot overflow.
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes = weights.new_zeros(len(queries), classes)
+        votes.scatter_add_(1, bank_labels[neighbours], weights)
+        ranked.append(votes.argsort(dim=1, descending=True))
+    return torch.cat(ranked)
+
+
+def count_correct(ranked: Tensor, targets: Tensor, topk: Sequence[int]) -> Tensor:
+    """How many targets are among the first k of their row, for each k; float64 (len(topk),).
+
+    Args:
+        ranked: (N, >= max(topk)) classes from most to least likely.
+        targets: (N,).
+    """
+    hits = ranked[:, : max(topk)] == targets.unsqueeze(1)  # (N, max k)
+    return torch.stack([hits[:, :k].any(dim=1).sum() for k in topk]).double()
+
+
+@torch.no_grad()
+def knn_accuracy(
+    encoder: nn.Module,
+    bank_loader: DataLoader,
+    val_loader: DataLoader,
+    *,
+    classes: int,
+    device: torch.device,
+    mean: Sequence[float],
+    std: Sequence[float],
+    k: int = 200,
+    temperature: float = 0.07,
+    progress: Callable = iter,
+) -> dict[str, float]:
+    """Weighted k-NN accuracy in percent; loaders give this rank's share of bank and validation set.
+
+    Returns:
+        {"top1", "top5" (top-min(5, classes)), "k" as used, "images"}.
+    """
+    inputs = {"device": device, "mean": mean, "std": std, "progress": progress}
+    bank, bank_labels = extract_features(encoder, bank_loader, **inputs)
+    bank = distributed.gather_uneven(bank)
+    bank_labels = distributed.gather_uneven(bank_labels)
+    features, labels = extract_features(encoder, val_loader, **inputs)
+    ranked = knn_predict(features, bank, bank_labels, classes=classes, k=k, temperature=temperature)
+    counts = count_correct(ranked, labels, (1, min(5, classes)))
+    counts = torch.cat([counts.cpu(), torch.tensor([float(len(labels))]).double()])
+    top1, top5, images = distributed.sum_over_ranks(counts.to(device)).tolist()
+    return {
+        "top1": 100 * top1 / images,
+        "top5": 100 * top5 / images,
+        "k": min(k, len(bank)),
+        "images": int(images),
+    }

@@ -1,0 +1,164 @@
+"""What a run says: lines or a bar on the screen, log.jsonl and TensorBoard in the run folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from moco import distributed
+
+
+class RunLog:
+    """Scalars of a run as JSON lines and in TensorBoard; on ranks other than 0 nothing happens."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.active = distributed.is_main()
+        if self.active:
+            self.file = open(Path(folder) / "log.jsonl", "a", encoding="utf-8")
+            self.board = SummaryWriter(str(folder))
+
+    def scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
+        """Append one line {"kind", "step", "time", **values} and one TensorBoard point for each
+        value under "kind/name"."""
+        if not self.active:
+            return
+        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            self.board.close()
+
+
+class Means:
+    """Running means of scalars that stay on the device, detached, until they are asked for."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        value = value.detach() if isinstance(value, Tensor) else value
+        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call (the device is waited for), and start over."""
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.__init__()
+        return means
+
+
+class StepPrinter:
+    """A bar on a terminal, plain lines every `print_freq` steps elsewhere; rank 0 only.
+
+    Counts images per second and the share of time spent waiting for data.
+    """
+
+    def __init__(self, *, total: int, batch_size: int, done: int = 0) -> None:
+        """
+        Args:
+            total: steps of the whole run; `done` of them before this process started.
+            batch_size: images per step over all ranks.
+        """
+        self.total, self.batch_size, self.step = total, batch_size, done
+        self.first = done
+        self.start = self.last_print = time.perf_counter()
+        self.last_step = done
+        self.waited = 0.0
+        self.bar = None
+        if distributed.is_main() and sys.stderr.isatty():
+            self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
+
+    def batches(self, loader: Iterable) -> Iterable:
+        """Iterate over `loader`, measuring how long each batch was waited for."""
+        iterator = iter(loader)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def advance(self) -> None:
+        self.step += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def rates(self) -> dict[str, float]:
+        """Since the last call: images/s and the share of time waiting for data."""
+        now = time.perf_counter()
+        elapsed = now - self.last_print
+        rates = {
+            "images_per_s": (self.step - self.last_step) * self.batch_size / elapsed,
+            "data_share": self.waited / elapsed,
+        }
+        self.last_print, self.last_step, self.waited = now, self.step, 0.0
+        return rates
+
+    def line(self, text: str, short: str) -> None:
+        """Print `text`, or put `short` behind the bar where there is one."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(short)
+            return
+        pace = (time.perf_counter() - self.start) / max(1, self.step - self.first)
+        left = round(pace * (self.total - self.step))
+        distributed.print_main(f"{text}  left {left // 3600}:{left % 3600 // 60:02}:{left % 60:02}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def progress(iterable: Iterable, description: str) -> Iterable:
+    """A bar over a loop on a terminal, silent elsewhere and on ranks other than 0."""
+    shown = distributed.is_main() and sys.stderr.isatty()
+    return tqdm(iterable, desc=description, leave=False, dynamic_ncols=True, disable=not shown)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a small JSON file in one piece."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def provenance() -> dict[str, str]:
+    """What code ran: git revision (with "+changes" for a modified tree) and library versions."""
+    return {
+        "git": _git_revision(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+    }
+
+
+def _git_revision() -> str:
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"

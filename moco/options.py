@@ -1,0 +1,287 @@
+"""The command-line flags that both mains share, spelled as upstream MoCo spells them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch.multiprocessing import ProcessExitedException
+
+from moco import distributed
+from moco.checkpoint import CheckpointError
+from moco.encoders import arch_names
+from moco.loader import DATASETS, DataError, image_paths, split_folder
+
+# Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
+_LIST_FLAGS = ("--gpus", "--schedule")
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what is left on disk."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a list of numbers ends where the numbers end.
+
+    In upstream's own command lines the data folder may follow `--gpus 0 1 2 3` or
+    `--schedule 120 160`; argparse would take it for one more number.
+    """
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
+        return super().parse_args(_join_lists(sys.argv[1:] if args is None else args), namespace)
+
+
+def _join_lists(argv: Sequence[str]) -> list[str]:
+    joined: list[str] = []
+    collecting = False
+    for word in argv:
+        if collecting and re.fullmatch(r"\d+", word):
+            joined[-1] += ("" if joined[-1].endswith("=") else ",") + word
+        elif word in _LIST_FLAGS:
+            joined.append(f"{word}=")
+            collecting = True
+        elif collecting and joined[-1].endswith("=") and re.fullmatch(r"\d+(,\d+)*", word):
+            joined[-1] += word
+            collecting = False
+        else:
+            joined.append(word)
+            collecting = False
+    return joined
+
+
+def numbers(text: str) -> list[int]:
+    """argparse type of a list of whole numbers, "0,1,2"."""
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, got {text!r}") from None
+
+
+def add_shared_options(
+    parser: argparse.ArgumentParser,
+    *,
+    lr: float,
+    weight_decay: float,
+    epochs: int,
+    schedule: list[int],
+) -> None:
+    """Flags of both mains; the defaults that differ are arguments."""
+    # fmt: off
+    data = parser.add_argument_group("data")
+    data.add_argument("data", metavar="DIR", help="folder with train/ and val/")
+    data.add_argument(
+        "--dataset", choices=DATASETS, default="folder",
+        help="folder of images, or one that torchvision has already put into DIR (%(default)s)",
+    )
+    data.add_argument(
+        "--images-per-class", type=int, metavar="N", help="use the first N images of each class"
+    )
+    data.add_argument(
+        "-j", "--workers", type=int, metavar="N",
+        help="data loading processes of this node (default: its cores)",
+    )
+
+    model = parser.add_argument_group("encoder")
+    model.add_argument("-a", "--arch", metavar="ARCH", help="a torchvision classifier, or one of "
+                       + ", ".join(a for a in arch_names() if a.startswith("resnet")))
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=int, default=epochs, metavar="N", help="%(default)s")
+    training.add_argument("--start-epoch", type=int, default=0, metavar="N",
+                          help="0-based, for restarts without --resume")
+    training.add_argument("-b", "--batch-size", type=int, default=256, metavar="N",
+                          help="over all GPUs of all nodes (%(default)s)")
+    training.add_argument("--lr", "--learning-rate", type=float, default=lr, metavar="LR",
+                          help="initial learning rate (%(default)s)")
+    training.add_argument("--schedule", type=numbers, default=schedule, metavar="EPOCH ...",
+                          help="epochs at which the learning rate drops (%(default)s)")
+    training.add_argument("--schedule-factor", type=float, default=0.1, metavar="F",
+                          help="what it is multiplied by there (%(default)s)")
+    training.add_argument("--momentum", type=float, default=0.9, metavar="M",
+                          help="of SGD (%(default)s)")
+    training.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float,
+                          default=weight_decay, metavar="W", help="%(default)s")
+    training.add_argument("--seed", type=int, help="default: one is drawn, printed and saved")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--save-dir", type=Path, metavar="RUN",
+                     help="the run folder (default: results/<name>-<time>)")
+    run.add_argument("--resume", metavar="CHECKPOINT", help="checkpoint to go on from")
+    run.add_argument("-p", "--print-freq", type=int, default=10, metavar="N",
+                     help="steps between lines of output (%(default)s)")
+
+    launch = parser.add_argument_group("devices and processes")
+    launch.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="auto: all visible GPUs, else the CPU")
+    launch.add_argument("--gpu", type=int, metavar="I", help="use this GPU only")
+    launch.add_argument("--gpus", type=numbers, metavar="I ...", help="use these GPUs")
+    launch.add_argument("--multiprocessing-distributed", action="store_true",
+                        help="one process per GPU (always so here; upstream's flag)")
+    launch.add_argument("--world-size", type=int, default=-1, metavar="N", help="number of nodes")
+    launch.add_argument("--rank", type=int, default=-1, metavar="R", help="number of this node")
+    launch.add_argument("--dist-url", metavar="URL",
+                        help="tcp://HOST:PORT of the first node, or env://")
+    launch.add_argument("--dist-backend", help="default: nccl on GPUs, gloo on CPUs")
+    # fmt: on
+
+
+def check_shared_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what can be refused before any process is started, and fill in derived values:
+    `devices`, `nodes`, `processes` (over all nodes) and per-process `workers`."""
+    try:
+        if args.gpu is not None and args.gpus is not None:
+            raise ValueError("--gpu and --gpus were both given; --gpus takes several")
+        gpus = args.gpus if args.gpu is None else [args.gpu]
+        args.devices = distributed.visible_devices(args.device, gpus)
+        _check_nodes(args)
+        args.processes = distributed.planned_world_size(args.devices, args.nodes)
+        _check_numbers(args)
+        if args.images_per_class is not None and args.images_per_class < 1:
+            raise ValueError(f"--images-per-class must be at least 1, got {args.images_per_class}")
+    except ValueError as error:
+        parser.error(str(error))
+    if args.workers is None:
+        args.workers = usable_cores()
+    # -j counts per node, as upstream; each process gets its share, rounded up.
+    on_this_node = max(1, args.processes // args.nodes)
+    args.workers = -(-args.workers // on_this_node)
+    args.seed_given = args.seed is not None
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
+
+
+def _check_nodes(args: argparse.Namespace) -> None:
+    if distributed.started_by_torchrun():
+        args.nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        args.node_rank = int(os.environ.get("GROUP_RANK", 0))
+        return
+    from_environment = args.dist_url == "env://"
+    nodes, rank = args.world_size, args.rank
+    if from_environment and nodes == -1:
+        nodes = int(os.environ.get("WORLD_SIZE", 1))
+    if from_environment and rank == -1:
+        rank = int(os.environ.get("RANK", 0))
+    args.nodes, args.node_rank = (1 if nodes == -1 else nodes), (0 if rank == -1 else rank)
+    if args.nodes < 1:
+        raise ValueError(f"--world-size is the number of nodes, at least 1, got {nodes}")
+    if not 0 <= args.node_rank < args.nodes:
+        raise ValueError(
+            f"--rank {rank} is outside 0..{args.nodes - 1}: it numbers the {args.nodes} nodes "
+            "of --world-size"
+        )
+    if args.nodes > 1 and args.dist_url is None:
+        raise ValueError(f"{args.nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name, least in (
+        ("epochs", 0),
+        ("batch_size", 1),
+        ("start_epoch", 0),
+        ("print_freq", 1),
+        ("workers", 0),
+        ("seed", 0),
+    ):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name in ("lr", "schedule_factor", "weight_decay", "momentum"):
+        value = getattr(args, name)
+        if not 0 <= value < float("inf"):
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be a number of at least 0, got {value}"
+            )
+    if args.batch_size % args.processes:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is over all processes and must be a multiple of "
+            f"their number, {args.processes}; use {args.batch_size // args.processes or 1} x "
+            f"{args.processes} = {max(1, args.batch_size // args.processes) * args.processes}"
+        )
+
+
+def check_data_folder(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, splits: Sequence[str]
+) -> None:
+    """Refuse a folder that is missing or has fewer images than a batch, without listing it all."""
+    root = Path(args.data)
+    if not root.is_dir():
+        parser.error(f"no such data folder: {root}")
+    if args.dataset != "folder":
+        return
+    for split in splits:
+        try:
+            folder = split_folder(root, split)
+        except DataError as error:
+            parser.error(str(error))
+        needed = 1 if split == "val" else args.batch_size
+        found = len(list(islice(image_paths(folder), needed)))
+        if not found:
+            parser.error(
+                f"no images in {folder}; expected FOLDER/train/CLASS/IMAGE as for ImageNet"
+                + (", or any folder with images" if split == "pretrain" else "")
+            )
+        if found < needed:
+            parser.error(
+                f"{folder} has {found} images, fewer than one batch of {needed}; lower --batch-size"
+            )
+
+
+def usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # what this process may use: fewer under SLURM, docker
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def plain_values(args: argparse.Namespace) -> dict:
+    """The arguments as JSON and `weights_only` can hold them: derived objects left out."""
+    plain = {}
+    for name, value in sorted(vars(args).items()):
+        if isinstance(value, Path):
+            value = str(value)
+        if isinstance(value, (str, int, float, bool, list, tuple, type(None))):
+            plain[name] = list(value) if isinstance(value, tuple) else value
+    plain.pop("devices")
+    return plain
+
+
+def run_worker(
+    worker: Callable[[torch.device, argparse.Namespace], None], args: argparse.Namespace
+) -> None:
+    """Launch `worker` on all devices; errors that the user can mend end in one line, not a trace.
+
+    Exit status 1 for those; others raise.
+    """
+    try:
+        distributed.launch(
+            worker,
+            args,
+            devices=args.devices,
+            nodes=args.nodes,
+            node_rank=args.node_rank,
+            dist_url=args.dist_url,
+            backend=args.dist_backend,
+        )
+    except ProcessExitedException as error:  # the child has said why
+        sys.exit(error.exit_code or 1)
+
+
+class one_line_errors:
+    """Context that turns errors for the user into one line and exit status 1."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, (DataError, CheckpointError, TrainingError, FileNotFoundError)):
+            # What a loader process raised arrives with that process's trace in front.
+            last = str(error).strip().splitlines()[-1]
+            message = re.sub(r"^[\w.]*Error: ", "", last)
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+            sys.exit(1)
