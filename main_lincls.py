@@ -317,7 +317,7 @@ def validate(
     args: argparse.Namespace,
     device: torch.device,
 ) -> tuple[float, float, float]:
-    """Top-1 and top-min(5, classes) in percent, and mean loss; over ranks each image counts once."""
+    """Top-1, top-min(5, classes) in percent, mean loss; over ranks each image counts once."""
     topk = (1, min(5, classifier.out_features))
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, images
     for images, target in val:

@@ -1,0 +1,147 @@
+#!/usr/bin/env python
+"""Compare three encoders under one budget, from pretraining to one table.
+
+    bash scripts/quickstart.sh [--data DIR] [--out FOLDER]
+
+align + uniform, InfoNCE (MoCo v2) and an untrained encoder: each is pretrained, evaluated (linear
+probe and k-NN) and measured (alignment, uniformity) by the commands that are printed, which can be
+run by hand as well. What has been finished in FOLDER is not run again.
+
+Both objectives were tuned on the toy dataset by the same small grid; see the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Everything that the encoders share: the budget.
+SHARED = "-a resnet8x2 --image-size 32 --batch-size 64 --bn-splits 8 --moco-k 1024 --moco-m 0.99 "
+SHARED += "--mlp --aug-plus --cos --wd 5e-4 --lr 0.06 --seed 0"
+EPOCHS = 15
+ENCODERS = {
+    "align + uniform": "--moco-align-w 3 --moco-align-alpha 2 --moco-unif-w 1 --moco-unif-t 2",
+    "InfoNCE (MoCo v2)": "--moco-t 0.2",
+    "untrained": "--max-steps 0",
+}
+PROBE = "--batch-size 64 --lr 7.5 --knn --seed 0"
+PROBE_EPOCHS = 20  # the learning rate drops at 60 % and 80 %, as in the published protocol
+T = "2"  # of the uniformity that is reported, the same for all encoders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="compare three encoders under one budget")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="DIR/{train,val}/CLASS/IMAGE (default: the toy dataset, made in data/toy)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: results/quickstart-<data>"
+    )
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="pretraining (%(default)s)")
+    parser.add_argument(
+        "--probe-epochs", type=int, default=PROBE_EPOCHS, help="linear probe (%(default)s)"
+    )
+    args = parser.parse_args()
+    if args.data is not None and not args.data.is_dir():
+        parser.error(f"no such data folder: {args.data}")
+
+    started = time.perf_counter()
+    data = args.data
+    if data is None:
+        data = ROOT / "data" / "toy"
+        run([str(ROOT / "scripts" / "make_toy_dataset.py"), str(data)])
+    out = args.out or ROOT / "results" / f"quickstart-{data.resolve().name}"
+    drops = [args.probe_epochs * 6 // 10, args.probe_epochs * 8 // 10]
+    settings = {
+        "data": str(data.resolve()),
+        "pretrain": f"{SHARED} --epochs {args.epochs}",
+        "probe": f"{PROBE} --epochs {args.probe_epochs} --schedule {drops[0]} {drops[1]}",
+        "encoders": ENCODERS,
+        "t": T,
+    }
+    check_settings(parser, out, settings)
+    rows = [evaluate(name, flags, out, data, settings) for name, flags in ENCODERS.items()]
+    print_table(rows, out, data, time.perf_counter() - started)
+
+
+def check_settings(parser: argparse.ArgumentParser, out: Path, settings: dict) -> None:
+    """One folder holds results of one setting only."""
+    path = out / "settings.json"
+    if path.is_file():
+        if json.loads(path.read_text(encoding="utf-8")) != settings:
+            parser.error(f"{out} holds results of other settings; choose another --out")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def evaluate(name: str, flags: str, out: Path, data: Path, settings: dict) -> dict:
+    """Pretrain, probe and measure one encoder, leaving out what is there already."""
+    print(f"\n== {name}", flush=True)
+    slug = name.split()[0].lower()
+    pretrained, probed = out / f"{slug}-pretrain", out / f"{slug}-lincls"
+    measured = out / f"{slug}-align-uniform.json"
+    pretrain = shlex.split(f"{settings['pretrain']} {flags}")
+    epochs = int(pretrain[pretrain.index("--epochs") + 1])
+    last = "step_00000000" if "--max-steps" in pretrain else f"checkpoint_{epochs - 1:04d}"
+    file = pretrained / f"{last}.pth.tar"
+    if not file.is_file():
+        folder = ["--save-dir", str(pretrained), "--resume", "auto"]
+        run([str(ROOT / "main_moco.py"), *pretrain, *folder, str(data)])
+    if not (probed / "lincls.json").is_file():
+        unfinished = probed / "checkpoint.pth.tar"
+        source = ["--resume", unfinished] if unfinished.is_file() else ["--pretrained", file]
+        options = [*shlex.split(settings["probe"]), *map(str, source), "--save-dir", str(probed)]
+        run([str(ROOT / "main_lincls.py"), *options, str(data)])
+    if not measured.is_file():
+        run([str(ROOT / "scripts" / "measure_align_uniform.py"), str(file), str(data), "--t", T,
+             "--out", str(measured)])  # fmt: skip
+    linear = json.loads((probed / "lincls.json").read_text(encoding="utf-8"))
+    metrics = json.loads(measured.read_text(encoding="utf-8"))
+    return {
+        "encoder": name,
+        "objective": "none" if "--max-steps 0" in flags else linear["objective"],
+        "linear": linear["last"]["top1"],
+        "knn": linear["knn"]["top1"],
+        "align": metrics["alignment"],
+        "uniform": metrics["uniformity"],
+        "bound": metrics["uniformity_infimum"],
+        "images": metrics["images"],
+    }
+
+
+def run(command: list[str]) -> None:
+    """Run one of this project's programs, showing the command; stop where it stops."""
+    print("$ python " + shlex.join(command), flush=True)
+    status = subprocess.run([sys.executable, *command], check=False).returncode
+    if status:
+        sys.exit(status)
+
+
+def print_table(rows: list[dict], out: Path, data: Path, seconds: float) -> None:
+    wide = max(len(row["encoder"]) for row in rows)
+    print(f"\n{'encoder':{wide}}  linear top-1  k-NN top-1  L_align  L_uniform")
+    for row in rows:
+        print(
+            f"{row['encoder']:{wide}}  {row['linear']:10.1f} %  {row['knn']:8.1f} %"
+            f"  {row['align']:7.3f}  {row['uniform']:9.3f}"
+        )
+    print(
+        f"\nL_align (alpha 2, 0 is best) and L_uniform (t {T}, {rows[0]['bound']:.3f} is best) of "
+        f"the projections of {rows[0]['images']} held-out images"
+    )
+    for row in rows:
+        print(f"{row['encoder']:{wide}}  {row['objective']}")
+    print(f"\ndata {data}, files in {out}, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

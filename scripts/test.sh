@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole test suite, from a fresh clone: makes .venv, installs what is missing, lints, runs pytest.
+#
+#     bash scripts/test.sh                    everything (CPU, no network beyond the package index)
+#     bash scripts/test.sh -m "not slow"      without the end-to-end cases
+set -euo pipefail
+. "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
+cd "$ROOT"
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+exec "$PYTHON" -m pytest "$@"
