@@ -268,11 +268,14 @@ def gather_uneven(rows: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+@torch.no_grad()
 def broadcast_buffers(module: torch.nn.Module) -> None:
     """Send rank 0's buffers (batch-norm statistics, queue) to all other ranks."""
     if world_size() > 1:
         for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+            sent = buffer.contiguous()  # the queue is stored transposed
+            dist.broadcast(sent, src=0)
+            buffer.copy_(sent)
 
 
 def broadcast_object(value: object) -> object:
