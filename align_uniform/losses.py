@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Keys per block of a sweep. A block of scores is N x 2048, so that it is still in the cache when
@@ -157,7 +158,8 @@ def contrastive_loss(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
     _check_positive(tau, "tau")
     positive = (q * k).sum(dim=1) / tau  # (N,)
     negatives = _QueueLogSumExp.apply(q, queue.t().to(q.dtype), 1 / tau, 0.0, False)  # (N,)
-    return (torch.logaddexp(positive, negatives) - positive).mean()
+    # logaddexp(positive, negatives) - positive, without cancelling when the loss is small.
+    return -F.logsigmoid(positive - negatives).mean()
 
 
 @torch.no_grad()

@@ -1,0 +1,753 @@
+"""The losses, held to the double loops of reference.py and to values known by hand.
+
+Every comparison takes the reference of the very numbers that the loss was given, in float64, so
+that a tolerance measures the loss's own rounding and not that of its input.
+"""
+
+import math
+import resource
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from align_uniform import (
+    align_loss,
+    contrastive_loss,
+    contrastive_rank,
+    uniform_loss,
+    uniform_loss_with_queue,
+)
+from align_uniform.bounds import uniformity_infimum
+from align_uniform.metrics import uniformity
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q (N, C), k (N, C) and queue (C, K)
+
+# name: (the loss, the reference), both as functions of (q, k, queue).
+LOSSES: dict[str, tuple[Loss, Loss]] = {
+    "align alpha=1": (
+        lambda q, k, _: align_loss(q, k, alpha=1),
+        lambda q, k, _: reference.align(q, k, alpha=1),
+    ),
+    "align alpha=1.5": (
+        lambda q, k, _: align_loss(q, k, alpha=1.5),
+        lambda q, k, _: reference.align(q, k, alpha=1.5),
+    ),
+    "align default": (
+        lambda q, k, _: align_loss(q, k),
+        lambda q, k, _: reference.align(q, k, alpha=2),
+    ),
+    "align alpha=3": (
+        lambda q, k, _: align_loss(q, k, alpha=3),
+        lambda q, k, _: reference.align(q, k, alpha=3),
+    ),
+    "uniform default": (
+        lambda q, *_: uniform_loss(q),
+        lambda q, *_: reference.uniform(q, t=2),
+    ),
+    "uniform t=0.5": (
+        lambda q, *_: uniform_loss(q, t=0.5),
+        lambda q, *_: reference.uniform(q, t=0.5),
+    ),
+    "queue default": (
+        lambda q, _, queue: uniform_loss_with_queue(q, queue),
+        lambda q, _, queue: reference.uniform_with_queue(q, queue, t=2, intra_batch=True),
+    ),
+    "queue t=3": (
+        lambda q, _, queue: uniform_loss_with_queue(q, queue, t=3),
+        lambda q, _, queue: reference.uniform_with_queue(q, queue, t=3, intra_batch=True),
+    ),
+    "queue t=3 Eq. 21": (
+        lambda q, _, queue: uniform_loss_with_queue(q, queue, t=3, intra_batch=False),
+        lambda q, _, queue: reference.uniform_with_queue(q, queue, t=3, intra_batch=False),
+    ),
+    "contrastive tau=0.2": (
+        lambda q, k, queue: contrastive_loss(q, k, queue, tau=0.2),
+        lambda q, k, queue: reference.info_nce(q, k, queue, tau=0.2),
+    ),
+    "contrastive tau=1": (
+        lambda q, k, queue: contrastive_loss(q, k, queue, tau=1.0),
+        lambda q, k, queue: reference.info_nce(q, k, queue, tau=1.0),
+    ),
+}
+QUEUE_LOSSES = [name for name in LOSSES if name.startswith(("queue", "contrastive"))]
+
+each_loss = pytest.mark.parametrize("name", LOSSES)
+each_queue_loss = pytest.mark.parametrize("name", QUEUE_LOSSES)
+each_dtype = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
+)
+
+
+def unit_rows(n: int, c: int, seed: int = 0) -> Tensor:
+    """(n, c) float64 rows, uniformly distributed on the sphere."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, c, dtype=torch.float64, generator=generator), dim=1)
+
+
+def batch(n: int, c: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 q (n, c), k (n, c) about 45 degrees from q, queue (c, size)."""
+    q = unit_rows(n, c, seed)
+    k = F.normalize(q + unit_rows(n, c, seed + 1), dim=1)
+    return q, k, unit_rows(size, c, seed + 2).t().contiguous()
+
+
+def value_and_gradients(
+    loss: Loss, q: Tensor, k: Tensor, queue: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and its gradient with respect to q and k (zeros where it does not depend on it)."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
+    value = loss(*leaves, queue)
+    gradients = torch.autograd.grad(value, leaves, materialize_grads=True)
+    return value.detach(), list(gradients)
+
+
+def assert_equals_reference(
+    name: str, q: Tensor, k: Tensor, queue: Tensor, tolerance: float
+) -> None:
+    """Value within `tolerance` relatively; gradients, relatively to their largest entry."""
+    loss, expected_loss = LOSSES[name]
+    value, gradients = value_and_gradients(loss, q, k, queue)
+    expected, expected_gradients = value_and_gradients(
+        expected_loss, q.double(), k.double(), queue.double()
+    )
+    assert value.shape == () and value.dtype == q.dtype
+    assert value.item() == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == q.dtype
+        largest = wanted.abs().max().item()
+        assert (gradient.double() - wanted).abs().max().item() <= tolerance * largest
+
+
+# -------------------------------------------------------------------------------- the reference
+
+
+@pytest.mark.parametrize("length", [1.0, 1.7])
+def test_reference_expressions_equal_its_double_loops(length: float) -> None:
+    """What the losses are held to below is what the equations say, term by term."""
+    q, k, queue = (length * x for x in batch(5, 4, 7))
+    for alpha in (1, 1.5, 2, 3):
+        assert reference.align(q, k, alpha).item() == pytest.approx(
+            reference.loop_align(q, k, alpha), rel=1e-12
+        )
+    for t in (0.5, 2, 100):
+        assert reference.uniform(q, t).item() == pytest.approx(
+            reference.loop_uniform(q, t), rel=1e-12
+        )
+        for intra_batch in (True, False):
+            assert reference.uniform_with_queue(q, queue, t, intra_batch).item() == pytest.approx(
+                reference.loop_uniform_with_queue(q, queue, t, intra_batch), rel=1e-12
+            )
+    for tau in (0.07, 0.2, 1.0):
+        assert reference.info_nce(q, k, queue, tau).item() == pytest.approx(
+            reference.loop_info_nce(q, k, queue, tau), rel=1e-12
+        )
+
+
+# -------------------------------------------------------------------- value and gradient, exactly
+
+
+@each_loss
+@each_dtype
+@pytest.mark.parametrize(("n", "c", "size"), [(2, 2, 1), (7, 5, 11), (33, 64, 300)])
+def test_value_and_gradient_equal_the_reference(
+    name: str, dtype: torch.dtype, tolerance: float, n: int, c: int, size: int
+) -> None:
+    assert_equals_reference(name, *(x.to(dtype) for x in batch(n, c, size)), tolerance)
+
+
+@each_loss
+@each_dtype
+def test_equations_hold_for_rows_of_any_length(
+    name: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """On non-unit rows 2 - 2<x, y> is not a squared distance, in value or in radial gradient."""
+    lengths = torch.linspace(0.5, 1.5, 9, dtype=torch.float64)
+    q, k, queue = batch(9, 6, 9)
+    q, k, queue = q * lengths[:, None], k * lengths.flip(0)[:, None], queue * lengths
+    assert_equals_reference(name, q.to(dtype), k.to(dtype), queue.to(dtype), tolerance)
+
+
+@each_queue_loss
+@each_dtype
+@pytest.mark.parametrize("size", [1, 2048, 4097, 5000])
+def test_queue_size_need_not_fill_whole_blocks(
+    name: str, dtype: torch.dtype, tolerance: float, size: int
+) -> None:
+    assert_equals_reference(name, *(x.to(dtype) for x in batch(3, 8, size)), tolerance)
+
+
+@pytest.mark.parametrize("name", ["uniform default", *QUEUE_LOSSES])
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8])
+def test_block_size_does_not_change_the_result(
+    name: str, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of one row too, where a row's first block holds nothing but the row itself."""
+    monkeypatch.setattr("align_uniform.losses.BLOCK_SIZE", block_size)
+    assert_equals_reference(name, *batch(7, 4, 10), 1e-10)
+
+
+def test_in_batch_pairs_span_several_blocks() -> None:
+    """More rows than one internal block, the last block being a single row."""
+    q, k, queue = batch(2049, 3, 5)
+    assert_equals_reference("uniform default", q, k, queue, 1e-10)
+    assert_equals_reference("queue default", q, k, queue, 1e-10)
+
+
+@each_loss
+def test_gradcheck(name: str) -> None:
+    """Holds on rows of any length: gradients are those of the equation, radial part included."""
+    q, k, queue = batch(4, 3, 5)
+    q = (1.3 * q).requires_grad_()
+    k = k.requires_grad_(name.startswith(("align", "contrastive")))
+    loss, _ = LOSSES[name]
+    assert torch.autograd.gradcheck(lambda q, k: loss(q, k, queue), (q, k))
+
+
+@each_loss
+def test_incoming_gradient_scales_the_gradient_and_backward_can_be_repeated(name: str) -> None:
+    """The queue terms take their gradient in the forward pass; weights of the loss come later."""
+    q, k, queue = batch(5, 4, 6)
+    q.requires_grad_()
+    value = LOSSES[name][0](q, k, queue)
+    (once,) = torch.autograd.grad(value, q, retain_graph=True)
+    (weighted,) = torch.autograd.grad(-3.5 * value, q, retain_graph=True)
+    (again,) = torch.autograd.grad(value, q)
+    torch.testing.assert_close(weighted, -3.5 * once)
+    torch.testing.assert_close(again, once, rtol=0, atol=0)
+
+
+@each_loss
+def test_value_is_the_same_without_gradient(name: str) -> None:
+    q, k, queue = batch(5, 4, 6)
+    loss, _ = LOSSES[name]
+    plain = loss(q, k, queue)
+    assert not plain.requires_grad
+    with_gradient = loss(q.clone().requires_grad_(), k, queue)
+    assert with_gradient.requires_grad
+    torch.testing.assert_close(with_gradient.detach(), plain)
+    with torch.no_grad():
+        assert not loss(q.clone().requires_grad_(), k, queue).requires_grad
+
+
+@each_loss
+def test_inputs_are_left_as_they_were(name: str) -> None:
+    inputs = batch(5, 4, 6)
+    before = [x.clone() for x in inputs]
+    value_and_gradients(LOSSES[name][0], *inputs)
+    for x, unchanged in zip(inputs, before, strict=True):
+        assert torch.equal(x, unchanged)
+
+
+@each_queue_loss
+def test_queue_may_be_overwritten_before_backward(name: str) -> None:
+    """MoCo enqueues between forward and backward, and the losses keep no copy of the queue."""
+    q, k, queue = batch(5, 4, 6)
+    _, (expected, _) = value_and_gradients(LOSSES[name][1], q, k, queue)
+    q.requires_grad_()
+    value = LOSSES[name][0](q, k, queue)
+    queue.zero_()
+    value.backward()
+    torch.testing.assert_close(q.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+@each_queue_loss
+def test_queue_storage_order_does_not_matter(name: str) -> None:
+    """(C, K) contiguous, or the transpose of a (K, C) tensor as the MoCo module stores it."""
+    q, k, queue = (x.float() for x in batch(6, 8, 300))
+    rows_in_memory = queue.t().contiguous().t()
+    assert queue.is_contiguous() and not rows_in_memory.is_contiguous()
+    value, gradients = value_and_gradients(LOSSES[name][0], q, k, queue)
+    value_t, gradients_t = value_and_gradients(LOSSES[name][0], q, k, rows_in_memory)
+    torch.testing.assert_close(value_t, value)
+    torch.testing.assert_close(gradients_t, gradients)
+
+
+# ------------------------------------------------------------------------------- mixed precision
+
+
+@each_loss
+def test_autocast_leaves_float32_input_in_float32(name: str) -> None:
+    """Value and gradient under bf16 autocast are the float32 ones, to the last bit."""
+    q, k, queue = (x.float() for x in batch(16, 32, 200))
+    loss, _ = LOSSES[name]
+    value, gradients = value_and_gradients(loss, q, k, queue)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (q @ queue).dtype == torch.bfloat16  # autocast is in force
+        cast_value, cast_gradients = value_and_gradients(loss, q, k, queue)
+    assert cast_value.dtype == torch.float32
+    torch.testing.assert_close(cast_value, value, rtol=0, atol=0)
+    torch.testing.assert_close(cast_gradients, gradients, rtol=0, atol=0)
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_input_is_computed_in_float32(
+    name: str, dtype: torch.dtype, autocast: bool
+) -> None:
+    """The value equals the reference of the rounded numbers; gradients have the input's type."""
+    q, k, queue = (x.to(dtype) for x in batch(16, 32, 200))
+    loss, expected_loss = LOSSES[name]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        value, gradients = value_and_gradients(loss, q, k, queue)
+    expected, wanted = value_and_gradients(expected_loss, q.double(), k.double(), queue.double())
+    assert value.dtype == torch.float32
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for gradient, target in zip(gradients, wanted, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(
+            gradient.double(), target, rtol=8e-3, atol=1e-4 * target.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_queue_of_another_type_is_cast_to_the_queries_type(kind: torch.dtype) -> None:
+    q, k, queue = (x.float() for x in batch(6, 8, 30))
+    other = queue.to(kind)
+    for name in QUEUE_LOSSES:
+        value = LOSSES[name][0](q, k, other)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, LOSSES[name][0](q, k, other.float()))
+
+
+# ----------------------------------------------------------------------------------- known values
+
+
+@each_dtype
+@pytest.mark.parametrize("t", [0.5, 2, 3])
+def test_uniform_known_values(dtype: torch.dtype, tolerance: float, t: float) -> None:
+    """Collapsed 0, an antipodal pair -4t, an orthogonal pair -2t, in the batch and in the queue."""
+    e1, e2 = torch.eye(2, 4, dtype=dtype)
+    for other, value in ((e1, 0.0), (-e1, -4 * t), (e2, -2 * t)):
+        pair = torch.stack([e1, other])
+        assert uniform_loss(pair, t).item() == pytest.approx(value, abs=10 * tolerance)
+        against_queue = uniform_loss_with_queue(e1[None], other[:, None].expand(4, 3), t)
+        assert against_queue.item() == pytest.approx(value, abs=10 * tolerance)
+
+
+def test_collapsed_random_direction_is_zero() -> None:
+    """Rounding of |x|^2 + |y|^2 - 2<x, y> does not show where every distance is 0."""
+    q = unit_rows(1, 128).float().expand(64, 128)
+    assert align_loss(q, q).item() == 0
+    assert uniform_loss(q).item() == pytest.approx(0, abs=5e-6)
+    assert uniform_loss_with_queue(q, q.t()).item() == pytest.approx(0, abs=5e-6)
+
+
+@pytest.mark.parametrize("alpha", [1, 1.5, 2, 3])
+def test_align_known_values(alpha: float) -> None:
+    """Coincident 0, orthogonal 2^(alpha/2), antipodal 2^alpha."""
+    x = torch.eye(3, 4, dtype=torch.float64)
+    assert align_loss(x, x, alpha).item() == 0
+    assert align_loss(x, x.roll(1, dims=0), alpha).item() == pytest.approx(2 ** (alpha / 2))
+    assert align_loss(x, -x, alpha).item() == pytest.approx(2**alpha)
+
+
+def test_contrastive_known_values() -> None:
+    """All similarities equal: log(K + 1). Queue orthogonal to q = k: log(1 + K exp(-1/tau))."""
+    e1, e2 = torch.eye(2, 4, dtype=torch.float64)
+    q = e1.expand(3, 4)
+    same, orthogonal = e1[:, None].expand(4, 7), e2[:, None].expand(4, 7)
+    assert contrastive_loss(q, q, same, tau=0.2).item() == pytest.approx(math.log(8))
+    expected = math.log1p(7 * math.exp(-1 / 0.2))
+    assert contrastive_loss(q, q, orthogonal, tau=0.2).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("t", "value"), [(2, -3.938), (3, -5.860)])
+def test_random_queue_of_128_dimensions(t: float, value: float) -> None:
+    """What MoCo's first step prints: queries against the random queue it starts from."""
+    q, queue = unit_rows(64, 128, seed=1).float(), unit_rows(16384, 128, seed=2).float().t()
+    for intra_batch in (True, False):
+        loss = uniform_loss_with_queue(q, queue, t, intra_batch).item()
+        assert loss == pytest.approx(value, abs=3e-3)
+        assert loss == pytest.approx(uniformity_infimum(128, t), abs=3e-3)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("t", [1.0, 2.0])
+def test_each_intra_batch_pair_counts_once(n: int, t: float) -> None:
+    """A single key opposite to all queries, so that the batch's own pairs make up the sum."""
+    q = F.normalize(torch.eye(n, 4, dtype=torch.float64) * 0.1 + torch.eye(4)[3].double(), dim=1)
+    key = -torch.eye(4, dtype=torch.float64)[3]
+    pairs = n * (n - 1) / 2
+    to_key = math.exp(-t * (q[0] - key).square().sum().item())
+    to_query = math.exp(-t * (q[0] - q[1]).square().sum().item())
+    expected = math.log((n * to_key + pairs * to_query) / (n + pairs))
+    twice = math.log((n * to_key + 2 * pairs * to_query) / (n + 2 * pairs))
+    assert abs(expected - twice) > 0.1  # else this test would show nothing
+    assert uniform_loss_with_queue(q, key[:, None], t).item() == pytest.approx(expected, rel=1e-12)
+    without = uniform_loss_with_queue(q, key[:, None], t, intra_batch=False).item()
+    assert without == pytest.approx(math.log(to_key), rel=1e-12)
+
+
+def test_one_query_has_no_intra_batch_pair() -> None:
+    """Eq. 22 at N = 1 is Eq. 21, in value and in gradient."""
+    q, k, queue = batch(1, 8, 50)
+    assert_equals_reference("queue default", q, k, queue, 1e-10)
+    with_pairs = value_and_gradients(lambda q, *_: uniform_loss_with_queue(q, queue), q, k, queue)
+    without = value_and_gradients(
+        lambda q, *_: uniform_loss_with_queue(q, queue, intra_batch=False), q, k, queue
+    )
+    torch.testing.assert_close(with_pairs, without, rtol=0, atol=0)
+
+
+def test_contrastive_rank_counts_the_more_similar_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a double loop, over several blocks; a tie is not "more similar"."""
+    monkeypatch.setattr("align_uniform.losses.BLOCK_SIZE", 64)
+    q, k, queue = batch(9, 3, 201)
+    own = (q * k).sum(dim=1)
+    expected = [
+        sum((q[i] @ queue[:, j]).item() > own[i].item() for j in range(queue.shape[1]))
+        for i in range(len(q))
+    ]
+    assert contrastive_rank(q, k, queue).tolist() == expected
+    assert max(expected) > 0
+    e1, e2 = torch.eye(2)
+    ties = torch.stack([e1, e2, e1], dim=1)
+    assert contrastive_rank(e1[None], e1[None], ties).tolist() == [0]
+    assert contrastive_rank(e1[None], e2[None], ties).tolist() == [2]
+
+
+# ---------------------------------------------------------------- numerics that upstream gets wrong
+
+
+@pytest.mark.parametrize("alpha", [1, 1.5, 2, 3])
+def test_align_is_finite_for_coincident_float32_rows(alpha: float) -> None:
+    """(2 - 2<q, k>)^(alpha/2) is NaN there, as <q, q> rounds to more than 1 in some of the rows."""
+    q = unit_rows(256, 128).float()
+    squared = 2 - 2 * (q * q).sum(dim=1)
+    assert squared.min() < 0  # the trap is there
+    if alpha != 2:
+        assert squared.pow(alpha / 2).mean().isnan()  # and the formula falls into it
+
+    x, y = q.clone().requires_grad_(), q.clone().requires_grad_()
+    loss = align_loss(x, y, alpha)
+    loss.backward()
+    assert loss.item() == 0
+    for gradient in (x.grad, y.grad):
+        assert gradient.isfinite().all()
+        assert gradient.norm(dim=1).max() <= 1.01 / len(q)  # at most the slope of alpha = 1
+
+
+@each_dtype
+def test_large_t_is_finite(dtype: torch.dtype, tolerance: float) -> None:
+    """exp(-100 d^2) is 0 in float32 for all pairs of random features, and the log of 0 is -inf."""
+    q, _, queue = (x.to(dtype) for x in batch(32, 128, 500))
+    if dtype == torch.float32:
+        assert (-100 * torch.pdist(q).square()).exp().mean().log() == -math.inf
+
+    for loss, expected_loss in (
+        (lambda q, *_: uniform_loss(q, 100), lambda q, *_: reference.uniform(q, 100)),
+        (
+            lambda q, _, queue: uniform_loss_with_queue(q, queue, 100),
+            lambda q, _, queue: reference.uniform_with_queue(q, queue, 100),
+        ),
+    ):
+        value, (gradient, _) = value_and_gradients(loss, q, q, queue)
+        expected, (wanted, _) = value_and_gradients(
+            expected_loss, q.double(), q.double(), queue.double()
+        )
+        assert value.item() == pytest.approx(expected.item(), rel=tolerance)
+        # The weights of the pairs are exp(rounding of 100 d^2), hence about 100 times less exact.
+        error = (gradient.double() - wanted).abs().max()
+        assert error <= 100 * tolerance * wanted.abs().max()
+
+
+@each_dtype
+def test_features_that_were_not_normalised_are_finite(dtype: torch.dtype, tolerance: float) -> None:
+    """768 dimensions of scale 30: squared distances of a million, far below what exp can show."""
+    generator = torch.Generator().manual_seed(0)
+    q = (30 * torch.randn(16, 768, generator=generator)).to(dtype)
+    queue = (30 * torch.randn(768, 100, generator=generator)).to(dtype)
+    assert (-2 * torch.cdist(q.double(), queue.t().double()).square()).exp().sum() == 0
+    for value, expected in (
+        (uniform_loss(q), reference.uniform(q)),
+        (uniform_loss_with_queue(q, queue), reference.uniform_with_queue(q, queue)),
+        (
+            uniform_loss_with_queue(q, queue, intra_batch=False),
+            reference.uniform_with_queue(q, queue, intra_batch=False),
+        ),
+    ):
+        assert value.item() == pytest.approx(expected.item(), rel=tolerance)
+    q.requires_grad_()
+    (uniform_loss(q) + uniform_loss_with_queue(q, queue)).backward()
+    assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tau", [0.07, 0.005])
+@pytest.mark.parametrize("size", [1, 300])
+def test_small_temperature(tau: float, size: int) -> None:
+    """exp(1 / 0.005) is beyond float32. Errors are measured by 1 / tau, the size of the logits: a
+    loss that is nearly 0 is a small difference of large numbers.
+    """
+    q, k, queue = (x.float() for x in batch(8, 16, size))
+    value, gradients = value_and_gradients(
+        lambda q, k, queue: contrastive_loss(q, k, queue, tau), q, k, queue
+    )
+    expected, wanted = value_and_gradients(
+        lambda q, k, queue: reference.info_nce(q, k, queue, tau),
+        *(x.double() for x in (q, k, queue)),
+    )
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6 / tau)
+    for gradient, target in zip(gradients, wanted, strict=True):
+        assert (gradient.double() - target).abs().max().item() <= 1e-5 / tau
+
+
+@each_loss
+def test_nan_shows_in_the_loss(name: str) -> None:
+    """The trainer stops on a non-finite loss, so none of the sweeps may swallow one."""
+    for spoilt in range(3):
+        inputs = [x.clone() for x in batch(5, 4, 6)]
+        inputs[spoilt][2, 1] = math.nan
+        depends = {
+            "align": (True, True, False),
+            "uniform": (True, False, False),
+            "queue": (True, False, True),
+            "contrastive": (True, True, True),
+        }[name.split()[0]][spoilt]
+        assert LOSSES[name][0](*inputs).isnan().item() == depends
+
+
+@pytest.mark.slow
+def test_uniform_loss_beyond_the_old_limit_of_pdist() -> None:
+    """torch.pdist failed past 46,341 rows, and holds all 1.08e9 distances (4.3 GB) at once."""
+    x = unit_rows(46_500, 2).float().requires_grad_()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+    loss = uniform_loss(x)
+    loss.backward()
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert loss.item() == pytest.approx(uniformity(x.detach()), rel=1e-5)
+    assert loss.item() == pytest.approx(uniformity_infimum(2, 2), abs=1e-3)
+    assert x.grad.isfinite().all()
+    assert growth < 2 * 1024**2
+
+
+# -------------------------------------------------------------------------------------- refusals
+
+ROWS = torch.eye(4, 8)
+KEYS = torch.eye(8, 5)
+
+REFUSED: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "align: fewer rows in y": (
+        lambda: align_loss(ROWS, ROWS[:3]),
+        r"^y .*expected shape \(4, 8\), got \(3, 8\)",
+    ),
+    "align: a y that would broadcast": (
+        lambda: align_loss(ROWS, ROWS[:1]),
+        r"^y .*expected shape \(4, 8\), got \(1, 8\)",
+    ),
+    "align: another dimension": (
+        lambda: align_loss(ROWS, ROWS[:, :7]),
+        r"^y .*expected shape \(4, 8\), got \(4, 7\)",
+    ),
+    "align: 1-d": (lambda: align_loss(ROWS[0], ROWS[0]), r"^x .*\(N, C\).*got \(8,\)"),
+    "align: 3-d": (lambda: align_loss(ROWS[None], ROWS[None]), r"^x .*\(N, C\).*got \(1, 4, 8\)"),
+    "align: no rows": (lambda: align_loss(ROWS[:0], ROWS[:0]), r"^x .*\(N, C\).*got \(0, 8\)"),
+    "align: integers": (
+        lambda: align_loss(ROWS.long(), ROWS.long()),
+        r"^x .*floating-point.*got torch\.int64",
+    ),
+    "align: integer y": (
+        lambda: align_loss(ROWS, ROWS.long()),
+        r"^y .*floating-point.*got torch\.int64",
+    ),
+    "align: list": (lambda: align_loss(ROWS.tolist(), ROWS), r"^x .*tensor.*got list"),
+    "uniform: one row": (lambda: uniform_loss(ROWS[:1]), r"at least 2 rows.*got 1"),
+    "uniform: no rows": (lambda: uniform_loss(ROWS[:0]), r"^x .*\(N, C\).*got \(0, 8\)"),
+    "uniform: 1-d": (lambda: uniform_loss(ROWS[0]), r"^x .*\(N, C\).*got \(8,\)"),
+    "uniform: 3-d": (lambda: uniform_loss(ROWS[None]), r"^x .*\(N, C\).*got \(1, 4, 8\)"),
+    "uniform: integers": (
+        lambda: uniform_loss(ROWS.int()),
+        r"^x .*floating-point.*got torch\.int32",
+    ),
+    "queue: rows for columns": (
+        lambda: uniform_loss_with_queue(ROWS, KEYS.t()),
+        r"^queue .*\(C, K\).*C = 8.*got \(5, 8\)",
+    ),
+    "queue: 1-d": (
+        lambda: uniform_loss_with_queue(ROWS, KEYS[:, 0]),
+        r"^queue .*\(C, K\).*got \(8,\)",
+    ),
+    "queue: empty": (
+        lambda: uniform_loss_with_queue(ROWS, KEYS[:, :0]),
+        r"^queue .*K >= 1.*got \(8, 0\)",
+    ),
+    "queue: integers": (
+        lambda: uniform_loss_with_queue(ROWS, KEYS.long()),
+        r"^queue .*floating-point.*got torch\.int64",
+    ),
+    "queue: requires a gradient": (
+        lambda: uniform_loss_with_queue(ROWS, KEYS.clone().requires_grad_()),
+        r"^queue must not require a gradient",
+    ),
+    "queue: 1-d q": (
+        lambda: uniform_loss_with_queue(ROWS[0], KEYS),
+        r"^q .*\(N, C\).*got \(8,\)",
+    ),
+    "queue: no q": (
+        lambda: uniform_loss_with_queue(ROWS[:0], KEYS),
+        r"^q .*\(N, C\).*got \(0, 8\)",
+    ),
+    "queue: integer q": (
+        lambda: uniform_loss_with_queue(ROWS.long(), KEYS),
+        r"^q .*floating-point.*got torch\.int64",
+    ),
+    "contrastive: fewer rows in k": (
+        lambda: contrastive_loss(ROWS, ROWS[:3], KEYS, 0.2),
+        r"^k .*expected shape \(4, 8\), got \(3, 8\)",
+    ),
+    "contrastive: 1-d q": (
+        lambda: contrastive_loss(ROWS[0], ROWS[0], KEYS, 0.2),
+        r"^q .*\(N, C\).*got \(8,\)",
+    ),
+    "contrastive: no q": (
+        lambda: contrastive_loss(ROWS[:0], ROWS[:0], KEYS, 0.2),
+        r"^q .*\(N, C\).*got \(0, 8\)",
+    ),
+    "contrastive: integers": (
+        lambda: contrastive_loss(ROWS.long(), ROWS.long(), KEYS, 0.2),
+        r"^q .*floating-point.*got torch\.int64",
+    ),
+    "contrastive: queue of another C": (
+        lambda: contrastive_loss(ROWS, ROWS, KEYS[:7], 0.2),
+        r"^queue .*C = 8.*got \(7, 5\)",
+    ),
+    "contrastive: queue requires a gradient": (
+        lambda: contrastive_loss(ROWS, ROWS, KEYS.clone().requires_grad_(), 0.2),
+        r"^queue must not require a gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_by_name(case: str) -> None:
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("value", [0, -1, -0.5, math.nan, math.inf, None, "2"])
+def test_scalars_must_be_positive_numbers(value: float) -> None:
+    calls = {
+        "alpha": [lambda: align_loss(ROWS, ROWS, alpha=value)],
+        "t": [
+            lambda: uniform_loss(ROWS, t=value),
+            lambda: uniform_loss_with_queue(ROWS, KEYS, t=value),
+            lambda: uniform_loss_with_queue(ROWS, KEYS, t=value, intra_batch=False),
+        ],
+        "tau": [lambda: contrastive_loss(ROWS, ROWS, KEYS, tau=value)],
+    }
+    for name, calls_with_it in calls.items():
+        for call in calls_with_it:
+            with pytest.raises(ValueError, match=f"^{name} .*positive.*got {value!r}$"):
+                call()
+
+
+def test_alpha_below_one_is_for_values_only() -> None:
+    """Its slope is infinite where a pair coincides: no gradient, whichever side asks for it."""
+    q, k, _ = batch(6, 4, 1)
+    message = r"alpha=0\.5 .*alpha >= 1"
+    with pytest.raises(ValueError, match=message):
+        align_loss(q.clone().requires_grad_(), k, alpha=0.5)
+    with pytest.raises(ValueError, match=message):
+        align_loss(q, k.clone().requires_grad_(), alpha=0.5)
+
+    expected = reference.align(q, k, alpha=0.5)
+    torch.testing.assert_close(align_loss(q, k, alpha=0.5), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(align_loss(q.requires_grad_(), k, alpha=0.5), expected)
+
+
+# ------------------------------------------------------------------------- what holds for any input
+
+# Reproducible, since CI must not fail by chance; shapes and exponents are what hypothesis picks.
+property_test = settings(max_examples=40, deadline=None, derandomize=True)
+seeds = st.integers(0, 10_000)
+few = st.integers(2, 9)
+alphas = st.floats(0.25, 4)
+ts = st.floats(0.1, 20)
+
+
+def assert_same(
+    before: tuple[Tensor, Tensor, Tensor], after: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Every loss has the same value on both."""
+    for loss, _ in LOSSES.values():
+        torch.testing.assert_close(loss(*after), loss(*before), rtol=1e-9, atol=1e-10)
+
+
+@property_test
+@given(n=few, c=few, size=few, seed=seeds)
+def test_rotation_changes_nothing(n: int, c: int, size: int, seed: int) -> None:
+    q, k, queue = batch(n, c, size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(torch.randn(c, c, dtype=torch.float64, generator=generator))
+    assert_same((q, k, queue), (q @ rotation.t(), k @ rotation.t(), rotation @ queue))
+
+
+@property_test
+@given(n=few, c=few, size=few, seed=seeds)
+def test_order_of_rows_and_of_queue_columns_changes_nothing(
+    n: int, c: int, size: int, seed: int
+) -> None:
+    q, k, queue = batch(n, c, size, seed)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(n, generator=generator)
+    columns = torch.randperm(size, generator=generator)
+    assert_same((q, k, queue), (q[rows], k[rows], queue[:, columns]))
+
+
+@property_test
+@given(n=few, c=few, seed=seeds, alpha=alphas)
+def test_align_is_symmetric(n: int, c: int, seed: int, alpha: float) -> None:
+    q, k, _ = batch(n, c, 1, seed)
+    torch.testing.assert_close(align_loss(q, k, alpha), align_loss(k, q, alpha))
+
+
+@property_test
+@given(n=few, c=few, size=few, seed=seeds, alpha=alphas, t=ts)
+def test_published_ranges(n: int, c: int, size: int, seed: int, alpha: float, t: float) -> None:
+    """align in [0, 2^alpha], uniform in [-4t, 0], InfoNCE >= 0, for pairs near and far."""
+    slack = 1e-9
+    q, k, queue = batch(n, c, size, seed)
+    for other in (k, -k, unit_rows(n, c, seed + 3), q, -q):
+        assert -slack <= align_loss(q, other, alpha).item() <= 2**alpha + slack
+        assert contrastive_loss(q, other, queue, tau=0.2).item() >= -slack
+    values = [uniform_loss(q, t), uniform_loss(torch.cat([q, -q]), t)]
+    for keys in (queue, q.t(), -q.t()):
+        values += [uniform_loss_with_queue(q, keys, t, intra) for intra in (True, False)]
+    for value in values:
+        assert -4 * t - slack <= value.item() <= slack
+
+
+@property_test
+@given(n=few, size=few, seed=seeds, t=ts)
+def test_queue_loss_lies_between_its_two_parts(n: int, size: int, seed: int, t: float) -> None:
+    """Eq. 22 is the log of a weighted mean of Eq. 21's mean and of uniform_loss's."""
+    q, _, queue = batch(n, 4, size, seed)
+    to_queue = uniform_loss_with_queue(q, queue, t, intra_batch=False).item()
+    within = uniform_loss(q, t).item()
+    both = uniform_loss_with_queue(q, queue, t).item()
+    assert min(to_queue, within) - 1e-9 <= both <= max(to_queue, within) + 1e-9
+    pairs = n * (n - 1) / 2
+    mean = (n * size * math.exp(to_queue) + pairs * math.exp(within)) / (n * size + pairs)
+    assert both == pytest.approx(math.log(mean), abs=1e-9)
+
+
+@each_loss
+def test_a_step_down_the_gradient_lowers_the_loss(name: str) -> None:
+    """On the sphere, as it is trained: through the normalisation."""
+    q, k, queue = (x.float() for x in batch(12, 8, 40, seed=3))
+    loss, _ = LOSSES[name]
+    features = (2 * q).requires_grad_()
+    before = loss(F.normalize(features, dim=1), k, queue)
+    (gradient,) = torch.autograd.grad(before, features)
+    assert gradient.norm() > 0
+    with torch.no_grad():
+        after = loss(F.normalize(features - 0.1 * gradient, dim=1), k, queue)
+    assert after < before

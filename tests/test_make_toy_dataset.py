@@ -1,0 +1,128 @@
+"""The toy generator: same bytes for the same arguments, and care with folders."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "make_toy_dataset.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("make_toy_dataset", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toy = load_script()
+SMALL = {"train_per_class": 3, "val_per_class": 2, "size": 24}
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.jpg"))}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("toy") / "new" / "folder"
+    assert toy.make_dataset(out, **SMALL)
+    return out
+
+
+def test_two_runs_give_the_same_bytes(made, tmp_path):
+    toy.make_dataset(tmp_path, **SMALL)
+    assert files(tmp_path) == files(made)
+
+
+def test_asking_for_more_keeps_the_first_images(made, tmp_path):
+    toy.make_dataset(tmp_path, **SMALL | {"train_per_class": 4, "val_per_class": 1})
+    few, more = files(made), files(tmp_path)
+    assert all(more[name] == few[name] for name in few if not name.endswith("00001.jpg")
+               or name.startswith("train"))
+    assert len(more) == len(toy.TEXTURES) * 5
+
+
+def test_no_image_comes_twice(made):
+    assert len(set(files(made).values())) == len(files(made))
+
+
+def test_another_seed_gives_other_images():
+    first, other = (toy.make_image("dots", 24, seed, "train", 0)[0] for seed in (0, 1))
+    assert first.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize("split", toy.SPLITS)
+def test_is_an_image_folder_of_rgb_jpegs(made, split):
+    dataset = ImageFolder(made / split)
+    assert dataset.classes == sorted(toy.TEXTURES)
+    assert len(dataset.classes) >= 10
+    assert len(dataset) == len(toy.TEXTURES) * SMALL[f"{split}_per_class"]
+    for path, _ in dataset.samples:
+        with Image.open(path) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (24, 24))
+
+
+@pytest.mark.parametrize("name", toy.TEXTURES)
+def test_each_texture_has_ink_and_paper(name):
+    ink = toy.ink_map(toy.TEXTURES[name], 64, toy.np.random.default_rng(0))
+    assert ink.shape == (64, 64)
+    assert 0.1 < ink.mean() < 0.9
+    assert ink.min() == 0 and ink.max() == 1
+
+
+def test_a_finished_folder_is_used_again(made, monkeypatch, capsys):
+    def no_image(*args):
+        raise AssertionError("made an image anew")
+
+    monkeypatch.setattr(toy, "make_image", no_image)
+    toy.main([str(made), "--train-per-class", "3", "--val-per-class", "2", "--size", "24"])
+    assert capsys.readouterr().out.startswith("reusing 12 classes x (3 train + 2 val)")
+
+
+def test_other_settings_are_refused(made):
+    before = files(made)
+    with pytest.raises(FileExistsError, match="other settings"):
+        toy.make_dataset(made, **SMALL | {"seed": 1})
+    assert files(made) == before
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "mine.jpg").write_bytes(b"mine")
+    with pytest.raises(SystemExit, match="not empty"):
+        toy.main([str(tmp_path)])
+    assert files(tmp_path) == {"train/mine.jpg": b"mine"}
+
+
+def test_a_cut_off_run_is_started_over(made, tmp_path, monkeypatch):
+    make_image, calls = toy.make_image, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) > 20:
+            raise KeyboardInterrupt
+        return make_image(*args)
+
+    monkeypatch.setattr(toy, "make_image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        toy.make_dataset(tmp_path, **SMALL)
+    assert not (tmp_path / "toy.json").exists()
+    (tmp_path / "train" / "stripes" / "00000.jpg").write_bytes(b"half an ima")
+
+    monkeypatch.setattr(toy, "make_image", make_image)
+    assert toy.make_dataset(tmp_path, **SMALL)
+    assert files(tmp_path) == files(made)
+    assert json.loads((tmp_path / "toy.json").read_text())["per_class"] == {"train": 3, "val": 2}
+
+
+@pytest.mark.parametrize("flags", [["--size", "8"], ["--val-per-class", "0"], ["--seed", "-1"]])
+def test_bad_arguments(tmp_path, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        toy.main([str(tmp_path / "out"), *flags])
+    assert stop.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,366 @@
+"""Alignment and uniformity of whole feature sets, and the bound they are read against.
+
+Held to the double loops of reference.py, to sets of points whose pairs can be counted by hand, and
+to scipy's hypergeometric and Bessel functions.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import reference
+import scipy.special
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from align_uniform import uniform_loss
+from align_uniform.bounds import uniformity_infimum
+from align_uniform.metrics import alignment, uniformity
+
+HALF = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, *HALF]
+
+
+def unit_rows(n: int, c: int, seed: int = 0) -> Tensor:
+    """(n, c) float64 rows, uniformly distributed on the sphere."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, c, dtype=torch.float64, generator=generator), dim=1)
+
+
+def circle(n: int) -> Tensor:
+    """n points at equal distances on the circle, (n, 2) float64."""
+    angle = torch.arange(n, dtype=torch.float64) * (2 * math.pi / n)
+    return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+
+def axes(c: int, copies: int) -> Tensor:
+    """`copies` points at each of +-e_1 .. +-e_c, (2 * c * copies, c) float32."""
+    e = torch.eye(c)
+    return torch.cat([e, -e]).repeat(copies, 1)
+
+
+def axes_uniformity(c: int, copies: int, t: float) -> float:
+    """Its pairs by hand: coincident, antipodal (squared distance 4) and orthogonal (2)."""
+    points = 2 * c * copies
+    coincident = 2 * c * copies * (copies - 1) / 2
+    antipodal = c * copies**2
+    pairs = points * (points - 1) / 2
+    orthogonal = pairs - coincident - antipodal
+    total = coincident + antipodal * math.exp(-4 * t) + orthogonal * math.exp(-2 * t)
+    return math.log(total / pairs)
+
+
+# -------------------------------------------------------------------------------- double loops
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("n", [2, 3, 12])
+def test_metrics_equal_the_double_loops(dtype: torch.dtype, tolerance: float, n: int) -> None:
+    x, y = unit_rows(n, 5, seed=1).to(dtype), unit_rows(n, 5, seed=2).to(dtype)
+    for alpha in (0.5, 1, 2, 3):
+        value = alignment(x, y, alpha)
+        assert type(value) is float
+        assert value == pytest.approx(reference.loop_align(x, y, alpha), rel=tolerance)
+    for t in (0.5, 2, 3):
+        value = uniformity(x, t)
+        assert type(value) is float
+        assert value == pytest.approx(reference.loop_uniform(x, t), rel=tolerance)
+    assert alignment(x, y) == alignment(x, y, alpha=2)
+    assert uniformity(x) == uniformity(x, t=2)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_rows_are_measured_as_they_are(dtype: torch.dtype) -> None:
+    """Rounded rows are off the sphere by their rounding, which is neither refused nor mended."""
+    x, y = unit_rows(40, 128, seed=1).to(dtype), unit_rows(40, 128, seed=2).to(dtype)
+    assert alignment(x, y, 2) == pytest.approx(reference.align(x, y, 2).item(), rel=1e-6)
+    assert uniformity(x, 2) == pytest.approx(reference.uniform(x, 2).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_normalised_rows_of_every_type_are_accepted(dtype: torch.dtype) -> None:
+    """Normalised before or after the cast, in any dimension."""
+    for c in (2, 16, 128, 2048):
+        x = unit_rows(200, c)
+        for rows in (x.to(dtype), F.normalize(x.to(dtype), dim=1)):
+            assert alignment(rows, rows) == 0
+            assert uniformity(rows) == pytest.approx(uniformity(x), abs=2e-2)
+
+
+def test_autocast_does_not_change_the_metrics() -> None:
+    """An encoder is often measured under autocast, which would round the products to bf16."""
+    x, y = unit_rows(200, 16, seed=1).float(), unit_rows(200, 16, seed=2).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = uniformity(x), alignment(x, y)
+    assert values == (uniformity(x), alignment(x, y))
+
+
+def test_metrics_keep_no_graph() -> None:
+    """Features that carry a graph, in views of other memory order, cost no memory for backward."""
+    x = unit_rows(9, 4)
+    strided = x.t().contiguous().t().requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda index: saved[index]):
+        values = uniformity(strided), alignment(strided, x.flip(0))
+    assert not saved
+    assert values == pytest.approx((uniformity(x), alignment(x, x.flip(0))), rel=1e-12)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 32, 99, 100, 101, 5000])
+@pytest.mark.parametrize("t", [2, 100])
+def test_block_size_does_not_change_uniformity(block_size: int, t: float) -> None:
+    """Blocks of one row, a last block of one row, one block for all."""
+    x = unit_rows(100, 8).float()
+    expected = reference.uniform(x, t).item()
+    assert uniformity(x, t, block_size=block_size) == pytest.approx(expected, rel=1e-6)
+
+
+def test_metrics_equal_the_losses() -> None:
+    """The same quantity, whether trained or measured."""
+    x = unit_rows(300, 16).float()
+    assert uniformity(x, t=3) == pytest.approx(uniform_loss(x, t=3).item(), rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------- known values
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("t", [0.5, 2, 100])
+def test_uniformity_known_values(dtype: torch.dtype, t: float) -> None:
+    """Collapsed 0, an antipodal pair -4t, orthogonal rows -2t."""
+    e = torch.eye(3, 5, dtype=dtype)
+    assert uniformity(e[:1].expand(50, 5), t) == pytest.approx(0, abs=1e-9)
+    assert uniformity(torch.stack([e[0], -e[0]]), t) == pytest.approx(-4 * t)
+    assert uniformity(e, t) == pytest.approx(-2 * t)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha", [0.5, 1, 2, 3])
+def test_alignment_known_values(dtype: torch.dtype, alpha: float) -> None:
+    """Coincident 0, orthogonal 2^(alpha/2), antipodal 2^alpha."""
+    e = torch.eye(3, 5, dtype=dtype)
+    assert alignment(e, e, alpha) == 0
+    assert alignment(e, e.roll(1, dims=0), alpha) == pytest.approx(2 ** (alpha / 2))
+    assert alignment(e, -e, alpha) == pytest.approx(2**alpha)
+
+
+@pytest.mark.parametrize("c", [3, 128, 2048])
+def test_collapsed_random_directions_are_zero_and_not_above(c: int) -> None:
+    """|x|^2 + |y|^2 - 2<x, y> rounds to less than 0 for some of them; a distance must not."""
+    for row in unit_rows(50, c).float():
+        assert -1e-5 < uniformity(row.expand(30, c)) <= 0
+
+
+@pytest.mark.parametrize(("c", "copies"), [(1, 1), (2, 1), (3, 7), (16, 40)])
+@pytest.mark.parametrize("t", [0.5, 2, 3])
+def test_axes_have_counted_pairs(c: int, copies: int, t: float) -> None:
+    """Exact, and sensitive to self-pairs or a wrong number of pairs at small N."""
+    value = uniformity(axes(c, copies), t, block_size=50)
+    assert value == pytest.approx(axes_uniformity(c, copies, t), rel=1e-6)
+
+
+def test_large_set() -> None:
+    """20,000 x 16, 2e8 pairs, in several blocks: sums do not drift and no pair is lost."""
+    x = axes(16, copies=625)
+    assert len(x) == 20_000
+    assert uniformity(x) == pytest.approx(axes_uniformity(16, 625, t=2), rel=1e-6)
+    assert alignment(x, x.roll(1, dims=1)) == pytest.approx(2, rel=1e-12)
+    assert alignment(x, -x, alpha=3) == pytest.approx(8, rel=1e-12)
+
+
+def test_alignment_of_more_rows_than_one_block() -> None:
+    """150,000 pairs, of which the last 30,000 are antipodal."""
+    x = torch.eye(2).repeat(75_000, 1)
+    y = x.clone()
+    y[-30_000:] *= -1
+    assert alignment(x, y, alpha=2) == pytest.approx(4 * 30_000 / 150_000, rel=1e-12)
+
+
+@pytest.mark.parametrize("t", [0.5, 2, 10])
+@pytest.mark.parametrize("n", [100, 501])
+def test_points_around_the_circle(n: int, t: float) -> None:
+    """exp(-2t) I0(2t) is the mean over all n^2 pairs, n self-pairs among them, once n >> t."""
+    with_self_pairs = scipy.special.ive(0, 2 * t)
+    expected = math.log((n * with_self_pairs - 1) / (n - 1))
+    assert uniformity(circle(n), t) == pytest.approx(expected, rel=1e-5)
+
+
+def test_large_t_is_finite() -> None:
+    """exp(-100 d^2) is 0 in float32 for every pair of random 128-dimensional features."""
+    x = unit_rows(64, 128).float()
+    assert (-100 * torch.pdist(x).square()).exp().sum() == 0
+    assert uniformity(x, t=100) == pytest.approx(reference.uniform(x, t=100).item(), rel=1e-6)
+    assert math.isfinite(uniformity(x, t=10_000))
+    nearest_last = torch.cat([x, x[-1:]])  # the one coincident pair turns up in the last block
+    pairs = 65 * 64 / 2
+    assert uniformity(nearest_last, t=100, block_size=16) == pytest.approx(
+        -math.log(pairs), rel=1e-5
+    )
+
+
+# ------------------------------------------------------------------------------------ invariances
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(n=st.integers(2, 12), c=st.integers(2, 8), seed=st.integers(0, 10_000), t=st.floats(0.1, 20))
+def test_invariances_and_ranges(n: int, c: int, seed: int, t: float) -> None:
+    """Rotation and order of rows change nothing; alignment is symmetric; both keep their range."""
+    x, y = unit_rows(n, c, seed), unit_rows(n, c, seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+    rotation, _ = torch.linalg.qr(torch.randn(c, c, dtype=torch.float64, generator=generator))
+    order = torch.randperm(n, generator=generator)
+    same = {"rel": 1e-9, "abs": 1e-10}
+
+    assert uniformity(x @ rotation, t) == pytest.approx(uniformity(x, t), **same)
+    assert uniformity(x[order], t) == pytest.approx(uniformity(x, t), **same)
+    assert -4 * t - 1e-9 <= uniformity(x, t) <= 1e-9
+
+    assert alignment(x @ rotation, y @ rotation) == pytest.approx(alignment(x, y), **same)
+    assert alignment(x[order], y[order]) == pytest.approx(alignment(x, y), **same)
+    assert alignment(x, y) == pytest.approx(alignment(y, x), **same)
+    assert 0 <= alignment(x, y) <= 4
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+ROWS = torch.eye(4, 8)
+
+
+def spoilt(value: float) -> Tensor:
+    """ROWS with `value` somewhere in row 2."""
+    rows = ROWS.clone()
+    rows[2, 5] = value
+    return rows
+
+
+BAD_ROWS: dict[str, tuple[object, str]] = {
+    "too long": (torch.diag(torch.tensor([1, 1.05, 1])), r"unit length, got 1\.05 in row 1"),
+    "too short": (0.9 * ROWS, r"unit length, got 0\.9 in row 0"),
+    "zero": (torch.cat([ROWS, torch.zeros(1, 8)]), r"unit length, got 0 in row 4"),
+    "half precision, too long": (1.1 * ROWS.bfloat16(), r"unit length, got 1\.1\d* in row 0"),
+    "NaN": (spoilt(math.nan), r"NaN.* row 2"),
+    "infinite": (spoilt(math.inf), r"infinite.* row 2"),
+    "one row": (ROWS[:1], r"at least 2 rows, got 1"),
+    "no rows": (ROWS[:0], r"at least 2 rows, got 0"),
+    "1-d": (ROWS[0], r"\(N, C\), got \(8,\)"),
+    "3-d": (ROWS[None], r"\(N, C\), got \(1, 4, 8\)"),
+    "integers": (ROWS.long(), r"floating-point.*got torch\.int64"),
+    "numpy": (ROWS.numpy(), r"torch tensor.*got ndarray"),
+    "list": (ROWS.tolist(), r"torch tensor.*got list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_refused_by_name(case: str) -> None:
+    """As x of either metric, and as y of alignment."""
+    rows, message = BAD_ROWS[case]
+    with pytest.raises(ValueError, match=rf"\bx\b.*{message}"):
+        uniformity(rows)
+    with pytest.raises(ValueError, match=rf"\bx\b.*{message}"):
+        alignment(rows, rows)
+    with pytest.raises(ValueError, match=rf"\by\b.*{message}"):
+        alignment(ROWS, rows)
+
+
+@pytest.mark.parametrize("y", [ROWS[:3], torch.eye(4, 7), torch.eye(5, 8)])
+def test_pairs_must_match(y: Tensor) -> None:
+    message = rf"x and y .*got shapes \(4, 8\) and \({len(y)}, {y.shape[1]}\)"
+    with pytest.raises(ValueError, match=message):
+        alignment(ROWS, y)
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_scalars_must_be_positive(value: float) -> None:
+    calls: dict[str, Callable[[], float]] = {
+        "alpha": lambda: alignment(ROWS, ROWS, alpha=value),
+        "t": lambda: uniformity(ROWS, t=value),
+    }
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"^{name} .*positive.*got {value!r}$"):
+            call()
+    with pytest.raises(ValueError, match=f"^t .*positive.*got {value!r}$"):
+        uniformity_infimum(8, t=value)
+
+
+@pytest.mark.parametrize("block_size", [0, -1])
+def test_block_size_must_be_positive(block_size: int) -> None:
+    with pytest.raises(ValueError, match=f"block_size .*got {block_size}"):
+        uniformity(ROWS, block_size=block_size)
+
+
+# -------------------------------------------------------------------------------------- the bound
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4, 5, 16, 128, 129, 512, 2048])
+@pytest.mark.parametrize("t", [0.01, 0.5, 1, 2, 3, 10, 30, 100])
+def test_infimum_equals_scipy(dim: int, t: float) -> None:
+    """-2t + log 0F1(; dim/2; t^2)."""
+    series = scipy.special.hyp0f1(dim / 2, t**2)
+    assert math.isfinite(series)
+    expected = -2 * t + math.log(series)
+    assert uniformity_infimum(dim, t) == pytest.approx(expected, rel=1e-9, abs=1e-10)
+
+
+@pytest.mark.parametrize("t", [0.5, 2, 100, 400, 5000])
+def test_infimum_on_circle_and_sphere(t: float) -> None:
+    """exp(-2t) I0(2t) for C = 2, (1 - exp(-4t)) / 4t for C = 3; exp(2t) overflows from t = 355."""
+    on_circle = math.log(scipy.special.ive(0, 2 * t))
+    assert uniformity_infimum(2, t) == pytest.approx(on_circle, rel=1e-9)
+    on_sphere = math.log(-math.expm1(-4 * t) / (4 * t))
+    assert uniformity_infimum(3, t) == pytest.approx(on_sphere, rel=1e-9)
+
+
+@pytest.mark.parametrize("dim", [128, 512])
+def test_infimum_where_scipys_series_overflows(dim: int) -> None:
+    """0F1(; v + 1; t^2) = Gamma(v + 1) I_v(2t) / t^v, with v = dim/2 - 1, by the scaled Bessel."""
+    t = 2000.0
+    assert not math.isfinite(scipy.special.hyp0f1(dim / 2, t**2))
+    v = dim / 2 - 1
+    expected = math.lgamma(v + 1) - v * math.log(t) + math.log(scipy.special.ive(v, 2 * t))
+    assert uniformity_infimum(dim, t) == pytest.approx(expected, rel=1e-9)
+
+
+def test_infimum_in_many_dimensions() -> None:
+    """-2t + 2t^2/C for large C; what a random queue of C = 128 gives."""
+    for t in (1, 2, 3):
+        assert uniformity_infimum(10**6, t) == pytest.approx(-2 * t + 2e-6 * t**2, abs=1e-9)
+    assert uniformity_infimum(128) == uniformity_infimum(128, t=2)
+    assert uniformity_infimum(128, 2) == pytest.approx(-3.938, abs=5e-4)
+    assert uniformity_infimum(128, 3) == pytest.approx(-5.860, abs=5e-4)
+
+
+def test_infimum_falls_with_the_dimension_and_stays_above_minus_two_t() -> None:
+    """More room to spread; -2t, all pairs orthogonal, is the limit."""
+    for t in (0.5, 2, 50):
+        values = [uniformity_infimum(dim, t) for dim in (2, 3, 4, 8, 64, 1024)]
+        assert values == sorted(values, reverse=True)
+        assert -2 * t < values[-1] and values[0] < 0
+
+
+@pytest.mark.parametrize("dim", [1, 0, -3, 2.5])
+def test_infimum_needs_a_whole_dimension(dim: float) -> None:
+    with pytest.raises(ValueError, match=f"^dim .*got {dim}$"):
+        uniformity_infimum(dim)
+
+
+@pytest.mark.parametrize("t", [0.5, 2, 3])
+@pytest.mark.parametrize("dim", [2, 3, 8, 64])
+def test_uniform_points_come_close_to_the_infimum(dim: int, t: float) -> None:
+    """Within sampling error, which for 4,000 random points is well below 1 %."""
+    value = uniformity(unit_rows(4000, dim, seed=dim).float(), t)
+    assert value == pytest.approx(uniformity_infimum(dim, t), abs=5e-3)
+
+
+def test_clustered_points_stay_above_the_infimum() -> None:
+    """Points on a half sphere are worse than the optimum, and a collapsed set is worst."""
+    half = unit_rows(2000, 3)
+    half[:, 0] = half[:, 0].abs()
+    assert uniformity_infimum(3, 2) + 0.3 < uniformity(half) < 0
+
+
+def test_finite_sample_can_go_below_the_infimum() -> None:
+    """Without self-pairs: an antipodal pair reaches -4t, below any distribution's value."""
+    assert uniformity(torch.tensor([[1.0, 0], [-1, 0]])) < uniformity_infimum(2) - 1
