@@ -17,20 +17,22 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-from moco import checkpoint, distributed, encoders, evaluate, loader, options
+from moco import checkpoint, distributed, encoders, evaluate, guards, loader, options
 from moco.log import Means, RunLog, StepPrinter, progress, provenance, write_json
 from moco.schedule import learning_rate
 
-LATEST, BEST, RESULT = "checkpoint.pth.tar", "model_best.pth.tar", "lincls.json"
+LATEST, RESULT = options.LINCLS_LATEST, options.LINCLS_RESULT
+BEST = "model_best.pth.tar"
 
 # ------------------------------------------------------------------------------------------------
 # Command line
@@ -42,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     options.add_shared_options(parser, lr=30.0, weight_decay=0.0, epochs=100, schedule=[60, 80])
     # fmt: off
     probe = parser.add_argument_group("what is evaluated, and how")
-    probe.add_argument("--pretrained", metavar="CHECKPOINT",
+    probe.add_argument("--pretrained", type=options.non_empty, metavar="CHECKPOINT",
                        help="ours, upstream MoCo's, or a torchvision state dict")
     probe.add_argument("-e", "--evaluate", action="store_true",
                        help="only evaluate the linear classifier that the checkpoint holds")
@@ -68,6 +70,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     options.check_shared_options(parser, args)
+    options.check_run_folder(parser, args, pretraining=False)
+    if args.resume == "auto":
+        latest = args.save_dir / LATEST
+        args.resume = str(latest) if latest.is_file() else None
     source = args.resume or args.pretrained
     if source is None:
         parser.error("give the encoder to evaluate: --pretrained CHECKPOINT")
@@ -77,25 +83,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag}: no such checkpoint: {path}")
     if args.epochs == 0 and not (args.knn or args.evaluate):
         parser.error("--epochs 0 leaves nothing to do without --knn or -e")
-    if args.knn_k < 1 or args.knn_t <= 0:
+    if args.knn_k < 1 or not 0 < args.knn_t < math.inf:
         parser.error(f"--knn-k must be >= 1 and --knn-t positive, got {args.knn_k}, {args.knn_t:g}")
     if args.image_size is not None and args.image_size < 1:
         parser.error(f"--image-size must be at least 1, got {args.image_size}")
-    options.check_data_folder(parser, args, ["train", "val"])
+    try:
+        options.check_image_statistics(args.mean or (), args.std or ())
+    except ValueError as error:
+        parser.error(str(error))
+    trains = args.epochs > 0 and not args.evaluate
+    options.check_data_folder(parser, args, {"train": args.batch_size if trains else 1, "val": 1})
     if args.save_dir is None:
         stem = Path(source).name.removesuffix(".tar").removesuffix(".pth")
         name = f"lincls-{Path(source).resolve().parent.name}-{stem}"
         args.save_dir = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
-    elif not args.resume and (taken := _run_in(args.save_dir)):
-        parser.error(f"{args.save_dir} already holds a run ({taken}); choose another --save-dir")
     return args
-
-
-def _run_in(folder: Path) -> str | None:
-    """Name of a file that shows that `folder` belongs to a run already."""
-    pretraining = [path.name for path in checkpoint.run_checkpoints(folder)]
-    own = [name for name in (RESULT, LATEST) if (folder / name).exists()]
-    return next(iter(own + pretraining), None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -115,11 +117,13 @@ def work(device: torch.device, args: argparse.Namespace) -> None:
 
 def _work(device: torch.device, args: argparse.Namespace) -> None:
     args.seed, args.save_dir = distributed.broadcast_object((args.seed, args.save_dir))
-    torch.manual_seed(args.seed)
 
     # Encoder: its checkpoint says how images are to be presented
     source = args.resume or args.pretrained
     encoder, info = checkpoint.load_encoder(source)
+    if args.resume and not args.seed_given:
+        args.seed = info["args"].get("seed", args.seed)
+    torch.manual_seed(args.seed)
     if args.arch is not None and args.arch != info["arch"]:
         raise checkpoint.CheckpointError(f"{source} is of arch {info['arch']}, got -a {args.arch}")
     trained = info["args"]
@@ -127,6 +131,10 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
     args.image_size = args.image_size or trained.get("image_size", 224)
     args.mean = args.mean or trained.get("mean", loader.IMAGENET_MEAN)
     args.std = args.std or trained.get("std", loader.IMAGENET_STD)
+    try:
+        encoders.check_image_size(encoder, args.image_size)
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{source}: {error}; give --image-size") from None
     encoder.to(device).requires_grad_(False)
 
     # Data
@@ -152,7 +160,10 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         write_json(args.save_dir / "args.json", facts)
     distributed.barrier()
     print_start(args, info, device, result)
-    log = RunLog(args.save_dir)
+    steps_done = 0
+    if args.resume and info["layout"] == "lincls":
+        steps_done = info["args"].get("steps_done", 0)
+    log = RunLog(args.save_dir, first_step=steps_done)
 
     if args.knn:
         bank = eval_loader(loader.PlainImages(train_images, plain))
@@ -265,7 +276,7 @@ def train_probe(
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches.set_epoch(epoch)
-        for step, (view, target) in enumerate(printer.batches(train), start=1):
+        for step, (view, target, _) in enumerate(printer.batches(train), start=1):
             # The encoder stays in eval mode: its batch norm uses, and keeps, the running averages.
             with torch.no_grad():
                 features = encoder(
@@ -279,6 +290,7 @@ def train_probe(
             means.add("loss", loss)
             if step % args.print_freq == 0 or step == steps:
                 values = {**means.take(), "lr": lr, **printer.rates()}
+                stop_if_not_finite(values["loss"], epoch, step, args, device)
                 log.scalars("lincls", epoch * steps + step, {"epoch": epoch, **values})
                 text = f"epoch [{epoch}/{args.epochs}] step [{step}/{steps}]  "
                 text += f"loss {values['loss']:.4f}  lr {lr:g}"
@@ -290,16 +302,17 @@ def train_probe(
         is_best = top1 > best["top1"]
         best = last if is_best else best
         if distributed.is_main():
-            save(args, encoder, classifier, optimizer, info, epoch, best, is_best)
+            steps_done = (epoch + 1) * steps
+            save(args, encoder, classifier, optimizer, info, epoch, steps_done, best, is_best)
     printer.close()
     if not last:
-        raise options.TrainingError(
+        raise guards.TrainingError(
             f"{args.resume} has {first_epoch} epochs done, --epochs {args.epochs} leaves nothing"
         )
 
     changed = [name for name, t in encoder.state_dict().items() if not torch.equal(t, before[name])]
     if changed:
-        raise options.TrainingError(f"the frozen encoder has changed: {', '.join(changed[:5])}")
+        raise guards.TrainingError(f"the frozen encoder has changed: {', '.join(changed[:5])}")
     distributed.print_main(
         f"best top-1 {best['top1']:.2f} (epoch {best['epoch']}), last {last['top1']:.2f}; "
         f"all {len(before)} tensors of the encoder are unchanged"
@@ -307,6 +320,18 @@ def train_probe(
     protocol = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight_decay",
                 "momentum", "image_size", "seed")  # fmt: skip
     return {"best": best, "last": last, "protocol": {n: getattr(args, n) for n in protocol}}
+
+
+def stop_if_not_finite(
+    loss: float, epoch: int, step: int, args: argparse.Namespace, device: torch.device
+) -> None:
+    """Stop all ranks together when the mean training loss of any is NaN or infinite."""
+    if distributed.any_rank(not math.isfinite(loss), device=device)[0]:
+        raise guards.TrainingError(
+            f"the loss is not finite in epoch {epoch}, step {step} (on rank "
+            f"{distributed.rank()}: {loss:g}); lower --lr {args.lr:g}, and see that --mean and "
+            "--std are those of pretraining"
+        )
 
 
 @torch.no_grad()
@@ -361,6 +386,7 @@ def save(
     optimizer: torch.optim.Optimizer,
     info: dict,
     epoch: int,
+    steps_done: int,
     best: dict,
     is_best: bool,
 ) -> None:
@@ -375,9 +401,10 @@ def save(
         "epoch": epoch + 1,
         "best": best,
         "best_acc1": best["top1"],  # upstream's name
+        "pretrained_epochs": info["epoch"],
         "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
         "optimizer": optimizer.state_dict(),
-        "args": {**options.plain_values(args), **kept},
+        "args": {**options.plain_values(args), **kept, "steps_done": steps_done},
     }
     checkpoint.write_checkpoint(args.save_dir / LATEST, content)
     if is_best:
@@ -390,7 +417,8 @@ def load_classifier(path: str, classes: int) -> nn.Linear:
     classifier = encoders.get_head(network)
     if classifier.out_features != classes:
         raise checkpoint.CheckpointError(
-            f"{path} classifies {classifier.out_features} classes, the data has {classes}"
+            f"{path} classifies {classifier.out_features} classes, the data has {classes}; use the "
+            "data that it was trained for, or train a new classifier with --pretrained"
         )
     return classifier
 
@@ -404,10 +432,7 @@ def resume(
     if "optimizer" not in content:
         raise checkpoint.CheckpointError(f"{path} has no optimizer state; use --pretrained with it")
     optimizer.load_state_dict(content["optimizer"])
-    best: Tensor | dict = content.get("best") or {
-        "top1": float(content.get("best_acc1", -1.0)),
-        "epoch": None,
-    }
+    best = content.get("best") or {"top1": float(content.get("best_acc1", -1.0)), "epoch": None}
     distributed.print_main(f"resuming {path} after epoch {content['epoch'] - 1}")
     return content["epoch"], best
 

@@ -14,18 +14,24 @@ Read main() first: parse -> check -> launch -> train().
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from moco import checkpoint, distributed, encoders, loader, options
+from moco import checkpoint, distributed, encoders, guards, loader, options
 from moco.builder import MoCo, MoCoLosses
 from moco.log import Means, RunLog, StepPrinter, provenance, write_json
+from moco.run import BackgroundWriter, Run, batches_changed, differences
 from moco.schedule import learning_rate
+
+# Exit status of a run that was asked to stop by SIGTERM or SIGUSR1 and has saved: "try again".
+EXIT_PREEMPTED = 75
 
 # ------------------------------------------------------------------------------------------------
 # Command line
@@ -96,6 +102,23 @@ def build_parser() -> argparse.ArgumentParser:
                           help="checkpoints to keep (%(default)s), the newest, and")
     training.add_argument("--keep-every", type=int, default=20, metavar="M",
                           help="that of every M-th epoch (%(default)s; 0: none)")
+    safety = parser.add_argument_group("never lose a run")
+    safety.add_argument("--save-steps", type=int, default=0, metavar="N",
+                        help="save every N steps too (0: after each epoch only)")
+    safety.add_argument("--save-minutes", type=float, default=0, metavar="M",
+                        help="save every M minutes too (0: no)")
+    safety.add_argument("--allow-changes", action="store_true",
+                        help="resume although what is learned changes; logs the differences")
+    safety.add_argument("--max-overflows", type=int, default=20, metavar="N",
+                        help="stop after more fp16 overflows in a row (%(default)s)")
+    safety.add_argument("--check-every", type=int, default=1000, metavar="N",
+                        help="steps between proofs that ranks are equal (%(default)s; 0: never)")
+    safety.add_argument("--collapse-steps", type=int, default=500, metavar="N",
+                        help="warn after N steps with collapsed features (%(default)s; 0: never)")
+    safety.add_argument("--skip-bad-images", action="store_true",
+                        help="replace an unreadable image by the next one that can be read")
+    safety.add_argument("--max-bad-share", type=float, default=0.01, metavar="S",
+                        help="stop when a larger share of images is unreadable (%(default)s)")
     # fmt: on
     return parser
 
@@ -112,6 +135,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     try:
         _check_options(args)
         args.bn_groups = _batch_norm_groups(args)
+        args.bn_group_size = args.batch_size // args.processes // args.bn_groups
         # Also refuses an unknown arch, a stem or an image size that does not fit.
         with_head = encoders.build_encoder(
             args.arch, args.moco_dim, image_size=args.image_size, small_stem=args.small_stem
@@ -119,7 +143,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         encoders.check_image_size(with_head, args.image_size)
     except ValueError as error:
         parser.error(str(error))
-    options.check_data_folder(parser, args, ["pretrain"])
+    options.check_data_folder(parser, args, {"pretrain": args.batch_size})
     _check_run_folder(parser, args)
     return args
 
@@ -143,7 +167,10 @@ def _resolve_objective(args: argparse.Namespace) -> None:
         if not 0 <= weight < math.inf:
             raise ValueError(f"--moco-{name}-w must be a number of at least 0, got {weight:g}")
     if not any(weights.values()):
-        raise ValueError("all loss weights are zero: there is nothing to minimise")
+        raise ValueError(
+            "all loss weights are zero: there is nothing to minimise; give one of --moco-align-w, "
+            "--moco-unif-w, --moco-contr-w"
+        )
     for name, weight, least in (
         ("contr_tau", args.contr_w, 0),
         ("align_alpha", args.align_w, 1),
@@ -177,9 +204,18 @@ def _check_options(args: argparse.Namespace) -> None:
     ):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
-    for name, value in (("warmup-epochs", args.warmup_epochs), ("keep-every", args.keep_every)):
-        if value < 0:
-            raise ValueError(f"--{name} must be at least 0, got {value}")
+    for name in ("warmup_epochs", "keep_every", "save_steps", "save_minutes", "max_overflows",
+                 "check_every", "collapse_steps", "max_bad_share"):  # fmt: skip
+        if not 0 <= getattr(args, name) < math.inf:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} must be at least 0, got {getattr(args, name)}")
+    if args.epochs < 1:
+        raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
+    if args.batch_size // args.processes < 2:
+        raise ValueError(
+            f"--batch-size {args.batch_size} over {args.processes} process(es) leaves one image "
+            "each; batch norm and intra-batch pairs need at least two"
+        )
     if args.max_steps is not None and args.max_steps < 0:
         raise ValueError(f"--max-steps must be at least 0, got {args.max_steps}")
     if args.moco_k < args.batch_size:
@@ -192,8 +228,7 @@ def _check_options(args: argparse.Namespace) -> None:
     least, most = args.crop_scale
     if not 0 < least <= most <= 1:
         raise ValueError(f"--crop-scale must be 0 < MIN <= MAX <= 1, got {least:g} {most:g}")
-    if min(args.std) <= 0:
-        raise ValueError(f"--std must be positive, got {args.std}")
+    options.check_image_statistics(args.mean, args.std)
     if args.amp == "fp16" and args.devices[0].type == "cpu":
         raise ValueError("--amp fp16 needs a GPU; use bf16 or off on the CPU")
 
@@ -217,22 +252,14 @@ def _batch_norm_groups(args: argparse.Namespace) -> int:
 
 
 def _check_run_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Find the checkpoint to resume, and never start over in a folder that holds a run."""
-    args.checkpoint = None
-    found = checkpoint.run_checkpoints(args.save_dir) if args.save_dir else []
+    """Settle the run folder and the checkpoint to go on from: a path, "auto" or None."""
+    options.check_run_folder(parser, args, pretraining=True)
+    args.checkpoint = args.resume
     if args.resume == "auto":
-        if args.save_dir is None:
-            parser.error("--resume auto looks for checkpoints in the run folder: give --save-dir")
-        args.checkpoint = str(found[-1]) if found else None
-    elif args.resume:
-        if not Path(args.resume).is_file():
-            parser.error(f"--resume: no such checkpoint: {args.resume}")
-        args.checkpoint = args.resume
-    elif found:
-        parser.error(
-            f"{args.save_dir} already holds a run ({found[-1].name}): go on with --resume auto, "
-            "or choose another --save-dir"
-        )
+        if not checkpoint.run_checkpoints(args.save_dir):
+            args.checkpoint = None
+    elif args.resume and not Path(args.resume).is_file():
+        parser.error(f"--resume: no such checkpoint: {args.resume}")
     if args.save_dir is None:
         name = f"moco-{args.arch}-{_objective_slug(args)}-k{args.moco_k}-b{args.batch_size}"
         args.save_dir = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
@@ -258,14 +285,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(device: torch.device, args: argparse.Namespace) -> None:
     """The whole run in this process, one of `args.processes`."""
-    with options.one_line_errors():
-        _train(device, args)
+    with options.one_line_errors(), contextlib.ExitStack() as at_exit:
+        _train(device, args, at_exit)
 
 
-def _train(device: torch.device, args: argparse.Namespace) -> None:
-    # Processes that were started apart (torchrun, several nodes) drew their own.
-    args.seed, args.save_dir = distributed.broadcast_object((args.seed, args.save_dir))
-    saved = checkpoint.read_checkpoint(args.checkpoint) if args.checkpoint else None
+def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.ExitStack) -> None:
+    stop = guards.StopRequest()
+    # Processes that were started apart (torchrun, several nodes) drew and timed their own.
+    args.seed, args.save_dir, args.checkpoint = distributed.broadcast_object(
+        (args.seed, args.save_dir, args.checkpoint)
+    )
+    saved = find_checkpoint(args)
     if saved and not args.seed_given:
         args.seed = saved.get("args", {}).get("seed", args.seed)
     torch.manual_seed(args.seed)
@@ -274,18 +304,19 @@ def _train(device: torch.device, args: argparse.Namespace) -> None:
     images = loader.open_images(
         args.dataset, args.data, "pretrain", per_class=args.images_per_class
     )
+    args.images, args.images_digest = len(images), loader.names_digest(images)
     batches = loader.EpochBatches(len(images), args.batch_size, seed=args.seed)
     transform = loader.pretrain_transform(
         args.image_size, aug_plus=args.aug_plus, crop_scale=args.crop_scale, blur=args.blur
     )
-    views = loader.AugmentedViews(images, transform, seed=args.seed, views=2)
+    views = loader.AugmentedViews(
+        images, transform, seed=args.seed, views=2, skip_bad=args.skip_bad_images
+    )
     pairs = loader.train_loader(
         views, batches, workers=args.workers, pin_memory=device.type == "cuda"
     )
+    at_exit.callback(loader.end_workers, pairs)
     steps_per_epoch = batches.batches_per_epoch()
-    total_steps = args.epochs * steps_per_epoch
-    if args.max_steps is not None:
-        total_steps = min(total_steps, args.max_steps)
 
     # Model, optimizer
     moco = build_moco(args).to(device)
@@ -296,25 +327,43 @@ def _train(device: torch.device, args: argparse.Namespace) -> None:
         moco.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    progress = {"epoch": args.start_epoch, "step_in_epoch": 0}
-    progress["step"] = args.start_epoch * steps_per_epoch
+    run = Run(
+        moco, optimizer, scaler, Means(),
+        epoch=args.start_epoch, step=args.start_epoch * steps_per_epoch,
+    )  # fmt: skip
+    at_exit.enter_context(guards.failure_names_the_step(run))
+    if distributed.world_size() > 1:
+        torch.manual_seed(args.seed + distributed.rank())  # dropout differs between ranks
+    changes = []
     if saved:
-        progress = resume(saved, args, moco, optimizer, scaler, steps_per_epoch)
+        changes = refuse_changes(saved, args)
+        run.load(saved, args.checkpoint, steps_per_epoch, restart_epoch=batches_changed(changes))
+        saved = None  # as large as the model and its optimizer
+    left = (args.epochs - run.epoch) * steps_per_epoch - run.step_in_epoch
+    total_steps = run.step + max(0, left)
+    if args.max_steps is not None:
+        total_steps = min(total_steps, args.max_steps)
     model = distributed.data_parallel(moco, device)
 
     # Run folder
     if distributed.is_main():
-        args.save_dir.mkdir(parents=True, exist_ok=True)
-        facts = {**options.plain_values(args), "provenance": provenance()}
-        write_json(args.save_dir / "args.json", facts)
+        prepare_folder(args)
     distributed.barrier()
     print_start(args, moco, device, len(images), steps_per_epoch)
-    log = RunLog(args.save_dir)
-    printer = StepPrinter(total=total_steps, batch_size=args.batch_size, done=progress["step"])
+    log = RunLog(args.save_dir, first_step=run.step)
+    if changes:
+        log.event("changes", run.step, changes=changes)
+    writer = BackgroundWriter(args.save_dir, keep_last=args.keep_last, keep_every=args.keep_every)
+    bad_images = guards.BadImages(args.save_dir, len(images), args.max_bad_share)
+    collapse = guards.CollapseAlarm(args.collapse_steps)
+    printer = StepPrinter(total=total_steps, batch_size=args.batch_size, done=run.step)
+    last_save = time.monotonic()
+
+    if run.step == 0 and total_steps == 0:  # --max-steps 0: the untrained encoder
+        save(run, args, writer)
 
     # Epochs
-    means = Means()
-    for epoch in range(progress["epoch"], args.epochs):
+    for epoch in range(run.epoch, args.epochs if run.step < total_steps else 0):
         lr = learning_rate(
             epoch,
             base=args.lr,
@@ -327,10 +376,9 @@ def _train(device: torch.device, args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
-        batches.set_epoch(epoch, progress["step_in_epoch"])
-        for im_q, im_k, _ in printer.batches(pairs):
-            if progress["step"] >= total_steps:
-                break
+        batches.set_epoch(epoch, run.step_in_epoch)
+        for im_q, im_k, _, replaced in printer.batches(pairs):
+            bad_images.note(replaced)
             im_q, im_k = (
                 loader.normalize(im.to(device, non_blocking=True), args.mean, args.std)
                 for im in (im_q, im_k)
@@ -338,39 +386,69 @@ def _train(device: torch.device, args: argparse.Namespace) -> None:
             with autocast(device, args.amp):
                 losses = model(im_q, im_k)
             loss = losses.combine(args.contr_w, args.align_w, args.unif_w)
-            stop_if_not_finite(loss, losses, epoch, progress["step"], args)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = guards.gradient_norm(moco.encoder_q)
+            save_is_due = args.save_minutes and (
+                distributed.is_main() and time.monotonic() - last_save > 60 * args.save_minutes
+            )
+            # All ranks decide alike, before the optimizer steps.
+            bad_loss, bad_norm, unsaved, stopping, save_now = distributed.any_rank(
+                not loss.isfinite(), not norm.isfinite(), writer.failed(), stop.requested,
+                bool(save_is_due), device=device,
+            )  # fmt: skip
+            if unsaved:
+                guards.finish_saving(writer, device)
+            if bad_loss or bad_norm:
+                guards.handle_not_finite(
+                    run, losses, norm, epoch, bad_loss, writer, args.max_overflows
+                )
+            else:
+                run.skipped_in_a_row = 0
             scaler.step(optimizer)
             scaler.update()
 
-            progress["step"] += 1
-            progress["step_in_epoch"] += 1
+            run.step += 1
+            run.step_in_epoch += 1
             printer.advance()
-            means.add("loss", loss)
+            run.means.add("loss", loss)
             for name, value in losses.items():
-                means.add(name, value)
-            if progress["step"] % args.print_freq == 0 or progress["step"] == total_steps:
-                report(printer, log, means, losses, progress, epoch, args, steps_per_epoch, lr)
-        if progress["step_in_epoch"] == steps_per_epoch:
-            progress.update(epoch=epoch + 1, step_in_epoch=0)
-            save(
-                checkpoint.epoch_path(args.save_dir, epoch), args, moco, optimizer, scaler, progress
-            )
-        else:  # --max-steps has ended within an epoch
-            save(
-                checkpoint.step_path(args.save_dir, progress["step"]),
-                args,
-                moco,
-                optimizer,
-                scaler,
-                progress,
-            )
-        if progress["step"] >= total_steps:
+                run.means.add(name, value)
+            if not bad_norm:
+                run.means.add("grad_norm", norm)
+            if run.step % args.print_freq == 0 or run.step == total_steps:
+                report(printer, log, run, losses, epoch, args, steps_per_epoch, lr)
+                collapse.check(losses, run.step, log)
+            if args.check_every and run.step % args.check_every == 0:
+                guards.stop_if_ranks_differ(moco, run.step)
+            if run.step_in_epoch == steps_per_epoch:
+                run.epoch, run.step_in_epoch = epoch + 1, 0
+            ending = run.step >= total_steps or stopping
+            if (
+                ending or save_now or run.step_in_epoch == 0
+                or (args.save_steps and run.step % args.save_steps == 0)
+            ):  # fmt: skip
+                save(run, args, writer)
+                last_save = time.monotonic()
+            if stopping:
+                guards.finish_saving(writer, device)
+                distributed.print_main(
+                    f"stopped by {stop.name or 'a signal to another rank'} after step {run.step}; "
+                    f"go on with --save-dir {args.save_dir} --resume auto"
+                )
+                sys.exit(EXIT_PREEMPTED)
+            if ending:
+                break
+        if run.step >= total_steps:
             break
+    guards.finish_saving(writer, device)
     printer.close()
     log.close()
-    distributed.print_main(f"done: {progress['step']} steps, checkpoints in {args.save_dir}")
+    distributed.print_main(
+        f"done: {run.step} steps, checkpoints in {args.save_dir} "
+        f"(training waited {writer.waited:.1f} s for saving)"
+    )
 
 
 def build_moco(args: argparse.Namespace) -> MoCo:
@@ -400,44 +478,28 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
 
 
-def stop_if_not_finite(
-    loss: torch.Tensor, losses: MoCoLosses, epoch: int, step: int, args: argparse.Namespace
-) -> None:
-    """Stop all ranks together, before the optimizer steps, when the loss of any is NaN or inf."""
-    bad = torch.tensor([0.0 if loss.isfinite() else 1.0], device=loss.device)
-    if not distributed.sum_over_ranks(bad).item():
-        return
-    terms = ", ".join(f"{name} {value.item():g}" for name, value in losses.items())
-    left = checkpoint.run_checkpoints(args.save_dir)
-    raise options.TrainingError(
-        f"the loss is not finite in epoch {epoch}, step {step} (rank {distributed.rank()}: "
-        f"{terms}); the last good checkpoint is {left[-1] if left else 'none yet'}. "
-        "Lower --lr, add --warmup-epochs, or use --amp bf16 instead of fp16"
-    )
-
-
 def report(
     printer: StepPrinter,
     log: RunLog,
-    means: Means,
+    run: Run,
     losses: MoCoLosses,
-    progress: dict,
     epoch: int,
     args: argparse.Namespace,
     steps_per_epoch: int,
     lr: float,
 ) -> None:
-    """One line on the screen and in the logs; the only place where the device is waited for,
-    beside the check for finite losses."""
+    """One line on the screen and in the logs."""
     rank = losses.contr_rank()
     if rank is not None:  # of the latest batch on rank 0
-        means.add("contr_top1", 100 * (rank < 1).float().mean())
-        means.add("contr_top5", 100 * (rank < 5).float().mean())
-    values = {**means.take(), "lr": lr, **printer.rates()}
-    log.scalars("train", progress["step"], {"epoch": epoch, **values})
+        run.means.add("contr_top1", 100 * (rank < 1).float().mean())
+        run.means.add("contr_top5", 100 * (rank < 5).float().mean())
+    values = {**run.means.take(), "lr": lr, **printer.rates()}
+    if run.scaler.is_enabled():
+        values["overflows"] = run.skipped  # since the start of the run
+    log.scalars("train", run.step, {"epoch": epoch, **values})
     terms = "  ".join(f"{name} {values[name]:.4f}" for name, _ in losses.items())
     printer.line(
-        f"epoch [{epoch}/{args.epochs}] step [{progress['step_in_epoch']}/{steps_per_epoch}]  "
+        f"epoch [{epoch}/{args.epochs}] step [{run.step_in_epoch}/{steps_per_epoch}]  "
         f"loss {values['loss']:.4f}  {terms}  lr {lr:.4g}  "
         f"{values['images_per_s']:.0f} images/s  data {100 * values['data_share']:.0f}%",
         short=f"epoch {epoch}/{args.epochs}, loss {values['loss']:.3f}, "
@@ -483,81 +545,78 @@ def _device_name(device: torch.device) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-# ------------------------------------------------------------------------------------------------
 # Save and resume
 # ------------------------------------------------------------------------------------------------
 
 
-def save(
-    path: Path,
-    args: argparse.Namespace,
-    moco: MoCo,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: dict,
-) -> None:
-    """Write a checkpoint on rank 0, with the random state of every rank; delete outdated ones."""
-    rng = distributed.all_gather(torch.get_rng_state().unsqueeze(0).to(moco.queue.device))
+def save(run: Run, args: argparse.Namespace, writer: BackgroundWriter) -> None:
+    """Save on rank 0 in the background; after an epoch under the epoch's name, else the step's."""
+    content = run.state(options.plain_values(args))
     if distributed.is_main():
-        content = {
-            "version": checkpoint.FORMAT_VERSION,
-            "arch": args.arch,
-            **progress,
-            "state_dict": {f"module.{name}": t for name, t in moco.state_dict().items()},
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict() if scaler.is_enabled() else None,
-            "shuffle_generator": moco.shuffle_generator.get_state(),
-            "rng": rng.cpu(),
-            "args": options.plain_values(args),
-        }
-        checkpoint.write_checkpoint(path, content)
-        checkpoint.prune_checkpoints(
-            args.save_dir, keep_last=args.keep_last, keep_every=args.keep_every
-        )
-    distributed.barrier()
+        if run.step and run.step_in_epoch == 0:
+            path = checkpoint.epoch_path(args.save_dir, run.epoch - 1)
+        else:
+            path = checkpoint.step_path(args.save_dir, run.step)
+        writer.write(path, content)
 
 
-def resume(
-    content: dict,
-    args: argparse.Namespace,
-    moco: MoCo,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    steps_per_epoch: int,
-) -> dict:
-    """Load a checkpoint, ours or upstream MoCo's, and return where it stood."""
-    for key in ("arch", "epoch", "state_dict", "optimizer"):
-        if key not in content:
-            raise checkpoint.CheckpointError(
-                f"{args.checkpoint} has no {key!r}, so it is no pretraining checkpoint"
-            )
-    if content["arch"] != args.arch:
+def find_checkpoint(args: argparse.Namespace) -> dict | None:
+    """The checkpoint to go on from, for "auto" the newest that is whole. Rank 0 reads it and hands
+    it to the others, which may see another state of a shared folder, or have none."""
+    found, error = None, None
+    if args.checkpoint and distributed.is_main():
+        try:
+            if args.checkpoint == "auto":
+                found = checkpoint.newest_valid(args.save_dir, distributed.print_main)
+            else:
+                found = args.checkpoint, checkpoint.read_checkpoint(args.checkpoint)
+        except (checkpoint.CheckpointError, OSError) as caught:
+            error = caught
+    found, error = distributed.broadcast_object((found, error))
+    if error:
+        raise error
+    args.checkpoint, saved = found or (None, None)
+    return saved
+
+
+# What the order of samples within an epoch depends on.
+_ORDER = ("batch_size", "images", "images_per_class", "seed")
+
+
+def refuse_changes(saved: dict, args: argparse.Namespace) -> list[str]:
+    """Refuse to go on with arguments under which something else is learned."""
+    if saved.get("arch", args.arch) != args.arch:
         raise checkpoint.CheckpointError(
-            f"{args.checkpoint} is of arch {content['arch']}, this run is of {args.arch}"
+            f"{args.checkpoint} is of arch {saved['arch']}, this run is of {args.arch}"
         )
-    state = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
-    state.pop("scalar_label", None)  # of moco_align_uniform's InfoNCE runs; always 0
+    changes = differences(saved.get("args", {}), args)
+    if changes and not args.allow_changes:
+        raise checkpoint.CheckpointError(
+            f"{args.checkpoint} was trained with other arguments ({'; '.join(changes)}); use "
+            "those, or go on with --allow-changes"
+        )
+    in_epoch = [change for change in changes if change.split(":")[0] in _ORDER]
+    if in_epoch and saved.get("step_in_epoch"):
+        raise checkpoint.CheckpointError(
+            f"{args.checkpoint} stands within an epoch, and with {'; '.join(in_epoch)} the rest of "
+            "it would be other samples: go on from a checkpoint_*.pth.tar at the end of an epoch"
+        )
+    for change in changes:
+        distributed.print_main(f"changed in mid-run: {change}")
+    return changes
+
+
+def prepare_folder(args: argparse.Namespace) -> None:
+    """Make the run folder, see that it can be written to, and note what is run."""
     try:
-        moco.load_state_dict(state)
-        optimizer.load_state_dict(content["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise checkpoint.CheckpointError(
-            f"{args.checkpoint} does not fit these arguments: {reason[:400]}"
-        ) from error
-    if scaler.is_enabled() and content.get("scaler"):
-        scaler.load_state_dict(content["scaler"])
-    if "shuffle_generator" in content:
-        moco.shuffle_generator.set_state(content["shuffle_generator"])
-    if "rng" in content and len(content["rng"]) == distributed.world_size():
-        torch.set_rng_state(content["rng"][distributed.rank()])
-    progress = {"epoch": content["epoch"], "step_in_epoch": content.get("step_in_epoch", 0)}
-    progress["step"] = content.get("step", content["epoch"] * steps_per_epoch)
-    distributed.print_main(
-        f"resuming {args.checkpoint}: {progress['epoch']} epochs and "
-        f"{progress['step_in_epoch']} steps done"
-    )
-    return progress
+        args.save_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_unfinished(args.save_dir)
+        facts = {**options.plain_values(args), "provenance": provenance()}
+        write_json(args.save_dir / "args.json", facts)
+        for left in args.save_dir.glob(".*.pth.tar.*.tmp"):  # of a process that was killed
+            left.unlink()
+    except OSError as error:
+        raise guards.TrainingError(f"cannot write to the run folder: {error}") from error
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ class MoCo(nn.Module):
         self._steps += 1
 
     def _losses(self, q: Tensor, k: Tensor) -> MoCoLosses:
-        losses = MoCoLosses()
+        losses = MoCoLosses(_q=q.detach())
         if self.contr_tau is not None:
             losses.loss_contr = contrastive_loss(q, k, self.queue, self.contr_tau)
             losses._logits = _Logits(self, q, k)
@@ -183,6 +183,7 @@ class MoCoLosses:
     loss_align: Tensor | None = None
     loss_unif: Tensor | None = None
     _logits: _Logits | None = field(default=None, repr=False)
+    _q: Tensor | None = field(default=None, repr=False)
 
     @property
     def logits_contr(self) -> Tensor | None:
@@ -197,6 +198,11 @@ class MoCoLosses:
         """(N,) number of queue keys nearer to the query than its own key; None when InfoNCE is
         off. Top-1 and top-5 accuracy are the shares below 1 and 5; until the next step only."""
         return None if self._logits is None else self._logits.rank()
+
+    def feature_std(self) -> Tensor:
+        """Mean over dimensions of the queries' deviation, times sqrt(C): about 1 for features
+        spread over the sphere, 0 for collapsed ones."""
+        return self._q.std(dim=0, correction=0).mean() * math.sqrt(self._q.shape[1])
 
     def combine(self, contr_w: float = 1, align_w: float = 1, unif_w: float = 1) -> Tensor:
         """The objective, contr_w * loss_contr + align_w * loss_align + unif_w * loss_unif.

@@ -8,16 +8,26 @@ runs unchanged in a single process.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import signal
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+# What clusters send before they take a job's machines away.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+_timeout = timedelta(minutes=30)  # of all that ranks do together; set by `launch`
 
 # ------------------------------------------------------------------------------------------------
 # Who am I
@@ -65,7 +75,7 @@ def visible_devices(device: str, gpus: list[int] | None) -> list[torch.device]:
     count = torch.cuda.device_count()
     if device == "cpu":
         if gpus:
-            raise ValueError(f"--device cpu was asked for together with GPUs {gpus}")
+            raise ValueError(f"--device cpu was asked for together with --gpus {gpus}")
         return [torch.device("cpu")]
     if gpus is None:
         if device == "cuda" and count == 0:
@@ -103,6 +113,7 @@ def launch(
     node_rank: int = 0,
     dist_url: str | None = None,
     backend: str | None = None,
+    timeout_minutes: float = 30,
 ) -> None:
     """Run `worker(device, args)` once per process, with a process group when there are several.
 
@@ -115,7 +126,9 @@ def launch(
         dist_url: where rank 0 listens, tcp://HOST:PORT or env:// (MASTER_ADDR and MASTER_PORT);
             None takes a free port on this machine, which several nodes cannot.
         backend: None takes nccl on GPUs and gloo on CPUs.
+        timeout_minutes: how long a rank waits for the others before it gives up.
     """
+    timeout = timedelta(minutes=timeout_minutes)
     if started_by_torchrun():
         local_rank = int(os.environ["LOCAL_RANK"])
         if devices[0].type == "cuda" and local_rank >= len(devices):
@@ -129,6 +142,7 @@ def launch(
             int(os.environ["WORLD_SIZE"]),
             "env://",
             backend,
+            timeout,
             worker,
             device,
             args,
@@ -145,27 +159,49 @@ def launch(
         dist_url = f"tcp://127.0.0.1:{_free_port()}"
     first_rank = node_rank * len(devices)
     if len(devices) == 1:
-        _run(first_rank, world, dist_url, backend, worker, devices[0], args)
+        _run(first_rank, world, dist_url, backend, timeout, worker, devices[0], args)
         return
-    torch.multiprocessing.spawn(
+    processes = torch.multiprocessing.spawn(
         _spawned,
-        args=(first_rank, world, dist_url, backend, worker, devices, args),
+        args=(first_rank, world, dist_url, backend, timeout, worker, devices, args),
         nprocs=len(devices),
+        join=False,
     )
+    # A request to stop is sent to this process; those that train have to hear of it.
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda received, _: _send_to_all(processes.pids(), received))
+    while not processes.join(grace_period=60):
+        pass
 
 
-def _spawned(local_rank, first_rank, world, dist_url, backend, worker, devices, args) -> None:
-    _run(first_rank + local_rank, world, dist_url, backend, worker, devices[local_rank], args)
+def _send_to_all(pids: Sequence[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.kill(pid, number)
 
 
-def _run(rank, world, dist_url, backend, worker, device, args) -> None:
+def _spawned(local_rank, first_rank, world, url, backend, timeout, worker, devices, args) -> None:
+    rank = first_rank + local_rank
+    _run(rank, world, url, backend, timeout, worker, devices[local_rank], args)
+
+
+def _run(rank, world, dist_url, backend, timeout, worker, device, args) -> None:
+    global _timeout
+    _timeout = timeout
     _set_device(device)
+    meeting = {"init_method": dist_url}
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if dist_url == "env://" and attempt != "0":
+        # torchrun's store still holds the addresses of the processes that it has replaced: without
+        # a prefix of its own, gloo would try to reach those, until the time-out.
+        store, _, _ = next(rendezvous(dist_url, rank, world, timeout=timeout))
+        meeting = {"store": dist.PrefixStore(f"restart_{attempt}", store)}
     dist.init_process_group(
         backend or ("nccl" if device.type == "cuda" else "gloo"),
-        init_method=dist_url,
+        **meeting,
         world_size=world,
         rank=rank,
-        timeout=timedelta(minutes=30),
+        timeout=timeout,
     )
     try:
         worker(device, args)
@@ -237,8 +273,9 @@ def exchange_rows(rows: Tensor, permutation: Tensor) -> Tensor:
     # What I receive comes grouped by source, each group in my order: a stable sort by owner.
     arrival = owner[me].argsort(stable=True).to(rows.device)
     receive_sizes = owner[me].bincount(minlength=world).tolist()
-    received = torch.empty_like(rows)
-    dist.all_to_all_single(received, rows[send], receive_sizes, send_sizes)
+    # Whatever the memory order of the rows, what travels is one after another.
+    received = rows.new_empty(rows.shape)
+    dist.all_to_all_single(received, rows[send].contiguous(), receive_sizes, send_sizes)
     permuted = torch.empty_like(rows)
     permuted[arrival] = received
     return permuted
@@ -249,6 +286,45 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def is_communication_error(error: RuntimeError) -> bool:
+    """Whether talking to another process has failed: it has ended, or did not come in time."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return is_active() and any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+
+
+def silent_ranks(seconds: float = 5) -> list[int]:
+    """Ranks that do not answer: dead or hanging. To be called when a collective has failed, by all
+    ranks that notice; it needs only the store through which they met, whatever the backend."""
+    missing = list(range(world_size()))
+
+    def ask() -> None:
+        store = dist.distributed_c10d._get_default_store()
+        with contextlib.suppress(RuntimeError):
+            store.set(f"alive/{rank()}", "yes")
+            while missing:
+                missing[:] = [r for r in missing if not store.check([f"alive/{r}"])]
+                time.sleep(0.1)
+
+    # In a thread, because the store waits for ever for a process that hangs.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    if rank() in missing:  # the store itself does not answer
+        in_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return [] if in_torchrun else [0]  # else it lives in rank 0
+    return list(missing)
+
+
+def any_rank(*flags: bool, device: torch.device) -> list[bool]:
+    """For each flag, whether it is set on any rank; the same answer on all of them."""
+    if world_size() == 1:
+        return list(flags)
+    counts = torch.tensor([float(flag) for flag in flags], device=device)
+    return [bool(count) for count in sum_over_ranks(counts).tolist()]
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
@@ -287,6 +363,27 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
+def ranks_that_differ(tensors: Sequence[Tensor]) -> list[int]:
+    """Ranks whose tensors are not bit for bit those of rank 0; [] when all agree."""
+    if world_size() == 1:
+        return []
+    # A sum of the bits, weighted by position, so that swapped values show as well. Integers wrap.
+    sums = []
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().view(-1)
+        words = torch.int32 if flat.element_size() % 4 == 0 else torch.uint8
+        bits = flat.view(words).to(torch.int64)
+        place = torch.arange(1, len(bits) + 1, device=bits.device)
+        sums.append((bits * place).sum())
+    all_sums = all_gather(torch.stack(sums).unsqueeze(0))  # (W, tensors)
+    return (all_sums != all_sums[0]).any(dim=1).nonzero().flatten().tolist()
+
+
 def barrier() -> None:
-    if world_size() > 1:
+    """Wait for all ranks. Gloo names the ranks that have not come within the time-out."""
+    if world_size() == 1:
+        return
+    if dist.get_backend() == "gloo":
+        dist.monitored_barrier(timeout=_timeout, wait_all_ranks=True)
+    else:
         dist.barrier()

@@ -61,7 +61,7 @@ def build_encoder(
             encoder = torchvision.models.get_model(
                 arch, weights=None, num_classes=num_classes, **sized
             )
-        except ValueError as error:
+        except (ValueError, AssertionError) as error:
             raise ValueError(f"arch {arch} with images of {image_size} pixels: {error}") from error
     head_name(encoder)  # refuses networks without a final linear layer
     if small_stem:
@@ -235,12 +235,13 @@ class CifarResNet(nn.Module):
     A 3x3 convolution and three stages of n basic blocks, with w, 2w, 4w channels at strides
     1, 2, 2; global average pooling and a linear layer `fc`. (The paper has w = 16 and shortcuts
     without parameters where the width changes; here they are 1x1 convolutions, its option B.)
+    A stem of stride 2 makes it about four times as fast, for toy problems on a CPU.
     """
 
-    def __init__(self, depth: int, width: int, num_classes: int = 10) -> None:
+    def __init__(self, depth: int, width: int, stem_stride: int = 1, num_classes: int = 10) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(3, width, 3, stride=stem_stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.layer1 = _stage(width, width, blocks, stride=1)
         self.layer2 = _stage(width, 2 * width, blocks, stride=2)
@@ -267,12 +268,10 @@ def _stage(inputs: int, outputs: int, blocks: int, stride: int) -> nn.Sequential
     return nn.Sequential(first, *(BasicBlock(outputs, outputs) for _ in range(blocks - 1)))
 
 
-# name: (depth, width). xW is W times the paper's width.
+# name: (depth, width, stem stride). xW is W times the paper's width, s2 a stem of stride 2.
 _CIFAR_RESNETS = {
-    "resnet8": (8, 16),
-    "resnet8x2": (8, 32),
-    "resnet8x4": (8, 64),
-    "resnet14": (14, 16),
-    "resnet14x2": (14, 32),
-    "resnet20": (20, 16),
+    "resnet8": (8, 16, 1),
+    "resnet8x2s2": (8, 32, 2),
+    "resnet8x4": (8, 64, 1),
+    "resnet20": (20, 16, 1),
 }

@@ -30,11 +30,13 @@ def extract_features(
     was_training = encoder.training
     encoder.eval()
     features, labels = [], []
-    for images, targets in progress(loader):
-        images = normalize(images.to(device, non_blocking=True), mean, std)
-        features.append(F.normalize(encoder(images).float(), dim=1))
-        labels.append(targets.to(device))
-    encoder.train(was_training)
+    try:
+        for images, targets in progress(loader):
+            images = normalize(images.to(device, non_blocking=True), mean, std)
+            features.append(F.normalize(encoder(images).float(), dim=1))
+            labels.append(targets.to(device))
+    finally:
+        encoder.train(was_training)
     return torch.cat(features), torch.cat(labels)
 
 

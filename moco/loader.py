@@ -7,14 +7,18 @@ normalises them (`normalize`), which is a quarter of the bytes to move between p
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import signal
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision.transforms as T
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFile, ImageFilter
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import datasets
@@ -30,6 +34,68 @@ DATASETS = ("folder", "cifar10", "cifar100", "stl10")
 
 class DataError(ValueError):
     """The data on disk cannot be used; the message says what was found and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------
+# One image file
+# ------------------------------------------------------------------------------------------------
+
+# Twice what Pillow warns of: where it raises an error by default. 16,000 x 11,000 pixels, 0.5 GB.
+MAX_PIXELS = 178_956_970
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # see MAX_PIXELS
+
+
+def load_rgb(path: str | os.PathLike) -> Image.Image:
+    """Read an image file as 8-bit RGB; all images of this project come this way.
+
+    - Greyscale, palette, CMYK (without its colour profile), YCbCr: as Pillow converts them.
+    - Transparency, of RGBA, greyscale or palette, is dropped, not laid over a background.
+    - 16-bit greyscale: the high byte, as Pillow does with 16-bit colour (its own conversion of
+      greyscale would clip everything above 255 to white).
+    - 32-bit integers and floats are refused: what is black and what is white is not defined.
+    - Of an animation or several pages the first; EXIF rotation is not applied, as in torchvision's
+      ImageFolder; whatever Pillow recognises by content is read, whatever the file's name says.
+
+    Raises:
+        DataError: missing, damaged, truncated (also where the program that imports this has set
+            Pillow's LOAD_TRUNCATED_IMAGES), more than `MAX_PIXELS`, or no image. Names the file.
+    """
+    if not os.path.isfile(path):  # to open a pipe would wait for ever
+        raise DataError(f"cannot read image {path}: there is no such file")
+    try:
+        with _refusing_truncated(), Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{image.width} x {image.height} pixels, the most is {MAX_PIXELS}")
+            if image.format in ("EPS", "WMF"):  # Pillow would start another program to draw it
+                raise DataError(f"a drawing ({image.format}), not pixels")
+            return _to_rgb(image)
+    except Exception as error:  # a damaged file can make Pillow's readers fail in any way
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "its beginning is not that of any image format"
+        raise DataError(f"cannot read image {path}: {reason}; replace or remove it") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        high_bytes = np.asarray(image) >> 8
+        image = Image.fromarray(high_bytes.astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise DataError(f"the range of its 32-bit pixels (mode {image.mode}) is not defined")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; Pillow would warn of going to RGB at once
+    return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _refusing_truncated() -> Iterator[None]:
+    """Half an image, the rest of it grey, is an error, whatever the program at large has set."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 # ------------------------------------------------------------------------------------------------
@@ -73,12 +139,7 @@ class FolderImages:
         return len(self.paths)
 
     def load(self, index: int) -> Image.Image:
-        path = self.paths[index]
-        try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read image {path}: {error}; replace or remove it") from error
+        return load_rgb(self.paths[index])
 
 
 class TorchvisionImages:
@@ -146,13 +207,22 @@ def open_images(
     else:
         images = _open_torchvision(dataset, root, split)
     if images.targets is None and (split != "pretrain" or per_class is not None):
+        stray = _image_outside_classes(images)
         raise DataError(
-            f"{root} has no labels: {split} images must lie in one folder per class, "
+            f"{root} has no labels{stray}: {split} images must lie in one folder per class, "
             f"{split if split != 'pretrain' else 'train'}/CLASS/IMAGE"
         )
     if per_class is not None:
         images = Subset(images, first_per_class(images.targets, per_class))
     return images
+
+
+def _image_outside_classes(images: Images) -> str:
+    if isinstance(images, FolderImages):
+        for path in images.paths:
+            if os.path.dirname(path) == str(images.root):
+                return f" because of {path}"
+    return ""
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -173,20 +243,40 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> TorchvisionImages
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
         data = kind(str(root), train=split != "val")
         return TorchvisionImages(data, data.targets, data.classes)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:  # STL-10 without its list of class names
         raise DataError(
             f"no complete {dataset} in {root} ({error}); put torchvision's files there first, "
             "nothing is downloaded here"
         ) from error
 
 
+def names_digest(images: Images) -> str:
+    """Twelve hex digits over which image has which index: for files, of their names in `root`."""
+    indices = []
+    while isinstance(images, Subset):
+        indices.append(images.indices)
+        images = images.images
+    if isinstance(images, FolderImages):
+        names = [os.path.relpath(path, images.root) for path in images.paths]
+    else:
+        names = [len(images)]
+    return hashlib.sha256(repr((names, indices)).encode()).hexdigest()[:12]
+
+
 def image_paths(root: Path) -> Iterator[str]:
-    """Image files below root, class by class and in each by name, as ImageFolder has them."""
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders.sort()
-        for name in sorted(names):
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-                yield os.path.join(folder, name)
+    """Image files below root in ImageFolder's order: class by class, and those in root first."""
+    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
+    yield from _images_in(str(root), [entry.name for entry in entries if entry.is_file()])
+    for entry in entries:
+        if entry.is_dir():
+            for folder, _, names in sorted(os.walk(entry.path, followlinks=True)):
+                yield from _images_in(folder, names)
+
+
+def _images_in(folder: str, names: list[str]) -> Iterator[str]:
+    for name in sorted(names):
+        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
+            yield os.path.join(folder, name)
 
 
 def first_per_class(targets: Sequence[int], count: int) -> list[int]:
@@ -264,26 +354,41 @@ def sample_seed(seed: int, epoch: int, index: int, view: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, index, view)).generate_state(1, np.uint64)[0])
 
 
-class AugmentedViews(Dataset):
-    """(epoch, index) -> (view_1, ..., view_n, target), independent random views of one image.
+MOST_BAD_IN_A_ROW = 1000  # then the fault is not in the images
 
-    Target is -1 where the images have no labels.
+
+class AugmentedViews(Dataset):
+    """(epoch, index) -> (view_1, ..., view_n, target, replaced): random views of one image.
+
+    Target is -1 where the images have no labels. With `skip_bad` an image that cannot be read is
+    replaced by the next one that can, and `replaced` holds one line for each that could not; it
+    is "" otherwise.
+
+    Raises:
+        DataError: an image cannot be read; with `skip_bad`, `MOST_BAD_IN_A_ROW` of them.
     """
 
     def __init__(
-        self, images: Images, transform: Callable[[Image.Image], Tensor], *, seed: int, views: int
+        self,
+        images: Images,
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        seed: int,
+        views: int,
+        skip_bad: bool = False,
     ) -> None:
         self.images = images
         self.transform = transform
         self.seed = seed
         self.views = views
+        self.skip_bad = skip_bad
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | int, ...]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | int | str, ...]:
         epoch, index = key
-        image = self.images.load(index)
+        image, used, replaced = self._load(index)
         views = []
         # torchvision draws from torch's global generator: lend it a state per view, and give the
         # process its own back (with no workers this is the training process).
@@ -292,7 +397,23 @@ class AugmentedViews(Dataset):
                 torch.default_generator.manual_seed(sample_seed(self.seed, epoch, index, view))
                 views.append(self.transform(image))
         targets = self.images.targets
-        return (*views, -1 if targets is None else targets[index])
+        return (*views, -1 if targets is None else targets[used], replaced)
+
+    def _load(self, index: int) -> tuple[Image.Image, int, str]:
+        """The image, the index it really has, and what could not be read before it."""
+        unreadable = []
+        for offset in range(min(len(self.images), MOST_BAD_IN_A_ROW)):
+            used = (index + offset) % len(self.images)
+            try:
+                return self.images.load(used), used, "\n".join(unreadable)
+            except DataError as error:
+                if not self.skip_bad:
+                    raise
+                unreadable.append(" ".join(str(error).split()))
+        raise DataError(
+            f"{len(unreadable)} images in a row, of {len(self.images)}, are unreadable; is the "
+            f"data still where it was? The first: {unreadable[0]}"
+        )
 
 
 class PlainImages(Dataset):
@@ -373,6 +494,13 @@ class RankShare(Sampler):
         return iter(self.indices)
 
 
+def _ignore_stop_signals(_: int) -> None:
+    """A request to stop is sent to all processes of a job. Workers must live on until the training
+    process has finished its step; they end with it."""
+    for number in distributed.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def train_loader(
     dataset: AugmentedViews, batches: EpochBatches, *, workers: int, pin_memory: bool
 ) -> DataLoader:
@@ -380,20 +508,40 @@ def train_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        worker_init_fn=_ignore_stop_signals,
+        generator=torch.Generator(),  # else every epoch draws from the training process's own
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )
 
 
+def end_workers(pairs: DataLoader) -> None:
+    """End the workers of a `train_loader`. They ignore SIGTERM, by which Python ends its children
+    at exit: a training process that fails would wait for them for ever."""
+    iterator = pairs._iterator
+    if iterator is not None and pairs.num_workers:
+        iterator._shutdown_workers()
+
+
 def eval_loader(
     dataset: PlainImages, *, batch_size: int, workers: int, pin_memory: bool
 ) -> DataLoader:
-    """This rank's share of the images, each once over all ranks."""
+    """This rank's share of the images, each once over all ranks.
+
+    Raises:
+        DataError: fewer images than ranks.
+    """
+    if len(dataset) < distributed.world_size():
+        raise DataError(
+            f"{len(dataset)} images are fewer than the {distributed.world_size()} processes; "
+            "use fewer"
+        )
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=RankShare(len(dataset)),
         num_workers=workers,
+        generator=torch.Generator(),
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
     )

@@ -21,20 +21,37 @@ from moco import distributed
 class RunLog:
     """Scalars of a run as JSON lines and in TensorBoard; on ranks other than 0 nothing happens."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, first_step: int = 0) -> None:
+        """
+        Args:
+            folder: the run folder.
+            first_step: steps done when the run starts or goes on; lines of later steps, which a run
+                that was cut off wrote after its last checkpoint, are dropped: they come again.
+        """
         self.active = distributed.is_main()
         if self.active:
-            self.file = open(Path(folder) / "log.jsonl", "a", encoding="utf-8")
-            self.board = SummaryWriter(str(folder))
+            path = Path(folder) / "log.jsonl"
+            _drop_later_lines(path, first_step)
+            self.file = open(path, "a", encoding="utf-8")
+            self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def event(self, kind: str, step: int, **facts: object) -> None:
+        """Append one line {"kind", "step", "time", **facts} that is not a scalar."""
+        if self.active:
+            line = {"kind": kind, "step": step, "time": round(time.time(), 3), **facts}
+            try:
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
+            except OSError as error:
+                reason = f"cannot write the log: {error.strerror}"
+                raise OSError(error.errno, reason, self.file.name) from error
 
     def scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Append one line {"kind", "step", "time", **values} and one TensorBoard point for each
         value under "kind/name"."""
         if not self.active:
             return
-        line = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.event(kind, step, **values)
         for name, value in values.items():
             self.board.add_scalar(f"{kind}/{name}", value, step)
 
@@ -42,6 +59,21 @@ class RunLog:
         if self.active:
             self.file.close()
             self.board.close()
+
+
+def _drop_later_lines(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):  # cut off within a line
+            break
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 class Means:
@@ -55,6 +87,13 @@ class Means:
         value = value.detach() if isinstance(value, Tensor) else value
         self.sums[name] = self.sums.get(name, 0.0) + value
         self.counts[name] = self.counts.get(name, 0) + 1
+
+    def state(self) -> dict:
+        """For a checkpoint."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load(self, state: dict) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
     def take(self) -> dict[str, float]:
         """The means since the last call (the device is waited for), and start over."""

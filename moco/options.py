@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import secrets
@@ -10,50 +11,67 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch.multiprocessing import ProcessExitedException
 
 from moco import distributed
-from moco.checkpoint import CheckpointError
+from moco.checkpoint import CheckpointError, run_checkpoints
 from moco.encoders import arch_names
+from moco.guards import TrainingError
 from moco.loader import DATASETS, DataError, image_paths, split_folder
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
 _LIST_FLAGS = ("--gpus", "--schedule")
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what is left on disk."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, except that a list of numbers ends where the numbers end.
 
     In upstream's own command lines the data folder may follow `--gpus 0 1 2 3` or
-    `--schedule 120 160`; argparse would take it for one more number.
+    `--schedule 120 160`; argparse would take it for one more number. Errors are one line.
     """
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None) -> argparse.Namespace:
-        return super().parse_args(_join_lists(sys.argv[1:] if args is None else args), namespace)
+        try:
+            joined = _join_lists(sys.argv[1:] if args is None else args)
+        except ValueError as error:
+            self.error(str(error))
+        return super().parse_args(joined, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 def _join_lists(argv: Sequence[str]) -> list[str]:
     joined: list[str] = []
-    collecting = False
+    collecting = False  # the numbers of a list flag, into one word with it
     for word in argv:
-        if collecting and re.fullmatch(r"\d+", word):
+        if collecting and re.fullmatch(r"-?\d+(,-?\d+)*", word):
             joined[-1] += ("" if joined[-1].endswith("=") else ",") + word
-        elif word in _LIST_FLAGS:
-            joined.append(f"{word}=")
-            collecting = True
-        elif collecting and joined[-1].endswith("=") and re.fullmatch(r"\d+(,\d+)*", word):
-            joined[-1] += word
-            collecting = False
-        else:
-            joined.append(word)
-            collecting = False
+            collecting = "," not in word  # "0,1" is the whole list
+            continue
+        if collecting and joined[-1].endswith("=") and not word.startswith("-"):
+            raise ValueError(f"{joined[-1][:-1]} expects whole numbers, got {word!r}")
+        collecting = word in _LIST_FLAGS
+        joined.append(f"{word}=" if collecting else word)
     return joined
+
+
+def non_empty(text: str) -> str:
+    """argparse type of a path: an unset variable of the shell is no path."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, got an empty string")
+    return text
+
+
+def folder(text: str) -> Path:
+    """argparse type of a run folder."""
+    path = Path(non_empty(text))
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a file, expected a folder")
+    return path
 
 
 def numbers(text: str) -> list[int]:
@@ -75,7 +93,7 @@ def add_shared_options(
     """Flags of both mains; the defaults that differ are arguments."""
     # fmt: off
     data = parser.add_argument_group("data")
-    data.add_argument("data", metavar="DIR", help="folder with train/ and val/")
+    data.add_argument("data", type=non_empty, metavar="DIR", help="folder with train/ and val/")
     data.add_argument(
         "--dataset", choices=DATASETS, default="folder",
         help="folder of images, or one that torchvision has already put into DIR (%(default)s)",
@@ -111,9 +129,10 @@ def add_shared_options(
     training.add_argument("--seed", type=int, help="default: one is drawn, printed and saved")
 
     run = parser.add_argument_group("run")
-    run.add_argument("--save-dir", type=Path, metavar="RUN",
+    run.add_argument("--save-dir", type=folder, metavar="RUN",
                      help="the run folder (default: results/<name>-<time>)")
-    run.add_argument("--resume", metavar="CHECKPOINT", help="checkpoint to go on from")
+    run.add_argument("--resume", type=non_empty, metavar="CHECKPOINT",
+                     help="go on from it; auto: from the newest in --save-dir, or start fresh")
     run.add_argument("-p", "--print-freq", type=int, default=10, metavar="N",
                      help="steps between lines of output (%(default)s)")
 
@@ -128,7 +147,10 @@ def add_shared_options(
     launch.add_argument("--rank", type=int, default=-1, metavar="R", help="number of this node")
     launch.add_argument("--dist-url", metavar="URL",
                         help="tcp://HOST:PORT of the first node, or env://")
-    launch.add_argument("--dist-backend", help="default: nccl on GPUs, gloo on CPUs")
+    launch.add_argument("--dist-backend", choices=("nccl", "gloo"),
+                        help="default: nccl on GPUs, gloo on CPUs")
+    launch.add_argument("--timeout-minutes", type=float, default=30, metavar="M",
+                        help="give up when a process has been waited for so long (%(default)s)")
     # fmt: on
 
 
@@ -138,20 +160,27 @@ def check_shared_options(parser: argparse.ArgumentParser, args: argparse.Namespa
     try:
         if args.gpu is not None and args.gpus is not None:
             raise ValueError("--gpu and --gpus were both given; --gpus takes several")
+        if args.gpus == []:
+            raise ValueError("--gpus needs at least one number; use --device cpu for the CPU")
         gpus = args.gpus if args.gpu is None else [args.gpu]
         args.devices = distributed.visible_devices(args.device, gpus)
         _check_nodes(args)
         args.processes = distributed.planned_world_size(args.devices, args.nodes)
         _check_numbers(args)
+        if not 0 < args.timeout_minutes < 60 * 24 * 365:
+            raise ValueError(f"--timeout-minutes must be positive, got {args.timeout_minutes:g}")
         if args.images_per_class is not None and args.images_per_class < 1:
             raise ValueError(f"--images-per-class must be at least 1, got {args.images_per_class}")
+        if args.resume == "auto" and args.save_dir is None:
+            raise ValueError(
+                "--resume auto looks for checkpoints in the run folder: give --save-dir"
+            )
     except ValueError as error:
         parser.error(str(error))
     if args.workers is None:
         args.workers = usable_cores()
     # -j counts per node, as upstream; each process gets its share, rounded up.
-    on_this_node = max(1, args.processes // args.nodes)
-    args.workers = -(-args.workers // on_this_node)
+    args.workers = -(-args.workers // args.local_processes)
     args.seed_given = args.seed is not None
     if args.seed is None:
         args.seed = secrets.randbelow(2**31)
@@ -161,7 +190,10 @@ def _check_nodes(args: argparse.Namespace) -> None:
     if distributed.started_by_torchrun():
         args.nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         args.node_rank = int(os.environ.get("GROUP_RANK", 0))
+        on_each_node = int(os.environ["WORLD_SIZE"]) // args.nodes
+        args.local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", on_each_node))
         return
+    args.local_processes = len(args.devices)
     from_environment = args.dist_url == "env://"
     nodes, rank = args.world_size, args.rank
     if from_environment and nodes == -1:
@@ -178,6 +210,8 @@ def _check_nodes(args: argparse.Namespace) -> None:
         )
     if args.nodes > 1 and args.dist_url is None:
         raise ValueError(f"{args.nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
+    if args.dist_url and not re.match(r"(tcp|file|env)://", args.dist_url):
+        raise ValueError(f"--dist-url must begin with tcp:// or be env://, got {args.dist_url!r}")
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -192,6 +226,14 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if args.seed is not None and args.seed >= 2**63:
+        raise ValueError(f"--seed must be below 2^63, got {args.seed}")
+    if args.schedule and min(args.schedule) < 0:
+        raise ValueError(f"--schedule must be epochs of at least 0, got {args.schedule}")
+    if args.epochs and args.start_epoch >= args.epochs:
+        raise ValueError(
+            f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} (0-based)"
+        )
     for name in ("lr", "schedule_factor", "weight_decay", "momentum"):
         value = getattr(args, name)
         if not 0 <= value < float("inf"):
@@ -206,21 +248,56 @@ def _check_numbers(args: argparse.Namespace) -> None:
         )
 
 
-def check_data_folder(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, splits: Sequence[str]
+def check_image_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Raise ValueError for a mean or standard deviation that cannot normalise images."""
+    if not all(math.isfinite(value) for value in mean):
+        raise ValueError(f"--mean must be three finite numbers, got {list(mean)}")
+    if not all(0 < value < math.inf for value in std):
+        raise ValueError(f"--std must be three positive numbers, got {list(std)}")
+
+
+# What shows that a folder belongs to a run of main_lincls.py.
+LINCLS_LATEST, LINCLS_RESULT = "checkpoint.pth.tar", "lincls.json"
+
+
+def check_run_folder(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *, pretraining: bool
 ) -> None:
-    """Refuse a folder that is missing or has fewer images than a batch, without listing it all."""
+    """Never start over in a folder that holds a run, nor mix two runs in one."""
+    if args.save_dir is None:
+        return
+    pretrained = [path.name for path in run_checkpoints(args.save_dir)]
+    probed = [n for n in (LINCLS_RESULT, LINCLS_LATEST) if (args.save_dir / n).exists()]
+    own, other = (pretrained, probed) if pretraining else (probed, pretrained)
+    continued = args.resume == "auto" or (
+        args.resume and Path(args.resume).resolve().parent == args.save_dir.resolve()
+    )
+    if other or (own and not continued):
+        parser.error(
+            f"{args.save_dir} already holds a run ({(other or own)[-1]}): "
+            + ("" if other else "go on with --resume auto, or ")
+            + "choose another --save-dir"
+        )
+
+
+def check_data_folder(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, splits: dict[str, int]
+) -> None:
+    """Refuse a folder that is missing or has too few images, without listing it all.
+
+    Args:
+        splits: name of a split and the number of images it needs.
+    """
     root = Path(args.data)
     if not root.is_dir():
         parser.error(f"no such data folder: {root}")
     if args.dataset != "folder":
         return
-    for split in splits:
+    for split, needed in splits.items():
         try:
             folder = split_folder(root, split)
         except DataError as error:
             parser.error(str(error))
-        needed = 1 if split == "val" else args.batch_size
         found = len(list(islice(image_paths(folder), needed)))
         if not found:
             parser.error(
@@ -267,6 +344,7 @@ def run_worker(
             node_rank=args.node_rank,
             dist_url=args.dist_url,
             backend=args.dist_backend,
+            timeout_minutes=args.timeout_minutes,
         )
     except ProcessExitedException as error:  # the child has said why
         sys.exit(error.exit_code or 1)
@@ -279,9 +357,11 @@ class one_line_errors:
         pass
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, (DataError, CheckpointError, TrainingError, FileNotFoundError)):
-            # What a loader process raised arrives with that process's trace in front.
-            last = str(error).strip().splitlines()[-1]
-            message = re.sub(r"^[\w.]*Error: ", "", last)
+        if isinstance(error, (DataError, CheckpointError, TrainingError, OSError)):
+            lines = str(error).strip().splitlines()
+            if any(line.startswith("Original Traceback") for line in lines):
+                # What a loader process raised arrives with that process's trace in front.
+                lines = [re.sub(r"^[\w.]*Error: ", "", lines[-1])]
+            message = " ".join(line.strip() for line in lines)
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
             sys.exit(1)

@@ -3,7 +3,7 @@
 #
 #     bash scripts/cifar10.sh DIR                      200 epochs of a ResNet-18: for a GPU
 #     OBJECTIVE=infonce bash scripts/cifar10.sh DIR
-#     ARCH=resnet8x2 IMAGES=1000 EPOCHS=30 PROBE_EPOCHS=10 bash scripts/cifar10.sh DIR     for a CPU
+#     ARCH=resnet8x2s2 IMAGES=1000 EPOCHS=20 PROBE_EPOCHS=10 bash scripts/cifar10.sh DIR     for a CPU
 #
 # DIR has train/CLASS/IMAGE and val/CLASS/IMAGE, or torchvision's cifar-10-batches-py. What has been
 # finished in $OUT is not run again.
@@ -55,12 +55,10 @@ fi
 echo "pretraining: $((SECONDS - start)) s"
 start=$SECONDS
 if [ ! -f "$OUT/lincls/lincls.json" ]; then
-    resume=(--pretrained "$checkpoint")
-    [ -f "$OUT/lincls/checkpoint.pth.tar" ] && resume=(--resume "$OUT/lincls/checkpoint.pth.tar")
-    "$PYTHON" "$ROOT/main_lincls.py" "${resume[@]}" "${data[@]}" \
+    "$PYTHON" "$ROOT/main_lincls.py" --pretrained "$checkpoint" "${data[@]}" \
         --epochs "$PROBE_EPOCHS" --schedule $((PROBE_EPOCHS * 6 / 10)) $((PROBE_EPOCHS * 8 / 10)) \
         --knn --knn-k 200 --knn-t 0.1 --knn-layer projection \
-        --seed "$SEED" --save-dir "$OUT/lincls" "$DATA"
+        --seed "$SEED" --save-dir "$OUT/lincls" --resume auto "$DATA"
 fi
 if [ ! -f "$OUT/align_uniform.json" ]; then
     "$PYTHON" "$ROOT/scripts/measure_align_uniform.py" "$checkpoint" "$DATA" "${data[@]}" \

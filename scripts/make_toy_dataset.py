@@ -8,8 +8,8 @@ OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg.
 
 Why: a data set on which contrastive pretraining can be seen to work within minutes on a CPU.
 All that differs between two images of one class is what the augmentation destroys: position,
-scale, mirror image, blur, noise and light; colours stay within one palette, so that neither
-they nor anything else identifies an image better than its texture does.
+scale, blur, noise and, within one palette, colour (and a slight tilt). With free colours both
+objectives learn to tell the images by their colour and the textures are lost.
 
 An image is a function of (seed, split, class, index): the same arguments give the same bytes
 (with the same numpy and Pillow), and asking for more images leaves the first ones as they were.

@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
         num_workers=args.workers,
     )
     x, y = [], []
-    for view_1, view_2, label in progress(batches, "views"):
+    for view_1, view_2, label, _ in progress(batches, "views"):
         x.append(features([(view_1, label)])[0])
         y.append(features([(view_2, label)])[0])
     x, y = torch.cat(x), torch.cat(y)

@@ -1,0 +1,179 @@
+"""Small things that several test files share: a tiny encoder, images on disk, objectives."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+# name: (arguments of MoCo, weights of combine). A weight is 0 where the term is off.
+OBJECTIVES: dict[str, tuple[dict, dict]] = {}
+
+
+def _objective(name: str, contr_w: float = 0, align_w: float = 0, unif_w: float = 0, **terms):
+    OBJECTIVES[name] = (terms, {"contr_w": contr_w, "align_w": align_w, "unif_w": unif_w})
+
+
+_objective("Eq. 22", unif_w=1, unif_t=2.0)
+_objective("Eq. 21", unif_w=1, unif_t=2.0, unif_intra_batch=False)
+_objective("align alpha=1", align_w=1, align_alpha=1.0)
+_objective("align alpha=2", align_w=1, align_alpha=2.0)
+_objective("align alpha=3", align_w=1, align_alpha=3.0)
+_objective("3 align + uniform t=3", align_w=3, unif_w=1, align_alpha=2.0, unif_t=3.0)
+_objective("InfoNCE tau=0.07", contr_w=1, contr_tau=0.07)
+_objective("InfoNCE tau=0.2", contr_w=1, contr_tau=0.2)
+_objective(
+    "all terms",
+    contr_w=0.5,
+    align_w=2,
+    unif_w=0.7,
+    contr_tau=0.2,
+    align_alpha=1.0,
+    unif_t=2.5,
+)
+
+
+class TinyNet(nn.Module):
+    """A torchvision-like classifier of two convolutions and `fc`, for images of any size.
+
+    `batch_norm=False` leaves the batch norm out, so that a sample's output is its own affair.
+    """
+
+    def __init__(self, num_classes: int, batch_norm: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(6) if batch_norm else nn.Identity()
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2)
+        self.bn2 = nn.BatchNorm2d(8) if batch_norm else nn.Identity()
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.bn1(self.conv1(x)))
+        x = torch.tanh(self.bn2(self.conv2(x)))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def two_views(seed: int, n: int, size: int = 8) -> tuple[Tensor, Tensor]:
+    """Two different but alike (n, 3, size, size) float32 batches, a function of the arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, 3, size, size)
+    image = torch.randn(n, 3, 1, 1, generator=generator)
+    im_q, im_k = (image + torch.randn(shape, generator=generator) for _ in range(2))
+    return im_q, im_k
+
+
+def write_images(
+    root: Path, counts: dict[str, int], *, size: int = 32, suffix: str = ".png", seed: int = 0
+) -> list[Path]:
+    """Write `counts[folder]` noise images as root/folder/000.png, ... and return their paths."""
+    rng = np.random.default_rng(seed)
+    paths = []
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            path = root / folder / f"{i:03d}{suffix}"
+            pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(path)
+            paths.append(path)
+    return paths
+
+
+# ---- The mains: data, command lines, what they leave behind ---------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_labelled(root: Path, *, classes: int = 3, train: int = 10, val: int = 5) -> Path:
+    """root/{train,val}/class_C/*.png, 32 pixels: coarse noise with a cast that tells the class."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for label in range(classes):
+            folder = root / split / f"class_{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 200, (8, 8, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 50
+                image = Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
+                image.save(folder / f"{i:03d}.png")
+    return root
+
+
+def refusal(main: Callable, argv: list, capsys: pytest.CaptureFixture) -> tuple[int, str]:
+    """Exit status and last line on stderr of a `main(argv)` that must refuse.
+
+    At parse time (status 2) argparse's usage stands before that line, later (1) nothing does.
+    """
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in argv])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 or stop.value.code == 2, lines
+    return stop.value.code, lines[-1]
+
+
+def differences(a: object, b: object, where: str = "") -> list[str]:
+    """Paths at which two nests of dicts, lists and tensors are not bit for bit the same.
+
+    The checksum of a checkpoint is passed over: it is of the arguments and paths as well.
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        a, b = ({k: v for k, v in nest.items() if k != "checksum"} for nest in (a, b))
+        found = [f"{where}/{key} in one only" for key in a.keys() ^ b.keys()]
+        for key in a.keys() & b.keys():
+            found += differences(a[key], b[key], f"{where}/{key}")
+        return found
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True))
+                for d in differences(x, y, f"{where}/{i}")]  # fmt: skip
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    return [] if a == b else [where]
+
+
+def read_log(folder: Path, kind: str = "train") -> list[dict]:
+    """The lines of one kind in log.jsonl; NaN and Infinity, which are not JSON, raise."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} in log.jsonl")
+
+    text = (folder / "log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def start_python(*words: object, cwd: Path) -> subprocess.Popen:
+    """A Python process as a user starts it from the CPU-only folder `cwd`, output in pipes."""
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in dropped}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr; a process that hangs is killed and fails the test."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with its children
+        out, err = process.communicate()
+        pytest.fail(f"still running after {timeout} s:\n{out}\n{err}")
+    return process.returncode, out, err
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,510 @@
+"""MoCo in one process: step for step the reference's, and what users rely on around it."""
+
+import copy
+import functools
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+import torchvision
+from helpers import OBJECTIVES, TinyNet, two_views
+from reference import ReferenceMoCo
+from torch import nn
+
+from moco.builder import MoCo, MoCoLosses
+from moco.encoders import split_batch_norm
+
+N, C, K = 8, 6, 22  # five batches wrap around the queue within a batch
+STEPS = 5
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
+TERMS = {"contr_tau": 0.2, "align_alpha": 2.0, "unif_t": 2.0}
+
+
+def make_moco(base=TinyNet, dim: int = C, k: int = K, m: float = 0.9, **options) -> MoCo:
+    torch.manual_seed(0)
+    return MoCo(base, dim, k, m, **(options or TERMS))
+
+
+def make_reference(moco: MoCo, terms: dict, weights: dict) -> ReferenceMoCo:
+    return ReferenceMoCo(
+        moco.encoder_q,
+        moco.encoder_k,
+        moco.queue,
+        int(moco.queue_ptr),
+        m=moco.m,
+        **SGD,
+        **terms,
+        **weights,
+    )
+
+
+def one_step(moco: MoCo, optimizer: torch.optim.Optimizer, seed: int, weights: dict) -> MoCoLosses:
+    """What the main does in a step."""
+    losses = moco(*two_views(seed, N))
+    optimizer.zero_grad()
+    losses.combine(**weights).backward()
+    optimizer.step()
+    return losses
+
+
+def assert_close(got, wanted, what: str) -> None:
+    torch.testing.assert_close(
+        got.detach().double(),
+        wanted.detach().double(),
+        rtol=1e-5,
+        atol=1e-5,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+def assert_equal_states(moco: MoCo, wanted: ReferenceMoCo, what: str = "") -> None:
+    """Weights, batch-norm statistics, queue and pointer."""
+    for ours, theirs in (
+        (moco.encoder_q, wanted.encoder_q),
+        (moco.encoder_k, wanted.encoder_k),
+    ):
+        for (name, tensor), value in zip(
+            ours.state_dict().items(), theirs.state_dict().values(), strict=True
+        ):
+            assert_close(tensor, value, f"{what} {name}")
+    assert_close(moco.queue, wanted.queue, f"{what} queue")
+    assert moco.queue_ptr.tolist() == [wanted.queue_ptr]
+
+
+def assert_equal_losses(losses: MoCoLosses, step, terms: dict, what: str = "") -> None:
+    for name in ("loss_contr", "logits_contr", "loss_align", "loss_unif"):
+        got, wanted = getattr(losses, name), getattr(step, name)
+        assert (got is None) == (not wanted), name
+        if wanted:
+            scale = terms["contr_tau"] if name == "logits_contr" else 1  # similarities
+            assert_close(got * scale, wanted[0] * scale, f"{what} {name}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Against the reference
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["linear", "mlp"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_steps_equal_the_reference(objective, mlp):
+    """Losses, weights, batch-norm statistics, queue and pointer over several optimizer steps,
+    with batch norm: in one process its statistics do not depend on the order of the samples."""
+    terms, weights = OBJECTIVES[objective]
+    moco = make_moco(mlp=mlp, **terms)
+    slow = make_reference(moco, terms, weights)
+    optimizer = torch.optim.SGD(moco.parameters(), **SGD)
+    for step in range(STEPS):
+        losses = one_step(moco, optimizer, step, weights)
+        wanted = slow.step(*two_views(step, N))
+        assert_equal_losses(losses, wanted, terms, f"step {step}")
+        assert_close(losses.combine(**weights), wanted.loss, f"step {step} loss")
+        assert_equal_states(moco, slow, f"after step {step}")
+    assert moco.queue_ptr.item() == STEPS * N % K
+
+
+@pytest.mark.parametrize("objective", ["all terms", "3 align + uniform t=3"])
+def test_steps_with_batch_norm_groups_equal_the_reference(objective):
+    """With groups the shuffle shows in the keys: they follow the permutation that the generator
+    draws anew in every step, and return to their queries in order."""
+    terms, weights = OBJECTIVES[objective]
+
+    def base(num_classes):
+        encoder = TinyNet(num_classes)
+        split_batch_norm(encoder, 4)
+        return encoder
+
+    moco = make_moco(base, **terms)
+    slow = make_reference(moco, terms, weights)
+    unshuffled = make_reference(moco, terms, weights)
+    optimizer = torch.optim.SGD(moco.parameters(), **SGD)
+    moco.shuffle_generator.manual_seed(7)
+    generator = torch.Generator().manual_seed(7)
+    for step in range(STEPS):
+        losses = one_step(moco, optimizer, step, weights)
+        order = torch.randperm(N, generator=generator)
+        wanted = slow.step(*two_views(step, N), order)
+        assert_equal_losses(losses, wanted, terms, f"step {step}")
+        assert_equal_states(moco, slow, f"after step {step}")
+        unshuffled.step(*two_views(step, N))
+    # The comparison above can fail: keys in their own groups give another queue.
+    assert (moco.queue.double() - unshuffled.queue).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("m", [0.0, 0.25, 1.0])
+def test_key_encoder_keeps_the_share_m_of_itself(m):
+    """m = 0 copies the query encoder, m = 1 stands still, and 0.25 is not 0.75."""
+    moco = make_moco(m=m)
+    with torch.no_grad():
+        for p in moco.encoder_q.parameters():
+            p.add_(1)
+    before = [p.clone() for p in moco.encoder_k.parameters()]
+    moco(*two_views(0, N))
+    pairs = zip(moco.encoder_k.parameters(), moco.encoder_q.parameters(), before, strict=True)
+    for key, query, old in pairs:
+        torch.testing.assert_close(key, m * old + (1 - m) * query, rtol=1e-6, atol=1e-6)
+
+
+def test_batch_norm_statistics_of_the_key_encoder_are_its_own():
+    """Only parameters follow the query encoder; buffers come from the key encoder's own batches."""
+    moco = make_moco(m=0.5)
+    with torch.no_grad():
+        moco.encoder_q.bn1.running_mean.fill_(100)
+        moco.encoder_q.bn1.num_batches_tracked.fill_(50)
+    im_q, im_k = two_views(0, N)
+    alone = copy.deepcopy(moco.encoder_k)  # equal parameters: the momentum update changes nothing
+    alone(im_k)
+    moco(im_q, im_k)
+    torch.testing.assert_close(moco.encoder_k.bn1.running_mean, alone.bn1.running_mean)
+    torch.testing.assert_close(moco.encoder_k.bn1.running_var, alone.bn1.running_var)
+    assert moco.encoder_k.bn1.num_batches_tracked == 1
+
+
+def test_no_gradient_reaches_the_key_encoder_or_the_queue():
+    moco = make_moco()
+    moco(*two_views(0, N)).combine().backward()
+    assert all(p.grad is None and not p.requires_grad for p in moco.encoder_k.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in moco.encoder_q.fc.parameters())
+    assert not moco.queue.requires_grad
+
+
+def test_enqueue_overwrites_the_oldest_keys_and_wraps_around():
+    """K need not be a multiple of the batch: the rest of a batch goes to the queue's start."""
+    moco = make_moco(k=10)
+    old = moco.queue.clone()
+    first, second = torch.randn(8, C), torch.randn(8, C)
+    moco.enqueue(first)
+    assert torch.equal(moco.queue, torch.cat([first.t(), old[:, 8:]], dim=1))
+    assert moco.queue_ptr.tolist() == [8]
+    moco.enqueue(second)
+    wanted = torch.cat([second[2:], first[6:], second[:2]]).t()  # columns 8 and 9, then 0 to 5
+    assert torch.equal(moco.queue, wanted)
+    assert moco.queue_ptr.tolist() == [6]
+
+
+def test_a_queue_of_exactly_one_batch_is_replaced_whole():
+    moco = make_moco(k=N)
+    old = moco.queue.clone()
+    losses = moco(*two_views(0, N))
+    assert moco.queue_ptr.tolist() == [0]
+    assert not torch.isclose(moco.queue, old).all(dim=0).any()
+    torch.testing.assert_close(moco.queue.norm(dim=0), torch.ones(N))
+    assert losses.logits_contr.shape == (N, 1 + N)
+
+
+# ------------------------------------------------------------------------------------------------
+# State
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["linear", "mlp"])
+def test_state_dict_has_upstreams_names_and_shapes_and_nothing_else(mlp):
+    base = torchvision.models.resnet18
+    state = make_moco(base, dim=16, k=32, mlp=mlp, **TERMS).state_dict()
+    wanted = {}
+    for name, tensor in base(num_classes=16).state_dict().items():
+        wanted[name] = tensor.shape
+    if mlp:
+        for part in ("weight", "bias"):
+            wanted[f"fc.2.{part}"] = wanted.pop(f"fc.{part}")
+        wanted |= {"fc.0.weight": (512, 512), "fc.0.bias": (512,)}
+    wanted = {f"{e}.{name}": s for e in ("encoder_q", "encoder_k") for name, s in wanted.items()}
+    wanted |= {"queue": (16, 32), "queue_ptr": (1,)}
+    assert {name: tuple(t.shape) for name, t in state.items()} == {
+        name: tuple(shape) for name, shape in wanted.items()
+    }
+    assert state["queue_ptr"].dtype == torch.int64
+    assert state["queue"].dtype == torch.float32
+
+
+def test_encoders_start_equal_and_the_queue_starts_with_unit_columns():
+    moco = make_moco(mlp=True, **TERMS)
+    for query, key in zip(
+        moco.encoder_q.state_dict().values(), moco.encoder_k.state_dict().values(), strict=True
+    ):
+        assert torch.equal(query, key)
+    torch.testing.assert_close(moco.queue.norm(dim=0), torch.ones(K))
+    assert moco.queue_ptr.tolist() == [0]
+
+
+@pytest.mark.parametrize("mlp", [False, True], ids=["linear", "mlp"])
+def test_a_seed_gives_the_weights_that_it_gives_upstream(mlp):
+    """The random numbers are drawn in upstream's order: query encoder, key encoder, the new linear
+    layer of each head, queue of shape (C, K)."""
+    moco = make_moco(mlp=mlp, **TERMS)
+    torch.manual_seed(0)
+    encoder, _ = TinyNet(C), TinyNet(C)
+    if mlp:
+        hidden, _ = nn.Linear(8, 8), nn.Linear(8, 8)
+        encoder.fc = nn.Sequential(hidden, nn.ReLU(), encoder.fc)
+    for (name, tensor), wanted in zip(
+        moco.encoder_q.state_dict().items(), encoder.state_dict().values(), strict=True
+    ):
+        assert torch.equal(tensor, wanted), name
+    assert torch.equal(moco.queue, F.normalize(torch.randn(C, K), dim=0))
+
+
+def test_another_seed_gives_other_weights():
+    one = make_moco()
+    torch.manual_seed(1)
+    other = MoCo(TinyNet, C, K, **TERMS)
+    assert not torch.equal(one.encoder_q.fc.weight, other.encoder_q.fc.weight)
+    assert not torch.equal(one.queue, other.queue)
+
+
+def is_stored_by_rows(moco: MoCo) -> bool:
+    """The queue is shown as (C, K) and lies in memory as (K, C), one key after another."""
+    return moco.queue.shape == (C, K) and moco.queue.t().is_contiguous()
+
+
+def test_queue_is_stored_key_by_key_and_stays_so():
+    """After loading upstream's (C, K) row-major queue, after changes of type, and after steps."""
+    moco = make_moco()
+    assert is_stored_by_rows(moco)
+    state = {name: t.clone(memory_format=torch.contiguous_format) for name, t in
+             make_moco().state_dict().items()}  # fmt: skip
+    state["queue"] = F.normalize(torch.randn(C, K), dim=0)
+    assert state["queue"].is_contiguous()
+    moco.load_state_dict(state)
+    assert is_stored_by_rows(moco) and torch.equal(moco.queue, state["queue"])
+    storage = moco.queue.data_ptr()
+    moco(*two_views(0, N))
+    assert is_stored_by_rows(moco) and moco.queue.data_ptr() == storage
+    moco.to(torch.float64)
+    assert is_stored_by_rows(moco)
+    moco.float()
+    assert is_stored_by_rows(moco)
+
+
+def test_a_saved_state_continues_with_the_same_losses():
+    """Weights, queue and pointer are all that a step depends on, beside the shuffle generator."""
+    one, other = make_moco(), make_moco()
+    one(*two_views(0, N))
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    losses = [m(*two_views(1, N)).combine() for m in (one, other)]
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(one.queue, other.queue)
+
+
+def test_double_precision_module_works():
+    """With float64 weights and images; the losses then agree with the float32 module's."""
+    single, double = make_moco(), make_moco().double()
+    im_q, im_k = two_views(0, N)
+    wanted, losses = single(im_q, im_k), double(im_q.double(), im_k.double())
+    loss = losses.combine()
+    assert_close(loss, wanted.combine(), "loss")
+    loss.backward()
+    assert double.encoder_q.fc.weight.grad.dtype == torch.float64
+    assert double.queue.dtype == torch.float64
+    assert_close(double.queue, single.queue, "queue")
+
+
+def test_losses_under_bf16_autocast_are_finite_float32():
+    """The encoders compute in bf16, the losses do not; they stay near the float32 ones."""
+    moco, plain = make_moco(), make_moco()
+    seen = []
+    moco.encoder_q.fc.register_forward_hook(lambda *arguments: seen.append(arguments[2].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = moco(*two_views(0, N))
+        combined = losses.combine()
+    assert seen == [torch.bfloat16]
+    wanted = dict(plain(*two_views(0, N)).items())
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32 and loss.isfinite(), name
+        torch.testing.assert_close(loss, wanted[name], rtol=0.05, atol=0.05)
+    assert combined.dtype == torch.float32
+    combined.backward()
+    assert all(p.grad.isfinite().all() for p in moco.encoder_q.parameters())
+    assert moco.queue.dtype == torch.float32
+    torch.testing.assert_close(moco.queue.norm(dim=0), torch.ones(K))
+
+
+def test_features_are_normalised_in_float32_under_autocast():
+    """The loss is that of the encoder's bf16 outputs, without further rounding."""
+    moco = make_moco(unif_t=2.0)
+    outputs = []
+    moco.encoder_q.register_forward_hook(lambda *arguments: outputs.append(arguments[2]))
+    queue = moco.queue.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = moco(*two_views(0, N))
+    assert outputs[0].dtype == torch.bfloat16
+    q = F.normalize(outputs[0].detach().double(), dim=1)
+    assert_close(losses.loss_unif, reference.uniform_with_queue(q, queue, 2.0), "loss")
+
+
+# ------------------------------------------------------------------------------------------------
+# MoCoLosses
+# ------------------------------------------------------------------------------------------------
+
+
+def features(moco: MoCo, im_q, im_k):
+    """Unit features of both views, computed apart from MoCo, before its step."""
+    moco = copy.deepcopy(moco).double()
+    q = moco.encoder_q(im_q.double()).detach()
+    moco.update_key_encoder()
+    k = moco.encoder_k(im_k.double()).detach()
+    return F.normalize(q, dim=1), F.normalize(k, dim=1)
+
+
+@pytest.mark.parametrize("pointer", [0, 17], ids=["at the start", "wrapping around"])
+def test_logits_are_those_against_the_queue_from_before_the_batch(pointer):
+    """[<q, k>, <q, queue>] / tau, also when asked for after the optimizer's step."""
+    moco = make_moco(contr_tau=0.07)
+    moco.queue_ptr.fill_(pointer)
+    im_q, im_k = two_views(3, N)
+    q, k = features(moco, im_q, im_k)
+    queue = moco.queue.clone().double()
+    losses = moco(im_q, im_k)
+    losses.combine(1, 0, 0).backward()
+    torch.optim.SGD(moco.parameters(), 0.1).step()
+    wanted = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue], dim=1) / 0.07
+    logits = losses.logits_contr
+    assert logits.shape == (N, 1 + K) and not logits.requires_grad
+    torch.testing.assert_close(logits.double(), wanted, rtol=1e-5, atol=2e-5)
+    after = torch.cat([wanted[:, :1], q @ moco.queue.double() / 0.07], dim=1)
+    assert (logits - after).abs().max() > 0.1  # the queue has moved on, the logits have not
+    # InfoNCE is the cross-entropy of these logits with the positive at 0.
+    target = torch.zeros(N, dtype=torch.int64)
+    torch.testing.assert_close(F.cross_entropy(logits, target), losses.loss_contr.detach())
+
+
+def test_rank_counts_the_queue_keys_nearer_than_the_positive():
+    moco = make_moco(contr_tau=0.2)
+    with torch.no_grad():  # another key encoder, so that positives are not the nearest
+        for p in moco.encoder_k.parameters():
+            p.copy_(torch.randn_like(p))
+    losses = moco(*two_views(0, N))
+    logits = losses.logits_contr
+    wanted = (logits[:, 1:] > logits[:, :1]).sum(dim=1)
+    assert len(wanted.unique()) > 2
+    assert torch.equal(losses.contr_rank(), wanted)
+
+
+def test_logits_are_refused_after_the_next_step():
+    """The queue that they were computed against is gone by then."""
+    moco = make_moco()
+    losses = moco(*two_views(0, N))
+    _ = losses.logits_contr, losses.contr_rank()
+    newer = moco(*two_views(1, N))
+    with pytest.raises(RuntimeError, match="before the next step"):
+        _ = losses.logits_contr
+    with pytest.raises(RuntimeError, match="before the next step"):
+        losses.contr_rank()
+    assert newer.logits_contr is not None
+
+
+def test_terms_that_are_off_are_none():
+    losses = make_moco(align_alpha=2.0)(*two_views(0, N))
+    assert losses.loss_contr is None and losses.loss_unif is None
+    assert losses.logits_contr is None and losses.contr_rank() is None
+    assert [name for name, _ in losses.items()] == ["align"]
+    everything = make_moco()(*two_views(0, N))
+    assert [name for name, _ in everything.items()] == ["contr", "align", "unif"]
+
+
+def test_combine_is_the_weighted_sum():
+    losses = MoCoLosses(torch.tensor(5.0), torch.tensor(0.25), torch.tensor(-3.0))
+    assert losses.combine().item() == pytest.approx(5 + 0.25 - 3)
+    assert losses.combine(2, 4, 0.5).item() == pytest.approx(10 + 1 - 1.5)
+    assert losses.combine(0, 0, 1).item() == -3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_zero_weight_skips_its_term_even_if_it_is_not_finite(bad):
+    """0 * inf is NaN, in the value and in the gradient."""
+    x = torch.tensor(2.0, requires_grad=True)
+    losses = MoCoLosses(loss_contr=x * bad, loss_align=3 * x, loss_unif=None)
+    total = losses.combine(contr_w=0, align_w=1, unif_w=0)
+    total.backward()
+    assert total.item() == 6 and x.grad.item() == 3
+
+
+@pytest.mark.parametrize("name", ["contr", "align", "unif"])
+def test_combine_refuses_a_weight_for_a_term_that_is_off(name):
+    parameter = {"contr": "contr_tau", "align": "align_alpha", "unif": "unif_t"}[name]
+    terms = {key: value for key, value in TERMS.items() if key != parameter}
+    losses = make_moco(**terms)(*two_views(0, N))
+    with pytest.raises(ValueError, match=f"{name}_w=1, but this term is off"):
+        losses.combine()
+    losses.combine(**{f"{name}_w": 0})  # and takes a zero
+
+
+def test_combine_refuses_all_zero_weights():
+    losses = make_moco()(*two_views(0, N))
+    with pytest.raises(ValueError, match="all weights are zero"):
+        losses.combine(0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "an objective needs a term"),
+        ({"unif_intra_batch": False}, "an objective needs a term"),
+        ({"contr_tau": 0}, "contr_tau must be positive and finite, got 0"),
+        ({"contr_tau": -0.1}, "contr_tau must be positive and finite, got -0.1"),
+        ({"contr_tau": float("nan")}, "contr_tau must be positive and finite, got nan"),
+        ({"contr_tau": float("inf")}, "contr_tau must be positive and finite, got inf"),
+        ({"align_alpha": 0.5}, "align_alpha must be at least 1 and finite, got 0.5"),
+        ({"align_alpha": 0}, "align_alpha must be at least 1"),
+        ({"align_alpha": float("inf")}, "align_alpha must be at least 1 and finite, got inf"),
+        ({"unif_t": 0}, "unif_t must be positive and finite, got 0"),
+        ({"unif_t": float("nan")}, "unif_t must be positive"),
+        ({"unif_t": 2.0, "m": 1.5}, r"m must be in \[0, 1\], got 1.5"),
+        ({"unif_t": 2.0, "m": -0.1}, r"m must be in \[0, 1\]"),
+        ({"unif_t": 2.0, "m": float("nan")}, r"m must be in \[0, 1\]"),
+        ({"unif_t": 2.0, "K": 0}, "dim and K must be at least 1, got dim=6 and K=0"),
+        ({"unif_t": 2.0, "dim": 0}, "dim and K must be at least 1, got dim=0"),
+    ],
+)
+def test_constructor_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        MoCo(TinyNet, **{"dim": C, "K": K, **options})
+
+
+def test_terms_are_keyword_only():
+    """A fifth positional argument is upstream's T, which would be taken for another parameter."""
+    with pytest.raises(TypeError):
+        MoCo(TinyNet, C, K, 0.999, 0.07)
+
+
+def assert_untouched(moco: MoCo, before: dict) -> None:
+    for name, tensor in moco.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_queue_smaller_than_the_batch_is_refused_before_anything_changes():
+    moco = make_moco(k=N - 1)
+    before = copy.deepcopy(moco.state_dict())
+    with pytest.raises(ValueError, match=rf"queue \(K={N - 1}\).*1 x {N} images; use a larger K"):
+        moco(*two_views(0, N))
+    assert_untouched(moco, before)
+
+
+def test_views_of_different_shapes_are_refused_before_anything_changes():
+    moco = make_moco()
+    before = copy.deepcopy(moco.state_dict())
+    im_q, im_k = two_views(0, N)
+    for wrong in (im_k[:-1], im_k[..., :-1]):
+        with pytest.raises(ValueError, match=r"one shape, got \(8, 3, 8, 8\), \("):
+            moco(im_q, wrong)
+    assert_untouched(moco, before)
+
+
+def test_moco_leaves_the_encoders_batch_norm_alone():
+    """Its batch norm is the caller's business: modules are those that base_encoder made."""
+    moco = make_moco()
+    assert type(moco.encoder_q.bn1) is nn.BatchNorm2d
+    groups = make_moco(functools.partial(_split_net, splits=2))
+    assert groups.encoder_k.bn1.splits == 2
+
+
+def _split_net(num_classes: int, splits: int) -> nn.Module:
+    encoder = TinyNet(num_classes)
+    split_batch_norm(encoder, splits)
+    return encoder

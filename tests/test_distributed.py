@@ -1,0 +1,511 @@
+"""Two real gloo processes, started once by `distributed.launch`, and what a single one does.
+
+Each process writes what it saw to a file; the tests read both files and compare with the plain
+single-process answer, for training with the float64 reference.
+"""
+
+import contextlib
+import copy
+import io
+import os
+import socket
+
+import pytest
+import torch
+from helpers import OBJECTIVES, TinyNet, two_views
+from reference import ReferenceMoCo
+from torch import nn
+
+from moco import distributed, evaluate
+from moco.builder import MoCo
+from moco.encoders import split_batch_norm
+from moco.loader import EpochBatches, RankShare
+
+W, N, C, K = 2, 4, 6, 18  # ranks, batch on each, features, queue: not a multiple of the batch of 8
+STEPS = 4
+SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
+CPU = torch.device("cpu")
+
+
+def plain_net(num_classes: int) -> nn.Module:
+    return TinyNet(num_classes, batch_norm=False)
+
+
+def grouped_net(num_classes: int) -> nn.Module:
+    encoder = TinyNet(num_classes)
+    split_batch_norm(encoder, 2)
+    return encoder
+
+
+# name: (encoder, terms, weights)
+RUNS = {name: (plain_net, *objective) for name, objective in OBJECTIVES.items()}
+RUNS["all terms, batch norm in groups"] = (grouped_net, *OBJECTIVES["all terms"])
+
+PERMUTATIONS = {
+    "identity": list(range(8)),
+    "full swap": [4, 5, 6, 7, 0, 1, 2, 3],
+    "reversed": [7, 6, 5, 4, 3, 2, 1, 0],
+    "within ranks": [3, 1, 0, 2, 6, 7, 5, 4],
+    "one row changes rank": [0, 1, 2, 7, 4, 5, 6, 3],
+    **{
+        f"random {seed}": torch.randperm(8, generator=torch.Generator().manual_seed(seed)).tolist()
+        for seed in range(4)
+    },
+}
+
+# Global batches of W * N rows: one per kind of rows that is exchanged.
+GLOBAL_ROWS = {
+    "images": torch.arange(8 * 3 * 2 * 2.0).view(8, 3, 2, 2),
+    "pixels": torch.arange(8 * 3, dtype=torch.uint8).view(8, 3),
+    "labels": torch.arange(100, 108),
+    "channels last": torch.arange(8 * 3 * 2 * 2.0)
+    .view(8, 3, 2, 2)
+    .to(memory_format=torch.channels_last),
+    "transposed": torch.arange(8 * 3.0).view(3, 8).t(),
+    "bfloat16": torch.arange(8 * 3).view(8, 3).bfloat16(),
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# In the two processes
+# ------------------------------------------------------------------------------------------------
+
+
+def in_process(device: torch.device, folder: str) -> None:
+    """Everything that needs a process group, once; what each rank saw goes to rank<r>.pt."""
+    torch.set_num_threads(1)
+    rank = distributed.rank()
+    mine = slice(rank * N, (rank + 1) * N)
+    seen = {"pid": os.getpid(), "who": [distributed.is_active(), rank, distributed.world_size(),
+            distributed.is_main(), str(device)]}  # fmt: skip
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        distributed.print_main("from", rank)
+    seen["screen"] = screen.getvalue()
+
+    seen["gathered"] = {kind: distributed.all_gather(r[mine]) for kind, r in GLOBAL_ROWS.items()}
+    seen["exchanged"] = {
+        (kind, name): distributed.exchange_rows(rows[mine], torch.tensor(permutation))
+        for kind, rows in GLOBAL_ROWS.items()
+        for name, permutation in PERMUTATIONS.items()
+    }
+    seen["uneven"] = {
+        str(sizes): distributed.gather_uneven(
+            10 * rank + torch.arange(2.0 * sizes[rank]).view(-1, 2)
+        )
+        for sizes in ((3, 1), (1, 4), (2, 2), (0, 2), (2, 0))
+    }
+    value = torch.tensor([1.0, 2.0]) * (rank + 1)
+    mean = distributed.mean_over_ranks(value)
+    seen["mean"] = (mean, value.clone())
+    summed = distributed.sum_over_ranks(value)
+    seen["sum"] = (summed, value, summed is value)
+    seen["object"] = distributed.broadcast_object({"rank": rank, "list": [1, "a", None]})
+
+    net = TinyNet(2)
+    net.register_buffer("by_columns", torch.zeros(5, 3).t())
+    for tensor in net.state_dict().values():
+        tensor.fill_(rank + 1)
+    distributed.broadcast_buffers(net)
+    seen["broadcast"] = net.state_dict()
+    distributed.barrier()
+
+    batches = EpochBatches(21, W * N, seed=3)
+    batches.set_epoch(1)
+    seen["batches"] = list(batches)
+    seen["share"] = list(RankShare(7))
+    seen["knn"] = knn()
+
+    seen["runs"] = {name: train(*run) for name, run in RUNS.items()}
+    torch.save(seen, f"{folder}/rank{rank}.pt")
+
+
+def train(base, terms: dict, weights: dict) -> dict:
+    """Some steps as the main does them. Ranks start from different seeds on purpose."""
+    torch.manual_seed(10 + distributed.rank())
+    moco = MoCo(base, C, K, 0.9, **terms)
+    moco.shuffle_generator.manual_seed(5)
+    model = distributed.data_parallel(moco, CPU)
+    optimizer = torch.optim.SGD(moco.parameters(), **SGD)
+    mine = slice(distributed.rank() * N, (distributed.rank() + 1) * N)
+    seen = {"start": copy.deepcopy(moco.state_dict()), "wrapper": type(model).__name__, "steps": []}
+    for step in range(STEPS):
+        im_q, im_k = two_views(step, W * N)
+        losses = model(im_q[mine], im_k[mine])
+        optimizer.zero_grad()
+        losses.combine(**weights).backward()
+        optimizer.step()
+        seen["steps"].append(
+            {
+                "losses": {name: loss.detach() for name, loss in losses.items()},
+                "logits": losses.logits_contr,
+                "ranks": losses.contr_rank(),
+                "gradients": [p.grad.clone() for p in moco.encoder_q.parameters()],
+                "state": copy.deepcopy(moco.state_dict()),
+            }
+        )
+    return seen
+
+
+class Pixels(torch.utils.data.Dataset):
+    """`count` images of two classes as uint8."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.targets = [i % 2 for i in range(count)]
+        shape = (count, 3, 8, 8)
+        self.images = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], self.targets[index]
+
+
+def knn() -> dict[str, float]:
+    """k-NN accuracy of 7 images (an odd share) against a bank of 11 on however many ranks."""
+    torch.manual_seed(0)
+    bank, val = Pixels(11, seed=1), Pixels(7, seed=2)
+    bank_loader, val_loader = (
+        torch.utils.data.DataLoader(data, batch_size=3, sampler=RankShare(len(data)))
+        for data in (bank, val)
+    )
+    return evaluate.knn_accuracy(
+        plain_net(C),
+        bank_loader,
+        val_loader,
+        classes=2,
+        device=CPU,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        k=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What rank 0 and rank 1 saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    distributed.launch(in_process, str(folder), devices=[CPU] * W)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(W)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Who am I, and the collectives
+# ------------------------------------------------------------------------------------------------
+
+
+def test_launch_starts_one_process_per_device_with_a_rank_each(ranks):
+    assert len({os.getpid(), ranks[0]["pid"], ranks[1]["pid"]}) == 3
+    assert ranks[0]["who"] == [True, 0, 2, True, "cpu"]
+    assert ranks[1]["who"] == [True, 1, 2, False, "cpu"]
+    assert not distributed.is_active()
+
+
+def test_print_main_prints_on_rank_0_only(ranks):
+    assert [seen["screen"] for seen in ranks] == ["from 0\n", ""]
+
+
+@pytest.mark.parametrize("kind", GLOBAL_ROWS)
+def test_all_gather_is_in_rank_order(ranks, kind):
+    for seen in ranks:
+        assert seen["gathered"][kind].dtype == GLOBAL_ROWS[kind].dtype
+        assert torch.equal(seen["gathered"][kind], GLOBAL_ROWS[kind])
+
+
+@pytest.mark.parametrize("name", PERMUTATIONS)
+@pytest.mark.parametrize("kind", GLOBAL_ROWS)
+def test_exchange_rows_is_indexing_of_the_global_batch(ranks, kind, name):
+    """Also for rows that are no contiguous block of memory."""
+    wanted = GLOBAL_ROWS[kind][PERMUTATIONS[name]]
+    for rank, seen in enumerate(ranks):
+        got = seen["exchanged"][kind, name]
+        assert got.dtype == wanted.dtype
+        assert torch.equal(got, wanted[rank * N : (rank + 1) * N]), f"rank {rank}"
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 4), (2, 2), (0, 2), (2, 0)], ids=str)
+def test_gather_uneven_joins_rows_in_rank_order_without_padding(ranks, sizes):
+    wanted = torch.cat([10 * r + torch.arange(2.0 * sizes[r]).view(-1, 2) for r in range(W)])
+    for seen in ranks:
+        assert torch.equal(seen["uneven"][str(sizes)], wanted)
+
+
+def test_sum_is_in_place_and_mean_is_not(ranks):
+    for rank, seen in enumerate(ranks):
+        mean, untouched = seen["mean"]
+        assert mean.tolist() == [1.5, 3.0]
+        assert untouched.tolist() == [rank + 1.0, 2 * (rank + 1.0)]
+        summed, value, same = seen["sum"]
+        assert summed.tolist() == value.tolist() == [3.0, 6.0] and same
+
+
+def test_broadcast_object_gives_all_ranks_the_value_of_rank_0(ranks):
+    for seen in ranks:
+        assert seen["object"] == {"rank": 0, "list": [1, "a", None]}
+
+
+def test_broadcast_buffers_sends_buffers_and_leaves_parameters(ranks):
+    """Batch-norm statistics and a buffer that is stored by columns, as the queue is."""
+    buffers = {"by_columns", *(f"bn{i}.{b}" for i in (1, 2) for b in
+               ("running_mean", "running_var", "num_batches_tracked"))}  # fmt: skip
+    for rank, seen in enumerate(ranks):
+        for name, tensor in seen["broadcast"].items():
+            assert (tensor == (1 if name in buffers else rank + 1)).all(), name
+
+
+def test_both_ranks_together_see_the_batches_of_one_process(ranks):
+    """The samples of a step do not depend on the number of ranks."""
+    single = EpochBatches(21, W * N, seed=3)
+    single.set_epoch(1)
+    joined = [first + second for first, second in zip(*(s["batches"] for s in ranks), strict=True)]
+    assert joined == list(single)
+    assert [len(batch) for batch in ranks[0]["batches"]] == [N, N]
+
+
+def test_both_ranks_together_evaluate_every_image_once(ranks):
+    assert [seen["share"] for seen in ranks] == [[0, 2, 4, 6], [1, 3, 5]]
+
+
+def test_knn_accuracy_on_two_ranks_is_that_of_one(ranks):
+    assert ranks[0]["knn"] == ranks[1]["knn"] == knn()
+    assert ranks[0]["knn"]["images"] == 7 and ranks[0]["knn"]["k"] == 3
+
+
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+def reference_of(run: str, start: dict) -> ReferenceMoCo:
+    base, terms, weights = RUNS[run]
+    moco = MoCo(base, C, K, 0.9, **terms)
+    moco.load_state_dict(start)
+    return ReferenceMoCo(
+        moco.encoder_q, moco.encoder_k, moco.queue, 0, m=0.9, **SGD, **terms, **weights
+    )
+
+
+def assert_close(got, wanted, what: str) -> None:
+    torch.testing.assert_close(
+        got.double(), wanted.detach(), rtol=1e-5, atol=1e-5, msg=lambda text: f"{what}: {text}"
+    )
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_ranks_equal_the_reference(ranks, run):
+    """Losses of each rank, averaged gradients, weights, queue and pointer of several steps. With
+    batch norm in groups the keys follow the shuffle over both ranks."""
+    _, terms, _ = RUNS[run]
+    reference = reference_of(run, ranks[0]["runs"][run]["start"])
+    generator = torch.Generator().manual_seed(5)
+    for step in range(STEPS):
+        im_q, im_k = (view.chunk(W) for view in two_views(step, W * N))
+        wanted = reference.step(im_q, im_k, torch.randperm(W * N, generator=generator))
+        for rank in range(W):
+            what = f"step {step}, rank {rank}"
+            got = ranks[rank]["runs"][run]["steps"][step]
+            of_terms = {"contr": wanted.loss_contr, "align": wanted.loss_align,
+                        "unif": wanted.loss_unif}  # fmt: skip
+            assert set(got["losses"]) == {name for name, losses in of_terms.items() if losses}
+            for name, loss in got["losses"].items():
+                assert_close(loss, of_terms[name][rank], f"{what}, {name}")
+            if wanted.logits_contr:
+                tau, logits = terms["contr_tau"], wanted.logits_contr[rank]
+                assert_close(got["logits"] * tau, logits * tau, f"{what}, logits")
+            for gradient, of in zip(got["gradients"], wanted.gradients, strict=True):
+                assert_close(gradient, of, f"{what}, gradient")
+            assert_close(got["state"]["queue"], reference.queue, f"{what}, queue")
+            assert got["state"]["queue_ptr"].tolist() == [reference.queue_ptr]
+            for encoder in ("encoder_q", "encoder_k"):
+                for name, parameter in getattr(reference, encoder).named_parameters():
+                    name = f"{encoder}.{name}"
+                    assert_close(got["state"][name], parameter, f"{what}, {name}")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_weights_queues_and_pointers_are_bit_equal_on_both_ranks(ranks, run):
+    """From the first step on, though the ranks drew different weights and queues. Batch-norm
+    statistics are each rank's own."""
+    first, second = (seen["runs"][run] for seen in ranks)
+    assert first["wrapper"] == "DistributedDataParallel"
+    states = [(first["start"], second["start"])]
+    states += [
+        (a["state"], b["state"]) for a, b in zip(first["steps"], second["steps"], strict=True)
+    ]
+    for one, other in states:
+        for name, tensor in one.items():
+            if "running" not in name:
+                assert torch.equal(tensor, other[name]), name
+    assert not torch.equal(states[-1][0]["queue"], first["start"]["queue"])
+
+
+def test_buffers_are_not_sent_again_in_a_step(ranks):
+    """A rank's batch-norm statistics follow its own batches; DDP's default would overwrite them,
+    and with them the whole queue."""
+    for rank, seen in enumerate(ranks):
+        run = seen["runs"]["all terms, batch norm in groups"]
+        encoder = grouped_net(C)
+        prefix = "encoder_q."
+        state = {n.removeprefix(prefix): t for n, t in run["steps"][0]["state"].items()}
+        encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
+        encoder(two_views(1, W * N)[0].chunk(W)[rank])
+        for name, buffer in encoder.named_buffers():
+            torch.testing.assert_close(buffer, run["steps"][1]["state"][prefix + name])
+
+
+def test_losses_differ_between_ranks(ranks):
+    """Each rank has its own loss, the log of its own mean; only gradients are averaged."""
+    first, second = (seen["runs"]["Eq. 22"]["steps"][0]["losses"] for seen in ranks)
+    assert abs(first["unif"] - second["unif"]) > 1e-3
+
+
+def test_shuffle_over_ranks_changes_the_keys_of_batch_norm_groups(ranks):
+    """So that the comparison with the reference above can fail: unshuffled keys are others."""
+    run = "all terms, batch norm in groups"
+    unshuffled = reference_of(run, ranks[0]["runs"][run]["start"])
+    unshuffled.step(*(view.chunk(W) for view in two_views(0, W * N)))
+    queue = ranks[0]["runs"][run]["steps"][0]["state"]["queue"]
+    assert (queue - unshuffled.queue).abs().max() > 0.01
+
+
+def test_ranks_of_positives_are_counted_against_the_queue_before_the_batch(ranks):
+    for seen in ranks:
+        for step in seen["runs"]["InfoNCE tau=0.2"]["steps"]:
+            wanted = (step["logits"][:, 1:] > step["logits"][:, :1]).sum(dim=1)
+            assert torch.equal(step["ranks"], wanted)
+
+
+# ------------------------------------------------------------------------------------------------
+# Without a process group
+# ------------------------------------------------------------------------------------------------
+
+
+def test_every_function_is_a_no_op_in_a_single_process(capsys):
+    rows = torch.arange(12.0).view(4, 3)
+    assert not distributed.is_active() and distributed.is_main()
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.all_gather(rows) is rows
+    assert distributed.gather_uneven(rows) is rows
+    assert distributed.sum_over_ranks(rows) is rows
+    mean = distributed.mean_over_ranks(rows)
+    assert torch.equal(mean, rows) and mean is not rows
+    value = {"a": 1}
+    assert distributed.broadcast_object(value) is value
+    net = TinyNet(2)
+    before = copy.deepcopy(net.state_dict())
+    distributed.broadcast_buffers(net)
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert distributed.data_parallel(net, CPU) is net
+    distributed.barrier()
+    distributed.print_main("hello", 1)
+    assert capsys.readouterr().out == "hello 1\n"
+
+
+@pytest.mark.parametrize("name", PERMUTATIONS)
+def test_exchange_rows_in_a_single_process_is_indexing(name):
+    for rows in GLOBAL_ROWS.values():
+        permuted = distributed.exchange_rows(rows, torch.tensor(PERMUTATIONS[name]))
+        assert torch.equal(permuted, rows[PERMUTATIONS[name]])
+
+
+# ------------------------------------------------------------------------------------------------
+# Launch
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def not_torchrun(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """The environment that torchrun gives to its only process."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+
+
+def test_cpu_is_one_device():
+    assert distributed.visible_devices("cpu", None) == [CPU]
+    assert distributed.visible_devices("cpu", []) == [CPU]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
+    assert distributed.visible_devices("auto", None) == [CPU]
+    with pytest.raises(ValueError, match="no GPU is visible; use --device cpu"):
+        distributed.visible_devices("cuda", None)
+    with pytest.raises(ValueError, match="GPU 0 does not exist: 0 visible.*run on the CPU"):
+        distributed.visible_devices("auto", [0])
+
+
+def test_gpus_that_do_not_exist_are_refused():
+    count = torch.cuda.device_count()
+    for device in ("auto", "cuda"):
+        with pytest.raises(ValueError, match=f"GPU {count}, {count + 3} does not exist: {count} "):
+            distributed.visible_devices(device, [count, count + 3])
+    with pytest.raises(ValueError, match="GPU -1 does not exist"):
+        distributed.visible_devices("auto", [-1])
+
+
+def test_gpus_together_with_the_cpu_are_refused():
+    with pytest.raises(ValueError, match=r"--device cpu .* together with --gpus \[0, 1\]"):
+        distributed.visible_devices("cpu", [0, 1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_visible_gpus_are_devices_one_each():
+    count = torch.cuda.device_count()
+    wanted = [torch.device("cuda", i) for i in range(count)]
+    assert distributed.visible_devices("auto", None) == wanted
+    assert distributed.visible_devices("cuda", [0]) == wanted[:1]
+    with pytest.raises(ValueError, match="named twice"):
+        distributed.visible_devices("auto", [0, 0])
+
+
+def test_planned_world_size_is_devices_times_nodes(not_torchrun):
+    assert not distributed.started_by_torchrun()
+    assert distributed.planned_world_size([CPU], 1) == 1
+    assert distributed.planned_world_size([CPU] * 4, 2) == 8
+
+
+def test_planned_world_size_is_torchruns_where_it_started_us(torchrun, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert distributed.started_by_torchrun()
+    assert distributed.planned_world_size([CPU], 1) == 6
+
+
+def test_one_device_runs_in_place_without_a_process_group(not_torchrun):
+    seen = []
+    distributed.launch(
+        lambda device, args: seen.append((os.getpid(), device, args, distributed.is_active())),
+        "arguments",
+        devices=[CPU],
+    )
+    assert seen == [(os.getpid(), CPU, "arguments", False)]
+
+
+def test_several_nodes_without_an_address_are_refused(not_torchrun):
+    with pytest.raises(ValueError, match="2 nodes need --dist-url tcp://HOST:PORT"):
+        distributed.launch(print, None, devices=[CPU], nodes=2)
+
+
+def test_under_torchrun_this_process_joins_its_group_and_leaves_it_after_an_error(torchrun):
+    seen = []
+
+    def worker(device, args):
+        seen.append((os.getpid(), distributed.is_active(), distributed.rank(), device, args))
+        raise KeyError("from the worker")
+
+    with pytest.raises(KeyError, match="from the worker"):
+        distributed.launch(worker, 7, devices=[CPU])
+    assert seen == [(os.getpid(), True, 0, CPU, 7)]
+    assert not distributed.is_active()

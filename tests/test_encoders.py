@@ -1,0 +1,392 @@
+"""Encoders: heads of many architectures, stems, batch norm in groups, small ResNets."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from moco import encoders
+from moco.encoders import (
+    CifarResNet,
+    ProjectionHead,
+    SplitBatchNorm2d,
+    add_mlp_head,
+    build_encoder,
+    check_image_size,
+    feature_dim,
+    get_head,
+    has_batch_norm,
+    head_name,
+    set_head,
+    split_batch_norm,
+)
+
+# ------------------------------------------------------------------------------------------------
+# Heads
+# ------------------------------------------------------------------------------------------------
+
+HEADS = {
+    "resnet18": ("fc", 512),
+    "resnet50": ("fc", 2048),
+    "vgg11_bn": ("classifier.6", 4096),
+    "densenet121": ("classifier", 1024),
+    "mobilenet_v3_small": ("classifier.3", 1024),
+    "vit_b_16": ("heads.head", 768),
+    "convnext_tiny": ("classifier.2", 768),
+    "swin_t": ("head", 768),
+    "resnet8": ("fc", 64),
+}
+
+
+@pytest.mark.parametrize("arch", HEADS)
+def test_head_is_the_last_linear_layer(arch):
+    """Found, measured, replaced and found again under the name that state dicts have for it."""
+    name, width = HEADS[arch]
+    with torch.device("meta"):
+        encoder = build_encoder(arch, 7)
+        assert head_name(encoder) == name
+        head = get_head(encoder)
+        assert type(head) is nn.Linear and head.out_features == 7
+        assert feature_dim(encoder) == head.in_features == width
+        assert name + ".weight" in encoder.state_dict()
+
+        add_mlp_head(encoder)
+        assert isinstance(get_head(encoder), ProjectionHead)
+        assert (head_name(encoder), feature_dim(encoder)) == (name, width)
+        assert [n for n in encoder.state_dict() if n.startswith(name + ".")] == [
+            f"{name}.{part}" for part in ("0.weight", "0.bias", "2.weight", "2.bias")
+        ]
+        assert get_head(encoder)[2] is head
+        assert tuple(get_head(encoder)[0].weight.shape) == (width, width)
+
+        set_head(encoder, nn.Identity())
+        assert head_name(encoder) == name
+        assert not any(n.startswith(name + ".") for n in encoder.state_dict())
+
+
+def test_without_its_head_an_encoder_returns_the_features_that_entered_it():
+    encoder = build_encoder("resnet8", 5).eval()
+    images = torch.randn(2, 3, 16, 16)
+    head = get_head(encoder)
+    outputs = encoder(images)
+    set_head(encoder, nn.Identity())
+    features = encoder(images)
+    assert features.shape == (2, head.in_features)
+    torch.testing.assert_close(head(features), outputs)
+
+
+def test_mlp_head_is_linear_relu_linear():
+    """As in MoCo v2, and the last of them is the encoder's own layer."""
+    encoder = build_encoder("resnet8", 5)
+    last = encoder.fc
+    add_mlp_head(encoder)
+    x = torch.randn(3, 64)
+    hidden = (x @ encoder.fc[0].weight.t() + encoder.fc[0].bias).clamp(min=0)
+    torch.testing.assert_close(encoder.fc(x), hidden @ last.weight.t() + last.bias)
+
+
+@pytest.mark.parametrize("arch", ["squeezenet1_0", "squeezenet1_1"])
+def test_a_network_without_a_final_linear_layer_is_refused(arch):
+    with pytest.raises(ValueError, match="SqueezeNet does not end in a linear layer named fc"):
+        build_encoder(arch, 7)
+
+
+@pytest.mark.parametrize("arch", ["inception_v3", "googlenet"])
+def test_networks_with_auxiliary_outputs_are_refused(arch):
+    with pytest.raises(ValueError, match=f"arch {arch} has auxiliary outputs"):
+        build_encoder(arch, 7)
+
+
+@pytest.mark.parametrize(
+    ("arch", "hint"),
+    [
+        ("resnet51", "did you mean .*resnet50"),
+        ("ResNet18", "did you mean .*resnet18"),
+        ("qqqqqq", "see --help for the known ones"),
+        ("deeplabv3_resnet50", "unknown arch"),  # torchvision's, but no classifier
+    ],
+)
+def test_an_unknown_arch_is_refused_with_near_names(arch, hint):
+    with pytest.raises(ValueError, match=f"unknown arch '{arch}'") as error:
+        build_encoder(arch, 7)
+    error.match(hint)
+
+
+def test_arch_names_are_torchvisions_classifiers_and_the_small_resnets():
+    names = encoders.arch_names()
+    assert names == sorted(set(names))
+    assert {"resnet18", "resnet50", "vit_b_16", "alexnet", "resnet8", "resnet20"} <= set(names)
+    others = {"maskrcnn_resnet50_fpn", "fcn_resnet50", "raft_large", "quantized_resnet50", "r3d_18"}
+    assert not others & set(names)
+
+
+# ------------------------------------------------------------------------------------------------
+# Stems and sizes
+# ------------------------------------------------------------------------------------------------
+
+
+def test_small_stem_is_3x3_stride_1_without_max_pool():
+    """The output of a 32-pixel image is 16 times as large as with torchvision's stem."""
+    with torch.device("meta"):
+        small = build_encoder("resnet18", 7, small_stem=True)
+        plain = build_encoder("resnet18", 7)
+        assert tuple(small.conv1.weight.shape) == (64, 3, 3, 3)
+        assert (small.conv1.stride, small.conv1.padding, small.conv1.bias) == ((1, 1), (1, 1), None)
+        assert type(small.maxpool) is nn.Identity
+        sizes = []
+        for encoder in (small, plain):
+            encoder.layer1.register_forward_hook(lambda *a: sizes.append(tuple(a[2].shape)))
+            encoder(torch.zeros(2, 3, 32, 32))
+    assert sizes == [(2, 64, 32, 32), (2, 64, 8, 8)]
+    assert small.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_small_stem_starts_as_torchvision_starts_convolutions():
+    """He initialisation by the number of outputs: standard deviation sqrt(2 / (9 * 64))."""
+    torch.manual_seed(0)
+    weight = build_encoder("resnet18", 7, small_stem=True).conv1.weight
+    assert weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("arch", ["vgg11", "mobilenet_v3_small", "resnet8"])
+def test_small_stem_is_refused_for_others_than_torchvisions_resnets(arch):
+    with pytest.raises(ValueError, match=f"--small-stem is for torchvision's ResNets, got {arch}"):
+        with torch.device("meta"):
+            build_encoder(arch, 7, small_stem=True)
+
+
+def test_images_that_are_too_small_are_refused_by_name():
+    """AlexNet shrinks 32 pixels to nothing; 64 it can take, and its mode stays as it was."""
+    with torch.device("meta"):
+        encoder = build_encoder("alexnet", 7).train()
+        with pytest.raises(ValueError, match="images of 32 pixels do not fit the encoder: "):
+            check_image_size(encoder, 32)
+        assert encoder.training
+        check_image_size(encoder, 64)
+        assert encoder.training
+        check_image_size(encoder.eval(), 64)
+        assert not encoder.training
+
+
+def test_check_leaves_batch_norm_statistics_alone():
+    encoder = build_encoder("resnet8", 7)
+    before = copy.deepcopy(encoder.state_dict())
+    check_image_size(encoder, 16)
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_an_encoder_that_returns_no_feature_vector_is_refused():
+    with pytest.raises(ValueError, match=r"must return one \(N, C\) tensor, got Tensor"):
+        check_image_size(nn.Conv2d(3, 4, 3), 8)
+
+
+def test_vit_is_built_for_the_image_size():
+    with torch.device("meta"):
+        encoder = build_encoder("vit_b_16", 7, image_size=64)
+        assert encoder.encoder.pos_embedding.shape[1] == (64 // 16) ** 2 + 1
+        check_image_size(encoder, 64)
+        with pytest.raises(ValueError, match="images of 32 pixels do not fit"):
+            check_image_size(encoder, 32)
+
+
+def test_vit_refuses_a_size_that_is_no_multiple_of_its_patch():
+    with pytest.raises(ValueError, match="40 pixels"):
+        with torch.device("meta"):
+            check_image_size(build_encoder("vit_b_16", 7, image_size=40), 40)
+
+
+# ------------------------------------------------------------------------------------------------
+# Batch norm in groups
+# ------------------------------------------------------------------------------------------------
+
+
+def same_norm(splits: int, **options) -> tuple[nn.BatchNorm2d, SplitBatchNorm2d]:
+    """Plain and split batch norm of 5 channels with the same, not trivial, state."""
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(5, **options).double()
+    with torch.no_grad():
+        for tensor in (*plain.parameters(), plain.running_mean, plain.running_var):
+            tensor.uniform_(0.5, 2)
+    split = SplitBatchNorm2d(5, splits, **options).double()
+    split.load_state_dict(plain.state_dict())
+    return plain, split
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.3, "eps": 0.1}, {"affine": False}], ids=str)
+def test_split_batch_norm_is_one_batch_norm_per_group(splits, layout, options):
+    """Output, gradients of input, weight and bias; running statistics are the mean of what the
+    groups' own batch norms arrive at. Sample i is in group i mod splits."""
+    plain, split = same_norm(splits, **options)
+    x = torch.randn(8, 5, 3, 2).double().to(memory_format=layout).requires_grad_()
+    slope = torch.randn(8, 5, 3, 2).double()
+    (split(x) * slope).sum().backward()
+    got_gradient, x.grad = x.grad, None
+
+    norms = [copy.deepcopy(plain) for _ in range(splits)]
+    wanted = torch.empty_like(x)
+    for group, norm in enumerate(norms):
+        wanted[group::splits] = norm(x[group::splits])
+    (wanted * slope).sum().backward()
+
+    torch.testing.assert_close(split.train()(x), wanted)
+    torch.testing.assert_close(got_gradient, x.grad)
+    for name, parameter in split.named_parameters():
+        total = sum(getattr(norm, name).grad for norm in norms)
+        torch.testing.assert_close(parameter.grad, total)
+    _, fresh = same_norm(splits, **options)
+    fresh(x)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(norm, name) for norm in norms]).mean(dim=0)
+        torch.testing.assert_close(getattr(fresh, name), mean)
+    assert fresh.num_batches_tracked == 1
+
+
+def test_groups_are_normalised_apart():
+    """With a group far away from the others plain batch norm gives something else."""
+    plain, split = same_norm(2)
+    x = torch.randn(8, 5, 3, 3).double()
+    x[1::2] += 10
+    assert (plain(x) - split(x)).abs().max() > 0.5
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_in_eval_mode_split_batch_norm_is_plain_batch_norm(layout):
+    """Whatever the batch, and running statistics stay."""
+    plain, split = same_norm(4)
+    x = torch.randn(7, 5, 3, 3).double().to(memory_format=layout)
+    before = copy.deepcopy(split.state_dict())
+    assert torch.equal(split.eval()(x), plain.eval()(x))
+    assert all(torch.equal(t, before[name]) for name, t in split.state_dict().items())
+
+
+def test_state_dict_loads_into_plain_batch_norm_and_back():
+    """Names and shapes are those of torchvision's networks, before and after training."""
+    split = build_encoder("resnet8", 7, bn_splits=2)
+    plain = build_encoder("resnet8", 7)
+    split(torch.randn(4, 3, 8, 8))
+    plain.load_state_dict(split.state_dict())
+    x = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(plain.eval()(x), split.eval()(x))
+    again = build_encoder("resnet8", 7, bn_splits=2)
+    again.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(again.eval()(x), plain(x))
+
+
+@pytest.mark.parametrize("batch", [6, 1, 9])
+def test_a_batch_that_does_not_split_is_refused_in_training(batch):
+    _, split = same_norm(4)
+    message = f"a batch of {batch} cannot be split into 4 equal batch-norm groups"
+    with pytest.raises(ValueError, match=message):
+        split(torch.randn(batch, 5, 3, 3).double())
+
+
+def test_every_batch_norm_of_a_network_is_split_and_keeps_its_state():
+    encoder = build_encoder("resnet18", 7)
+    with torch.no_grad():
+        encoder.bn1.weight.fill_(3)
+        encoder.layer2[0].downsample[1].running_var.fill_(5)
+    count = sum(type(m) is nn.BatchNorm2d for m in encoder.modules())
+    before = copy.deepcopy(encoder.state_dict())
+    split_batch_norm(encoder, 4)
+    assert not any(type(m) is nn.BatchNorm2d for m in encoder.modules())
+    splits = [m for m in encoder.modules() if isinstance(m, SplitBatchNorm2d)]
+    assert len(splits) == count == 20
+    assert {m.splits for m in splits} == {4}
+    assert encoder.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+
+
+def test_split_keeps_eps_and_momentum():
+    """MobileNet's batch norm has its own."""
+    with torch.device("meta"):
+        encoder = build_encoder("mobilenet_v3_small", 7, bn_splits=2)
+    norms = [m for m in encoder.modules() if isinstance(m, SplitBatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in norms} == {(0.001, 0.01)}
+
+
+def test_batch_norm_without_running_averages_cannot_be_split():
+    for norm in (nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, track_running_stats=False)):
+        with pytest.raises(ValueError, match="without running averages cannot be split"):
+            split_batch_norm(nn.Sequential(norm), 2)
+
+
+def test_has_batch_norm():
+    with torch.device("meta"):
+        assert has_batch_norm(build_encoder("resnet8", 7))
+        assert has_batch_norm(build_encoder("resnet8", 7, bn_splits=2))
+        assert not has_batch_norm(build_encoder("vit_b_16", 7))
+
+
+# ------------------------------------------------------------------------------------------------
+# Small ResNets
+# ------------------------------------------------------------------------------------------------
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)]
+)
+def test_cifar_resnets_have_the_papers_number_of_parameters(depth, millions):
+    """Table 6 of He et al. 2016, plus the two 1x1 shortcuts and their batch norm, which the paper
+    does without."""
+    with torch.device("meta"):
+        encoder = CifarResNet(depth, 16, num_classes=10)
+    shortcuts = sum(parameters(stage[0].downsample) for stage in (encoder.layer2, encoder.layer3))
+    assert shortcuts == 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
+    assert round((parameters(encoder) - shortcuts) / 1e6, 2 if millions < 1 else 1) == millions
+
+
+@pytest.mark.parametrize(
+    ("arch", "depth", "width", "size"),
+    [
+        ("resnet8", 8, 16, 32),
+        ("resnet8x4", 8, 64, 32),
+        ("resnet8x2s2", 8, 32, 16),
+        ("resnet20", 20, 16, 32),
+    ],
+)
+def test_cifar_resnets_have_three_stages_of_falling_size(arch, depth, width, size):
+    """w, 2w and 4w channels at full, half and quarter size, which is half of the image's behind a
+    stem of stride 2; depth counts convolutions and `fc`."""
+    with torch.device("meta"):
+        encoder = build_encoder(arch, 7)
+        shapes = []
+        for stage in (encoder.layer1, encoder.layer2, encoder.layer3):
+            stage.register_forward_hook(lambda *a: shapes.append(tuple(a[2].shape[1:])))
+        assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    assert shapes == [
+        (width, size, size),
+        (2 * width, size // 2, size // 2),
+        (4 * width, size // 4, size // 4),
+    ]
+    weights = [m for m in encoder.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    shortcuts = [m for m in weights if getattr(m, "kernel_size", None) == (1, 1)]
+    assert (len(weights) - len(shortcuts), len(shortcuts)) == (depth, 2)
+
+
+def test_cifar_resnets_classify_the_average_over_all_pixels():
+    encoder = build_encoder("resnet8", 7)
+    maps = []
+    encoder.layer3.register_forward_hook(lambda *a: maps.append(a[2]))
+    outputs = encoder(torch.randn(2, 3, 16, 16))
+    torch.testing.assert_close(outputs, encoder.fc(maps[0].flatten(2).mean(dim=2)))
+
+
+def test_build_encoder_gives_torchvisions_network():
+    """Same names, same initial weights for the same seed."""
+    torch.manual_seed(0)
+    ours = build_encoder("resnet18", 7)
+    torch.manual_seed(0)
+    wanted = torchvision.models.resnet18(num_classes=7)
+    for (name, tensor), expected in zip(
+        ours.state_dict().items(), wanted.state_dict().values(), strict=True
+    ):
+        assert torch.equal(tensor, expected), name

@@ -1,0 +1,193 @@
+"""k-NN as Wu et al. 2018 write it, counts of hits, and features of a data set."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TinyNet
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from moco.evaluate import count_correct, extract_features, knn_accuracy, knn_predict
+from moco.loader import normalize
+
+CPU = torch.device("cpu")
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+
+
+def unit(*shape: int, seed: int = 0) -> Tensor:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def loop_votes(features, bank, labels, classes: int, k: int, temperature: float):
+    """Section 3.4 of arXiv:1805.01978 with plain floats: each of the k nearest neighbours, by
+    cosine, adds exp(cosine / temperature) to its class. Shifted by 1 in the exponent."""
+    votes = []
+    for query in features.double().tolist():
+        neighbours = []
+        for row, label in zip(bank.double().tolist(), labels.tolist(), strict=True):
+            cosine = math.fsum(a * b for a, b in zip(query, row, strict=True))
+            neighbours.append((cosine, label))
+        neighbours.sort(reverse=True)
+        of_query = [0.0] * classes
+        for cosine, label in neighbours[:k]:
+            of_query[label] += math.exp((cosine - 1) / temperature)
+        votes.append(of_query)
+    return votes
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_classes_are_ranked_by_the_papers_votes(k, temperature):
+    """All classes, in the order of their votes; without votes they come last. In blocks as well."""
+    classes = 7
+    features, bank = unit(30, 4), unit(50, 4, seed=1)
+    labels = torch.randint(0, classes, (50,), generator=torch.Generator().manual_seed(2))
+    options = {"classes": classes, "k": k, "temperature": temperature}
+    wanted = loop_votes(features, bank, labels, **options)
+    for block_size in (1024, 7):
+        ranked = knn_predict(features, bank, labels, block_size=block_size, **options)
+        assert ranked.dtype == torch.int64 and ranked.shape == (30, classes)
+        for row, votes in zip(ranked.tolist(), wanted, strict=True):
+            assert sorted(row) == list(range(classes))
+            with_votes = sorted((c for c in range(classes) if votes[c]), key=lambda c: -votes[c])
+            assert row[: len(with_votes)] == with_votes
+
+
+def test_weights_decide_and_not_the_number_of_neighbours():
+    """One near neighbour outweighs two far ones at a low temperature, not at a high one."""
+    bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
+    labels = torch.tensor([0, 1, 1])
+    query = torch.tensor([[1.0, 0.0]])
+    sharp = knn_predict(query, bank, labels, classes=2, k=3, temperature=0.1)
+    flat = knn_predict(query, bank, labels, classes=2, k=3, temperature=10)
+    assert sharp.tolist() == [[0, 1]] and flat.tolist() == [[1, 0]]
+    nearest = knn_predict(query, bank, labels, classes=2, k=1, temperature=10)
+    assert nearest[0, 0] == 0  # the far ones are not asked
+
+
+def test_k_is_capped_at_the_size_of_the_bank():
+    features, bank, labels = unit(6, 4), unit(5, 4, seed=1), torch.tensor([0, 1, 2, 0, 1])
+    capped = knn_predict(features, bank, labels, classes=3, k=200)
+    assert torch.equal(capped, knn_predict(features, bank, labels, classes=3, k=5))
+
+
+def test_ties_give_one_of_the_tied_classes():
+    """Equally near neighbours of two classes, of three: the third class is never before them."""
+    bank = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    labels = torch.tensor([2, 0, 1])
+    ranked = knn_predict(torch.tensor([[1.0, 0.0]]), bank, labels, classes=3, k=3)
+    assert set(ranked[0, :2].tolist()) == {0, 2} and ranked[0, 2] == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-6, 1e-30])
+def test_a_tiny_temperature_does_not_overflow(temperature):
+    """exp(1 / 0.001) is no float32; the nearest neighbour's class wins all the same."""
+    features, bank = unit(20, 4), unit(40, 4, seed=1)
+    labels = torch.arange(40) % 3
+    ranked = knn_predict(features, bank, labels, classes=3, k=10, temperature=temperature)
+    nearest = (features.double() @ bank.double().t()).argmax(dim=1)
+    assert torch.equal(ranked[:, 0], labels[nearest])
+
+
+@pytest.mark.parametrize("options", [{"k": 0}, {"k": -1}, {"temperature": 0}, {"temperature": -1}])
+def test_k_and_temperature_must_be_positive(options):
+    with pytest.raises(ValueError, match="k must be >= 1 and temperature > 0, got k="):
+        knn_predict(unit(2, 4), unit(3, 4), torch.tensor([0, 1, 0]), classes=2, **options)
+
+
+def test_count_correct_counts_targets_among_the_first_k():
+    ranked = torch.tensor([[2, 0, 1], [0, 1, 2], [1, 2, 0], [1, 0, 2]])
+    targets = torch.tensor([2, 2, 2, 0])
+    counts = count_correct(ranked, targets, (1, 2, 3))
+    assert counts.tolist() == [1, 3, 4] and counts.dtype == torch.float64
+
+
+# ------------------------------------------------------------------------------------------------
+# Features of a data set
+# ------------------------------------------------------------------------------------------------
+
+
+def pixels(count: int, seed: int = 0) -> list[tuple[Tensor, int]]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return [(image, i % 3) for i, image in enumerate(images)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_features_are_those_of_eval_mode_and_the_mode_is_given_back(training):
+    """Unit rows in the order of the loader, of normalised pixels; batch norm is not updated."""
+    torch.manual_seed(0)
+    encoder = TinyNet(5).train(training)
+    with torch.no_grad():
+        encoder.bn1.running_mean.fill_(0.3)
+    before = {name: t.clone() for name, t in encoder.state_dict().items()}
+    data = pixels(7)
+    loader = DataLoader(data, batch_size=3)
+    features, labels = extract_features(encoder, loader, device=CPU, mean=MEAN, std=STD)
+    assert encoder.training == encoder.bn1.training == training
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert features.shape == (7, 5) and features.dtype == torch.float32
+    assert not features.requires_grad
+    images = normalize(torch.stack([image for image, _ in data]), MEAN, STD)
+    torch.testing.assert_close(features, F.normalize(encoder.eval()(images), dim=1).detach())
+
+
+def test_the_loop_can_be_watched():
+    seen = []
+
+    def progress(loader):
+        for batch in loader:
+            seen.append(len(batch[0]))
+            yield batch
+
+    extract_features(TinyNet(5), DataLoader(pixels(7), batch_size=3), device=CPU, mean=MEAN,
+                     std=STD, progress=progress)  # fmt: skip
+    assert seen == [3, 3, 1]
+
+
+def test_the_mode_is_given_back_after_an_error():
+    encoder = TinyNet(5).train()
+    with pytest.raises(RuntimeError):
+        loader = DataLoader([(torch.zeros(4, 8, 8, dtype=torch.uint8), 0)])
+        extract_features(encoder, loader, device=CPU, mean=MEAN, std=STD)
+    assert encoder.training and encoder.bn1.training
+
+
+class Colour(nn.Module):
+    """The mean colour of an image as its feature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
+def coloured(colours: list[tuple[int, int, int]], labels: list[int]) -> DataLoader:
+    images = [torch.tensor(c, dtype=torch.uint8).view(3, 1, 1).expand(3, 4, 4) for c in colours]
+    return DataLoader(list(zip(images, labels, strict=True)), batch_size=2)
+
+
+def test_knn_accuracy_in_percent_of_a_case_worked_by_hand():
+    """Red, green and blue in the bank; three of four validation images are where they belong."""
+    red, green, blue = (250, 10, 10), (10, 250, 10), (10, 10, 250)
+    bank = coloured([red, green, blue], [0, 1, 2])
+    val = coloured([(200, 20, 20), (20, 200, 20), (20, 20, 200), (190, 30, 30)], [0, 1, 2, 2])
+    got = knn_accuracy(Colour(), bank, val, classes=3, device=CPU, mean=(0, 0, 0), std=(1, 1, 1))
+    assert got == {"top1": 75.0, "top5": 100.0, "k": 3, "images": 4}
+
+
+def test_top5_of_knn_is_within_the_first_five_of_many_classes():
+    """Eight classes on a circle: the fifth nearest counts, the sixth does not."""
+    angles = [2 * math.pi * i / 8 + 0.01 * i for i in range(8)]
+    points = [(int(128 + 120 * math.cos(a)), int(128 + 120 * math.sin(a)), 128) for a in angles]
+    bank = coloured(points, list(range(8)))
+    mean = (128 / 255, 128 / 255, 0.45)
+    results = []
+    for label in range(8):
+        val = coloured(points[:1], [label])
+        got = knn_accuracy(Colour(), bank, val, classes=8, device=CPU, mean=mean, std=(1, 1, 1))
+        results.append((got["top1"], got["top5"]))
+    assert sum(top1 for top1, _ in results) == 100
+    assert sum(top5 for _, top5 in results) == 500
+    assert results[0] == (100, 100) and results[4] == (0, 0)

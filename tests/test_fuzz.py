@@ -1,0 +1,412 @@
+"""Damaged files have two outcomes, the right result or a documented error: never a crash, a hang or
+a silent wrong load. Mutations are functions of (kind, seed); to repeat one that failed:
+
+    python tests/test_fuzz.py KIND SEED
+
+They run in a process of their own, so that a crash or a hang is caught and named too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import pickle
+import random
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `python tests/test_fuzz.py`
+
+from moco import checkpoint, encoders  # noqa: E402
+from moco.builder import MoCo  # noqa: E402
+from moco.loader import DataError, load_rgb  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+MOST_SECONDS = 5.0  # of CPU, so that a busy machine does not fail the test
+PATIENCE = 60.0  # seconds until a process that does not answer is taken for hung
+IMAGENET = Path("/work/shared/data/imagenet_samples.tar.xz")  # used where it is there
+
+
+# ------------------------------------------------------------------------------------------------
+# Valid files
+# ------------------------------------------------------------------------------------------------
+
+
+def encoder() -> torch.nn.Module:
+    torch.manual_seed(0)
+    net = encoders.build_encoder("resnet8", 10)
+    for module in net.modules():  # running averages as after training, not all zeros and ones
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return net.eval()
+
+
+def pretraining() -> dict:
+    """A small pretraining checkpoint with everything that a real one has."""
+    torch.manual_seed(0)
+    moco = MoCo(lambda num_classes: encoders.build_encoder("resnet8", num_classes), 16, 32,
+                align_alpha=2, unif_t=3, mlp=True)  # fmt: skip
+    moco.encoder_q.load_state_dict({**moco.encoder_q.state_dict(), **backbone()})
+    optimizer = torch.optim.SGD(moco.parameters(), 0.1, momentum=0.9)
+    for parameter in moco.encoder_q.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    state = moco.state_dict()
+    state = {f"module.{name}": tensor.clone() for name, tensor in state.items()}
+    optimizer.step()
+    return {
+        "version": checkpoint.FORMAT_VERSION,
+        "arch": "resnet8",
+        "epoch": 3,
+        "step": 30,
+        "step_in_epoch": 0,
+        "state_dict": state,
+        "optimizer": optimizer.state_dict(),
+        "scaler": None,
+        "rng": torch.get_rng_state().unsqueeze(0),
+        "means": {"sums": {"loss": torch.tensor(float("inf"))}, "counts": {"loss": 2}},
+        "args": {"arch": "resnet8", "objective": "1 * align", "image_size": 32},
+    }
+
+
+def backbone() -> dict:
+    return {key: t for key, t in encoder().state_dict().items() if not key.startswith("fc.")}
+
+
+def lincls() -> dict:
+    state = {f"module.{name}": tensor for name, tensor in encoder().state_dict().items()}
+    return {"arch": "resnet8", "epoch": 2, "best_acc1": torch.tensor(7.0), "state_dict": state}
+
+
+def write_legacy(path: Path, content: dict) -> None:
+    """Torch's format before 1.6. Torch itself still writes it, but names the storages by their
+    addresses: its files differ between processes, and a mutation could not be repeated."""
+    storages: dict[int, torch.storage.TypedStorage] = {}
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: object) -> tuple | None:
+            if not isinstance(value, torch.storage.TypedStorage):
+                return None
+            storages.setdefault(value._cdata, value)
+            number = list(storages).index(value._cdata)
+            kind = getattr(torch, value._pickle_storage_type())
+            return ("storage", kind, f"{number}", "cpu", value._size(), None)
+
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    with open(path, "wb") as file:
+        for value in (torch.serialization.MAGIC_NUMBER, 1001, system):
+            pickle.dump(value, file, protocol=2)
+        Pickler(file, protocol=2).dump(content)
+        pickle.dump([f"{number}" for number in range(len(storages))], file, protocol=2)
+        file.flush()
+        for storage in storages.values():
+            storage._untyped_storage._write_file(
+                file, True, True, torch._utils._element_size(storage.dtype)
+            )
+
+
+# kind: content, how it is written, the head that is asked for
+CHECKPOINTS = {
+    "ours": (pretraining, checkpoint.write_checkpoint, "none"),
+    "upstream": (pretraining, lambda path, content: torch.save(content, path), "projection"),
+    "lincls": (lincls, checkpoint.write_checkpoint, "linear"),
+    "plain": (lambda: dict(encoder().state_dict()), lambda p, c: torch.save(c, p), "none"),
+    "legacy": (pretraining, write_legacy, "none"),
+}
+
+
+def jpegs() -> list[bytes]:
+    """JPEGs of every sort that Pillow writes, and a few of ImageNet where they are at hand."""
+    rng = np.random.default_rng(0)
+    grid = np.add.outer(np.arange(60), np.arange(80))[..., None] * np.array([1, 2, 3])
+    colour = Image.fromarray((grid + rng.integers(0, 40, grid.shape)).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    files = []
+    for image, options in (
+        (colour, {}),
+        (colour, {"progressive": True}),
+        (colour, {"subsampling": 0, "quality": 95}),
+        (colour, {"optimize": True, "restart_marker_blocks": 2}),
+        (colour, {"exif": exif, "comment": b"a comment", "dpi": (72, 72)}),
+        (colour.convert("L"), {}),
+        (colour.convert("CMYK"), {}),
+    ):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", **options)
+        files.append(buffer.getvalue())
+    if IMAGENET.is_file():
+        with tarfile.open(IMAGENET) as archive:
+            for member in archive:
+                if len(files) == 15:
+                    break
+                if member.isfile() and member.size < 40_000:
+                    files.append(archive.extractfile(member).read())
+    return files
+
+
+class Originals:
+    """The valid files, and what is right for each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.contents, self.bytes, self.outputs = {}, {}, {}
+        for kind, (make, write, _) in CHECKPOINTS.items():
+            write(folder / "original", make())
+            self.contents[kind] = make()
+            self.bytes[kind] = (folder / "original").read_bytes()
+            self.outputs[kind] = output(folder / "original", kind)
+        self.jpegs = jpegs()
+
+
+def output(path: Path, kind: str) -> torch.Tensor:
+    """What the encoder in a file makes of a fixed input."""
+    net, _ = checkpoint.load_encoder(path, head=CHECKPOINTS[kind][2])
+    images = torch.linspace(-2, 2, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
+    with torch.no_grad():
+        return net(images)
+
+
+# ------------------------------------------------------------------------------------------------
+# Mutations
+# ------------------------------------------------------------------------------------------------
+
+
+def mutate_bytes(data: bytes, rng: random.Random) -> tuple[str, bytes]:
+    """Damage of a disk, a network or a text-mode copy."""
+    new = bytearray(data)
+    place = rng.choice(("anywhere", "start", "end"))  # headers, directories and pickles lie there
+    near = len(data) if place == "anywhere" else min(len(data), 20_000)
+
+    def position() -> int:
+        at = rng.randrange(near)
+        return len(data) - 1 - at if place == "end" else at
+
+    at = position()
+    size = rng.choice((1, 8, 64, 700, 5000))
+    name = rng.choice(
+        ("bit", "byte", "bytes", "truncate", "zero", "double", "insert", "cut", "swap", "append")
+    )
+    if name == "bit":
+        new[at] ^= 1 << rng.randrange(8)
+    elif name == "byte":
+        new[at] = rng.randrange(256)
+    elif name == "bytes":
+        for _ in range(rng.randint(2, 50)):
+            new[position()] ^= rng.randint(1, 255)
+    elif name == "truncate":
+        del new[at:]
+    elif name == "zero":
+        new[at : at + size] = bytes(len(new[at : at + size]))
+    elif name == "double":
+        new[at:at] = new[at : at + size]
+    elif name == "insert":
+        new[at:at] = rng.randbytes(size)
+    elif name == "cut":
+        del new[at : at + size]
+    elif name == "swap":
+        other = position()
+        new[at : at + size], new[other : other + size] = (
+            new[other : other + size], new[at : at + size]
+        )  # fmt: skip
+    elif name == "append":
+        new += rng.randbytes(size)
+    return f"{name} at the {place}", bytes(new)
+
+
+def mutate_values(content: dict, rng: random.Random) -> str:
+    """Change one value of nested dicts in place; what is left is a valid file of other content."""
+    parent, path = content, []
+    while True:
+        key = rng.choice(list(parent))
+        path.append(str(key))
+        if not (isinstance(parent[key], dict) and parent[key] and rng.random() < 0.9):
+            break
+        parent = parent[key]
+    value = parent[key]
+    ways = ["drop", "rename", "none", "text", "number", "list", "dict"]
+    if isinstance(value, torch.Tensor):
+        ways += 2 * ["flat", "longer", "scalar", "empty", "nan", "integer", "complex", "double"]
+    name = rng.choice(ways)
+    if name == "drop":
+        del parent[key]
+    elif name == "rename":
+        parent[f"{key}x"] = parent.pop(key)
+    elif name == "nan" and value.is_floating_point() and value.numel():
+        parent[key] = value.clone()
+        number = rng.choice((float("nan"), float("inf")))
+        parent[key].view(-1)[rng.randrange(value.numel())] = number
+    else:
+        parent[key] = {
+            "none": lambda: None,
+            "text": lambda: "text",
+            "number": lambda: -1,
+            "list": lambda: [value, value],
+            "dict": lambda: {"a": value},
+            "flat": lambda: value.reshape(1, -1),
+            "longer": lambda: torch.cat([value.reshape(-1), value.reshape(-1)[:1]]),
+            "scalar": lambda: torch.tensor(0.5),
+            "empty": lambda: torch.empty(0, *value.shape),
+            "nan": lambda: value,
+            "integer": lambda: value.to(torch.int16),
+            "complex": lambda: value.to(torch.complex64),
+            "double": lambda: value.double(),
+        }[name]()
+    return f"{name} of {'.'.join(path)}"
+
+
+def run_checkpoint(originals: Originals, kind: str, seed: int) -> tuple[str, str]:
+    """(outcome, what was done) for a mutated checkpoint."""
+    rng = random.Random(f"{kind} {seed}")
+    path = originals.folder / "mutated.pth.tar"
+    by_bytes = rng.random() < 0.5
+    kept_checksum = False
+    if by_bytes:
+        done, data = mutate_bytes(originals.bytes[kind], rng)
+        path.write_bytes(data)
+    else:
+        content = torch.load(io.BytesIO(originals.bytes[kind]), weights_only=True)
+        kept_checksum = "checksum" in content and rng.random() < 0.3
+        if not kept_checksum:
+            content.pop("checksum", None)
+        done = mutate_values(content, rng)
+        torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            found = output(path, kind)
+        except (checkpoint.CheckpointError, FileNotFoundError) as error:
+            said = str(error)
+            assert str(path) in said and "\n" not in said and len(said) < 1500, said
+            return "refused", f"{done}: {said}"
+    if torch.equal(found, originals.outputs[kind]):
+        return "right", done
+    # The old format has no checksums: only its structure can be checked, and the load says so.
+    said_so = any("only its structure" in str(warning.message) for warning in warned)
+    if kind == "legacy" and by_bytes and said_so:
+        return "other numbers, announced", done
+    return "WRONG", f"{done}, checksum kept: {kept_checksum}"
+
+
+def run_jpeg(originals: Originals, seed: int) -> tuple[str, str]:
+    rng = random.Random(f"jpeg {seed}")
+    done, data = mutate_bytes(rng.choice(originals.jpegs), rng)
+    path = originals.folder / "mutated.jpg"
+    path.write_bytes(data)
+    try:
+        image = load_rgb(path)
+    except DataError as error:
+        assert str(path) in str(error)
+        return "refused", f"{done}: {error}"
+    assert image.mode == "RGB" and image.getpixel((image.width - 1, image.height - 1))
+    return "right", done
+
+
+def run(originals: Originals, kind: str, seed: int) -> tuple[str, str]:
+    if kind == "jpeg":
+        return run_jpeg(originals, seed)
+    return run_checkpoint(originals, kind, seed)
+
+
+# ------------------------------------------------------------------------------------------------
+# In a process of their own
+# ------------------------------------------------------------------------------------------------
+
+
+def serve(connection, folder: str) -> None:
+    torch.set_num_threads(1)
+    originals = Originals(Path(folder))
+    connection.send("ready")
+    while True:
+        kind, seed = connection.recv()
+        started = time.process_time()
+        try:
+            outcome, done = run(originals, kind, seed)
+        except Exception as error:  # any other exception is a finding
+            outcome, done = "UNDOCUMENTED", f"{type(error).__name__}: {error}"
+        seconds = time.process_time() - started
+        if seconds > MOST_SECONDS:
+            outcome = f"SLOW ({seconds:.1f} s)"
+        connection.send((outcome, done))
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = None
+
+    def run(self, kind: str, seed: int) -> tuple[str, str]:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, other = context.Pipe()
+            self.process = context.Process(target=serve, args=(other, str(self.folder)))
+            self.process.start()
+            other.close()
+            assert self.connection.recv() == "ready"
+        try:
+            self.connection.send((kind, seed))
+            if self.connection.poll(PATIENCE):
+                return self.connection.recv()
+            outcome = "HUNG"
+        except (EOFError, OSError):
+            outcome = "CRASHED"
+        self.stop()
+        return outcome, ""
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("fuzz"))
+    yield server
+    server.stop()
+
+
+ALLOWED = {"right", "refused", "other numbers, announced"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("ours", 160), ("upstream", 160), ("lincls", 80), ("plain", 100), ("legacy", 100),
+     ("jpeg", 600)],
+)  # fmt: skip
+def test_mutations_are_refused_or_read_right(server: Server, kind: str, count: int) -> None:
+    outcomes: Counter = Counter()
+    failed = []
+    for seed in range(count):
+        outcome, done = server.run(kind, seed)
+        outcomes[outcome] += 1
+        if outcome not in ALLOWED:
+            failed.append(f"python tests/test_fuzz.py {kind} {seed}   {outcome}: {done}")
+    print(f"{kind}: {dict(outcomes)}")
+    assert not failed, "\n".join([f"{len(failed)} of {count} mutations:", *failed[:20]])
+    assert outcomes["refused"] >= count // 10, "the mutations do no harm"
+
+
+def main() -> None:
+    kind, seed = sys.argv[1], int(sys.argv[2])
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        print(*run(Originals(Path(folder)), kind, seed), sep=": ")
+
+
+if __name__ == "__main__":
+    main()

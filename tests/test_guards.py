@@ -1,0 +1,209 @@
+"""What stops a run and what it warns of: numbers not finite, ranks that drift, collapse."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from runs import Processes, chaos, finish, start
+
+from moco import checkpoint, guards
+from moco.builder import MoCoLosses
+from moco.log import RunLog
+from moco.run import BackgroundWriter
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    chaos()["write_images"](folder)
+    return folder
+
+
+# In its eighth step rank 1 sees a uniformity loss of NaN; rank 0 sees nothing unusual.
+POISON = """
+import os
+from moco.builder import MoCo
+losses_of = MoCo._losses
+def poisoned(self, q, k):
+    losses = losses_of(self, q, k)
+    if os.environ.get("RANK", "1") == "1" and self._steps == 7:
+        losses.loss_unif = losses.loss_unif * float("nan")
+    return losses
+MoCo._losses = poisoned
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
+    processes, data, tmp_path
+) -> None:
+    """All name the term, the rank and the step; what is on disk is good: the run goes on from it
+    and ends bit for bit as one that had no such loss."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    stopped = start(run, data, "--save-steps", 7, processes=processes, before=POISON)
+    assert stopped.wait(limit=30) == [1] * processes
+    guilty = processes - 1
+    for rank in range(processes):
+        said = stopped.output(rank)
+        assert f"not finite in epoch 1, step 7: unif nan on rank {guilty}" in said
+        assert "align" not in said.split("not finite")[1], "the other term was finite"
+        assert re.search(r"The last checkpoint is \S*step_00000007.pth.tar", said)
+        assert "Traceback" not in said
+    path, content = checkpoint.newest_valid(run, print)
+    assert (path.name, content["step"]) == ("step_00000007.pth.tar", 7)
+    finish(run, data, processes=processes)
+    finish(whole, data, processes=processes)
+    final_state = chaos()["final_state"]
+    assert chaos()["differences"](final_state(whole), final_state(run)) == []
+
+
+def test_a_learning_rate_that_is_too_high_stops_the_run(data, tmp_path) -> None:
+    run = tmp_path / "run"
+    stopped = start(run, data, "--lr", 1e30, workers=2)
+    assert stopped.wait(limit=30) == [1]
+    assert "not finite in epoch 0, step 1" in stopped.output()
+    assert "The last checkpoint is none yet" in stopped.output()
+    assert "Lower --lr" in stopped.output()
+
+
+# ------------------------------------------------------------------------------------------------
+# fp16 overflows
+# ------------------------------------------------------------------------------------------------
+
+
+def overflowing_run(folder: Path, scale: float) -> SimpleNamespace:
+    weight = torch.nn.Parameter(torch.ones(2))
+    return SimpleNamespace(
+        weight=weight, optimizer=torch.optim.SGD([weight], 0.1), step=3, skipped=0,
+        skipped_in_a_row=0, scaler=torch.amp.GradScaler("cpu", init_scale=scale),
+        writer=BackgroundWriter(folder, keep_last=1, keep_every=0),
+    )  # fmt: skip
+
+
+def one_step(run: SimpleNamespace, factor: float, max_overflows: int) -> None:
+    """What main_moco.py does in a step, with a real scaler and a gradient of `factor`."""
+    run.optimizer.zero_grad()
+    loss = (run.weight * factor).sum()
+    run.scaler.scale(loss).backward()
+    run.scaler.unscale_(run.optimizer)
+    norm = guards.gradient_norm(SimpleNamespace(parameters=lambda: [run.weight]))
+    bad_loss, bad_norm = not loss.isfinite(), not norm.isfinite()
+    if bad_loss or bad_norm:
+        losses = MoCoLosses(loss_align=loss)
+        guards.handle_not_finite(run, losses, norm, 0, bad_loss, run.writer, max_overflows)
+    else:
+        run.skipped_in_a_row = 0
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.step += 1
+
+
+def test_an_overflow_of_the_scaler_leaves_the_step_out_and_is_counted(tmp_path) -> None:
+    run = overflowing_run(tmp_path, scale=2.0**127)
+    for step in range(1, 4):  # 1e3 * 2**127 is not finite; the scaler halves each time
+        one_step(run, 1e3, max_overflows=5)
+        assert run.weight.tolist() == [1.0, 1.0], "the optimizer has not stepped"
+        assert run.skipped == run.skipped_in_a_row == step
+        assert run.scaler.get_scale() == 2.0 ** (127 - step)
+    one_step(run, 1e-3, max_overflows=5)
+    assert run.weight[0] < 1 and (run.skipped, run.skipped_in_a_row) == (3, 0)
+
+
+def test_too_many_overflows_in_a_row_stop(tmp_path) -> None:
+    checkpoint.write_checkpoint(checkpoint.step_path(tmp_path, 2), {"step": 2})
+    run = overflowing_run(tmp_path, scale=2.0**127)
+    with pytest.raises(guards.TrainingError) as error:
+        for _ in range(9):
+            one_step(run, 1e3, max_overflows=3)
+    assert run.skipped == 4 and run.weight.tolist() == [1.0, 1.0]
+    for part in ("epoch 0, step 6", "gradient norm inf", "4 steps in a row", "step_00000002"):
+        assert part in str(error.value)
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow(tmp_path) -> None:
+    run = overflowing_run(tmp_path, scale=2.0)
+    with pytest.raises(guards.TrainingError, match="align nan on rank 0"):
+        one_step(run, math.nan, max_overflows=5)
+    assert run.skipped == 0
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks that differ
+# ------------------------------------------------------------------------------------------------
+
+DRIFT = """
+import torch
+from moco import distributed, guards
+from moco.builder import MoCo
+def work(device, args):
+    torch.manual_seed(0)
+    moco = MoCo(lambda num_classes: torch.nn.Linear(4, num_classes), 8, 16, align_alpha=2)
+    guards.stop_if_ranks_differ(moco, 1)
+    print("equal", flush=True)
+    for rank, name in ((1, "queue"), (2, "encoder_k.weight"), (2, "queue_ptr")):
+        tensor = moco.state_dict()[name]
+        before = tensor.clone()
+        if distributed.rank() == rank:
+            where = (0,) * tensor.dim()
+            tensor[where] = tensor[where] + 1 if name == "queue_ptr" else -tensor[where]
+        try:
+            guards.stop_if_ranks_differ(moco, 5)
+        except guards.TrainingError as error:
+            print(name, error, flush=True)
+        tensor.copy_(before)
+    swapped = moco.queue.t()[[1, 0]] if distributed.rank() == 1 else moco.queue.t()[[0, 1]]
+    moco.queue.t()[:2] = swapped
+    guards.stop_if_ranks_differ(moco, 6)
+try:
+    distributed.launch(work, None, devices=[torch.device("cpu")])
+except guards.TrainingError as error:
+    print("swapped", error, flush=True)
+"""
+
+
+def test_a_rank_with_other_weights_or_another_queue_is_named(tmp_path) -> None:
+    """One element, one sign, the pointer, or two keys that have changed places."""
+    ranks = Processes(tmp_path / "out", count=3, code=DRIFT)
+    assert ranks.wait(limit=40) == [0, 0, 0], ranks.output()
+    for rank in range(3):
+        lines = ranks.output(rank).splitlines()
+        assert lines[0] == "equal"
+        named = [(line.split()[0], line.split("queue of rank ")[1][0]) for line in lines[1:]]
+        expected = [("queue", "1"), ("encoder_k.weight", "2"), ("queue_ptr", "2"), ("swapped", "1")]
+        assert named == expected
+        assert "after step 5" in lines[1] and "--resume auto" in lines[1]
+
+
+# ------------------------------------------------------------------------------------------------
+# Collapse
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_collapse_alarm_warns_after_as_many_steps(tmp_path, capsys) -> None:
+    """In the log (which TensorBoard gets as well) and on the screen, and again as many steps later;
+    features that spread for one moment start the count anew."""
+    torch.manual_seed(0)
+    spread = MoCoLosses(_q=torch.nn.functional.normalize(torch.randn(64, 16), dim=1))
+    collapsed = MoCoLosses(_q=torch.ones(64, 16) / 4 + 1e-4 * torch.randn(64, 16))
+    assert spread.feature_std() > 0.9 and collapsed.feature_std() < 0.01
+    log, alarm = RunLog(tmp_path), guards.CollapseAlarm(steps=50)
+    for step in range(10, 301, 10):
+        alarm.check(spread if step in (10, 50) else collapsed, step, log)
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    warned = [
+        (line["step"], line["collapsed_since"]) for line in lines if "warning" in line["kind"]
+    ]
+    assert warned == [(110, 60), (160, 110), (210, 160), (260, 210)]
+    said = capsys.readouterr().out
+    assert said.count("warning: features have collapsed") == 4 and "--moco-unif-w" in said
+    quiet = guards.CollapseAlarm(steps=0)
+    quiet.check(collapsed, 1, RunLog(tmp_path))
+    quiet.check(collapsed, 1000, RunLog(tmp_path))
+    assert "warning" not in capsys.readouterr().out

@@ -1,0 +1,609 @@
+"""main_lincls.py as a user meets it: what it reads from a checkpoint, measures, writes, refuses.
+
+Everything runs on the CPU, in this process where a process of its own is not the point.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    differences,
+    finish,
+    free_port,
+    read_log,
+    refusal,
+    start_python,
+    write_images,
+    write_labelled,
+)
+from PIL import Image
+
+import main_lincls
+import main_moco
+from moco.checkpoint import load_encoder
+
+# 30 training images in batches of 8 are three steps an epoch.
+TINY = shlex.split("--batch-size 8 --lr 0.9375 -j 0 --device cpu --print-freq 1 --seed 5")
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test in an empty folder, outside of torchrun."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(data, tmp_path_factory) -> Path:
+    """One epoch of pretraining with numbers of its own for mean and standard deviation."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    flags = (
+        "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 --moco-dim 16 --mlp --epochs 1 "
+        f"-j 0 --device cpu --seed 1 --mean {' '.join(map(str, MEAN))} "
+        f"--std {' '.join(map(str, STD))}"
+    )
+    main_moco.main([*shlex.split(flags), "--save-dir", str(folder), str(data)])
+    return folder / "checkpoint_0000.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def probe(data, pretrained, tmp_path_factory) -> Path:
+    """Three epochs of linear evaluation without interruption."""
+    folder = tmp_path_factory.mktemp("probe") / "run"
+    evaluate(data, "--pretrained", pretrained, "--epochs", 3, "--save-dir", folder)
+    return folder
+
+
+def evaluate(data: Path, *flags: object) -> None:
+    main_lincls.main([*TINY, *map(str, flags), str(data)])
+
+
+def result(folder: Path | str) -> dict:
+    return json.loads((Path(folder) / "lincls.json").read_text())
+
+
+def load(path: Path | str) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command lines
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        "--dist-url 'tcp://localhost:10001' --multiprocessing-distributed --world-size 1 --rank 0",
+        "--multiprocessing-distributed --world-size 1 --rank 0",
+        "",
+    ],
+    ids=["MoCo", "moco_align_uniform", "plain"],
+)
+def test_commands_of_upstream_parse_and_resolve(tmp_path, pretrained, launch):
+    write_images(tmp_path, {"train/a": 256, "val/a": 1}, size=8)
+    line = f"-a resnet50 --lr 30.0 --batch-size 256 --pretrained {pretrained} {launch} {tmp_path}"
+    args = main_lincls.parse_args(shlex.split(line))
+    expected = {
+        "arch": "resnet50", "lr": 30.0, "batch_size": 256, "epochs": 100, "schedule": [60, 80],
+        "schedule_factor": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nodes": 1,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert getattr(args, name) == value, name
+    assert args.processes == len(args.devices)
+    assert args.save_dir.parent == Path("results") and "checkpoint_0000" in args.save_dir.name
+    assert not Path("results").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# The linear classifier
+# ------------------------------------------------------------------------------------------------
+
+
+def test_run_folder_and_result(probe, pretrained):
+    names = {path.name for path in probe.iterdir() if "tfevents" not in path.name}
+    assert names == {"args.json", "log.jsonl", "lincls.json", LATEST, BEST}
+    found = result(probe)
+    assert found["checkpoint"] == str(pretrained)
+    assert (found["arch"], found["pretrained_epochs"]) == ("resnet8", 1)
+    assert found["objective"].startswith("3 * align(alpha=2) + 1 * uniform(t=3")
+    assert (found["classes"], found["train_images"], found["val_images"]) == (3, 30, 15)
+    assert found["protocol"] == {
+        "lr": 0.9375, "batch_size": 8, "epochs": 3, "schedule": [60, 80], "schedule_factor": 0.1,
+        "weight_decay": 0.0, "momentum": 0.9, "image_size": 32, "seed": 5,
+    }  # fmt: skip
+    facts = json.loads((probe / "args.json").read_text())
+    assert facts["provenance"]["torch"] == torch.__version__
+
+
+def test_best_and_last_are_those_of_the_log(probe):
+    epochs = read_log(probe, "val")
+    assert [line["epoch"] for line in epochs] == [0, 1, 2]
+    found = result(probe)
+    for line, key in ((epochs[-1], "last"), (max(epochs, key=lambda e: e["top1"]), "best")):
+        assert found[key] == {name: line[name] for name in ("top1", "top5", "epoch")}
+    for line in epochs:
+        assert line["top1"] * 15 / 100 == pytest.approx(round(line["top1"] * 15 / 100))
+        assert line["top5"] == 100  # of three classes
+        assert math.isfinite(line["loss"])
+    assert 100 / 3 < found["best"]["top1"]
+    steps = read_log(probe, "lincls")
+    assert [line["step"] for line in steps] == list(range(1, 10))
+    assert all(math.isfinite(line["loss"]) for line in steps)
+
+
+def test_best_is_the_first_of_equals(data, pretrained):
+    """With a learning rate of 0 after the first epoch, later ones have its accuracy."""
+    flags = shlex.split("--epochs 3 --schedule 1 --schedule-factor 0 --save-dir r")
+    evaluate(data, "--pretrained", pretrained, *flags)
+    best, last = (result("r")[key] for key in ("best", "last"))
+    assert (best["epoch"], last["epoch"]) == (0, 2)
+    assert best["top1"] == last["top1"]
+    assert (load(f"r/{BEST}")["epoch"], load(f"r/{LATEST}")["epoch"]) == (1, 3)
+    assert load(f"r/{LATEST}")["best"] == best
+    assert load(f"r/{LATEST}")["best_acc1"] == best["top1"]  # upstream's name
+
+
+@pytest.mark.parametrize("name", [LATEST, BEST])
+def test_saved_encoder_is_bit_for_bit_the_pretrained_one(probe, pretrained, name):
+    before, after = load(pretrained)["state_dict"], load(probe / name)["state_dict"]
+    backbone = {
+        key.replace("encoder_q.", ""): tensor
+        for key, tensor in before.items()
+        if "encoder_q." in key and ".fc." not in key
+    }
+    head = {key: after[key] for key in ("module.fc.weight", "module.fc.bias")}
+    assert differences(backbone | head, dict(after)) == []
+    assert head["module.fc.weight"].shape == (3, 64)
+
+
+def test_evaluate_reproduces_best_and_last_exactly(data, probe, capsys):
+    for name, key in ((BEST, "best"), (LATEST, "last")):
+        evaluate(data, "-e", "--pretrained", probe / name, "--save-dir", key)
+        assert result(key)["top1"] == result(probe)[key]["top1"]
+        assert result(key)["top5"] == result(probe)[key]["top5"]
+        assert f"Acc@1 {result(key)['top1']:.3f}" in capsys.readouterr().out
+        assert not list(Path(key).glob("*.pth.tar"))
+
+
+def test_same_seed_same_classifier_with_any_number_of_workers(data, pretrained, probe):
+    flags = ["--pretrained", pretrained, "--epochs", 3, "-j", 2, "--save-dir", "again"]
+    evaluate(data, *flags)
+    a, b = load(probe / LATEST), load("again/" + LATEST)
+    assert differences(a["state_dict"], b["state_dict"]) == []
+    assert {k: result("again")[k] for k in ("best", "last")} == {
+        k: result(probe)[k] for k in ("best", "last")
+    }
+
+
+def test_a_resumed_evaluation_ends_like_one_that_was_not_cut_off(data, pretrained, probe):
+    evaluate(data, "--pretrained", pretrained, "--epochs", 2, "--save-dir", "cut")
+    evaluate(data, "--resume", f"cut/{LATEST}", "--epochs", 3, "--save-dir", "cut")
+    for name in (LATEST, BEST):
+        a, b = load(probe / name), load(f"cut/{name}")
+        for content in (a, b):
+            content.pop("args")
+        assert differences(a, b) == []
+    assert {k: result("cut")[k] for k in ("best", "last")} == {
+        k: result(probe)[k] for k in ("best", "last")
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        ("--epochs 3 --schedule 1 2 --lr 1", [1, 0.1, 0.01]),
+        ("--epochs 2 --schedule 1 --lr 1 --schedule-factor 0.5", [1, 0.5]),
+    ],
+)
+def test_learning_rate_of_each_epoch(data, pretrained, flags, rates):
+    flags = [*shlex.split(flags), "--images-per-class", 3]
+    evaluate(data, "--pretrained", pretrained, *flags, "--save-dir", "r")
+    assert [line["lr"] for line in read_log(Path("r"), "lincls")] == pytest.approx(rates)
+    assert (result("r")["train_images"], result("r")["val_images"]) == (9, 9)
+
+
+# ------------------------------------------------------------------------------------------------
+# What the checkpoint says, and what is said about it
+# ------------------------------------------------------------------------------------------------
+
+
+def test_start_says_what_matched(data, pretrained, capsys):
+    evaluate(data, "--pretrained", pretrained, "--epochs", 0, "--knn", "--save-dir", "r")
+    out = capsys.readouterr().out
+    tensors = len([name for name in load(pretrained)["state_dict"] if ".encoder_q." in name])
+    assert f"all {tensors - 4} tensors matched, 4 of the file have no place" in out
+    assert "3 * align(alpha=2)" in out and "epoch 1" in out
+    assert "30 training and 15 validation images, 3 classes, 32 px" in out
+
+
+def test_image_size_mean_and_std_come_from_the_checkpoint(data, pretrained, probe):
+    for folder, source in ((probe, pretrained), (Path("again"), probe / BEST)):
+        if not folder.exists():
+            evaluate(data, "-e", "--pretrained", source, "--save-dir", folder)
+        facts = json.loads((folder / "args.json").read_text())
+        assert (facts["arch"], facts["image_size"]) == ("resnet8", 32)
+        assert (facts["mean"], facts["std"]) == (MEAN, STD)
+    flags = "--epochs 0 --knn --image-size 16 --mean 0 0 0 --std 1 1 1 --save-dir mine"
+    evaluate(data, "--pretrained", pretrained, *shlex.split(flags))
+    facts = json.loads(Path("mine/args.json").read_text())
+    assert (facts["image_size"], facts["mean"], facts["std"]) == (16, [0, 0, 0], [1, 1, 1])
+
+
+def test_small_stem_comes_from_the_checkpoint(data, capsys):
+    flags = "-a resnet18 --small-stem --image-size 32 --batch-size 8 --moco-k 8 --max-steps 0"
+    main_moco.main([*shlex.split(flags), "--device", "cpu", "--save-dir", "r", str(data)])
+    source = "r/step_00000000.pth.tar"
+    evaluate(data, "--pretrained", source, "--epochs", 0, "--knn", "--images-per-class", 3)
+    assert "encoder: resnet18, small stem, 512 features" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "scaled"),
+    [
+        ("--batch-size 8 --lr 0.9375", None),
+        ("--batch-size 8 --lr 30", "0.9375"),
+        ("--batch-size 16 --lr 0.9375", "1.875"),
+    ],
+)
+def test_lr_and_batch_that_are_no_pair_are_warned_of(data, pretrained, capsys, flags, scaled):
+    flags = [*shlex.split(flags), "--epochs", 1, "--save-dir", "r"]
+    evaluate(data, "--pretrained", pretrained, *flags)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == (scaled is not None)
+    for line in warnings:
+        assert "30 with 256" in line and line.endswith(f"--lr {scaled}")
+
+
+def test_the_published_pair_is_not_warned_of(tmp_path, pretrained, capsys):
+    write_images(tmp_path, {"train/a": 128, "train/b": 128, "val/a": 2, "val/b": 2}, size=8)
+    flags = shlex.split("--epochs 1 -j 0 --device cpu --save-dir r --image-size 16")
+    main_lincls.main([*flags, "--pretrained", str(pretrained), str(tmp_path)])  # lr, batch: default
+    assert "warning" not in capsys.readouterr().out
+    assert result("r")["protocol"]["lr"] == 30 and result("r")["protocol"]["batch_size"] == 256
+    # One tensor of the 256 images per step, and 2 classes: top-5 is top-2 here.
+    assert result("r")["last"]["top5"] == 100
+
+
+# ------------------------------------------------------------------------------------------------
+# k-NN
+# ------------------------------------------------------------------------------------------------
+
+
+def features_by_hand(checkpoint: Path, folder: Path, layer: str) -> tuple[np.ndarray, list[int]]:
+    """Unit features of whole 32-pixel images, one at a time, in float64."""
+    head = {"backbone": "none", "projection": "projection"}[layer]
+    encoder = load_encoder(checkpoint, head=head)[0].double()
+    rows, labels = [], []
+    for path in sorted(folder.glob("*/*.png")):
+        pixels = np.asarray(Image.open(path).convert("RGB"), dtype=np.float64) / 255
+        image = torch.tensor((pixels - MEAN) / STD).permute(2, 0, 1).unsqueeze(0)
+        with torch.no_grad():
+            row = encoder(image)[0].numpy()
+        rows.append(row / np.linalg.norm(row))
+        labels.append(int(path.parent.name.removeprefix("class_")))
+    return np.stack(rows), labels
+
+
+@pytest.mark.parametrize(
+    ("flags", "layer", "k", "temperature"),
+    [
+        ("", "backbone", 30, 0.07),
+        ("--knn-k 3 --knn-t 0.5", "backbone", 3, 0.5),
+        ("--knn-layer projection", "projection", 30, 0.07),
+    ],
+)
+def test_knn_is_the_vote_of_the_nearest(data, pretrained, flags, layer, k, temperature):
+    flags = ["--epochs", 0, "--knn", *shlex.split(flags), "--save-dir", "r"]
+    evaluate(data, "--pretrained", pretrained, *flags)
+    assert not {"best", "last", "top1"} & result("r").keys()
+    assert not list(Path("r").glob("*.pth.tar"))
+    found = result("r")["knn"]
+    assert (found["k"], found["temperature"], found["layer"]) == (k, temperature, layer)
+    assert (found["images"], found["top5"]) == (15, 100)
+
+    bank, bank_labels = features_by_hand(pretrained, data / "train", layer)
+    queries, labels = features_by_hand(pretrained, data / "val", layer)
+    right = 0
+    for query, label in zip(queries, labels, strict=True):
+        similarity = bank @ query
+        votes = [0.0, 0.0, 0.0]
+        for i in np.argsort(-similarity)[:k]:
+            votes[bank_labels[i]] += math.exp(similarity[i] / temperature)
+        right += votes.index(max(votes)) == label
+    assert found["top1"] == pytest.approx(100 * right / 15)
+
+
+def test_knn_beside_the_probe_is_knn_alone(data, pretrained):
+    for epochs in (0, 1):
+        flags = ["--epochs", epochs, "--knn", "--save-dir", f"r{epochs}"]
+        evaluate(data, "--pretrained", pretrained, *flags)
+    assert result("r0")["knn"] == result("r1")["knn"]
+    assert read_log(Path("r1"), "knn")[0]["top1"] == result("r1")["knn"]["top1"]
+    assert "last" in result("r1")
+
+
+# ------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("", ["--pretrained CHECKPOINT"]),
+        ("--pretrained missing.pth.tar", ["--pretrained", "missing.pth.tar"]),
+        ("--resume missing.pth.tar", ["--resume", "missing.pth.tar"]),
+        ("--pretrained .", ["--pretrained", "no such checkpoint"]),
+        ("--pretrained FILE --epochs 0", ["--epochs 0", "--knn"]),
+        ("--pretrained FILE --knn --knn-k 0", ["--knn-k", "0"]),
+        ("--pretrained FILE --knn --knn-t 0", ["--knn-t", "0"]),
+        ("--pretrained FILE --knn-layer fc", ["--knn-layer", "projection"]),
+        ("--pretrained FILE --image-size 0", ["--image-size", "got 0"]),
+        ("--pretrained FILE --lr nan", ["--lr", "nan"]),
+        ("--pretrained FILE --batch-size 31", ["30 images", "lower --batch-size"]),
+        ("--pretrained FILE --mystery", ["--mystery"]),
+        ("--pretrained FILE --gpus 0", ["--device cpu", "[0]"]),
+        ("--pretrained FILE --save-dir PROBE", ["PROBE", "already holds a run", "--save-dir"]),
+        ("--pretrained FILE --save-dir RUN", ["RUN", "already holds a run", "checkpoint_0000"]),
+    ],
+)
+def test_bad_flags_are_refused_at_parse_time(data, pretrained, probe, capsys, flags, named):
+    paths = {"FILE": str(pretrained), "RUN": str(pretrained.parent), "PROBE": str(probe)}
+    argv = [paths.get(word, word) for word in shlex.split(flags)]
+    status, message = refusal(main_lincls.main, [*TINY, *argv, data], capsys)
+    assert status == 2
+    for part in named:
+        assert paths.get(part, part) in message, message
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "named"),
+    [
+        ("missing", 2, ["no such data folder", "DATA"]),
+        ("no val", 2, ["DATA/val", "DATA/train/CLASS/IMAGE"]),
+        ("empty val", 2, ["no images in DATA/val"]),
+        ("no train", 2, ["DATA/train"]),
+        ("flat train", 1, ["DATA", "labels", "train/CLASS/IMAGE"]),
+        ("flat val", 1, ["DATA", "labels", "val/CLASS/IMAGE"]),
+        ("new class in val", 1, ["DATA/val", "training set lacks", "unknown"]),
+    ],
+)
+def test_bad_folders_are_refused(tmp_path, pretrained, capsys, kind, status, named):
+    data = tmp_path / "data"
+    if kind != "missing":
+        train, val = ("train" if kind == "flat train" else "train/a"), "val/a"
+        if kind in ("flat val", "new class in val"):
+            val = "val" if kind == "flat val" else "val/unknown"
+        counts = {train: 8, val: 2}
+        if kind in ("no val", "empty val", "no train"):
+            counts = {name: n for name, n in counts.items() if not name.startswith(kind[-3:])}
+            counts = {"val/a": 2} if kind == "no train" else {"train/a": 8}
+        write_images(data, counts)
+        if kind == "empty val":
+            (data / "val").mkdir()
+    argv = [*TINY, "--pretrained", pretrained, "--save-dir", "r", data]
+    found, message = refusal(main_lincls.main, argv, capsys)
+    assert found == status
+    for part in named:
+        assert part.replace("DATA", str(data)) in message, message
+    assert not Path("r").exists()
+
+
+def test_another_arch_than_the_checkpoints_is_refused(data, pretrained, capsys):
+    argv = [*TINY, "-a", "resnet50", "--pretrained", pretrained, "--save-dir", "r", data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1
+    assert str(pretrained) in message and "resnet8" in message and "-a resnet50" in message
+
+
+# Where no known architecture fits, all are tried, which takes seconds.
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text",
+        "cut off",
+        "a list",
+        "numbers",
+        pytest.param("no network", marks=pytest.mark.slow),
+        pytest.param("half a network", marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_without_a_whole_encoder_is_refused(data, pretrained, tmp_path, capsys, kind):
+    path = tmp_path / "file.pth.tar"
+    if kind in ("text", "cut off"):
+        path.write_bytes(b"<html>" if kind == "text" else pretrained.read_bytes()[:5000])
+    elif kind == "a list":
+        torch.save([1, 2], path)
+    elif kind == "numbers":
+        torch.save({"epoch": 1, "lr": 0.1}, path)
+    elif kind == "no network":
+        torch.save({"state_dict": {"module.weight": torch.zeros(3)}}, path)
+    else:
+        whole = load(pretrained)
+        del whole["state_dict"]["module.encoder_q.layer3.0.conv2.weight"]
+        torch.save(whole, path)
+    argv = [*TINY, "--pretrained", path, "--save-dir", "r", data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1
+    assert str(path) in message
+    assert not Path("r").exists()
+
+
+def test_evaluate_needs_a_classifier_of_these_classes(data, pretrained, probe, capsys, tmp_path):
+    argv = [*TINY, "-e", "--pretrained", pretrained, data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1
+    assert str(pretrained) in message and "projection head" in message and "linear" in message
+
+    two = write_labelled(tmp_path / "two", classes=2)
+    for flags in (["-e", "--pretrained", probe / BEST], ["--resume", probe / LATEST]):
+        status, message = refusal(main_lincls.main, [*TINY, *flags, two], capsys)
+        assert status == 1
+        assert "classifies 3 classes, the data has 2" in message
+
+
+def test_what_a_file_lacks_is_named(data, pretrained, probe, capsys):
+    knn = ["--knn", "--knn-layer", "projection", "--epochs", 0]
+    argv = [*TINY, *knn, "--pretrained", probe / BEST, data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "linear head" in message and "projection was asked for" in message
+    argv = [*TINY, "--resume", pretrained, data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and str(pretrained) in message
+    argv = [*TINY, "--resume", probe / LATEST, "--epochs", 3, data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "3 epochs done" in message and "--epochs 3" in message
+
+
+# ------------------------------------------------------------------------------------------------
+# Faults that were found by these tests and mended
+# ------------------------------------------------------------------------------------------------
+
+
+def test_resume_takes_the_seed_of_the_checkpoint(data, pretrained, probe):
+    evaluate(data, "--pretrained", pretrained, "--epochs", 2, "--save-dir", "cut")
+    flags = [*TINY[:-2], "--resume", f"cut/{LATEST}", "--epochs", 3, "--save-dir", "cut"]
+    main_lincls.main([*map(str, flags), str(data)])
+    a, b = load(probe / LATEST)["state_dict"], load(f"cut/{LATEST}")["state_dict"]
+    assert differences(a, b) == []
+
+
+def test_knn_beside_the_probe_does_not_change_it(data, pretrained, probe):
+    evaluate(data, "--pretrained", pretrained, "--epochs", 3, "--knn", "--save-dir", "r")
+    a, b = load(probe / LATEST)["state_dict"], load(f"r/{LATEST}")["state_dict"]
+    assert differences(a, b) == []
+
+
+@pytest.mark.parametrize("content", [b"text", b"j", b"\x80\x02]q\x00a."])
+def test_a_file_of_another_kind_ends_in_one_line(data, tmp_path, capsys, content):
+    path = tmp_path / "file.pth.tar"
+    path.write_bytes(content)
+    argv = [*TINY, "--pretrained", path, "--save-dir", "r", data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and str(path) in message
+
+
+@pytest.mark.parametrize("flags", ["--lr 1e38", "--lr 1e38 --schedule 1"])
+def test_a_non_finite_loss_is_no_result(data, pretrained, capsys, flags):
+    argv = [*TINY, "--pretrained", pretrained, "--epochs", 2, "--save-dir", "r"]
+    status, message = refusal(main_lincls.main, [*argv, *shlex.split(flags), data], capsys)
+    assert status == 1 and "finite" in message
+    assert not Path("r/lincls.json").exists()
+    read_log(Path("r"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--std 0 1 1", ["--std"]),
+        ("--std nan 1 1", ["--std"]),
+        ("--mean inf 0 0", ["--mean"]),
+        ("--knn --knn-t nan", ["--knn-t"]),
+        ("--save-dir taken", ["taken"]),
+        ("--pretrained ''", ["--pretrained"]),
+        ("--start-epoch 1", ["--start-epoch"]),
+    ],
+)
+def test_more_bad_flags_are_refused_at_parse_time(data, pretrained, capsys, flags, named):
+    Path("taken").write_text("a file")
+    argv = [*TINY, "--pretrained", pretrained, "--epochs", 1, *shlex.split(flags), data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 2
+    for part in named:
+        assert part in message, message
+
+
+def test_an_image_size_that_does_not_fit_the_encoder_is_refused(data, capsys):
+    flags = "-a densenet121 --image-size 32 --batch-size 8 --moco-k 8 --max-steps 0 -j 0"
+    main_moco.main([*shlex.split(flags), "--device", "cpu", "--save-dir", "r", str(data)])
+    argv = [*TINY, "--pretrained", "r/step_00000000.pth.tar", "--image-size", 8, data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status in (1, 2) and "8 pixels" in message
+
+
+@pytest.mark.parametrize("flags", ["-e", "--epochs 0 --knn"])
+def test_a_small_training_set_is_enough_where_nothing_is_trained(data, probe, flags):
+    argv = [*shlex.split(flags), "-j", 0, "--device", "cpu", "--pretrained", probe / BEST, data]
+    main_lincls.main([str(word) for word in argv])  # batch 256, as is the default
+
+
+def test_a_stray_image_beside_the_class_folders_is_named(data, pretrained, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    shutil.copy(data / "val" / "class_0" / "000.png", tmp_path / "data" / "train" / "stray.png")
+    argv = [*TINY, "--pretrained", pretrained, tmp_path / "data"]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "stray.png" in message
+
+
+def test_evaluate_knows_the_epochs_of_pretraining(data, probe):
+    evaluate(data, "-e", "--pretrained", probe / BEST, "--save-dir", "r")
+    best = result(probe)["best"]["epoch"] + 1
+    pretraining = result(probe)["pretrained_epochs"]
+    assert best != pretraining and result("r")["pretrained_epochs"] == pretraining
+
+
+# ------------------------------------------------------------------------------------------------
+# Two processes
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> Path:
+    """Seven validation images, which two processes cannot share evenly."""
+    root = write_labelled(tmp_path_factory.mktemp("odd"), val=3)
+    for label in (0, 2):
+        (root / "val" / f"class_{label}" / "002.png").unlink()
+    return root
+
+
+def torchrun(*argv: object, cwd: Path) -> str:
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
+    process = start_python(*start, ROOT / "main_lincls.py", *TINY, *argv, cwd=cwd)
+    status, out, err = finish(process)
+    assert status == 0, err
+    return out
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_image_once(odd, pretrained, tmp_path):
+    flags = ["--pretrained", pretrained, "--epochs", 2, "--knn", "--save-dir", "two", odd]
+    out = torchrun(*flags, cwd=tmp_path)
+    assert "2 process(es)" in out and out.count("run folder:") == 1
+    two = result("two")
+    assert (two["val_images"], two["knn"]["images"], two["knn"]["k"]) == (7, 7, 30)
+    for name, key in ((LATEST, "last"), (BEST, "best")):
+        flags = ["-e", "--knn", "--pretrained", f"two/{name}", "--save-dir", f"one-{key}"]
+        evaluate(odd, *flags)
+        one = result(f"one-{key}")
+        assert one["top1"] == two[key]["top1"] and one["top5"] == two[key]["top5"]
+        assert one["knn"]["top1"] == two["knn"]["top1"]
+        assert one["top1"] * 7 / 100 == pytest.approx(round(one["top1"] * 7 / 100))
+
+
+@pytest.mark.slow
+def test_fewer_images_than_processes_are_evaluated(odd, pretrained, tmp_path):
+    shutil.copytree(odd, tmp_path / "data")
+    for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[1:]:
+        path.unlink()
+    flags = ["--pretrained", pretrained, "--epochs", 0, "--knn", "--save-dir", "r", "data"]
+    torchrun(*flags, cwd=tmp_path)
+    assert result("r")["knn"]["images"] == 1

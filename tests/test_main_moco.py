@@ -1,0 +1,837 @@
+"""main_moco.py as a user meets it: command lines, refusals, run folders, exact resumption.
+
+Everything runs on the CPU, in this process where a process of its own is not the point.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ROOT,
+    differences,
+    finish,
+    free_port,
+    read_log,
+    refusal,
+    start_python,
+    write_images,
+    write_labelled,
+)
+
+import main_moco
+from moco import options
+
+# 30 images in batches of 8 are three steps an epoch; six images are left out of each.
+TINY = shlex.split(
+    "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 "
+    "-j 0 --device cpu --print-freq 1 --seed 1"
+)
+MAIN = ROOT / "main_moco.py"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test in an empty folder, outside of torchrun."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """256 image files, for command lines that are parsed only."""
+    folder = tmp_path_factory.mktemp("many")
+    for i in range(256):
+        (folder / f"{i}.jpg").touch()
+    return folder
+
+
+def train(data: Path, *flags: object, seed: int = 1) -> None:
+    main_moco.main([*TINY, *map(str, flags), "--seed", str(seed), str(data)])
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.pth.tar"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Command lines
+# ------------------------------------------------------------------------------------------------
+
+MOCO_LINE = (
+    "-a resnet50 --lr 0.03 --batch-size 256 --dist-url 'tcp://localhost:10001' "
+    "--multiprocessing-distributed --world-size 1 --rank 0 DIR"
+)
+ALIGN_UNIFORM_LINE = (
+    "-a resnet50 --lr 0.03 --batch-size 128 --gpus 0 1 2 3 "
+    "--multiprocessing-distributed --world-size 1 --rank 0 DIR"
+)
+DEFAULT_OBJECTIVE = "3 * align(alpha=2) + 1 * uniform(t=3, with intra-batch pairs)"
+
+
+def words(line: str, folder: Path | str = "DIR") -> list[str]:
+    return [str(folder) if word == "DIR" else word for word in shlex.split(line)]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            MOCO_LINE,
+            {"objective": DEFAULT_OBJECTIVE, "mlp": False, "aug_plus": False, "cos": False},
+        ),
+        (
+            f"--mlp --moco-t 0.2 --aug-plus --cos {MOCO_LINE}",
+            {"objective": "1 * InfoNCE(tau=0.2)", "mlp": True, "aug_plus": True, "cos": True},
+        ),
+        (f"{MOCO_LINE} --lr 0.015 --batch-size 128", {"lr": 0.015, "batch_size": 128}),
+        ("DIR", {"objective": DEFAULT_OBJECTIVE}),
+    ],
+    ids=["MoCo v1", "MoCo v2", "MoCo on 4 GPUs", "plain"],
+)
+def test_commands_of_upstream_parse_and_resolve(many, line, expected):
+    args = main_moco.parse_args(words(line, many))
+    defaults = {
+        "arch": "resnet50", "lr": 0.03, "batch_size": 256, "epochs": 200, "schedule": [120, 160],
+        "momentum": 0.9, "weight_decay": 1e-4, "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999,
+        "image_size": 224, "data": str(many), "nodes": 1, "node_rank": 0,
+    }  # fmt: skip
+    for name, value in {**defaults, **expected}.items():
+        assert getattr(args, name) == value, name
+    assert args.processes == len(args.devices)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ALIGN_UNIFORM_LINE,
+        "-a resnet50 --lr 0.03 --batch-size 128 --gpus 0 1 2 3 DIR",
+        "DIR -a resnet50 --lr 0.03 --batch-size 128 --gpus 0 1 2 3",
+        "-a resnet50 --lr 0.03 --batch-size 128 --gpus 0,1,2,3 DIR",
+        "-a resnet50 --lr 0.03 -b 128 --gpus=0,1,2,3 --schedule 120 160 DIR",
+        "-a resnet50 --lr 0.03 -b 128 --schedule 120 160 --gpus 0 1 2 3 -- DIR",
+    ],
+)
+def test_gpus_and_schedule_end_where_the_numbers_end(line):
+    args = main_moco.build_parser().parse_args(words(line))
+    assert args.gpus == [0, 1, 2, 3]
+    assert args.schedule == [120, 160]
+    assert (args.arch, args.lr, args.batch_size, args.data) == ("resnet50", 0.03, 128, "DIR")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 3, reason="here they exist")
+def test_gpus_that_do_not_exist_are_named(many, capsys):
+    status, message = refusal(main_moco.main, words(ALIGN_UNIFORM_LINE, many), capsys)
+    assert status == 2
+    assert "GPU" in message and "3 does not exist" in message and "visible" in message
+
+
+def test_every_flag_of_the_ancestors_is_known():
+    line = (
+        "-j 4 --workers 5 --epochs 3 --start-epoch 1 -b 8 --batch-size 16 --lr 1 --learning-rate 2 "
+        "--schedule --momentum 0.5 --wd 0.1 --weight-decay 0.2 -p 5 --print-freq 6 --resume R "
+        "--world-size 2 --rank 1 --dist-url tcp://h:1 --dist-backend gloo --seed 7 --gpu 3 "
+        "--multiprocessing-distributed --moco-dim 64 --moco-k 100 --moco-m 0.9 --moco-t 0.1 --mlp "
+        "--aug-plus --cos --moco-contr-w 1 --moco-contr-tau 0.2 --moco-align-w 2 "
+        "--moco-align-alpha 1 --moco-unif-w 3 --moco-unif-t 4 --moco-unif-no-intra-batch DIR"
+    )
+    args = main_moco.build_parser().parse_args(words(line))
+    assert (args.workers, args.batch_size, args.lr, args.weight_decay) == (5, 16, 2.0, 0.2)
+    assert (args.print_freq, args.gpu, args.rank, args.schedule) == (6, 3, 1, [])
+    assert args.intra_batch is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "formula"),
+    [
+        ("", DEFAULT_OBJECTIVE),
+        ("--moco-t 0.07", "1 * InfoNCE(tau=0.07)"),
+        ("--moco-contr-w 1 --moco-contr-tau 0.2 --moco-align-w 0 --moco-unif-w 0",
+         "1 * InfoNCE(tau=0.2)"),
+        # As a fork's README has it: parameters of terms that are off may be anything.
+        ("--moco-contr-w 1.0 --moco-contr-tau 0.2 --moco-unif-w 0 --moco-unif-t 0 "
+         "--moco-align-w 0 --moco-align-alpha 0", "1 * InfoNCE(tau=0.2)"),
+        ("--moco-unif-no-intra-batch --moco-unif-t 2",
+         "3 * align(alpha=2) + 1 * uniform(t=2, queue only)"),
+        ("--moco-align-w 0 --moco-align-alpha 0.5", "1 * uniform(t=3, with intra-batch pairs)"),
+        ("--moco-contr-w 0.25 --moco-align-alpha 1 --moco-unif-no-intra-batch",
+         "0.25 * InfoNCE(tau=0.07) + 3 * align(alpha=1) + 1 * uniform(t=3, queue only)"),
+    ],
+)  # fmt: skip
+def test_objective_as_a_formula(data, flags, formula):
+    assert main_moco.parse_args([*TINY, *shlex.split(flags), str(data)]).objective == formula
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "splits", "groups"),
+    [
+        (256, 1, "auto", 8),
+        (256, 8, "auto", 1),
+        (256, 2, "auto", 4),
+        (64, 1, "auto", 2),
+        (32, 1, "auto", 1),
+        (48, 1, "auto", 1),
+        (256, 1, "1", 1),
+        (256, 2, "16", 16),
+    ],
+)
+def test_batch_norm_groups_are_of_32_images(many, monkeypatch, batch, ranks, splits, groups):
+    if ranks > 1:
+        for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", ranks)):
+            monkeypatch.setenv(name, str(value))
+    line = [*TINY, "--moco-k", "256", "--batch-size", str(batch), "--bn-splits", splits, str(many)]
+    args = main_moco.parse_args(line)
+    assert (args.processes, args.bn_groups) == (ranks, groups)
+
+
+def test_a_seed_is_drawn_and_the_run_folder_named(many):
+    line = [word for word in TINY if word not in ("--seed", "1")]
+    line.remove("--print-freq")
+    first, second = (main_moco.parse_args([*line, str(many)]) for _ in range(2))
+    assert first.seed != second.seed and not first.seed_given
+    assert first.save_dir.parent == Path("results")
+    for part in ("resnet8", "3align2", "1unif3", "k64", "b8", f"s{first.seed}"):
+        assert part in first.save_dir.name
+    assert not Path("results").exists()  # only training makes it
+
+
+# ------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("", ["arguments are required: DIR"]),
+        ("--mystery 3", ["unrecognized arguments: --mystery"]),
+        ("--moco-align-w 0 --moco-unif-w 0", ["all loss weights are zero"]),
+        ("--moco-align-w -1", ["--moco-align-w", "at least 0", "-1"]),
+        ("--moco-unif-w nan", ["--moco-unif-w", "nan"]),
+        ("--moco-contr-w inf", ["--moco-contr-w", "inf"]),
+        ("--moco-align-alpha 0", ["--moco-align-alpha", "at least 1", "got 0"]),
+        ("--moco-align-alpha 0.5", ["--moco-align-alpha", "at least 1", "got 0.5"]),
+        ("--moco-align-alpha nan", ["--moco-align-alpha", "nan"]),
+        ("--moco-unif-t 0", ["--moco-unif-t", "positive", "got 0"]),
+        ("--moco-unif-t -2", ["--moco-unif-t", "positive", "got -2"]),
+        ("--moco-unif-t inf", ["--moco-unif-t", "inf"]),
+        ("--moco-contr-w 1 --moco-contr-tau 0", ["--moco-contr-tau", "positive", "got 0"]),
+        ("--moco-t 0", ["--moco-t ", "positive", "got 0"]),
+        ("--moco-t nan", ["--moco-t ", "positive", "nan"]),
+        ("--moco-t 0.2 --moco-contr-w 1", ["--moco-t", "--moco-contr-w"]),
+        ("--moco-t 0.2 --moco-contr-tau 0.2", ["--moco-t", "--moco-contr-tau"]),
+        ("--moco-t 0.2 --moco-align-w 0", ["--moco-t", "--moco-align-w"]),
+        ("--moco-t 0.2 --moco-unif-w 0", ["--moco-t", "--moco-unif-w"]),
+        ("--moco-t 0.2 --moco-unif-no-intra-batch", ["--moco-t", "--moco-unif-no-intra-batch"]),
+        ("--moco-k 7", ["--moco-k 7", "smaller", "batch of 8"]),
+        ("--moco-k 0", ["--moco-k", "got 0"]),
+        ("--moco-dim 0", ["--moco-dim", "got 0"]),
+        ("--moco-m 1.5", ["--moco-m", "[0, 1]", "1.5"]),
+        ("--moco-m nan", ["--moco-m", "nan"]),
+        ("-a resnt18", ["unknown arch 'resnt18'", "did you mean", "resnet18"]),
+        ("-a nonsense", ["unknown arch 'nonsense'", "--help"]),
+        ("-a squeezenet1_0", ["SqueezeNet", "linear layer", "choose another arch"]),
+        ("-a inception_v3", ["inception_v3", "auxiliary", "choose another"]),
+        ("-a mobilenet_v3_small --small-stem", ["--small-stem", "mobilenet"]),
+        ("-a densenet121 --image-size 8", ["images of 8 pixels do not fit"]),
+        ("--image-size 0", ["--image-size", "got 0"]),
+        ("--resume missing.pth.tar", ["--resume", "missing.pth.tar"]),
+        ("--amp fp16", ["--amp fp16", "GPU", "bf16"]),
+        ("--amp fp8", ["--amp", "fp8", "bf16"]),
+        ("--bn-splits 3", ["--bn-splits 3", "does not divide", "8"]),
+        ("--bn-splits 8", ["--bn-splits 8", "one image"]),
+        ("--bn-splits 0", ["--bn-splits 0"]),
+        ("--bn-splits many", ["--bn-splits", "'many'", "auto"]),
+        ("--lr nan", ["--lr", "nan"]),
+        ("--lr inf", ["--lr", "inf"]),
+        ("--lr -1", ["--lr", "-1"]),
+        ("--wd nan", ["--weight-decay", "nan"]),
+        ("--momentum inf", ["--momentum", "inf"]),
+        ("--schedule-factor nan", ["--schedule-factor", "nan"]),
+        ("--schedule=12x", ["--schedule", "12x"]),
+        ("--batch-size 0", ["--batch-size", "got 0"]),
+        ("--batch-size 31", ["31", "30 images", "lower --batch-size"]),
+        ("--epochs -1", ["--epochs", "-1"]),
+        ("--start-epoch -1", ["--start-epoch", "-1"]),
+        ("--max-steps -1", ["--max-steps", "-1"]),
+        ("--warmup-epochs -1", ["--warmup-epochs", "-1"]),
+        ("--print-freq 0", ["--print-freq", "got 0"]),
+        ("--keep-last 0", ["--keep-last", "got 0"]),
+        ("--keep-every -1", ["--keep-every", "-1"]),
+        ("--images-per-class 0", ["--images-per-class", "got 0"]),
+        ("-j -1", ["--workers", "-1"]),
+        ("--seed -1", ["--seed", "-1"]),
+        ("--crop-scale 0.5 0.2", ["--crop-scale", "0.5 0.2"]),
+        ("--crop-scale nan 1", ["--crop-scale", "nan"]),
+        ("--std 0 1 1", ["--std", "positive"]),
+        ("--gpus 0 1", ["--device cpu", "[0, 1]"]),
+        ("--device auto --gpu 99", ["GPU 99 does not exist"]),
+        ("--gpu 0 --gpus 0 1", ["--gpu and --gpus"]),
+        ("--world-size 0", ["--world-size", "got 0"]),
+        ("--world-size 2", ["2 nodes", "--dist-url tcp://HOST:PORT"]),
+        ("--world-size 2 --rank 2 --dist-url tcp://h:1", ["--rank 2", "0..1"]),
+        ("--world-size 3 --rank 0 --dist-url tcp://h:1", ["--batch-size 8", "3", "6"]),
+    ],
+)
+def test_bad_flags_are_refused_at_parse_time(data, capsys, flags, named):
+    folder = [] if flags == "" else [data]
+    argv = [*TINY, "--max-steps", 0, "--save-dir", "run", *shlex.split(flags), *folder]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 2
+    for part in named:
+        assert part in message, message
+    assert not Path("run").exists()
+
+
+def test_resume_auto_needs_a_run_folder(data, capsys):
+    status, message = refusal(main_moco.main, [*TINY, "--resume", "auto", data], capsys)
+    assert status == 2 and "--resume auto" in message and "give --save-dir" in message
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(data, capsys, monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "3")):
+        monkeypatch.setenv(name, value)
+    status, message = refusal(main_moco.main, [*TINY, data], capsys)
+    assert status == 2
+    assert "--batch-size 8" in message and "multiple" in message and "2 x 3 = 6" in message
+
+
+@pytest.mark.parametrize("kind", ["missing", "a file", "empty", "no images", "empty train"])
+def test_a_folder_without_images_is_refused(tmp_path, capsys, kind):
+    folder = tmp_path / "pictures"
+    if kind == "a file":
+        folder.write_text("x")
+    elif kind != "missing":
+        (folder / "train").mkdir(parents=True)
+        if kind == "empty":
+            (folder / "train").rmdir()
+        elif kind == "no images":
+            (folder / "train" / "notes.txt").write_text("x")
+            (folder / "train" / ".hidden.jpg").write_text("x")
+        else:  # images beside an empty train/ are not what was meant
+            write_images(folder, {"a": 9})
+    status, message = refusal(main_moco.main, [*TINY, folder], capsys)
+    assert status == 2
+    assert str(folder) in message
+    assert ("no such data folder" if kind in ("missing", "a file") else "no images") in message
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
+def test_a_data_set_that_is_not_on_disk_is_not_downloaded(tmp_path, capsys, name):
+    status, message = refusal(main_moco.main, [*TINY, "--dataset", name, tmp_path], capsys)
+    assert status == 1
+    assert name in message and str(tmp_path) in message and "nothing is downloaded" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_per_class_needs_classes_and_a_batch(data, capsys):
+    argv = [*TINY, "--images-per-class", 2, "--save-dir", "run"]
+    status, message = refusal(main_moco.main, [*argv, data], capsys)
+    assert status == 1 and "6 images" in message and "batch of 8" in message
+    status, message = refusal(main_moco.main, [*argv, data / "train" / "class_0"], capsys)
+    assert status == 1 and "no labels" in message
+    assert not Path("run").exists()
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory) -> Path:
+    """Two epochs of three steps without interruption."""
+    folder = tmp_path_factory.mktemp("run") / "folder"
+    train(data, "--epochs", 2, "--save-dir", folder)
+    return folder
+
+
+def test_a_folder_that_holds_a_run_is_not_written_to(data, run, capsys):
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    status, message = refusal(main_moco.main, [*TINY, "--save-dir", run, data], capsys)
+    assert status == 2
+    assert str(run) in message and "checkpoint_0001" in message and "--resume auto" in message
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("-a resnet8x4", ["is of arch resnet8,", "resnet8x4"]),
+        ("--moco-k 128", ["moco_k: 64 before, 128 now"]),
+        ("--moco-k 128 --allow-changes", ["does not fit", "queue"]),
+        ("--moco-dim 64 --allow-changes", ["does not fit", "queue"]),
+        ("--mlp --allow-changes", ["does not fit", "encoder_q.fc.0.weight"]),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused(data, run, capsys, flags, named):
+    argv = [*TINY, "--resume", run / "checkpoint_0000.pth.tar", *shlex.split(flags), data]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 1
+    for part in ["checkpoint_0000.pth.tar", *named]:
+        assert part in message, message
+    assert not Path("results").exists()
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "cut off", "damaged", "a list", "weights only"])
+def test_a_file_that_is_no_pretraining_checkpoint_is_refused(data, run, tmp_path, capsys, kind):
+    path = tmp_path / "file.pth.tar"
+    whole = (run / "checkpoint_0000.pth.tar").read_bytes()
+    if kind == "a list":
+        torch.save([1, 2], path)
+    elif kind == "weights only":
+        torch.save({"state_dict": load(run / "checkpoint_0000.pth.tar")["state_dict"]}, path)
+    else:
+        middle = len(whole) // 2
+        damaged = whole[:middle] + bytes(64) + whole[middle + 64 :]
+        content = {"text": b"x = 1\n", "empty": b"", "cut off": whole[:middle], "damaged": damaged}
+        path.write_bytes(content[kind])
+    status, message = refusal(main_moco.main, [*TINY, "--resume", path, data], capsys)
+    assert status == 1
+    assert f"{path} " in message
+    assert any(word in message for word in ("checkpoint", "damaged", "dict of tensors")), message
+
+
+@pytest.mark.slow
+def test_a_corrupt_image_ends_a_real_process_in_one_line(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    bad = tmp_path / "data" / "train" / "class_1" / "003.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    flags = [*TINY, "-j", 1, "--epochs", 4, "--save-dir", "run"]
+    status, out, err = finish(start_python(MAIN, *flags, "data", cwd=tmp_path))
+    assert status == 1
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in out + err
+    assert err.startswith("main_moco.py: error: cannot read image")
+    assert str(bad.relative_to(tmp_path)) in err and "replace or remove" in err
+
+
+# ------------------------------------------------------------------------------------------------
+# A run and its folder
+# ------------------------------------------------------------------------------------------------
+
+
+def test_run_folder(run):
+    names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
+    assert names == {
+        "args.json", "log.jsonl", "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"
+    }  # fmt: skip
+    assert len(list(run.glob("events.out.tfevents.*"))) == 1
+    facts = json.loads((run / "args.json").read_text())
+    assert facts["objective"] == DEFAULT_OBJECTIVE
+    assert (facts["arch"], facts["moco_k"], facts["moco_dim"]) == ("resnet8", 64, 128)
+    assert (facts["seed"], facts["batch_size"], facts["bn_groups"]) == (1, 8, 1)
+    assert facts["provenance"].keys() == {"git", "python", "torch", "torchvision"}
+
+
+def test_log_has_every_step_and_the_terms_add_up(run):
+    lines = read_log(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    for line in lines:
+        assert line.keys() == {
+            "kind", "step", "time", "epoch", "loss", "align", "unif", "lr", "images_per_s",
+            "data_share", "grad_norm",
+        }  # fmt: skip
+        assert math.isfinite(line["loss"])
+        assert line["loss"] == pytest.approx(3 * line["align"] + line["unif"], abs=1e-5)
+        assert 0 <= line["align"] <= 4 and line["unif"] <= 0
+        assert 0 <= line["data_share"] <= 1 and line["images_per_s"] > 0
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_checkpoint_content(run, epoch):
+    content = load(run / f"checkpoint_{epoch:04d}.pth.tar")
+    assert content.keys() == {
+        "version", "arch", "epoch", "step", "step_in_epoch", "state_dict", "optimizer", "scaler",
+        "shuffle_generator", "rng", "cuda_rng", "means", "skipped", "skipped_in_a_row", "args",
+        "checksum",
+    }  # fmt: skip
+    assert (content["arch"], content["epoch"]) == ("resnet8", epoch + 1)
+    assert (content["step"], content["step_in_epoch"]) == (3 * (epoch + 1), 0)
+    state = content["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"module"}
+    assert {name.split(".")[1] for name in state} == {
+        "encoder_q", "encoder_k", "queue", "queue_ptr"
+    }  # fmt: skip
+    assert state["module.queue"].shape == (128, 64)
+    assert state["module.queue_ptr"].tolist() == [24 * (epoch + 1) % 64]
+    assert all(value.isfinite().all() for value in state.values())
+    json.dumps(content["args"])
+    assert content["args"]["objective"] == DEFAULT_OBJECTIVE
+
+
+def test_start_prints_the_derived_numbers(data, capsys):
+    argv = [word for word in TINY[:-2]]  # no seed
+    main_moco.main([*argv, "--moco-t", "0.2", "--max-steps", "1", str(data)])
+    out = capsys.readouterr().out
+    folder = next(Path("results").iterdir())
+    drawn = json.loads((folder / "args.json").read_text())["seed"]
+    for fact in (
+        "objective: 1 * InfoNCE(tau=0.2)\n",
+        "30 images, 3 steps per epoch, 200 epochs",
+        "8 over 1 process(es), 8 each",
+        "one group of 8",
+        "resnet8, 0.09 M parameters, 32 px",
+        "64 x 128",
+        "CPU",
+        f"seed: {drawn} (drawn)",
+        f"run folder: {folder}",
+        "torch " + torch.__version__,
+        "done: 1 steps",
+    ):
+        assert fact in out, out
+    (line,) = read_log(folder)
+    assert line.keys() >= {"loss", "contr", "contr_top1", "contr_top5"}
+    assert not {"align", "unif"} & line.keys()
+
+
+def test_only_weights_of_the_query_encoder_are_trained_by_the_optimizer(run, data):
+    args = main_moco.parse_args([*TINY, str(data)])
+    torch.manual_seed(1)
+    start = main_moco.build_moco(args).state_dict()
+    after = load(run / "checkpoint_0001.pth.tar")
+    for name in ("fc.weight", "conv1.weight"):
+        q, k = (after["state_dict"][f"module.encoder_{x}.{name}"] for x in "qk")
+        moved_q, moved_k = (q - start[f"encoder_q.{name}"]), (k - start[f"encoder_k.{name}"])
+        assert 0 < moved_k.norm() < 0.02 * moved_q.norm()  # m = 0.999, six steps
+    trained = len(after["optimizer"]["state"])
+    assert 2 * trained == len(after["optimizer"]["param_groups"][0]["params"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        ("--schedule 1 2", [0.03, 0.003, 0.0003]),
+        ("--schedule 1 --schedule-factor 0.5", [0.03, 0.015, 0.015]),
+        ("--cos", [0.03, 0.0225, 0.0075]),
+        ("--schedule --warmup-epochs 2", [0.01, 0.02, 0.03]),
+    ],
+)
+def test_learning_rate_of_each_epoch(data, flags, rates):
+    flags = [*shlex.split(flags), "--images-per-class", 3, "--epochs", 3]
+    train(data, *flags, "--save-dir", "r")
+    assert [line["lr"] for line in read_log(Path("r"))] == pytest.approx(rates)
+    last = load(Path("r/checkpoint_0002.pth.tar"))
+    assert last["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rates[-1])
+
+
+def test_max_steps_0_saves_the_untrained_encoder(data, capsys):
+    train(data, "--max-steps", 0, "--save-dir", "r")
+    assert checkpoints(Path("r")) == ["step_00000000.pth.tar"]
+    content = load(Path("r/step_00000000.pth.tar"))
+    assert (content["epoch"], content["step"]) == (0, 0)
+    args = main_moco.parse_args([*TINY, str(data)])
+    torch.manual_seed(1)
+    fresh = main_moco.build_moco(args).state_dict()
+    saved = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
+    assert differences(dict(fresh), saved) == []
+
+
+def test_a_flat_folder_without_labels_trains(tmp_path, capsys):
+    write_images(tmp_path, {"flat": 9, "nested/deep": 4, "nested": 5})
+    for folder in ("flat", "nested"):
+        train(tmp_path / folder, "--max-steps", 1, "--save-dir", f"run-{folder}")
+        assert len(read_log(tmp_path / f"run-{folder}")) == 1
+        assert "9 images, 1 steps per epoch" in capsys.readouterr().out
+
+
+def test_images_per_class_takes_the_first_of_each(data, capsys):
+    train(data, "--images-per-class", 3, "--epochs", 1, "--save-dir", "r")
+    assert "9 images, 1 steps per epoch, 1 epochs" in capsys.readouterr().out
+    assert checkpoints(Path("r")) == ["checkpoint_0000.pth.tar"]
+
+
+def test_old_checkpoints_are_deleted_but_for_every_mth(data):
+    flags = "--images-per-class 3 --epochs 7 --keep-last 2 --keep-every 3 --save-dir r"
+    train(data, *shlex.split(flags))
+    kept = [f"checkpoint_{epoch:04d}.pth.tar" for epoch in (2, 5, 6)]
+    assert checkpoints(Path("r")) == kept
+
+
+@pytest.mark.parametrize("flags", ["--amp bf16 --mlp --aug-plus", "--bn-splits 4", "--moco-k 11"])
+def test_variants_train_with_finite_losses(data, flags):
+    train(data, *shlex.split(flags), "--max-steps", 3, "--save-dir", "r")
+    assert all(math.isfinite(line["loss"]) for line in read_log(Path("r")))
+    state = load(Path("r/checkpoint_0000.pth.tar"))["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_a_non_finite_loss_stops_the_run_with_the_last_good_checkpoint_on_disk(data, capsys):
+    flags = "--schedule 1 --schedule-factor 1e35 --epochs 3 --save-dir r"
+    status, message = refusal(main_moco.main, [*TINY, *shlex.split(flags), data], capsys)
+    assert status == 1
+    for part in ("not finite in epoch 1", "align nan", "checkpoint_0000.pth.tar", "--lr"):
+        assert part in message, message
+    assert checkpoints(Path("r")) == ["checkpoint_0000.pth.tar"]
+    state = load(Path("r/checkpoint_0000.pth.tar"))["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+    assert all(math.isfinite(line["loss"]) for line in read_log(Path("r")))
+
+
+def test_a_loss_that_is_never_finite_leaves_no_checkpoint(data, capsys):
+    flags = "--lr 1e30 --save-dir r"
+    status, message = refusal(main_moco.main, [*TINY, *shlex.split(flags), data], capsys)
+    assert status == 1
+    assert "not finite in epoch 0, step 1" in message and "none" in message
+    assert checkpoints(Path("r")) == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Same again, and going on
+# ------------------------------------------------------------------------------------------------
+
+NOT_THE_RESULT = ("args", "rng")  # in a checkpoint; all else is a function of the seed
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    a, b = (load(folder / "checkpoint_0001.pth.tar") for folder in (a, b))
+    for content in (a, b):
+        for key in NOT_THE_RESULT:
+            content.pop(key)
+    assert differences(a, b) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_seed_gives_one_result_with_any_number_of_workers(data, run, workers):
+    train(data, "--epochs", 2, "-j", workers, "--save-dir", "again")
+    assert_same_end(run, Path("again"))
+
+
+def test_another_seed_gives_another_result(data, run):
+    train(data, "--epochs", 1, "--save-dir", "other", seed=2)
+    a, b = (load(r / "checkpoint_0000.pth.tar")["state_dict"] for r in (run, Path("other")))
+    assert not torch.equal(a["module.encoder_q.fc.weight"], b["module.encoder_q.fc.weight"])
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_a_run_that_was_cut_off_ends_like_one_that_was_not(data, run, steps, capsys):
+    train(data, "--epochs", 2, "--max-steps", steps, "--save-dir", "cut")
+    whole_epochs, rest = divmod(steps, 3)
+    newest = f"step_{steps:08d}" if rest else f"checkpoint_{whole_epochs - 1:04d}"
+    assert f"{newest}.pth.tar" in checkpoints(Path("cut"))
+    capsys.readouterr()
+    train(data, "--epochs", 2, "--resume", "auto", "--save-dir", "cut")
+    said = f"resuming cut/{newest}.pth.tar: {whole_epochs} epochs and {rest} steps done"
+    assert said in capsys.readouterr().out
+    assert_same_end(run, Path("cut"))
+    assert [line["step"] for line in read_log(Path("cut"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_from_a_named_checkpoint_into_a_new_folder(data, run):
+    path = run / "checkpoint_0000.pth.tar"
+    train(data, "--epochs", 2, "--resume", path, "-j", 1, "--save-dir", "new")
+    assert_same_end(run, Path("new"))
+    assert checkpoints(Path("new")) == ["checkpoint_0001.pth.tar"]
+    assert [line["step"] for line in read_log(Path("new"))] == [4, 5, 6]
+
+
+def test_resume_takes_the_seed_of_the_checkpoint(data, run):
+    argv = [*TINY[:-2], "--epochs", 2, "--resume", run / "checkpoint_0000.pth.tar"]
+    main_moco.main([str(word) for word in [*argv, "--save-dir", "new", data]])
+    assert_same_end(run, Path("new"))
+    assert json.loads(Path("new/args.json").read_text())["seed"] == 1
+
+
+def test_resume_auto_starts_fresh_in_a_folder_with_arguments_only(data, run):
+    Path("run").mkdir()
+    shutil.copy(run / "args.json", "run")
+    train(data, "--epochs", 2, "--resume", "auto", "--save-dir", "run")
+    assert_same_end(run, Path("run"))
+
+
+def test_resume_of_a_finished_run_changes_no_checkpoint(data, run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    before = {name: (tmp_path / "copy" / name).read_bytes() for name in checkpoints(run)}
+    train(data, "--epochs", 2, "--resume", "auto", "--save-dir", tmp_path / "copy")
+    assert {name: (tmp_path / "copy" / name).read_bytes() for name in checkpoints(run)} == before
+
+
+@pytest.mark.parametrize("extra", [{}, {"module.scalar_label": torch.zeros(1, dtype=torch.int64)}])
+def test_resume_from_a_checkpoint_of_upstream(data, run, tmp_path, extra):
+    """epoch, arch, state_dict and an optimizer whose groups know what SGD of torch 1.4 knew."""
+    ours = load(run / "checkpoint_0000.pth.tar")
+    group = ours["optimizer"]["param_groups"][0]
+    old = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
+    theirs = {
+        "epoch": 1,
+        "arch": "resnet8",
+        "state_dict": ours["state_dict"] | extra,
+        "optimizer": {
+            "state": ours["optimizer"]["state"],
+            "param_groups": [{name: group[name] for name in old}],
+        },
+    }
+    torch.save(theirs, tmp_path / "upstream.pth.tar")
+    train(data, "--epochs", 2, "--resume", tmp_path / "upstream.pth.tar", "--save-dir", "r")
+    assert [(line["epoch"], line["step"]) for line in read_log(Path("r"))] == [
+        (1, 4), (1, 5), (1, 6)
+    ]  # fmt: skip
+    ended, never_stopped = (load(r / "checkpoint_0001.pth.tar") for r in (Path("r"), run))
+    assert ended["epoch"] == 2
+    assert ended["state_dict"].keys() == never_stopped["state_dict"].keys()
+    # All but the key shuffle, which upstream does not save, is as in a run of ours.
+    for name in ("module.encoder_q.fc.weight", "module.queue"):
+        a, b = ended["state_dict"][name], never_stopped["state_dict"][name]
+        assert 0.999 < torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+    assert ended["state_dict"]["module.queue_ptr"].item() == 48
+
+
+# ------------------------------------------------------------------------------------------------
+# Faults that were found by these tests and mended
+# ------------------------------------------------------------------------------------------------
+
+
+def test_resume_within_an_epoch_with_another_batch_does_not_end_untrained(data, capsys):
+    train(data, "--epochs", 3, "--max-steps", 2, "--save-dir", "cut")
+    argv = [*TINY, "--epochs", 3, "--batch-size", 16, "--resume", "cut/step_00000002.pth.tar"]
+    status, message = refusal(main_moco.main, [*argv, "--save-dir", "r", data], capsys)
+    assert status in (1, 2) and "step_00000002.pth.tar" in message and "batch" in message
+
+
+def test_resume_auto_finds_the_newest_in_a_copied_folder(data, run, capsys):
+    Path("copy").mkdir()
+    for name in reversed(checkpoints(run)):  # as cp -r may: the oldest gets the newest time
+        shutil.copyfile(run / name, Path("copy") / name)
+    train(data, "--epochs", 2, "--resume", "auto", "--save-dir", "copy")
+    assert "checkpoint_0001.pth.tar: 2 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("case", ["workers", "resume"])
+def test_dropout_too_is_a_function_of_the_seed(data, case):
+    flags = ["-a", "mobilenet_v3_small", "--epochs", 2]
+    train(data, *flags, "--save-dir", "a")
+    if case == "workers":
+        train(data, *flags, "-j", 1, "--save-dir", "b")
+    else:
+        train(data, *flags, "--max-steps", 2, "--save-dir", "b")
+        train(data, *flags, "--resume", "auto", "--save-dir", "b")
+    assert_same_end(Path("a"), Path("b"))
+
+
+def test_resume_does_not_write_into_the_folder_of_another_run(data, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "theirs")
+    argv = [*TINY, "--epochs", 3, "--resume", run / "checkpoint_0000.pth.tar"]
+    argv += ["--save-dir", tmp_path / "theirs", data]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 2 and "theirs" in message
+
+
+def test_pretraining_does_not_write_into_the_folder_of_an_evaluation(data, capsys):
+    Path("probe").mkdir()
+    Path("probe/lincls.json").write_text("{}")
+    argv = [*TINY, "--max-steps", 0, "--save-dir", "probe", data]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 2 and "probe" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--mean nan 0 0", ["--mean"]),
+        ("--std nan 1 1", ["--std"]),
+        ("--seed 18446744073709551616", ["--seed"]),
+        ("--save-dir taken", ["taken"]),
+        ("--save-dir ''", ["--save-dir"]),
+        ("--resume ''", ["--resume"]),
+        ("--device auto --gpus --max-steps 0", ["--gpus"]),
+        ("--gpus -1", ["--gpus"]),
+        ("--schedule -5", ["--schedule"]),
+        ("--schedule 12x", ["--schedule"]),
+        ("-a vit_b_16 --image-size 30", ["30"]),
+        ("-a resnet18 --batch-size 1", ["--batch-size 1"]),
+        ("--start-epoch 5 --epochs 5", ["--start-epoch"]),
+        ("--dist-url localhost:10001", ["--dist-url"]),
+        ("--dist-backend mystery", ["--dist-backend"]),
+    ],
+)
+def test_more_bad_flags_are_refused_at_parse_time(data, capsys, flags, named):
+    Path("taken").write_text("a file")
+    argv = [*TINY, "--save-dir", "run", "--max-steps", 1, *shlex.split(flags), data]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 2
+    for part in named:
+        assert part in message, message
+
+
+def test_an_unset_shell_variable_is_no_data_folder(data, tmp_path, capsys):
+    write_images(tmp_path, {"pictures": 9})
+    status, message = refusal(main_moco.main, [*TINY, "--max-steps", 1, ""], capsys)
+    assert status == 2 and "DIR" in message or "folder" in message
+
+
+# ------------------------------------------------------------------------------------------------
+# Two processes
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_error_in_a_spawned_rank_ends_in_one_line(data, tmp_path, capfd):
+    """As on a node of several GPUs, where this process starts the ranks: here on two CPUs."""
+    shutil.copytree(data, tmp_path / "data")
+    for bad in (tmp_path / "data" / "train").glob("*/00[0-4].png"):
+        bad.write_bytes(b"")
+    args = main_moco.parse_args([*TINY, "--save-dir", "run", str(tmp_path / "data")])
+    args.devices, args.processes = [torch.device("cpu")] * 2, 2
+    with pytest.raises(SystemExit) as stop:
+        options.run_worker(main_moco.train, args)
+    assert stop.value.code == 1
+    err = capfd.readouterr().err
+    assert "error: cannot read image" in err
+
+
+# Runs main_moco.py's main and leaves what each rank's module holds in the end.
+ON_EACH_RANK = """
+import os, sys, torch, main_moco
+built, build_moco = [], main_moco.build_moco
+main_moco.build_moco = lambda args: built.append(build_moco(args)) or built[-1]
+main_moco.main(sys.argv[2:])
+torch.save(built[0].state_dict(), sys.argv[1] + os.environ.get("RANK", ""))
+"""
+
+
+@pytest.mark.slow
+def test_both_launchers_give_bit_equal_ranks_and_checkpoints(data, tmp_path):
+    """torchrun, and upstream's flags on two nodes; weights, queue and pointer of both ranks."""
+    script = tmp_path / "on_each_rank.py"
+    script.write_text(ON_EACH_RANK)
+    flags = [*TINY[:-2], "--epochs", 1, data]  # no seed, no --save-dir: rank 0 says
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
+    status, out, err = finish(start_python(*torchrun, script, "torchrun", *flags, cwd=tmp_path))
+    assert status == 0, err
+    assert "8 over 2 process(es), 4 each" in out
+    assert out.count("objective:") == 1  # rank 0 alone prints
+    (first,) = (tmp_path / "results").iterdir()
+    seed = json.loads((first / "args.json").read_text())["seed"]
+
+    flags += ["--seed", seed, "--save-dir", "second", "--multiprocessing-distributed"]
+    flags += ["--world-size", 2, "--dist-url", f"tcp://localhost:{free_port()}"]
+    nodes = [
+        start_python(script, f"node{rank}", *flags, "--rank", rank, cwd=tmp_path)
+        for rank in range(2)
+    ]
+    for node in nodes:
+        status, out, err = finish(node)
+        assert status == 0, err
+
+    ranks = {name: load(tmp_path / name) for name in ("torchrun0", "torchrun1", "node0", "node1")}
+    for name, state in ranks.items():
+        found = differences(dict(ranks["torchrun0"]), dict(state))
+        if name.endswith("1"):  # each rank has its own batch-norm statistics
+            found = [difference for difference in found if "running_" not in difference]
+        assert found == [], name
+    a, b = (load(folder / "checkpoint_0000.pth.tar") for folder in (first, tmp_path / "second"))
+    assert differences(a, b) and all(d.startswith("/args") for d in differences(a, b))
+    assert a["rng"].shape[0] == 2
+    saved = {name.removeprefix("module."): t for name, t in a["state_dict"].items()}
+    assert differences(saved, dict(ranks["torchrun0"])) == []

@@ -1,0 +1,222 @@
+"""The flags that both mains share: lists of numbers, plain values, nodes, workers, errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import main_lincls
+import main_moco
+from moco import options
+from moco.checkpoint import CheckpointError
+from moco.loader import DataError
+
+MAINS = pytest.mark.parametrize("main", [main_moco, main_lincls], ids=lambda main: main.__name__)
+
+
+@pytest.fixture(autouse=True)
+def no_torchrun(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def torchrun(monkeypatch, **environment: int) -> None:
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, **environment}.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def checked(*flags: str) -> argparse.Namespace:
+    """Shared flags after their check, without a data folder's."""
+    parser = main_moco.build_parser()
+    args = parser.parse_args([*flags, "--device", "cpu", "DIR"])
+    options.check_shared_options(parser, args)
+    return args
+
+
+# ------------------------------------------------------------------------------------------------
+# Lists of numbers
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "joined"),
+    [
+        ("", ""),
+        ("DIR", "DIR"),
+        ("--gpus 0 1 2 3", "--gpus=0,1,2,3"),
+        ("--gpus 0 1 DIR", "--gpus=0,1 DIR"),
+        ("--gpus 0,1 DIR", "--gpus=0,1 DIR"),
+        ("--gpus 0,1 2", "--gpus=0,1 2"),  # a list ends with its word: 2 is the folder
+        ("--gpus=0,1 2", "--gpus=0,1 2"),
+        ("--gpus 0 --schedule 120 160 DIR", "--gpus=0 --schedule=120,160 DIR"),
+        ("--schedule --cos DIR", "--schedule= --cos DIR"),
+        ("--schedule 10 -- 20", "--schedule=10 -- 20"),
+        ("DIR --schedule", "DIR --schedule="),
+        ("--schedule 10 20DIR", "--schedule=10 20DIR"),
+        ("-b 8 --lr 1 2", "-b 8 --lr 1 2"),
+    ],
+)
+def test_lists_end_where_the_numbers_end(line, joined):
+    assert options._join_lists(line.split()) == joined.split()
+
+
+@MAINS
+def test_lists_are_parsed_wherever_the_folder_stands(main):
+    for line in (
+        "--schedule 30 40 DIR",
+        "DIR --schedule 30 40",
+        "--schedule 30 40 --gpus 1 0 DIR",
+        "--gpus 1,0 DIR --schedule 30,40",
+        "--schedule=30,40 --gpus=1,0 DIR",
+    ):
+        args = main.build_parser().parse_args(line.split())
+        assert (args.schedule, args.data) == ([30, 40], "DIR"), line
+        assert args.gpus in (None, [1, 0]), line
+    assert main.build_parser().parse_args(["--schedule", "--momentum", "0", "DIR"]).schedule == []
+
+
+def test_numbers():
+    assert options.numbers("") == []
+    assert options.numbers("7") == [7]
+    assert options.numbers("1,2,30,") == [1, 2, 30]
+    with pytest.raises(argparse.ArgumentTypeError, match="whole numbers, got '1;2'"):
+        options.numbers("1;2")
+
+
+@MAINS
+def test_flags_are_not_abbreviated(main, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.build_parser().parse_args(["--batch", "8", "DIR"])
+    assert stop.value.code == 2
+    assert "--batch" in capsys.readouterr().err
+
+
+@MAINS
+def test_help_shows_every_default(main, capsys):
+    """argparse formats help only when asked: a stray % would fail no other test."""
+    with pytest.raises(SystemExit) as stop:
+        main.build_parser().parse_args(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for word in ("--save-dir", "--dist-url", "--schedule-factor", "[120, 160]", "[60, 80]"):
+        assert (word in out) == (word != ("[60, 80]" if main is main_moco else "[120, 160]"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Derived values
+# ------------------------------------------------------------------------------------------------
+
+
+def test_plain_values_fit_json_and_weights_only(tmp_path):
+    args = checked("--save-dir", "run", "--schedule", "1", "2")
+    args.pair, args.nothing, args.device_object = (1.5, 2.5), None, torch.device("cpu")
+    plain = options.plain_values(args)
+    assert json.loads(json.dumps(plain)) == plain
+    assert (plain["save_dir"], plain["schedule"], plain["pair"]) == ("run", [1, 2], [1.5, 2.5])
+    assert plain["nothing"] is None
+    assert "devices" not in plain and "device_object" not in plain
+    assert list(plain) == sorted(plain)
+    torch.save(plain, tmp_path / "plain.pth")
+    assert torch.load(tmp_path / "plain.pth", weights_only=True) == plain
+
+
+@pytest.mark.parametrize(("asked", "each"), [(0, 0), (1, 1), (2, 1), (5, 3), (6, 3)])
+def test_workers_are_of_the_node_and_shared_rounded_up(monkeypatch, asked, each):
+    torchrun(monkeypatch, WORLD_SIZE=2)
+    assert checked("-b", "8", "-j", str(asked)).workers == each
+
+
+def test_workers_of_two_nodes_are_shared_on_each(monkeypatch):
+    torchrun(monkeypatch, WORLD_SIZE=8, GROUP_WORLD_SIZE=2, GROUP_RANK=1)
+    args = checked("-b", "8", "-j", "8")
+    assert (args.nodes, args.node_rank, args.processes, args.workers) == (2, 1, 8, 2)
+
+
+def test_workers_default_to_the_cores_that_may_be_used():
+    assert checked().workers == options.usable_cores() >= 1
+
+
+def test_torchrun_overrules_world_size_and_rank(monkeypatch):
+    """Upstream's command lines also run under torchrun."""
+    torchrun(monkeypatch, WORLD_SIZE=4)
+    args = checked("--world-size", "1", "--rank", "0", "--dist-url", "tcp://localhost:10001")
+    assert (args.nodes, args.node_rank, args.processes) == (1, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "nodes", "rank"),
+    [
+        ("", {}, 1, 0),
+        ("--multiprocessing-distributed", {}, 1, 0),
+        ("--world-size 1 --rank 0", {}, 1, 0),
+        ("--world-size 4 --rank 3 --dist-url tcp://host:1", {}, 4, 3),
+        ("--dist-url env://", {"WORLD_SIZE": 4, "RANK": 2}, 4, 2),
+        ("--dist-url env://", {}, 1, 0),
+        ("--dist-url env:// --world-size 3 --rank 1", {"WORLD_SIZE": 4, "RANK": 2}, 3, 1),
+        ("--dist-url tcp://host:1", {"WORLD_SIZE": 4, "RANK": 2}, 1, 0),
+    ],
+)
+def test_nodes(monkeypatch, flags, environment, nodes, rank):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    args = checked("-b", "12", *flags.split())
+    assert (args.nodes, args.node_rank, args.processes) == (nodes, rank, nodes)
+
+
+def test_a_seed_that_is_not_given_is_drawn_within_31_bits():
+    seeds = {checked().seed for _ in range(5)}
+    assert len(seeds) > 1 and all(0 <= seed < 2**31 for seed in seeds)
+    args = checked("--seed", "0")
+    assert args.seed == 0 and args.seed_given
+
+
+# ------------------------------------------------------------------------------------------------
+# Errors
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [DataError, CheckpointError, options.TrainingError])
+def test_errors_that_the_user_can_mend_end_in_one_line(kind, capsys):
+    with pytest.raises(SystemExit) as stop, options.one_line_errors():
+        raise kind("no such thing: mend it")
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.endswith("error: no such thing: mend it\n")
+
+
+def test_a_missing_file_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit), options.one_line_errors():
+        Path("/no/such/file").read_text()
+    assert "/no/such/file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyboardInterrupt])
+def test_other_errors_keep_their_trace(kind):
+    with pytest.raises(kind, match="ours"), options.one_line_errors():
+        raise kind("ours")
+
+
+class Unreadable(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise DataError("cannot read image a.png: it is cut off")
+
+
+def test_an_error_in_a_loader_process_ends_in_the_same_line(capsys):
+    loader = DataLoader(Unreadable(), num_workers=1)
+    with pytest.raises(SystemExit), options.one_line_errors():
+        next(iter(loader))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("error: cannot read image a.png: it is cut off")
+
+
+def test_a_message_of_several_lines_is_shown_whole(capsys):
+    with pytest.raises(SystemExit), options.one_line_errors():
+        raise DataError("cannot read image a.png: broken\nat byte 7; replace it")
+    assert "a.png" in capsys.readouterr().err

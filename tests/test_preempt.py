@@ -1,0 +1,275 @@
+"""Preemption and faults, with real processes: signals, torchrun, killed and hanging ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import (
+    EPOCHS,
+    FLAGS,
+    PROGRAM,
+    STEPS,
+    Processes,
+    chaos,
+    finish,
+    free_port,
+    start,
+    wait_for_step,
+)
+
+from moco import checkpoint
+
+pytestmark = pytest.mark.slow
+
+# A run that would take minutes, for those that are interrupted before its end.
+LONG = ["--epochs", 300]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    chaos()["write_images"](folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> dict[int, Path]:
+    """The run that nobody touches, by number of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    for processes in (1, 2):
+        finish(folder / f"{processes}", data, processes=processes)
+    return {processes: folder / f"{processes}" for processes in (1, 2)}
+
+
+def assert_same_end(run: Path, reference: Path) -> None:
+    final_state, differences = chaos()["final_state"], chaos()["differences"]
+    assert differences(final_state(reference), final_state(run)) == []
+
+
+def saved_step(run: Path) -> int:
+    return chaos()["saved_step"](run)
+
+
+def processes_of(command: Path) -> list[int]:
+    """Ids of all processes whose command line names `command`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(command) in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+        except OSError:  # it has ended
+            pass
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# A request to stop
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "processes", "workers", "whom"),
+    [
+        (signal.SIGTERM, 1, 0, "rank 0"),
+        (signal.SIGUSR1, 1, 2, "all"),
+        (signal.SIGTERM, 2, 2, "all"),
+        (signal.SIGUSR1, 2, 0, "rank 1"),
+    ],
+)
+def test_a_request_to_stop_saves_and_the_run_goes_on_bit_for_bit(
+    number, processes, workers, whom, data, whole, tmp_path
+) -> None:
+    """The step is finished, all ranks save together and end with status 75; also when loader
+    workers get the signal as well, or when one rank alone does."""
+    run = tmp_path / "run"
+    asked = start(run, data, processes=processes, workers=workers)
+    wait_for_step(run, 8, asked)
+    if whom == "all":
+        asked.kill(number)
+    else:
+        asked.send(int(whom[-1]), number)
+    assert asked.wait(limit=30) == [75] * processes, asked.output()
+    done = chaos()["logged_steps"](run)
+    assert 8 <= done < STEPS and saved_step(run) == done, "nothing is lost"
+    by = signal.Signals(number).name if whom != "rank 1" else "a signal to another rank"
+    assert f"stopped by {by} after step {done}" in asked.output(0)
+    assert "Traceback" not in asked.output()
+    said = finish(run, data, processes=processes, workers=workers)
+    assert f"{done // 6} epochs and {done % 6} steps done" in said
+    assert_same_end(run, whole[processes])
+
+
+# ------------------------------------------------------------------------------------------------
+# torchrun
+# ------------------------------------------------------------------------------------------------
+
+
+class Torchrun:
+    def __init__(self, run: Path, data: Path, *flags: object, options: str = "") -> None:
+        self.out = run.with_suffix(".txt")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += [f"--master-port={free_port()}", *options.split(), PROGRAM]
+        command += [*FLAGS, "-j", 2, "--save-dir", run, *flags, data]
+        with open(self.out, "w") as out:
+            self.process = subprocess.Popen(
+                list(map(str, command)), stdout=out, stderr=out, start_new_session=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+        self.run = run
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.monotonic() + 100
+        while chaos()["logged_steps"](self.run) < step:
+            assert time.monotonic() < deadline and self.process.poll() is None, self.output()
+            time.sleep(0.01)
+
+    def training(self) -> list[int]:
+        """Process ids of the training processes, which are torchrun's children."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return sorted(map(int, children.read_text().split()))
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(timeout=120)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"hangs:\n{self.output()}") from None
+        finally:
+            for pid in processes_of(self.run):  # workers are in sessions of their own
+                os.kill(pid, signal.SIGKILL)
+
+    def output(self) -> str:
+        return self.out.read_text()
+
+
+def test_torchrun_that_is_asked_to_stop_has_saved(data, whole, tmp_path) -> None:
+    """SIGTERM to torchrun: it hands the signal on, and ends with a status of its own."""
+    run = tmp_path / "run"
+    torchrun = Torchrun(run, data, *LONG)
+    torchrun.wait_for_step(8)
+    torchrun.process.send_signal(signal.SIGTERM)
+    status = torchrun.wait()
+    assert status != 0
+    done = chaos()["logged_steps"](run)
+    assert saved_step(run) == done
+    assert f"stopped by SIGTERM after step {done}" in torchrun.output()
+    assert "main_moco.py: error" not in torchrun.output()
+
+
+def test_torchrun_restarts_after_a_rank_is_killed(data, tmp_path) -> None:
+    """SIGKILL to one of two ranks in mid-training: the other one says who, when and that it does
+    not answer; torchrun starts both anew, and --resume auto goes on to the end."""
+    run = tmp_path / "run"
+    torchrun = Torchrun(run, data, "--save-steps", 2, options="--max-restarts 2")
+    torchrun.wait_for_step(8)
+    victim = torchrun.training()[-1]
+    os.kill(victim, signal.SIGKILL)
+    assert torchrun.wait() == 0, torchrun.output()
+    said = torchrun.output()
+    assert chaos()["logged_steps"](run) == saved_step(run) == STEPS
+    assert re.search(r"resuming .*: \d epochs and \d steps done", said)
+    error = re.search(r"rank (\d) could not talk to the others in epoch (\d), step (\d+)", said)
+    assert error and int(error[2]) in range(EPOCHS) and int(error[3]) >= 7, said
+    assert f"no answer from rank {1 - int(error[1])}" in said
+
+
+# ------------------------------------------------------------------------------------------------
+# Ranks that are killed or hang
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_is_named_by_the_other(victim, data, whole, tmp_path) -> None:
+    """No hang, one line with rank, epoch and step; then --resume auto, bit for bit."""
+    run = tmp_path / "run"
+    killed = start(run, data, "--save-steps", 2, processes=2)
+    wait_for_step(run, 8, killed)
+    killed.send(victim, signal.SIGKILL)
+    statuses = killed.wait(limit=40)
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1
+    said = killed.output(1 - victim)
+    assert re.search(r"could not talk to the others in epoch [12], step \d+", said), said
+    assert f"no answer from rank {victim}" in said and "Traceback" not in said
+    finish(run, data, "--save-steps", 2, processes=2)
+    assert_same_end(run, whole[2])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_is_named_after_the_time_out(victim, data, tmp_path) -> None:
+    """SIGSTOP: the connection stays open, so only the time-out can tell."""
+    run = tmp_path / "run"
+    flags = [*LONG, "--timeout-minutes", 0.05, "--save-steps", 2]
+    hanging = start(run, data, *flags, processes=2)
+    wait_for_step(run, 8, hanging)
+    hanging.send(victim, signal.SIGSTOP)
+    deadline = time.monotonic() + 60
+    while hanging.pids[1 - victim] in hanging.running():
+        assert time.monotonic() < deadline, hanging.output()
+        time.sleep(0.05)
+    said = hanging.output(1 - victim)
+    assert f"no answer from rank {victim}" in said and "Traceback" not in said
+    assert re.search(rf"rank {1 - victim} could not talk .* in epoch \d+, step \d+", said), said
+    hanging.send(victim, signal.SIGKILL)
+    hanging.wait()
+    assert checkpoint.newest_valid(run, print) is not None
+
+
+def test_the_barrier_names_the_ranks_that_do_not_come(tmp_path) -> None:
+    """Gloo's monitored barrier, with the time-out that was asked for."""
+    code = """
+import time, torch
+from moco import distributed
+def work(device, args):
+    if distributed.rank() == 1:
+        time.sleep(6)
+        return
+    began = time.monotonic()
+    try:
+        distributed.barrier()
+    except RuntimeError as error:
+        print(f"after {time.monotonic() - began:.0f} s: {error}", flush=True)
+distributed.launch(work, None, devices=[torch.device("cpu")], timeout_minutes=0.05)
+"""
+    waiting = Processes(tmp_path / "out", count=3, code=code)
+    waiting.wait(limit=40)
+    assert re.search(r"after [345] s: .*Ranks 1 failed to pass monitoredBarrier", waiting.output(0))
+
+
+def test_launch_hands_a_request_to_stop_to_the_processes_it_started(tmp_path) -> None:
+    """As for several GPUs without torchrun: the signal goes to the process that was started."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(Path(PROGRAM).parent)!r})\n"
+        "import torch\n"
+        "from moco import distributed, guards, options\n"
+        "def work(device, args):\n"
+        "    stop = guards.StopRequest()\n"
+        "    print('ready', flush=True)\n"
+        "    for _ in range(600):\n"
+        "        if stop.requested:\n"
+        "            print('heard', stop.name, flush=True)\n"
+        "            sys.exit(75)\n"
+        "        time.sleep(0.05)\n"
+        "if __name__ == '__main__':\n"
+        "    try:\n"
+        "        distributed.launch(work, None, devices=[torch.device('cpu')] * 2)\n"
+        "    except torch.multiprocessing.ProcessExitedException as error:\n"
+        "        sys.exit(error.exit_code)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, str(program)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    lines = [process.stdout.readline() for _ in range(2)]
+    assert lines == ["ready\n"] * 2
+    process.send_signal(signal.SIGUSR1)
+    rest, _ = process.communicate(timeout=60)
+    assert rest.count("heard SIGUSR1") == 2
+    assert process.returncode == 75
