@@ -118,7 +118,7 @@ class MoCo(nn.Module):
                 f"the queue (K={self.K}) must hold at least one global batch, got "
                 f"{distributed.world_size()} x {len(im_q)} images; use a larger K"
             )
-        q = F.normalize(self.encoder_q(im_q).float(), dim=1)  # (N, C)
+        q = _normalize(self.encoder_q(im_q))  # (N, C)
         with torch.no_grad():
             self.update_key_encoder()
             keys = self.encode_keys(im_k)  # (W*N, C), all ranks'
@@ -148,7 +148,7 @@ class MoCo(nn.Module):
         n_all = len(im_k) * distributed.world_size()
         permutation = torch.randperm(n_all, generator=self.shuffle_generator)  # alike on all ranks
         shuffled = distributed.exchange_rows(im_k, permutation)  # (N, 3, H, W)
-        k = F.normalize(self.encoder_k(shuffled).float(), dim=1)
+        k = _normalize(self.encoder_k(shuffled))
         keys = torch.empty(n_all, k.shape[1], dtype=k.dtype, device=k.device)
         keys[permutation.to(k.device)] = distributed.all_gather(k)
         return keys
@@ -173,6 +173,11 @@ class MoCo(nn.Module):
                 q, self.queue, self.unif_t, self.unif_intra_batch
             )
         return losses
+
+
+def _normalize(features: Tensor) -> Tensor:
+    """Unit rows, in float32 at least: normalised in bf16 they would be 0.4 % off."""
+    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
 
 
 @dataclass

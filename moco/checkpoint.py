@@ -638,9 +638,9 @@ def _misfit(arch: str, wanted: dict[str, tuple], found: dict[str, tuple]) -> str
 
 def _head_kind(head: dict[str, Tensor], name: str) -> str:
     names = {key.removeprefix(f"{name}.") for key in head}
-    if names == {"weight", "bias"}:
+    if names | {"bias"} == {"weight", "bias"}:  # MaxViT's last layer has no bias
         return "linear"
-    if names == {"0.weight", "0.bias", "2.weight", "2.bias"}:
+    if names | {"2.bias"} == {"0.weight", "0.bias", "2.weight", "2.bias"}:
         return "mlp"
     return "none"
 
@@ -661,5 +661,5 @@ def _head_like(
     shape = tuple(head[last].shape)
     if len(shape) != 2 or shape[1] != feature_dim or not shape[0]:
         raise CheckpointError(f"{path}: {last} is {shape}, expected (outputs, {feature_dim})")
-    linear = nn.Linear(feature_dim, shape[0])
+    linear = nn.Linear(feature_dim, shape[0], bias=last.replace("weight", "bias") in head)
     return linear if kind == "linear" else ProjectionHead(feature_dim, linear)

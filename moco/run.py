@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ class Run:
         """
         checkpoint.require_keys(content, ("arch", "epoch", "state_dict", "optimizer"), path)
         state = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
+        state = OrderedDict(state)
+        state._metadata = self.moco.state_dict()._metadata  # versions of modules, for some archs
         state.pop("scalar_label", None)  # of moco_align_uniform's InfoNCE runs; always 0
         chosen = [
             {name: group[name] for name in ("momentum", "weight_decay")}
