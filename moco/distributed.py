@@ -336,10 +336,12 @@ def gather_uneven(rows: Tensor) -> Tensor:
     """Rows of all ranks in rank order, where ranks may have different numbers of them."""
     if world_size() == 1:
         return rows
-    size = torch.tensor([len(rows)], device=rows.device)
-    sizes = all_gather(size).tolist()
-    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-    padded[: len(rows)] = rows
+    shapes = all_gather(torch.tensor([rows.shape], device=rows.device))  # (W, dimensions)
+    sizes = shapes[:, 0].tolist()
+    # A rank without rows need not know how wide they are.
+    padded = rows.new_zeros(max(sizes), *shapes[:, 1:].amax(dim=0).tolist())
+    if len(rows):
+        padded[: len(rows)] = rows
     parts = all_gather(padded).split(max(sizes))
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 

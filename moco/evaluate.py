@@ -25,7 +25,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Unit-length features and labels of this rank's share: (N, C) float32 and (N,), on the device.
 
-    The encoder is put into eval mode and back.
+    The encoder is put into eval mode and back. Without any images: (0, 0) and (0,).
     """
     was_training = encoder.training
     encoder.eval()
@@ -37,6 +37,8 @@ def extract_features(
             labels.append(targets.to(device))
     finally:
         encoder.train(was_training)
+    if not features:  # more ranks than images
+        return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -120,10 +122,14 @@ def knn_accuracy(
     bank = distributed.gather_uneven(bank)
     bank_labels = distributed.gather_uneven(bank_labels)
     features, labels = extract_features(encoder, val_loader, **inputs)
-    ranked = knn_predict(features, bank, bank_labels, classes=classes, k=k, temperature=temperature)
-    counts = count_correct(ranked, labels, (1, min(5, classes)))
-    counts = torch.cat([counts.cpu(), torch.tensor([float(len(labels))]).double()])
-    top1, top5, images = distributed.sum_over_ranks(counts.to(device)).tolist()
+    counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, images
+    if len(labels):
+        ranked = knn_predict(
+            features, bank, bank_labels, classes=classes, k=k, temperature=temperature
+        )
+        counts[:2] = count_correct(ranked, labels, (1, min(5, classes)))
+        counts[2] = len(labels)
+    top1, top5, images = distributed.sum_over_ranks(counts).tolist()
     return {
         "top1": 100 * top1 / images,
         "top5": 100 * top5 / images,

@@ -526,16 +526,7 @@ def end_workers(pairs: DataLoader) -> None:
 def eval_loader(
     dataset: PlainImages, *, batch_size: int, workers: int, pin_memory: bool
 ) -> DataLoader:
-    """This rank's share of the images, each once over all ranks.
-
-    Raises:
-        DataError: fewer images than ranks.
-    """
-    if len(dataset) < distributed.world_size():
-        raise DataError(
-            f"{len(dataset)} images are fewer than the {distributed.world_size()} processes; "
-            "use fewer"
-        )
+    """This rank's share of the images (perhaps none), each once over all ranks."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
