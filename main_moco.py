@@ -27,7 +27,7 @@ import torch
 from moco import checkpoint, distributed, encoders, guards, loader, options
 from moco.builder import MoCo, MoCoLosses
 from moco.log import Means, RunLog, StepPrinter, provenance, write_json
-from moco.run import BackgroundWriter, Run, batches_changed, differences
+from moco.run import BackgroundWriter, Run, differences
 from moco.schedule import learning_rate
 
 # Exit status of a run that was asked to stop by SIGTERM or SIGUSR1 and has saved: "try again".
@@ -337,7 +337,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     changes = []
     if saved:
         changes = refuse_changes(saved, args)
-        run.load(saved, args.checkpoint, steps_per_epoch, restart_epoch=batches_changed(changes))
+        run.load(saved, args.checkpoint, steps_per_epoch)
         saved = None  # as large as the model and its optimizer
     left = (args.epochs - run.epoch) * steps_per_epoch - run.step_in_epoch
     total_steps = run.step + max(0, left)
@@ -580,7 +580,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
 
 
 # What the order of samples within an epoch depends on.
-_ORDER = ("batch_size", "images", "images_per_class", "seed")
+_ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_class", "seed")
 
 
 def refuse_changes(saved: dict, args: argparse.Namespace) -> list[str]:

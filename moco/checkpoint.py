@@ -484,7 +484,7 @@ def load_encoder(path: str | os.PathLike, head: str = "none") -> tuple[nn.Module
 
     name = head_name(encoder)
     in_file = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-    kind = _head_kind(in_file, name)
+    kind = _head_kind(in_file, name, bias=get_head(encoder).bias is not None)
     if head == "none":
         set_head(encoder, nn.Identity())
     else:
@@ -636,11 +636,13 @@ def _misfit(arch: str, wanted: dict[str, tuple], found: dict[str, tuple]) -> str
     return f". Against {arch}: {'; '.join(parts)}"
 
 
-def _head_kind(head: dict[str, Tensor], name: str) -> str:
+def _head_kind(head: dict[str, Tensor], name: str, bias: bool) -> str:
+    """What the file has at the end; `bias`: whether the last layer of this arch has one."""
     names = {key.removeprefix(f"{name}.") for key in head}
-    if names | {"bias"} == {"weight", "bias"}:  # MaxViT's last layer has no bias
+    last = {"weight", "bias"} if bias else {"weight"}
+    if names == last:
         return "linear"
-    if names | {"2.bias"} == {"0.weight", "0.bias", "2.weight", "2.bias"}:
+    if names == {"0.weight", "0.bias"} | {f"2.{part}" for part in last}:
         return "mlp"
     return "none"
 

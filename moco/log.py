@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,12 +40,9 @@ class RunLog:
         """Append one line {"kind", "step", "time", **facts} that is not a scalar."""
         if self.active:
             line = {"kind": kind, "step": step, "time": round(time.time(), 3), **facts}
-            try:
+            with self._full_disk_is_named():
                 self.file.write(json.dumps(line) + "\n")
                 self.file.flush()
-            except OSError as error:
-                reason = f"cannot write the log: {error.strerror}"
-                raise OSError(error.errno, reason, self.file.name) from error
 
     def scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
         """Append one line {"kind", "step", "time", **values} and one TensorBoard point for each
@@ -52,8 +50,17 @@ class RunLog:
         if not self.active:
             return
         self.event(kind, step, **values)
-        for name, value in values.items():
-            self.board.add_scalar(f"{kind}/{name}", value, step)
+        with self._full_disk_is_named():
+            for name, value in values.items():
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    @contextlib.contextmanager
+    def _full_disk_is_named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = f"cannot write the log: {error.strerror}"
+            raise OSError(error.errno, reason, self.file.name) from error
 
     def close(self) -> None:
         if self.active:

@@ -272,6 +272,8 @@ def check_run_folder(
     continued = args.resume == "auto" or (
         args.resume and Path(args.resume).resolve().parent == args.save_dir.resolve()
     )
+    if pretraining and not own and (args.save_dir / "args.json").exists():
+        own = ["args.json"]  # that run may be in its first epoch
     if other or (own and not continued):
         parser.error(
             f"{args.save_dir} already holds a run ({(other or own)[-1]}): "

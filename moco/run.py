@@ -12,7 +12,6 @@ import argparse
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,16 +71,12 @@ class Run:
             "args": args,
         }
 
-    def load(
-        self, content: dict, path: str, steps_per_epoch: int, *, restart_epoch: bool = False
-    ) -> None:
+    def load(self, content: dict, path: str, steps_per_epoch: int) -> None:
         """Continue from a checkpoint, this project's or upstream MoCo's; says what it cannot carry.
 
         Args:
             content: as read from `path`.
             steps_per_epoch: of the run that goes on.
-            restart_epoch: the samples of a step are not those of the run that was saved, so a
-                place within an epoch means nothing.
 
         Raises:
             CheckpointError: it is no pretraining checkpoint or does not fit.
@@ -97,14 +92,7 @@ class Run:
         ]
         try:
             self.moco.load_state_dict(state)
-            hyperparameters = [
-                {key: group[key] for key in ("weight_decay", "momentum")}
-                for group in self.optimizer.param_groups
-            ]
             self.optimizer.load_state_dict(content["optimizer"])
-            # The file's would win otherwise, whatever --allow-changes says.
-            for group, wanted in zip(self.optimizer.param_groups, hyperparameters, strict=True):
-                group.update(wanted)
             for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
                 group.update(values)  # else --allow-changes would change nothing
             if self.scaler.is_enabled() and content.get("scaler"):
@@ -122,9 +110,6 @@ class Run:
         distributed.print_main(
             f"resuming {path}: {self.epoch} epochs and {self.step_in_epoch} steps done"
         )
-        if self.step_in_epoch and restart_epoch:
-            distributed.print_main("  this epoch starts over: its batches are others than before")
-            self.step_in_epoch = 0
         if not 0 <= self.step_in_epoch < max(1, steps_per_epoch):
             raise checkpoint.CheckpointError(
                 f"{path} stands at step {self.step_in_epoch} of an epoch, which has "
@@ -150,12 +135,6 @@ class Run:
         device = self.moco.queue.device
         if device.type == "cuda" and content["cuda_rng"] is not None:
             torch.cuda.set_rng_state(content["cuda_rng"][distributed.rank()].clone(), device)
-
-
-def batches_changed(changes: Sequence[str]) -> bool:
-    """Whether the samples of a step are other ones after these `differences`."""
-    names = ("batch_size", "dataset", "images", "images_digest", "images_per_class", "seed")
-    return any(change.split(":")[0] in names for change in changes)
 
 
 def science(args: argparse.Namespace | dict) -> dict:

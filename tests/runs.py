@@ -30,8 +30,8 @@ LIMIT = 100  # seconds that any run may take before the test fails: no test can 
 # The run that the tests cut off in many ways: 3 epochs of 6 steps.
 IMAGES, BATCH, EPOCHS, STEPS = 96, 16, 3, 18
 FLAGS = (
-    f"-a resnet8 --image-size 16 --batch-size {BATCH} --moco-k 64 --moco-dim 32 --mlp --cos "
-    f"--aug-plus --epochs {EPOCHS} --lr 0.1 --seed 1 -p 1 --check-every 5 --resume auto"
+    f"-a resnet8 --image-size 16 --batch-size {BATCH} --moco-k 64 --moco-dim 32 --bn-splits 2 "
+    f"--mlp --cos --aug-plus --epochs {EPOCHS} --lr 0.1 --seed 1 -p 1 --check-every 5 --resume auto"
 ).split()
 
 

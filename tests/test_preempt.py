@@ -251,7 +251,7 @@ def test_launch_hands_a_request_to_stop_to_the_processes_it_started(tmp_path) ->
         "from moco import distributed, guards, options\n"
         "def work(device, args):\n"
         "    stop = guards.StopRequest()\n"
-        "    print('ready', flush=True)\n"
+        "    print('ready\\n', end='', flush=True)\n"
         "    for _ in range(600):\n"
         "        if stop.requested:\n"
         "            print('heard', stop.name, flush=True)\n"
