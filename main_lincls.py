@@ -16,6 +16,7 @@ validation, batch norm in eval mode. Accuracies lie in RUN/lincls.json, best and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import math
 import time
@@ -33,6 +34,10 @@ from moco.schedule import learning_rate
 
 LATEST, RESULT = options.LINCLS_LATEST, options.LINCLS_RESULT
 BEST = "model_best.pth.tar"
+
+# What the accuracy of a probe depends on.
+PROTOCOL = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight_decay", "momentum",
+            "image_size", "seed")  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------
 # Command line
@@ -74,7 +79,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.resume == "auto":
         latest = args.save_dir / LATEST
         args.resume = str(latest) if latest.is_file() else None
-    source = args.resume or args.pretrained
+    source = args.pretrained or args.resume
     if source is None:
         parser.error("give the encoder to evaluate: --pretrained CHECKPOINT")
     for flag in ("resume", "pretrained"):
@@ -111,18 +116,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def work(device: torch.device, args: argparse.Namespace) -> None:
     """The whole evaluation in this process, one of `args.processes`."""
-    with options.one_line_errors():
-        _work(device, args)
+    with options.one_line_errors(), contextlib.ExitStack() as at_exit:
+        _work(device, args, at_exit)
 
 
-def _work(device: torch.device, args: argparse.Namespace) -> None:
+def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.ExitStack) -> None:
     args.seed, args.save_dir = distributed.broadcast_object((args.seed, args.save_dir))
 
     # Encoder: its checkpoint says how images are to be presented
-    source = args.resume or args.pretrained
+    source = args.pretrained or args.resume
     encoder, info = checkpoint.load_encoder(source)
-    if args.resume and not args.seed_given:
-        args.seed = info["args"].get("seed", args.seed)
+    before = resumed(args, encoder) if args.resume else {}
+    if not args.seed_given:
+        args.seed = before.get("args", {}).get("seed", args.seed)
     torch.manual_seed(args.seed)
     if args.arch is not None and args.arch != info["arch"]:
         raise checkpoint.CheckpointError(f"{source} is of arch {info['arch']}, got -a {args.arch}")
@@ -146,7 +152,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         pin_memory=device.type == "cuda",
     )
     plain = loader.eval_transform(args.image_size)
-    val = eval_loader(loader.PlainImages(val_images, plain))
+    val = eval_loader(loader.PlainImages(val_images, plain), persistent=True)
 
     # Run folder
     result = {
@@ -160,10 +166,9 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         write_json(args.save_dir / "args.json", facts)
     distributed.barrier()
     print_start(args, info, device, result)
-    steps_done = 0
-    if args.resume and info["layout"] == "lincls":
-        steps_done = info["args"].get("steps_done", 0)
-    log = RunLog(args.save_dir, first_step=steps_done)
+    if before:
+        refuse_changes(before, args)
+    log = RunLog(args.save_dir, first_step=before.get("args", {}).get("steps_done", 0))
 
     if args.knn:
         bank = eval_loader(loader.PlainImages(train_images, plain))
@@ -176,7 +181,9 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         distributed.print_main(f" * Acc@1 {top1:.3f} Acc@5 {top5:.3f} loss {loss:.4f}")
     elif args.epochs:
         result.update(
-            train_probe(args, encoder, info, train_images, val, len(classes), log, device)
+            train_probe(
+                args, encoder, info, before, train_images, val, len(classes), log, device, at_exit
+            )
         )
     log.close()
     if distributed.is_main():
@@ -232,13 +239,16 @@ def train_probe(
     args: argparse.Namespace,
     encoder: nn.Module,
     info: dict,
+    resumed: dict,
     images: loader.Images,
     val: DataLoader,
     classes: int,
     log: RunLog,
     device: torch.device,
+    at_exit: contextlib.ExitStack,
 ) -> dict:
-    """Train a linear classifier on the frozen encoder; returns best and last accuracy."""
+    """Train a linear classifier on the frozen encoder, from `resumed` on if that is not empty;
+    returns best and last accuracy."""
     batches = loader.EpochBatches(len(images), args.batch_size, seed=args.seed)
     views = loader.AugmentedViews(
         images, loader.lincls_transform(args.image_size), seed=args.seed, views=1
@@ -246,6 +256,7 @@ def train_probe(
     train = loader.train_loader(
         views, batches, workers=args.workers, pin_memory=device.type == "cuda"
     )
+    at_exit.callback(loader.end_workers, train)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
 
     classifier = nn.Linear(info["feature_dim"], classes).to(device)
@@ -254,9 +265,16 @@ def train_probe(
     optimizer = torch.optim.SGD(
         classifier.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
     )
-    first_epoch, best = args.start_epoch, {"top1": -1.0}
-    if args.resume:
-        first_epoch, best = resume(args.resume, classifier, optimizer, classes)
+    first_epoch, best, last = args.start_epoch, {"top1": -1.0}, {}
+    if resumed:
+        classifier.load_state_dict(load_classifier(args.resume, classes).state_dict())
+        optimizer.load_state_dict(resumed["optimizer"])
+        first_epoch, best, last = resumed["epoch"], resumed["best"], resumed["last"]
+        if first_epoch > args.epochs:
+            raise checkpoint.CheckpointError(
+                f"{args.resume} has {first_epoch} epochs done, more than --epochs {args.epochs}"
+            )
+        distributed.print_main(f"resuming {args.resume} after epoch {first_epoch - 1}")
     model = distributed.data_parallel(classifier, device)
 
     steps = len(batches)
@@ -264,7 +282,6 @@ def train_probe(
         total=args.epochs * steps, batch_size=args.batch_size, done=first_epoch * steps
     )
     means = Means()
-    last = {}
     for epoch in range(first_epoch, args.epochs):
         lr = learning_rate(
             epoch,
@@ -299,16 +316,12 @@ def train_probe(
         last = {"top1": top1, "top5": top5, "epoch": epoch}
         log.scalars("val", (epoch + 1) * steps, {**last, "loss": val_loss})
         printer.line(f" * Acc@1 {top1:.3f} Acc@5 {top5:.3f} (epoch {epoch})", f"top-1 {top1:.2f}")
-        is_best = top1 > best["top1"]
-        best = last if is_best else best
+        if top1 > best["top1"]:
+            best = last
         if distributed.is_main():
             steps_done = (epoch + 1) * steps
-            save(args, encoder, classifier, optimizer, info, epoch, steps_done, best, is_best)
+            save(args, encoder, classifier, optimizer, info, epoch, steps_done, best, last)
     printer.close()
-    if not last:
-        raise guards.TrainingError(
-            f"{args.resume} has {first_epoch} epochs done, --epochs {args.epochs} leaves nothing"
-        )
 
     changed = [name for name, t in encoder.state_dict().items() if not torch.equal(t, before[name])]
     if changed:
@@ -317,9 +330,7 @@ def train_probe(
         f"best top-1 {best['top1']:.2f} (epoch {best['epoch']}), last {last['top1']:.2f}; "
         f"all {len(before)} tensors of the encoder are unchanged"
     )
-    protocol = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight_decay",
-                "momentum", "image_size", "seed")  # fmt: skip
-    return {"best": best, "last": last, "protocol": {n: getattr(args, n) for n in protocol}}
+    return {"best": best, "last": last, "protocol": {n: getattr(args, n) for n in PROTOCOL}}
 
 
 def stop_if_not_finite(
@@ -388,7 +399,7 @@ def save(
     epoch: int,
     steps_done: int,
     best: dict,
-    is_best: bool,
+    last: dict,
 ) -> None:
     """Write the whole network, encoder and classifier, under torchvision's names."""
     head = encoders.head_name(encoder)
@@ -400,6 +411,7 @@ def save(
         "arch": info["arch"],
         "epoch": epoch + 1,
         "best": best,
+        "last": last,
         "best_acc1": best["top1"],  # upstream's name
         "pretrained_epochs": info["epoch"],
         "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
@@ -407,7 +419,7 @@ def save(
         "args": {**options.plain_values(args), **kept, "steps_done": steps_done},
     }
     checkpoint.write_checkpoint(args.save_dir / LATEST, content)
-    if is_best:
+    if best is last:
         checkpoint.write_checkpoint(args.save_dir / BEST, content)
 
 
@@ -423,18 +435,41 @@ def load_classifier(path: str, classes: int) -> nn.Linear:
     return classifier
 
 
-def resume(
-    path: str, classifier: nn.Linear, optimizer: torch.optim.Optimizer, classes: int
-) -> tuple[int, dict]:
-    """Load classifier and optimizer; returns the epoch to start with and the best result so far."""
-    classifier.load_state_dict(load_classifier(path, classes).state_dict())
-    content = checkpoint.read_checkpoint(path)
-    if "optimizer" not in content:
-        raise checkpoint.CheckpointError(f"{path} has no optimizer state; use --pretrained with it")
-    optimizer.load_state_dict(content["optimizer"])
-    best = content.get("best") or {"top1": float(content.get("best_acc1", -1.0)), "epoch": None}
-    distributed.print_main(f"resuming {path} after epoch {content['epoch'] - 1}")
-    return content["epoch"], best
+def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
+    """The probe's checkpoint to go on from, which must be of this very encoder."""
+    content = checkpoint.read_checkpoint(args.resume)
+    for key in ("epoch", "optimizer"):
+        if key not in content:
+            raise checkpoint.CheckpointError(
+                f"{args.resume} has no {key!r}, so it is no checkpoint of main_lincls.py; give it "
+                "as --pretrained"
+            )
+    other, _ = checkpoint.load_encoder(args.resume)
+    mine, its = encoder.state_dict(), other.state_dict()
+    if mine.keys() != its.keys() or not all(torch.equal(mine[name], its[name]) for name in mine):
+        raise checkpoint.CheckpointError(
+            f"{args.resume} is a probe of another encoder than --pretrained {args.pretrained}; "
+            "choose another --save-dir"
+        )
+    unknown = {"top1": float(content.get("best_acc1", -1.0)), "epoch": None}  # upstream's files
+    return {"args": {}, "best": unknown, "last": unknown, **content}
+
+
+def refuse_changes(before: dict, args: argparse.Namespace) -> None:
+    """A probe that goes on under other arguments would be no known protocol."""
+    now = options.plain_values(args)
+    changes = [
+        f"{name}: {before['args'][name]!r} before, {now[name]!r} now"
+        for name in (*PROTOCOL, "images_per_class")
+        if name != "epochs"  # more of them go on as the whole would have
+        and name in before["args"]
+        and before["args"][name] != now[name]
+    ]
+    if changes:
+        raise checkpoint.CheckpointError(
+            f"{args.resume} was trained with other arguments ({'; '.join(changes)}); use those, or "
+            "another --save-dir"
+        )
 
 
 if __name__ == "__main__":

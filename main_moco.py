@@ -260,6 +260,13 @@ def _check_run_folder(parser: argparse.ArgumentParser, args: argparse.Namespace)
             args.checkpoint = None
     elif args.resume and not Path(args.resume).is_file():
         parser.error(f"--resume: no such checkpoint: {args.resume}")
+    elif args.resume and args.save_dir:
+        own = [path.resolve() for path in checkpoint.run_checkpoints(args.save_dir)]
+        if Path(args.resume).resolve() in own[:-1]:
+            parser.error(
+                f"{args.save_dir} holds a later checkpoint than {args.resume} ({own[-1].name}); go "
+                "back in another --save-dir, or move the later ones away"
+            )
     if args.save_dir is None:
         name = f"moco-{args.arch}-{_objective_slug(args)}-k{args.moco_k}-b{args.batch_size}"
         args.save_dir = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
@@ -297,7 +304,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     )
     saved = find_checkpoint(args)
     if saved and not args.seed_given:
-        args.seed = saved.get("args", {}).get("seed", args.seed)
+        args.seed = checkpoint.saved_args(saved).get("seed", args.seed)
     torch.manual_seed(args.seed)
 
     # Data
@@ -520,7 +527,7 @@ def print_start(
     else:
         norm = f"one group of {per_device} on each device"
         if args.bn_splits == "auto" and per_device != 32:
-            norm += " (groups of 32 need a multiple of 32 above 32 per device)"
+            norm += " (the published runs have groups of 32, which needs a multiple of 32 above 32)"
     parameters = sum(p.numel() for p in moco.encoder_q.parameters())
     facts = {
         "objective": args.objective,
@@ -589,7 +596,7 @@ def refuse_changes(saved: dict, args: argparse.Namespace) -> list[str]:
         raise checkpoint.CheckpointError(
             f"{args.checkpoint} is of arch {saved['arch']}, this run is of {args.arch}"
         )
-    changes = differences(saved.get("args", {}), args)
+    changes = differences(checkpoint.saved_args(saved), args)
     if changes and not args.allow_changes:
         raise checkpoint.CheckpointError(
             f"{args.checkpoint} was trained with other arguments ({'; '.join(changes)}); use "
@@ -613,8 +620,6 @@ def prepare_folder(args: argparse.Namespace) -> None:
         checkpoint.remove_unfinished(args.save_dir)
         facts = {**options.plain_values(args), "provenance": provenance()}
         write_json(args.save_dir / "args.json", facts)
-        for left in args.save_dir.glob(".*.pth.tar.*.tmp"):  # of a process that was killed
-            left.unlink()
     except OSError as error:
         raise guards.TrainingError(f"cannot write to the run folder: {error}") from error
 

@@ -1,5 +1,5 @@
 """Momentum Contrast (He et al. 2020; Chen et al. 2020) with the alignment + uniformity objective.
 
-Reading order: builder (the algorithm), encoders, distributed, loader, schedule, checkpoint,
-evaluate, log. Nothing here knows the command line; that is main_moco.py and main_lincls.py.
+Reading order: builder (the algorithm), encoders, distributed, loader, schedule, evaluate; then what
+makes a run of it: checkpoint, run, guards, log, and options, the flags that both mains share.
 """

@@ -9,8 +9,12 @@ A pretraining checkpoint is a plain dict of tensors, numbers, strings, lists and
     step        optimizer steps since the start of the run; step_in_epoch of them in this epoch
     state_dict  of MoCo, names prefixed "module." as upstream's are
     optimizer   state dict;  scaler: of the fp16 gradient scaler, else None
-    shuffle_generator  state of the key shuffle;  rng: torch's generator state of every rank
+    skipped     steps that the scaler left out;  skipped_in_a_row: the latest of them
+    shuffle_generator  state of the key shuffle
+    rng         torch's generator state of every rank;  cuda_rng: that of their GPUs, else None
+    means       what the next line of rank 0's log is made of
     args        the command line
+    checksum    SHA-256 of all the others
 """
 
 from __future__ import annotations
@@ -433,8 +437,12 @@ def newest_valid(folder: str | os.PathLike, say: Callable[[str], None]) -> tuple
 
 
 def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` and those of every `keep_every`-th epoch (0: none)."""
-    for path in run_checkpoints(folder)[:-keep_last]:
+    """Delete all but the newest `keep_last` and those of every `keep_every`-th epoch (0: none).
+
+    Saves within an epoch that cannot be read stay where they are, and take no other's place.
+    """
+    readable = [path for path in run_checkpoints(folder) if _position(path)[0] < float("inf")]
+    for path in readable[:-keep_last]:
         epoch = _EPOCH_NAME.fullmatch(path.name)
         if not (epoch and keep_every and (int(epoch[1]) + 1) % keep_every == 0):
             path.unlink(missing_ok=True)
@@ -444,6 +452,12 @@ def remove_unfinished(folder: Path) -> None:
     """Delete what a process that was killed while writing has left behind."""
     for path in folder.glob(".*.pth.tar.*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def saved_args(content: dict) -> dict:
+    """The arguments in a checkpoint; {} for files of others."""
+    args = content.get("args")
+    return args if isinstance(args, dict) else {}
 
 
 # ------------------------------------------------------------------------------------------------

@@ -524,9 +524,15 @@ def end_workers(pairs: DataLoader) -> None:
 
 
 def eval_loader(
-    dataset: PlainImages, *, batch_size: int, workers: int, pin_memory: bool
+    dataset: PlainImages,
+    *,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+    persistent: bool = False,
 ) -> DataLoader:
-    """This rank's share of the images (perhaps none), each once over all ranks."""
+    """This rank's share of the images (perhaps none), each once over all ranks. `persistent`
+    workers wait for the next pass."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -534,5 +540,5 @@ def eval_loader(
         num_workers=workers,
         generator=torch.Generator(),
         pin_memory=pin_memory,
-        persistent_workers=workers > 0,
+        persistent_workers=persistent and workers > 0,
     )

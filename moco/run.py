@@ -97,16 +97,16 @@ class Run:
                 group.update(values)  # else --allow-changes would change nothing
             if self.scaler.is_enabled() and content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
+            self.epoch = int(content["epoch"])
+            self.step_in_epoch = int(content.get("step_in_epoch", 0))
+            self.step = self.epoch * steps_per_epoch + self.step_in_epoch
+            self.skipped = int(content.get("skipped", 0))
+            self.skipped_in_a_row = int(content.get("skipped_in_a_row", 0))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise checkpoint.CheckpointError(
                 f"{path} does not fit these arguments: {reason[:400]}"
             ) from error
-        self.epoch = int(content["epoch"])
-        self.step_in_epoch = int(content.get("step_in_epoch", 0))
-        self.step = self.epoch * steps_per_epoch + self.step_in_epoch
-        self.skipped = int(content.get("skipped", 0))
-        self.skipped_in_a_row = int(content.get("skipped_in_a_row", 0))
         distributed.print_main(
             f"resuming {path}: {self.epoch} epochs and {self.step_in_epoch} steps done"
         )

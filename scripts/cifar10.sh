@@ -54,14 +54,15 @@ if [ ! -f "$checkpoint" ]; then
 fi
 echo "pretraining: $((SECONDS - start)) s"
 start=$SECONDS
-if [ ! -f "$OUT/lincls/lincls.json" ]; then
+PROBE=$OUT/lincls-e$PROBE_EPOCHS
+if [ ! -f "$PROBE/lincls.json" ]; then
     "$PYTHON" "$ROOT/main_lincls.py" --pretrained "$checkpoint" "${data[@]}" \
         --epochs "$PROBE_EPOCHS" --schedule $((PROBE_EPOCHS * 6 / 10)) $((PROBE_EPOCHS * 8 / 10)) \
         --knn --knn-k 200 --knn-t 0.1 --knn-layer projection \
-        --seed "$SEED" --save-dir "$OUT/lincls" --resume auto "$DATA"
+        --seed "$SEED" --save-dir "$PROBE" --resume auto "$DATA"
 fi
 if [ ! -f "$OUT/align_uniform.json" ]; then
     "$PYTHON" "$ROOT/scripts/measure_align_uniform.py" "$checkpoint" "$DATA" "${data[@]}" \
         --out "$OUT/align_uniform.json"
 fi
-echo "evaluation: $((SECONDS - start)) s; $OUT/lincls/lincls.json and $OUT/align_uniform.json"
+echo "evaluation: $((SECONDS - start)) s; $PROBE/lincls.json and $OUT/align_uniform.json"

@@ -21,10 +21,14 @@ find_python() {
 
 setup_environment() {
     local base file files options
-    if [ ! -x "$ROOT/.venv/bin/python" ]; then
+    if ! "$ROOT/.venv/bin/python" -m pip --version > /dev/null 2>&1; then
         base=$(find_python)
         echo "making .venv with $("$base" --version)"
-        "$base" -m venv "$ROOT/.venv"
+        if ! "$base" -m venv --clear "$ROOT/.venv"; then
+            echo "error: no virtual environment could be made; on Debian and Ubuntu install" \
+                "python3-venv first" >&2
+            return 1
+        fi
     fi
     PYTHON=$ROOT/.venv/bin/python
     for file in "$@"; do

@@ -319,6 +319,14 @@ def test_prune_keeps_the_newest_and_every_mth_epoch(tmp_path):
     assert (tmp_path / "model_best.pth.tar").exists()
 
 
+def test_prune_passes_over_what_cannot_be_read(tmp_path):
+    """A damaged save within an epoch takes no good one's place, and is left to be looked at."""
+    make_run(tmp_path, epochs(0, 1, 2))
+    (tmp_path / "step_00000003.pth.tar").write_bytes(b"cut off")
+    prune_checkpoints(tmp_path, keep_last=1, keep_every=0)
+    assert names(tmp_path) == [*epochs(2), "step_00000003.pth.tar"]
+
+
 def test_prune_by_age_alone(tmp_path):
     make_run(tmp_path, epochs(*range(8)))
     prune_checkpoints(tmp_path, keep_last=3, keep_every=0)

@@ -469,9 +469,43 @@ def test_what_a_file_lacks_is_named(data, pretrained, probe, capsys):
     argv = [*TINY, "--resume", pretrained, data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status == 1 and str(pretrained) in message
-    argv = [*TINY, "--resume", probe / LATEST, "--epochs", 3, data]
+    argv = [*TINY, "--resume", probe / LATEST, "--epochs", 2, data]
     status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "3 epochs done" in message and "--epochs 3" in message
+    assert status == 1 and "3 epochs done" in message and "--epochs 2" in message
+
+
+def test_a_probe_killed_before_its_result_was_written_is_finished(
+    data, pretrained, probe, tmp_path
+):
+    """All epochs are done and saved: nothing is trained, but k-NN from the projection head runs."""
+    folder = tmp_path / "again"
+    shutil.copytree(probe, folder)
+    whole = json.loads((folder / "lincls.json").read_text())
+    (folder / "lincls.json").unlink()
+    knn = ["--knn", "--knn-layer", "projection"]
+    argv = [*TINY, *knn, "--pretrained", pretrained, "--epochs", 3, "--save-dir", folder,
+            "--resume", "auto", data]  # fmt: skip
+    main_lincls.main([str(word) for word in argv])
+    result = json.loads((folder / "lincls.json").read_text())
+    assert (result["best"], result["last"]) == (whole["best"], whole["last"])
+    assert result["knn"]["layer"] == "projection"
+    assert result["checkpoint"] == str(pretrained)
+
+
+def test_a_probe_of_another_encoder_is_not_gone_on_with(data, pretrained, probe, tmp_path, capsys):
+    content = torch.load(pretrained, weights_only=True)
+    content.pop("checksum", None)
+    content["state_dict"]["module.encoder_q.conv1.weight"][0, 0, 0, 0] += 1
+    torch.save(content, other := tmp_path / "other.pth.tar")
+    argv = [*TINY, "--pretrained", other, "--resume", probe / LATEST, "--epochs", 3, data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "another encoder" in message and str(other) in message
+
+
+def test_a_probe_does_not_go_on_under_another_protocol(data, probe, capsys):
+    argv = [*TINY, "--resume", probe / LATEST, "--epochs", 4, "--lr", 3, data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "lr: " in message and "before, 3.0 now" in message
 
 
 # ------------------------------------------------------------------------------------------------

@@ -719,6 +719,15 @@ def test_dropout_too_is_a_function_of_the_seed(data, case):
     assert_same_end(Path("a"), Path("b"))
 
 
+def test_going_back_in_a_run_folder_is_refused(data, run, tmp_path, capsys):
+    """The later checkpoints would outlive the new ones, and --resume auto would take them."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    argv = [*TINY, "--resume", folder / "checkpoint_0000.pth.tar", "--save-dir", folder, data]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 2 and "later checkpoint" in message and "checkpoint_0001" in message
+
+
 def test_resume_does_not_write_into_the_folder_of_another_run(data, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "theirs")
     argv = [*TINY, "--epochs", 3, "--resume", run / "checkpoint_0000.pth.tar"]
