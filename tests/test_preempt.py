@@ -254,7 +254,7 @@ def test_launch_hands_a_request_to_stop_to_the_processes_it_started(tmp_path) ->
         "    print('ready\\n', end='', flush=True)\n"
         "    for _ in range(600):\n"
         "        if stop.requested:\n"
-        "            print('heard', stop.name, flush=True)\n"
+        "            print(f'heard {stop.name}\\n', end='', flush=True)\n"
         "            sys.exit(75)\n"
         "        time.sleep(0.05)\n"
         "if __name__ == '__main__':\n"

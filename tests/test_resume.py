@@ -224,6 +224,7 @@ def test_the_batch_changes_between_epochs_only_and_all_epochs_are_trained(stoppe
     flags = ["--batch-size", 32, "--bn-splits", 4, "--allow-changes"]
     refused = start(stopped, data, *flags)
     assert refused.wait() == [1] and "stands within an epoch" in refused.output()
+    (stopped / "step_00000008.pth.tar").unlink()
     finish(stopped, data, *flags, "--resume", stopped / "checkpoint_0000.pth.tar")
     final = chaos()["final_state"](stopped)["checkpoint"]
     assert (final["epoch"], final["step_in_epoch"], final["step"]) == (3, 0, 3 * 3)
@@ -314,8 +315,14 @@ def test_a_run_folder_is_not_overwritten_by_another_run(
 
 
 def test_an_older_checkpoint_of_the_same_run_may_be_resumed(stopped, data, whole) -> None:
-    """The log then ends where that checkpoint was written, and goes on from there."""
-    finish(stopped, data, "--resume", stopped / "step_00000004.pth.tar")
+    """Once the later ones are out of the way; the log then ends where it was written."""
+    older = stopped / "step_00000004.pth.tar"
+    refused = start(stopped, data, "--resume", older)
+    assert refused.wait() == [2] and "later checkpoint" in refused.output()
+    for path in checkpoint.run_checkpoints(stopped):
+        if path.name > older.name or path.name.startswith("checkpoint"):
+            path.unlink()
+    finish(stopped, data, "--resume", older)
     assert_same_end(stopped, whole[1])
 
 
