@@ -37,7 +37,8 @@ pytestmark = pytest.mark.slow
 
 MOST_SECONDS = 5.0  # of CPU, so that a busy machine does not fail the test
 PATIENCE = 60.0  # seconds until a process that does not answer is taken for hung
-IMAGENET = Path("/work/shared/data/imagenet_samples.tar.xz")  # used where it is there
+# Used where it lies beside the checkout.
+IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_samples.tar.xz"
 
 
 # ------------------------------------------------------------------------------------------------
