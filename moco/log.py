@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -127,7 +128,7 @@ class StepPrinter:
         self.last_step = done
         self.waited = 0.0
         self.bar = None
-        if distributed.is_main() and sys.stderr.isatty():
+        if distributed.is_main() and _has_terminal():
             self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
 
     def batches(self, loader: Iterable) -> Iterable:
@@ -171,9 +172,15 @@ class StepPrinter:
             self.bar.close()
 
 
+def _has_terminal() -> bool:
+    """A terminal that says how wide it is: on one of width 0, as some containers and CI have, a bar
+    would be nothing, and lines would be left out for it."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
 def progress(iterable: Iterable, description: str) -> Iterable:
     """A bar over a loop on a terminal, silent elsewhere and on ranks other than 0."""
-    shown = distributed.is_main() and sys.stderr.isatty()
+    shown = distributed.is_main() and _has_terminal()
     return tqdm(iterable, desc=description, leave=False, dynamic_ncols=True, disable=not shown)
 
 
