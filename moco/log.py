@@ -173,9 +173,9 @@ class StepPrinter:
 
 
 def _has_terminal() -> bool:
-    """A terminal that says how wide it is: on one of width 0, as some containers and CI have, a bar
-    would be nothing, and lines would be left out for it."""
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    """A terminal that has a size: on one without, as some containers and CI have, tqdm draws
+    nothing, and lines would be left out for it."""
+    return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
 
 
 def progress(iterable: Iterable, description: str) -> Iterable:

@@ -14,11 +14,13 @@ import pytest
 from moco.log import StepPrinter
 
 
-@pytest.mark.parametrize(("columns", "bar"), [(120, True), (0, False)])
-def test_a_bar_needs_a_terminal_with_a_width(monkeypatch, capsys, columns, bar) -> None:
-    """A terminal of width 0 showed nothing at all: tqdm drew no bar, and lines gave way to it."""
+@pytest.mark.parametrize(
+    ("rows", "columns", "bar"), [(24, 120, True), (24, 0, False), (0, 120, False)]
+)
+def test_a_bar_needs_a_terminal_with_a_size(monkeypatch, capsys, rows, columns, bar) -> None:
+    """One without showed nothing at all: tqdm drew no bar, and lines gave way to it."""
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     with os.fdopen(follower, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         printer = StepPrinter(total=4, batch_size=2)
