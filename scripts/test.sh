@@ -4,7 +4,7 @@
 #     bash scripts/test.sh                    everything (CPU, no network beyond the package index)
 #     bash scripts/test.sh -m "not slow"      without the end-to-end cases
 set -euo pipefail
-. "$(dirname "$0")/setup.sh" requirements.txt tests/requirements.txt
+. "$(dirname "$0")/setup.sh" requirements.txt scripts/requirements.txt tests/requirements.txt
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
