@@ -5,7 +5,7 @@ Needs torch only and can be used without the rest of this project:
     from align_uniform import align_loss, uniform_loss
     loss = align_loss(x, y) + uniform_loss(torch.cat([x, y]))     # x, y: (N, C), unit rows
 
-`align_uniform.metrics` measures whole feature sets, `align_uniform.bounds` knows the optimum.
+`align_uniform.metrics` measures whole feature sets, `align_uniform.bounds` knows their limits.
 """
 
 from align_uniform.losses import (

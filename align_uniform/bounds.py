@@ -1,4 +1,14 @@
-"""What uniformity can reach: the optimum on the hypersphere (arXiv:2005.10242, appendix A.1)."""
+"""What uniformity can reach: for any distribution, and for any set of n points.
+
+Two estimators of uniformity over n points are in use. They are one number in two scales:
+
+    without self-pairs, the mean over i < j (`align_uniform.metrics.uniformity`):   u
+    with self-pairs, the mean over all n^2 pairs (i, j), i = j among them:          v
+    exp(v) = (n-1)/n exp(u) + 1/n,
+
+since the n self-pairs have potential 1. The second one is the value of a distribution, the
+empirical one, so that what holds for all distributions holds for it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +22,9 @@ def uniformity_infimum(dim: int, t: float = 2) -> float:
 
         -2t + log 0F1(; dim/2; t^2),
 
-    attained by the uniform distribution only (arXiv:2005.10242, appendix A.1.1). It bounds the
-    value of the population; the estimator over a finite sample without self-pairs can go below.
+    attained by the uniform distribution only (arXiv:2005.10242, appendix A.1, Corollary 1). It
+    bounds the population value and the estimator with self-pairs; the estimator without them can
+    go below, down to `uniformity_sample_bound`.
 
     Args:
         dim: dimension C of the space around the sphere, >= 2.
@@ -27,8 +38,7 @@ def uniformity_infimum(dim: int, t: float = 2) -> float:
     """
     if dim < 2 or dim != int(dim):
         raise ValueError(f"dim must be a whole number of at least 2, got {dim!r}")
-    if not 0 < t < math.inf:
-        raise ValueError(f"t must be a positive finite number, got {t!r}")
+    _check_t(t)
     # 0F1(; b; z) = sum_n z^n / (n! (b)_n), all terms positive: a log-sum-exp over lgamma. Terms
     # grow until n(n + b) = t^2, hence n <= t, and fall faster than geometrically after that.
     b = dim / 2
@@ -36,3 +46,73 @@ def uniformity_infimum(dim: int, t: float = 2) -> float:
     b_t = torch.tensor(b, dtype=torch.float64)
     log_terms = 2 * n * math.log(t) - torch.lgamma(n + 1) - torch.lgamma(n + b) + torch.lgamma(b_t)
     return -2 * t + torch.logsumexp(log_terms, dim=0).item()
+
+
+def uniformity_sample_bound(n: int, dim: int, t: float = 2, *, self_pairs: bool = False) -> float:
+    """What the uniformity of n points on the unit sphere in `dim` dimensions cannot go below.
+
+    Without self-pairs the larger of
+
+        -2t n/(n-1)                                          few points
+        log( (n exp(infimum) - 1) / (n-1) )                  many points
+
+    The first is Jensen's inequality: the mean squared distance of n unit vectors is at most
+    2n/(n-1), and equal to it where they sum to zero. A regular simplex, possible for
+    n <= dim + 1, has no other distance and attains it. The second is Corollary 1 for the empirical
+    distribution, self-pairs taken out; it says nothing while n exp(infimum) <= 1, and both
+    estimators of growing uniform sets tend to it. With self-pairs: `add_self_pairs` of the above,
+    which is never below `uniformity_infimum(dim, t)`.
+
+    Args:
+        n: number of points, >= 2.
+        dim, t: as in `uniformity_infimum`.
+        self_pairs: which estimator.
+
+    Raises:
+        ValueError: for another n, dim or t.
+    """
+    infimum = uniformity_infimum(dim, t)
+    _check_count(n)
+    bound = -2 * t * n / (n - 1)
+    if infimum > -math.log(n):
+        bound = max(bound, remove_self_pairs(infimum, n))
+    return add_self_pairs(bound, n) if self_pairs else bound
+
+
+def add_self_pairs(value: float, n: int) -> float:
+    """From uniformity without self-pairs of n points to that with them.
+
+        log( ((n-1) exp(value) + 1) / n )
+
+    Raises:
+        ValueError: n below 2.
+    """
+    _check_count(n)
+    return math.log1p((n - 1) / n * math.expm1(value))
+
+
+def remove_self_pairs(value: float, n: int) -> float:
+    """From uniformity with self-pairs of n points to that without them.
+
+        log( (n exp(value) - 1) / (n-1) )
+
+    Raises:
+        ValueError: n below 2, or a value that self-pairs alone exceed: not above -log n.
+    """
+    _check_count(n)
+    if not value > -math.log(n):
+        raise ValueError(
+            f"{value!r} is no uniformity with self-pairs of {n} points, which is above -log n = "
+            f"{-math.log(n):.6g}; is it one without them?"
+        )
+    return math.log1p(n / (n - 1) * math.expm1(value))
+
+
+def _check_t(t: float) -> None:
+    if not 0 < t < math.inf:
+        raise ValueError(f"t must be a positive finite number, got {t!r}")
+
+
+def _check_count(n: int) -> None:
+    if n < 2 or n != int(n):
+        raise ValueError(f"n must be a whole number of at least 2, got {n!r}")
