@@ -89,14 +89,41 @@ def loop_align(x: Tensor, y: Tensor, alpha: float = 2) -> float:
     return math.fsum(math.sqrt(_squared_distance(a, b)) ** alpha for a, b in pairs) / len(x)
 
 
-def loop_uniform(x: Tensor, t: float = 2) -> float:
-    """`uniform` by a double loop over i < j."""
+def loop_uniform(x: Tensor, t: float = 2, self_pairs: bool = False) -> float:
+    """`uniform` by a double loop over i < j; with self-pairs over all i and j."""
     rows = _rows(x)
     exponents = []
     for i in range(len(rows)):
-        for j in range(i + 1, len(rows)):
+        for j in range(0 if self_pairs else i + 1, len(rows)):
             exponents.append(-t * _squared_distance(rows[i], rows[j]))
     return _log_mean_exp(exponents)
+
+
+def loop_uniform_between(x: Tensor, y: Tensor, t: float = 2) -> float:
+    """log of the mean of exp(-t ||x_i - y_j||^2) over all i and j."""
+    others = _rows(y)
+    return _log_mean_exp([-t * _squared_distance(a, b) for a in _rows(x) for b in others])
+
+
+def loop_uniform_weighted(x: Tensor, weights: Sequence[float], t: float = 2) -> float:
+    """log( sum_{i<j} w_i w_j exp(-t ||x_i - x_j||^2) / sum_{i<j} w_i w_j )."""
+    rows = _rows(x)
+    total = pairs = 0.0
+    for i in range(len(rows)):
+        for j in range(i + 1, len(rows)):
+            weight = float(weights[i]) * float(weights[j])
+            total += weight * math.exp(-t * _squared_distance(rows[i], rows[j]))
+            pairs += weight
+    return math.log(total / pairs)
+
+
+def loop_deviation(x: Tensor) -> list[float]:
+    """Standard deviation (divided by N) of each column."""
+    deviations = []
+    for column in zip(*_rows(x), strict=True):
+        mean = math.fsum(column) / len(column)
+        deviations.append(math.sqrt(math.fsum((v - mean) ** 2 for v in column) / len(column)))
+    return deviations
 
 
 def loop_uniform_with_queue(

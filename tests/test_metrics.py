@@ -18,7 +18,20 @@ from torch import Tensor
 
 from align_uniform import uniform_loss
 from align_uniform.bounds import uniformity_infimum
-from align_uniform.metrics import alignment, uniformity
+from align_uniform.metrics import (
+    _resampled,
+    alignment,
+    alignment_by_class,
+    alignment_interval,
+    dimension_deviation,
+    effective_rank,
+    uniformity,
+    uniformity_between,
+    uniformity_by_class,
+    uniformity_curve,
+    uniformity_excess,
+    uniformity_interval,
+)
 
 HALF = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float64, torch.float32, *HALF]
@@ -289,6 +302,284 @@ def test_scalars_must_be_positive(value: float) -> None:
 def test_block_size_must_be_positive(block_size: int) -> None:
     with pytest.raises(ValueError, match=f"block_size .*got {block_size}"):
         uniformity(ROWS, block_size=block_size)
+
+
+# --------------------------------------------------------------------------- precision at scale
+
+
+def near_duplicates(copies: int, noise: float, c: int = 64) -> Tensor:
+    """100 directions, `copies` float32 rows near each: more rows than are taken in float64."""
+    centres = unit_rows(100, c).repeat(copies, 1)
+    return F.normalize(centres + noise * unit_rows(len(centres), c, seed=1), dim=1).float()
+
+
+@pytest.mark.parametrize("noise", [0, 1e-5, 1e-2])
+@pytest.mark.parametrize("t", [2, 8, 100])
+def test_near_duplicates_in_float32(noise: float, t: float) -> None:
+    """2 - 2<x, y> cancels for them, and at large t they are all that counts. The error stays
+    below its bound of 2e-6 t and the block size changes nothing that matters."""
+    x = near_duplicates(50, noise)
+    assert len(x) > 4096
+    expected = uniformity(x.double(), t)
+    values = [uniformity(x, t, block_size=size) for size in (None, 300, 1023, 10_000)]
+    assert values == pytest.approx([expected] * 4, abs=min(1e-6, 2e-6 * t))
+    assert max(values) - min(values) < 1e-6
+    between = uniformity_between(x, x.flip(0), t)
+    assert between == pytest.approx(uniformity_between(x.double(), x.double(), t), abs=1e-6)
+
+
+def test_float64_path_equals_literal_distances() -> None:
+    """What the test above relies on, from differences and not from products."""
+    x = near_duplicates(5, 1e-5).double()
+    for t in (2, 100):
+        assert uniformity(x, t) == pytest.approx(reference.uniform(x, t).item(), abs=1e-10)
+
+
+def test_features_that_have_all_but_collapsed() -> None:
+    """Distances of 1e-6 against lengths of 1: what is near 0 is right to a share of itself."""
+    x = F.normalize(unit_rows(1, 64) + 1e-3 * unit_rows(5000, 64, seed=1), dim=1).float()
+    expected = uniformity(x.double())
+    assert -1e-5 < expected < -1e-7
+    assert uniformity(x) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_matrix_precision_is_left_as_it_was(precision: str) -> None:
+    """TF32 and bf16 products are switched off for the metric and on again behind it."""
+    x = unit_rows(5000, 16).float()
+    expected = uniformity(x)
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert uniformity(x) == expected
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# ------------------------------------------------------------------------- the other estimators
+
+
+@pytest.mark.parametrize("n", [2, 3, 12])
+@pytest.mark.parametrize("t", [0.5, 2, 9])
+def test_self_pairs_sets_and_excess_equal_the_double_loops(n: int, t: float) -> None:
+    x, y = unit_rows(n, 5, seed=1), unit_rows(n + 3, 5, seed=2)
+    with_self = reference.loop_uniform(x, t, self_pairs=True)
+    assert uniformity(x, t, self_pairs=True) == pytest.approx(with_self, rel=1e-12)
+    assert uniformity_between(x, y, t) == pytest.approx(
+        reference.loop_uniform_between(x, y, t), rel=1e-12
+    )
+    assert uniformity_between(x, y, t) == pytest.approx(uniformity_between(y, x, t), rel=1e-12)
+    assert uniformity_between(x.float(), y, t) == pytest.approx(
+        uniformity_between(x.float().double(), y, t), rel=1e-9
+    )
+    expected = with_self - uniformity_infimum(5, t)
+    assert uniformity_excess(x, t) == pytest.approx(expected, rel=1e-9) and expected > 0
+
+
+def test_uniformity_between_known_values() -> None:
+    e = torch.eye(3)
+    assert uniformity_between(e[:1].expand(4, 3), e[:1].expand(7, 3)) == pytest.approx(0, abs=1e-7)
+    assert uniformity_between(e[:1].expand(4, 3), -e[:1].expand(7, 3)) == pytest.approx(-8)
+    assert uniformity_between(e[:1].expand(4, 3), e[1:], t=3, block_size=2) == pytest.approx(-6)
+
+
+def test_excess_is_zero_around_the_circle_and_never_below() -> None:
+    for n in (100, 101, 5000):
+        assert 0 <= uniformity_excess(circle(n).float()) < 1e-6
+    assert uniformity_excess(torch.eye(2)[:1].expand(5, 2)) == pytest.approx(
+        -uniformity_infimum(2, 2)
+    )
+
+
+def test_curve_is_uniformity_at_each_t() -> None:
+    x = unit_rows(50, 8)
+    assert uniformity_curve(x, block_size=16) == pytest.approx(
+        [uniformity(x, t) for t in range(1, 9)], rel=1e-12
+    )
+    assert uniformity_curve(x, [200, 0.1], self_pairs=True) == pytest.approx(
+        [uniformity(x, t, self_pairs=True) for t in (200, 0.1)], rel=1e-12
+    )
+
+
+def test_by_class_equals_the_loops_over_each_class() -> None:
+    x, y = unit_rows(20, 5, seed=1), unit_rows(20, 5, seed=2)
+    labels = torch.tensor([7, -1, 7, 30, 30] * 4)
+    found = alignment_by_class(x, y, labels, alpha=1), uniformity_by_class(x, labels.tolist(), t=3)
+    for values in found:
+        assert list(values) == [-1, 7, 30] and all(type(c) is int for c in values)
+    for label in (-1, 7, 30):
+        of = labels == label
+        assert found[0][label] == pytest.approx(reference.loop_align(x[of], y[of], 1), rel=1e-12)
+        assert found[1][label] == pytest.approx(reference.loop_uniform(x[of], 3), rel=1e-12)
+
+
+def test_by_class_refusals() -> None:
+    x = unit_rows(4, 5)
+    with pytest.raises(ValueError, match=r"class 9 has one row.*leave it out.*labels != 9"):
+        uniformity_by_class(x, [1, 9, 1, 1])
+    for labels in ([1, 2, 3], [1.0, 2, 3, 4], [[1], [2], [3], [4]]):
+        with pytest.raises(ValueError, match=r"labels must be 4 whole numbers.*got"):
+            alignment_by_class(x, x, labels)
+
+
+# ------------------------------------------------------------------------- rank and deviation
+
+
+@pytest.mark.parametrize(("n", "c"), [(40, 6), (6, 40), (9, 9)])
+def test_effective_rank_is_of_the_singular_values(n: int, c: int) -> None:
+    x = unit_rows(n, c)
+    s = torch.linalg.svdvals(x)
+    p = s / s.sum()
+    expected = math.exp(-math.fsum(v * math.log(v) for v in p.tolist()))
+    assert effective_rank(x) == pytest.approx(expected, rel=1e-9)
+    assert effective_rank(x.float()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_effective_rank_and_deviation_known_values() -> None:
+    collapsed = unit_rows(1, 300).float().expand(500, 300)
+    assert effective_rank(collapsed) == pytest.approx(1, abs=1e-4)
+    assert dimension_deviation(collapsed).max() < 1e-7
+    for c in (2, 16):
+        assert effective_rank(axes(c, 3)) == pytest.approx(c, rel=1e-9)
+        assert dimension_deviation(axes(c, 3)).tolist() == pytest.approx([c**-0.5] * c, rel=1e-9)
+    in_plane = F.pad(circle(100), (0, 30))
+    assert effective_rank(in_plane) == pytest.approx(2, rel=1e-9)
+
+
+def test_deviation_equals_the_loop_in_several_blocks() -> None:
+    x = unit_rows(5000, 3)
+    x[:, 0].abs_()
+    found = dimension_deviation(x)
+    assert found.tolist() == pytest.approx(reference.loop_deviation(x), rel=1e-12)
+    half = dimension_deviation(x.bfloat16())
+    assert half.dtype == torch.float64
+    assert half.tolist() == pytest.approx(reference.loop_deviation(x.bfloat16()), rel=1e-9)
+
+
+# ----------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize("t", [2, 30])
+def test_intervals_are_percentiles_of_weighted_double_loops(t: float) -> None:
+    x, y = unit_rows(7, 4, seed=1), unit_rows(7, 4, seed=2)
+    weights = torch.cat(list(_resampled(7, 300, 5, torch.float64, torch.device("cpu"))), dim=1)
+    assert weights.shape == (7, 300) and (weights.sum(dim=0) == 7).all()
+    ends = torch.tensor([0.1, 0.9], dtype=torch.float64)
+
+    options = {"confidence": 0.8, "resamples": 300, "seed": 5}
+    loops = [reference.loop_uniform_weighted(x, w.tolist(), t) for w in weights.t()]
+    expected = torch.tensor(loops, dtype=torch.float64).quantile(ends)
+    found = uniformity_interval(x, t, block_size=3, **options)
+    assert found == pytest.approx(tuple(expected.tolist()), rel=1e-9)
+
+    distance = (x - y).norm(dim=1)
+    expected = (weights.t() @ distance / 7).quantile(ends)
+    assert alignment_interval(x, y, 1, **options) == pytest.approx(
+        tuple(expected.tolist()), rel=1e-12
+    )
+    assert found == uniformity_interval(x, t, block_size=3, **options)
+    assert found != uniformity_interval(x, t, **{**options, "seed": 6})
+
+
+def test_intervals_are_as_wide_as_the_spread_of_new_samples() -> None:
+    """200 sets of 150 points on a cap; pairs taken as independent would give a tenth of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        points = torch.randn(150, 4, dtype=torch.float64, generator=generator)
+        points[:, 0] += 1
+        return F.normalize(points, dim=1)
+
+    sets = [draw() for _ in range(200)]
+    spreads = (
+        (torch.tensor([uniformity(x) for x in sets]).std(), uniformity_interval),
+        (
+            torch.tensor([alignment(x, x.roll(1, dims=1)) for x in sets]).std(),
+            lambda x: alignment_interval(x, x.roll(1, dims=1)),
+        ),
+    )
+    for spread, interval in spreads:
+        widths = torch.tensor([high - low for low, high in map(interval, sets[:10])])
+        assert widths.mean() / (2 * 1.96) == pytest.approx(spread, rel=0.25)
+    inside = [
+        low < uniformity(x) < high for x in sets[:10] for low, high in [uniformity_interval(x)]
+    ]
+    assert all(inside)
+
+
+def test_interval_in_float32_equals_float64() -> None:
+    x = near_duplicates(45, 0.1, c=8)
+    assert len(x) > 4096
+    found = uniformity_interval(x, 8, resamples=300)
+    assert found == pytest.approx(uniformity_interval(x.double(), 8, resamples=300), abs=1e-5)
+    assert found[0] < uniformity(x, 8) < found[1]
+
+
+def test_interval_refusals() -> None:
+    x = unit_rows(5, 4)
+    for call in (
+        lambda **o: alignment_interval(x, x, **o),
+        lambda **o: uniformity_interval(x, **o),
+    ):
+        for confidence in (0, 1, 95, math.nan):
+            with pytest.raises(ValueError, match=f"confidence .*got {confidence}"):
+                call(confidence=confidence)
+        with pytest.raises(ValueError, match="resamples .*at least 2, got 1"):
+            call(resamples=1)
+    with pytest.raises(ValueError, match="t must be at most 170 for an interval, got 200"):
+        uniformity_interval(x, 200)
+    low, high = uniformity_interval(torch.eye(2), 2)  # half of the resamples have no pair
+    assert low == high == pytest.approx(-4)
+
+
+# ----------------------------------------------------------------------------------- normalize
+
+NEEDS_UNIT_ROWS: dict[str, Callable] = {
+    "alignment": lambda x, **o: alignment(x, x.roll(1, dims=0), **o),
+    "alignment_by_class": lambda x, **o: alignment_by_class(
+        x, x.roll(1, dims=0), [0, 1] * (len(x) // 2), **o
+    ),
+    "alignment_interval": lambda x, **o: alignment_interval(x, x.roll(1, dims=0), **o),
+    "uniformity": uniformity,
+    "uniformity_curve": uniformity_curve,
+    "uniformity_excess": uniformity_excess,
+    "uniformity_by_class": lambda x, **o: uniformity_by_class(x, [0, 1] * (len(x) // 2), **o),
+    "uniformity_between": lambda x, **o: uniformity_between(x, x.flip(0), **o),
+    "uniformity_interval": uniformity_interval,
+    "effective_rank": effective_rank,
+    "dimension_deviation": lambda x, **o: dimension_deviation(x, **o).tolist(),
+}
+
+
+@pytest.mark.parametrize("name", NEEDS_UNIT_ROWS)
+def test_normalize_is_what_the_refusal_asks_for(name: str) -> None:
+    call = NEEDS_UNIT_ROWS[name]
+    rows = unit_rows(8, 5)
+    scaled = rows * torch.linspace(1e-3, 50, 8, dtype=torch.float64)[:, None]
+    with pytest.raises(ValueError, match=r"unit length, got .*pass normalize=True"):
+        call(scaled)
+    assert call(scaled, normalize=True) == pytest.approx(call(rows), rel=1e-9)
+    scaled[3] = 0
+    with pytest.raises(ValueError, match=r"row 3 of x is zero.*leave it out"):
+        call(scaled, normalize=True)
+    scaled[3, 1] = math.nan
+    for options in ({}, {"normalize": True}):
+        with pytest.raises(ValueError, match=r"NaN .*row 3"):
+            call(scaled, **options)
+        with pytest.raises(ValueError, match=r"at least 2 rows"):
+            call(rows[:0], **options)
+
+
+def test_normalize_of_half_precision_is_in_float32() -> None:
+    x = (3 * unit_rows(10, 5)).half()
+    assert uniformity(x, normalize=True) == pytest.approx(
+        reference.loop_uniform(F.normalize(x.double(), dim=1)), rel=1e-6
+    )
+
+
+def test_sets_of_different_dimensions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"rows of one dimension.*\(4, 8\).*\(3, 7\)"):
+        uniformity_between(ROWS, torch.eye(3, 7))
 
 
 # -------------------------------------------------------------------------------------- the bound

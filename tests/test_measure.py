@@ -1,0 +1,357 @@
+"""scripts/measure_align_uniform.py on files and folders as users have them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, refusal, write_images, write_labelled
+from torch import Tensor
+
+from align_uniform.bounds import uniformity_infimum
+from align_uniform.metrics import alignment, effective_rank, uniformity
+from moco import encoders, evaluate, loader
+from moco.checkpoint import load_encoder, write_checkpoint
+
+SCRIPT = ROOT / "scripts" / "measure_align_uniform.py"
+_spec = importlib.util.spec_from_file_location("measure_align_uniform", SCRIPT)
+measure = sys.modules["measure_align_uniform"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(measure)
+
+ARGS = {
+    "image_size": 16, "aug_plus": False, "crop_scale": [0.3, 1.0], "blur": False,
+    "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "objective": "3 * align(alpha=2)",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def moco_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretraining checkpoint of a small encoder with an MLP head."""
+    torch.manual_seed(0)
+    encoder = encoders.build_encoder("resnet8", 12)
+    encoders.add_mlp_head(encoder)
+    state = {f"module.encoder_q.{key}": value for key, value in encoder.state_dict().items()}
+    path = tmp_path_factory.mktemp("run") / "checkpoint_0004.pth.tar"
+    content = {"version": 1, "arch": "resnet8", "epoch": 5, "state_dict": state, "args": ARGS}
+    write_checkpoint(path, content)
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("plain") / "resnet18.pth"
+    torch.save(encoders.build_encoder("resnet18", 10).state_dict(), path)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture, *argv: object) -> dict:
+    """The JSON on stdout, which must be all that is there."""
+    capsys.readouterr()
+    measure.main([*map(str, argv), "--json", "-j", "0", "--device", "cpu"])
+    return json.loads(capsys.readouterr().out)
+
+
+def unit_rows(n: int, c: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, c, generator=generator), dim=1)
+
+
+# ------------------------------------------------------------------------------------- encoders
+
+
+def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
+    """Every number against the features that the parts of the project give when called apart."""
+    out = tmp_path / "result.json"
+    result = run(capsys, moco_file, data, "--seed", 3, "--out", out, "--batch-size", 4)
+    assert json.loads(out.read_text(encoding="utf-8")) == result
+    assert (result["images"], result["seed"], result["epoch"]) == (15, 3, 5)
+    assert result["objective"] == ARGS["objective"] and not result["notes"]
+    assert list(result["layers"]) == ["projection", "backbone"]
+
+    images = loader.open_images("folder", data, "val")
+    transform = loader.pretrain_transform(16, aug_plus=False, crop_scale=(0.3, 1.0), blur=False)
+    views = loader.AugmentedViews(images, transform, seed=3, views=2)
+    pairs = [views[(0, i)] for i in range(15)]
+    inputs = {"device": torch.device("cpu"), "mean": ARGS["mean"], "std": ARGS["std"]}
+    for name, head in (("projection", "projection"), ("backbone", "none")):
+        layer = result["layers"][name]
+        encoder, _ = load_encoder(moco_file, head=head)
+        x, y = (
+            evaluate.extract_features(
+                encoder, [(torch.stack([p[v] for p in pairs]), torch.zeros(15))], **inputs
+            )[0]
+            for v in (0, 1)
+        )
+        assert layer["dim"] == x.shape[1] == (12 if name == "projection" else 64)
+        assert layer["alignment"] == pytest.approx(
+            {"1": alignment(x, y, 1), "2": alignment(x, y, 2)}, rel=1e-4
+        )
+        assert list(layer["uniformity"]) == [str(t) for t in range(1, 9)]
+        for t in range(1, 9):
+            assert layer["uniformity"][str(t)] == pytest.approx(uniformity(x, t), rel=1e-4)
+            assert layer["uniformity_infimum"][str(t)] == uniformity_infimum(x.shape[1], t)
+        assert layer["effective_rank"] == pytest.approx(effective_rank(x), rel=1e-3)
+
+        knn = evaluate.knn_accuracy(
+            encoder,
+            *(
+                loader.eval_loader(
+                    loader.PlainImages(
+                        loader.open_images("folder", data, split), loader.eval_transform(16)
+                    ),
+                    batch_size=8, workers=0, pin_memory=False,
+                )
+                for split in ("train", "val")
+            ),
+            classes=3,
+            **inputs,
+        )  # fmt: skip
+        for key in ("top1", "top5", "k"):
+            assert layer["knn"][key] == pytest.approx(knn[key])
+        assert (layer["knn"]["bank"], layer["knn"]["queries"]) == (30, 15)
+
+    # What scripts/quickstart.py reads.
+    first = result["layers"]["projection"]
+    assert (result["layer"], result["alpha"], result["t"]) == ("projection", 2, 2)
+    assert result["alignment"] == first["alignment"]["2"]
+    assert result["uniformity"] == first["uniformity"]["2"]
+    assert result["uniformity_infimum"] == first["uniformity_infimum"]["2"]
+
+
+def test_seed_and_chosen_exponents(data: Path, moco_file: Path, capsys) -> None:
+    flags = [moco_file, data, "--layer", "backbone", "--t", "3,0.5", "--alpha", "1"]
+    result = run(capsys, *flags)
+    assert list(result["layers"]) == ["backbone"]
+    assert list(result["layers"]["backbone"]["uniformity"]) == ["0.5", "3"]
+    assert (result["alpha"], result["t"]) == (1, 0.5)
+    assert run(capsys, *flags) == result
+    assert run(capsys, *flags, "--seed", 1)["alignment"] != result["alignment"]
+
+
+def test_table_and_quickstarts_command(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "o.json"
+    measure.main([str(moco_file), str(data), "--t", "2", "--out", str(out), "-j", "0"])
+    text = capsys.readouterr().out
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert f"{result['alignment']:.4f}" in text and f"{result['uniformity']:.4f}" in text
+    assert "projection" in text and "backbone" in text and "k-NN top1, k 30" in text
+    assert max(map(len, text.splitlines()[1:])) <= 100
+
+
+def test_plain_torchvision_file_has_a_backbone_only(data: Path, plain_file: Path, capsys) -> None:
+    result = run(capsys, plain_file, data, "--image-size", 32)
+    assert list(result["layers"]) == ["backbone"]
+    assert result["layers"]["backbone"]["dim"] == 512 and result["arch"] == "resnet18"
+    assert any("no projection head" in note for note in result["notes"])
+    assert any("MoCo v2's" in note for note in result["notes"])
+    code, line = refusal(
+        measure.main, [plain_file, data, "--layer", "projection", "-j", "0"], capsys
+    )
+    assert code == 1 and "projection was asked for" in line
+
+
+@pytest.mark.parametrize("form", ["timm", "mae", "safetensors"])
+def test_timm_models_with_weights_from_a_file(
+    form: str, data: Path, tmp_path: Path, capsys
+) -> None:
+    """As timm saves a supervised one (with classifier), as MAE's files are, as the hub has them."""
+    torch.manual_seed(2)
+    name = "test_vit.r160_in1k".partition(".")[0]
+    network = timm.create_model(name, pretrained=False, num_classes=7)
+    state = network.state_dict()
+    path = tmp_path / ("model.safetensors" if form == "safetensors" else "model.pth")
+    if form == "timm":
+        wrapped = {f"module.{key}": value for key, value in state.items()}
+        torch.save({"state_dict": wrapped, "arch": name, "epoch": 3, "metric": 1.0}, path)
+    elif form == "mae":
+        torch.save({"model": {**state, "mask_token": torch.zeros(1, 1, 64)}}, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    result = run(capsys, "--timm", name, path, data)
+    assert list(result["layers"]) == ["backbone"] and result["arch"] == f"timm {name}"
+    assert any("no place in the encoder: " in note and "head" in note for note in result["notes"])
+
+    network.reset_classifier(0)
+    config = timm.data.resolve_model_data_config(network)
+    size = config["input_size"][-1]
+    views = loader.AugmentedViews(
+        loader.open_images("folder", data, "val"),
+        loader.pretrain_transform(size, aug_plus=True),
+        seed=0,
+        views=2,
+    )
+    first = torch.stack([views[(0, i)][0] for i in range(15)])
+    x, _ = evaluate.extract_features(
+        network, [(first, torch.zeros(15))],
+        device=torch.device("cpu"), mean=config["mean"], std=config["std"],
+    )  # fmt: skip
+    assert result["uniformity"] == pytest.approx(uniformity(x), rel=1e-3)
+
+
+def test_timm_refusals(data: Path, plain_file: Path, capsys) -> None:
+    cases = (
+        (["--timm", "resnet50", plain_file, data], r"does not fit timm's resnet50"),
+        (["--timm", "resnet5000", plain_file, data], "timm has no model 'resnet5000'"),
+        (["--timm", "resnet18", data / "nothing.pth", data], "no such checkpoint"),
+    )
+    for argv, message in cases:
+        code, line = refusal(measure.main, [*argv, "-j", "0"], capsys)
+        assert code == 1 and message in line
+
+
+# ---------------------------------------------------------------------------------------- folders
+
+
+def test_flat_folder_without_labels(moco_file: Path, tmp_path: Path, capsys) -> None:
+    write_images(tmp_path, {"": 5})
+    result = run(capsys, moco_file, tmp_path)
+    assert result["images"] == 5 and math.isfinite(result["alignment"])
+    assert all(layer["knn"] is None for layer in result["layers"].values())
+    assert any("no folder" in note and "val" in note for note in result["notes"])
+    assert any(note.startswith("k-NN left out: ") for note in result["notes"])
+
+
+@pytest.mark.parametrize("missing", ["train", "labels"])
+def test_val_alone_or_without_labels(missing: str, moco_file: Path, tmp_path: Path, capsys) -> None:
+    if missing == "train":
+        write_images(tmp_path, {"val/a": 2, "val/b": 2})
+    else:
+        write_images(tmp_path, {"val": 4, "train/a": 3})
+    result = run(capsys, moco_file, tmp_path)
+    assert result["images"] == 4 and result["layers"]["backbone"]["knn"] is None
+    (note,) = result["notes"]
+    assert note.startswith("k-NN left out: ") and ("train" in note or "no labels" in note)
+
+
+def test_large_sets_are_thinned_evenly(data: Path, moco_file: Path, capsys) -> None:
+    result = run(capsys, moco_file, data, "--most-images", 6)
+    knn = result["layers"]["backbone"]["knn"]
+    assert (result["images"], knn["bank"], knn["queries"]) == (6, 6, 6)
+    assert run(capsys, moco_file, data, "--images-per-class", 2)["images"] == 6
+
+
+def test_refusals(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
+    one = tmp_path / "one"
+    write_images(one, {"": 1})
+    (empty := tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken"
+    write_images(broken, {"": 3})[1].write_bytes(b"no image")
+    cases: list[tuple[list, int, str]] = [
+        ([], 2, "CHECKPOINT and DIR are needed"),
+        ([moco_file], 2, "CHECKPOINT and DIR are needed"),
+        ([moco_file, tmp_path / "nowhere"], 2, "no such data folder"),
+        ([moco_file, data, "--features", "x.npz"], 2, "give one or the other"),
+        ([moco_file, data, "--bank", "x.npz"], 2, "--bank is for --features"),
+        ([moco_file, data, "--t", "2,-1"], 2, "positive"),
+        ([moco_file, data, "--alpha", "x"], 2, "--alpha"),
+        ([moco_file, data, "--most-images", "0"], 2, "at least 1"),
+        ([moco_file, data, "--std", 0, 1, 1], 2, "std"),
+        ([moco_file, data, "--out", tmp_path / "no" / "o.json"], 2, "no such folder for --out"),
+        ([tmp_path / "no.pth", data], 1, "no such checkpoint"),
+        ([data / "val" / "class_0" / "000.png", data], 1, "PNG image"),
+        ([moco_file, one], 1, "at least 2"),
+        ([moco_file, empty], 1, "no images in"),
+        ([moco_file, broken], 1, "001.png"),
+        ([moco_file, one, "--images-per-class", 3], 1, "needs labels"),
+    ]
+    for argv, status, message in cases:
+        code, line = refusal(measure.main, [*argv, "-j", "0"], capsys)
+        assert (code, message in line) == (status, True), (argv, line)
+
+
+# ----------------------------------------------------------------------------------- feature files
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_features_from_a_file(suffix: str, tmp_path: Path, capsys) -> None:
+    x, y, bank = unit_rows(40, 6, 0), unit_rows(40, 6, 1), unit_rows(50, 6, 2)
+    labels, bank_labels = torch.arange(40) % 3 * 1000, torch.arange(50) % 4 * 1000
+    bank[:40] = x
+    bank_labels[:40] = labels
+
+    def write(name: str, **arrays: Tensor) -> Path:
+        path = tmp_path / f"{name}{suffix}"
+        if suffix == ".npz":
+            more = {"paths": np.array(["a", None], dtype=object)}  # never unpickled
+            np.savez(path, **{k: v.numpy() for k, v in arrays.items()}, **more)
+        else:
+            safetensors.torch.save_file(arrays, path)
+        return path
+
+    file = write("val", features=x, labels=labels, positives=y)
+    bank_file = write("b", features=bank, labels=bank_labels)
+    result = run(capsys, "--features", file, "--bank", bank_file, "--knn-k", 1)
+    layer = result["layers"]["features"]
+    assert layer["alignment"]["1"] == pytest.approx(alignment(x, y, 1), rel=1e-6)
+    assert result["uniformity"] == pytest.approx(uniformity(x), rel=1e-6)
+    assert layer["knn"]["top1"] == 100 and layer["knn"]["bank"] == 50
+    assert result["notes"] == []
+
+    file = write("long", features=5 * x)
+    result = run(capsys, "--features", file)
+    assert result["uniformity"] == pytest.approx(uniformity(x), rel=1e-5)
+    assert result["alignment"] is None and result["layers"]["features"]["knn"] is None
+    assert [word in " ".join(result["notes"]) for word in ("normalised", "positives", "--bank")]
+    measure.main(["--features", str(file)])
+    assert "alignment, alpha" not in capsys.readouterr().out
+
+    unlabelled = write("unlabelled", features=bank, labels=torch.full((50,), -1))
+    result = run(capsys, "--features", file, "--bank", unlabelled)
+    assert any("no labels in" in note for note in result["notes"])
+
+
+def test_knn_of_a_class_that_the_bank_lacks_is_wrong(tmp_path: Path, capsys) -> None:
+    x = unit_rows(4, 6, 0).numpy()
+    np.savez(tmp_path / "q.npz", features=x, labels=[0, 5, 9, 1])
+    np.savez(tmp_path / "b.npz", features=x, labels=[0, 5, 8, 8])
+    result = run(
+        capsys, "--features", tmp_path / "q.npz", "--bank", tmp_path / "b.npz", "--knn-k", 1
+    )
+    assert result["layers"]["features"]["knn"]["top1"] == 50
+
+
+def test_bad_feature_files(tmp_path: Path, capsys) -> None:
+    x = unit_rows(6, 4, 0).numpy()
+    spoilt, zero = x.copy(), x.copy()
+    spoilt[3, 1], zero[2] = np.nan, 0
+    cases = {
+        "nan": ({"features": spoilt}, "NaN or infinite values, first in row 3"),
+        "zero": ({"features": zero}, "row 2 of features is zero"),
+        "none": ({"x": x}, "no array `features`"),
+        "flat": ({"features": x[0]}, "(N, C)"),
+        "whole": ({"features": np.eye(4, dtype=int)}, "floating-point"),
+        "one": ({"features": x[:1]}, "at least 2 rows"),
+        "pairs": ({"features": x, "positives": x[:5]}, "pair up"),
+        "labels": ({"features": x, "labels": np.arange(5)}, "labels must be 6 whole numbers"),
+        "objects": ({"features": np.array([x, None], dtype=object)}, "plain arrays"),
+        "thin": ({"features": np.ones((5, 1))}, "dim must be"),
+    }
+    for name, (arrays, message) in cases.items():
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+        code, line = refusal(measure.main, ["--features", tmp_path / f"{name}.npz"], capsys)
+        assert code == 1 and message in line and name in line, line
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in ("text.npz", "nowhere.npz"):
+        code, line = refusal(measure.main, ["--features", tmp_path / name], capsys)
+        assert code == 1 and name in line
+    np.savez(tmp_path / "x.npz", features=x)
+    np.savez(tmp_path / "other.npz", features=unit_rows(6, 3, 0).numpy(), labels=range(6))
+    code, line = refusal(
+        measure.main, ["--features", tmp_path / "x.npz", "--bank", tmp_path / "other.npz"], capsys
+    )
+    assert code == 1 and "3 dimensions" in line
