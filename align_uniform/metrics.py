@@ -392,7 +392,7 @@ def _negated_squared_distances(
 
 
 def _squared_norms(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().to(x.dtype)
+    return _lengths(x).square().to(x.dtype)
 
 
 @contextlib.contextmanager
@@ -531,7 +531,7 @@ def _unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
         )
     if len(x) < 2:
         raise ValueError(f"{name} must have at least 2 rows, got {len(x)}; add images")
-    lengths = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    lengths = _lengths(x)
     if not lengths.isfinite().all():
         row = int((~lengths.isfinite()).nonzero()[0])
         raise ValueError(
@@ -552,6 +552,12 @@ def _unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
             "pass normalize=True to divide each by its length"
         )
     return x
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """(N,) float64; in blocks, because torch makes a float64 copy of what it is given."""
+    blocks = x.split(65536)
+    return torch.cat([torch.linalg.vector_norm(b, dim=1, dtype=torch.float64) for b in blocks])
 
 
 def _check_labels(labels: Tensor | Sequence[int], x: Tensor) -> Tensor:

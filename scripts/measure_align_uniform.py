@@ -584,7 +584,9 @@ def table(result: dict) -> str:
     title += [f"epoch {result['epoch']}" if result.get("epoch") is not None else None]
     title += [result.get("objective")]
     lines = [", ".join(part for part in title if part)]
-    lines += [f"{result['images']} images" + (f" of {result['data']}" if "data" in result else "")]
+    lines.append(f"{result['images']} images")
+    if "data" in result:
+        lines[-1] += f" of {result['data']}, two views each (seed {result['seed']})"
 
     def row(name: str, cells: list[str]) -> None:
         lines.append(f"{name:28}" + "".join(f"{cell:>20}" for cell in cells))

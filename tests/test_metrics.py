@@ -437,7 +437,7 @@ def test_effective_rank_is_of_the_singular_values(n: int, c: int) -> None:
 
 def test_effective_rank_and_deviation_known_values() -> None:
     collapsed = unit_rows(1, 300).float().expand(500, 300)
-    assert effective_rank(collapsed) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(collapsed) == pytest.approx(1, abs=1e-9)
     assert dimension_deviation(collapsed).max() < 1e-7
     for c in (2, 16):
         assert effective_rank(axes(c, 3)) == pytest.approx(c, rel=1e-9)
