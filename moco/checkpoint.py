@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -54,21 +55,13 @@ class CheckpointError(ValueError):
 # ------------------------------------------------------------------------------------------------
 
 
-def write_checkpoint(path: str | os.PathLike, content: dict) -> None:
-    """Write a checkpoint atomically: after a crash at any moment the file is whole or not there.
-
-    A checksum of everything in it is kept beside the tensors and verified by `read_checkpoint`.
-    """
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Have `write(file)` make a file: after a crash at any moment it is whole or not there."""
     path = Path(path)
-    content = {**content, "checksum": checksum(content)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            sink = _Sink(file)
-            try:
-                torch.save(content, sink)
-            except RuntimeError as error:
-                raise sink.error or error from error
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -79,6 +72,61 @@ def write_checkpoint(path: str | os.PathLike, content: dict) -> None:
         os.fsync(folder)  # the new name itself
     finally:
         os.close(folder)
+
+
+def write_checkpoint(path: str | os.PathLike, content: dict) -> None:
+    """Write a checkpoint atomically.
+
+    A checksum of everything in it is kept beside the tensors and verified by `read_checkpoint`.
+    """
+    content = {**content, "checksum": checksum(content)}
+
+    def write(file: BinaryIO) -> None:
+        sink = _Sink(file)
+        try:
+            torch.save(content, sink)
+        except RuntimeError as error:
+            raise sink.error or error from error
+
+    write_atomically(path, write)
+
+
+# In a safetensors file of this project: JSON of what a checkpoint says beside its tensors.
+_ABOUT = "moco_align_uniform"
+
+
+def write_safetensors(path: str | os.PathLike, state: dict[str, Tensor], about: dict) -> None:
+    """Write tensors by name as safetensors, atomically and the same bytes each time.
+
+    Args:
+        path: the file; the name must end in .safetensors for `read_checkpoint` to take it.
+        state: tensors of any device, layout in memory and sharing; float types are kept.
+        about: what a checkpoint says beside its tensors, in values that JSON has: `arch`, `epoch`,
+            `args`, ... `read_checkpoint` gives it back beside `state_dict`.
+
+    Raises:
+        ValueError: `about` has a value that JSON cannot hold.
+    """
+    from safetensors.torch import save
+
+    said = json.dumps({"version": FORMAT_VERSION, **about}, sort_keys=True, allow_nan=False)
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+    data = memoryview(save(copies, {"format": "pt", _ABOUT: said}))
+    # The package leaves the order of the metadata to chance, and a file's name carries its hash.
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:start]))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(data[start:])
+
+    write_atomically(path, write)
 
 
 class _Sink:
@@ -360,15 +408,23 @@ def require_keys(content: dict, keys: Sequence[str], path: str | os.PathLike) ->
 
 
 def _read_safetensors(path: Path) -> dict:
+    """The tensors by name; of a file of `write_safetensors`, a checkpoint's dict."""
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
     except ImportError:
         raise CheckpointError(f"{path} needs the package safetensors: pip install it") from None
     try:
-        return load_file(str(path))
+        with safe_open(str(path), framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}
+            said = (file.metadata() or {}).get(_ABOUT)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    if said is None:
+        return state
+    about = json.loads(said)
+    if not isinstance(about, dict):
+        raise CheckpointError(f"{path}: its metadata {_ABOUT} is no JSON object")
+    return {**about, "state_dict": state}
 
 
 def _first_sentence(error: BaseException) -> str:
