@@ -75,7 +75,7 @@ def read_url(url: str, sha256: str | None = None) -> dict:
     except CheckpointError as error:
         if not is_new:
             raise CheckpointError(
-                f"{error}. Delete it, so that {url} is downloaded anew"
+                f"{error}; delete it, so that {url} is downloaded anew"
             ) from error
         raise CheckpointError(str(error).replace(str(temporary), url)) from error
     except OSError as error:
@@ -84,7 +84,8 @@ def read_url(url: str, sha256: str | None = None) -> dict:
             "TORCH_HOME to another folder"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
     if is_unchecked and expected is None:
         warn_of_old_format(url)
     return content

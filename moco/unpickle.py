@@ -72,14 +72,19 @@ def _frombuffer(data: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How bytes are written by pickle protocol 2."""
+    """How bytes are written by pickle protocol 2; `_no_bytes` where there are none."""
     return text.encode({"latin1": "latin1"}[encoding])
+
+
+def _no_bytes() -> bytes:
+    return b""
 
 
 _KNOWN = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
     # Numpy 1 and 2 have them in modules of different names; _frombuffer is of pickle protocol 5.
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
