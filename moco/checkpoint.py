@@ -1,379 +1,37 @@
-"""Checkpoint files: written whole or not at all, read without running code, understood whoever
-wrote them.
-
-A pretraining checkpoint is a plain dict of tensors, numbers, strings, lists and dicts:
-
-    version     1
-    arch        name for `build_encoder`
-    epoch       finished epochs
-    step        optimizer steps since the start of the run; step_in_epoch of them in this epoch
-    state_dict  of MoCo, names prefixed "module." as upstream's are
-    optimizer   state dict;  scaler: of the fp16 gradient scaler, else None
-    skipped     steps that the scaler left out;  skipped_in_a_row: the latest of them
-    shuffle_generator  state of the key shuffle
-    rng         torch's generator state of every rank;  cuda_rng: that of their GPUs, else None
-    means       what the next line of rank 0's log is made of
-    args        the command line
-    checksum    SHA-256 of all the others
-"""
+"""Checkpoints of a run folder, and encoders from checkpoints of any origin."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
-import pickle
 import re
-import warnings
-import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from moco.download import check_hash, checked_digits, is_url, read_url
 from moco.encoders import (
-    ProjectionHead,
     arch_names,
     build_encoder,
+    build_head,
     get_head,
     head_name,
     set_head,
 )
-
-FORMAT_VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A file that is not what it should be; the message names the file and what was expected."""
-
-
-# ------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------
-
-
-def write_checkpoint(path: str | os.PathLike, content: dict) -> None:
-    """Write a checkpoint atomically: after a crash at any moment the file is whole or not there.
-
-    A checksum of everything in it is kept beside the tensors and verified by `read_checkpoint`.
-    """
-    path = Path(path)
-    content = {**content, "checksum": checksum(content)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            sink = _Sink(file)
-            try:
-                torch.save(content, sink)
-            except RuntimeError as error:
-                raise sink.error or error from error
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
-    finally:
-        os.close(folder)
-
-
-class _Sink:
-    """What torch.save writes to. It makes "unexpected pos" of a full disk: keeps the reason."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
-
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a checkpoint or state dict of any origin onto the CPU, without running code from it.
-
-    What is checked: torch's zip format by the archive's own CRCs, which `torch.load` does not look
-    at; this project's files by their checksum too; the sizes that a file declares against what it
-    holds; weights and optimizer state for NaN and infinity. Torch's old format (before 1.6) has no
-    checksums, so a changed number goes unnoticed there: a warning says so.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, damaged, not finite, or one that wants to run code. The
-            message says what the file seems to be, what was expected and what to do.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise FileNotFoundError(f"no such checkpoint: {path} is a folder; give a file in it")
-    if not path.is_file():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
-    try:
-        head, size = _head(path), path.stat().st_size
-        other = _other_kind(head, size, path.suffix)
-        if other:
-            raise _not_a_checkpoint(path, *other)
-        has_checksums = True
-        if path.suffix == ".safetensors":
-            content = _read_safetensors(path)
-        elif head.startswith(_ZIP):
-            content = _read_zip(path)
-        else:
-            content = _read_legacy(path)
-            has_checksums = isinstance(content, dict) and "checksum" in content
-        _check_content(content, size, path)
-        expected = content.pop("checksum", None)
-        if expected is not None and expected != checksum(content):
-            raise _damaged(path, "its content does not match its checksum")
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise _unsafe_or_damaged(path, str(error)) from error
-    except zipfile.BadZipFile as error:
-        raise _damaged(path, f"its zip archive is not whole ({error})") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged pickle can make the reader fail in any way
-        raise _damaged(path, f"{type(error).__name__}: {_first_sentence(error)}") from error
-    if isinstance(content.get("version"), int) and content["version"] > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {content['version']}, this code reads up to "
-            f"{FORMAT_VERSION}; update it"
-        )
-    if not has_checksums:
-        warnings.warn(
-            f"{path} is in torch's old format, which has no checksums: only its structure could be "
-            "checked, changed numbers go unnoticed. To have checksums from now on, load it with "
-            "torch.load(FILE, weights_only=True) and torch.save it again",
-            stacklevel=2,
-        )
-    return content
-
-
-def _not_a_checkpoint(path: Path, what: str, remedy: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} {what}; expected a checkpoint as torch.save writes it, or a .safetensors file. "
-        f"{remedy}"
-    )
-
-
-def _damaged(path: Path, how: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged: {how}. It may be truncated: copy or download it again and compare its "
-        f"size ({path.stat().st_size} bytes here), or use an earlier checkpoint"
-    )
-
-
-def _unsafe_or_damaged(path: Path, message: str) -> CheckpointError:
-    """The unpickler stops at anything but tensors and plain values, before it is used."""
-    asked_for = re.search(r"GLOBAL ([\w.]+)", message)
-    if asked_for is None:
-        reason = re.search(r"WeightsUnpickler error: (.+)", message)
-        return _damaged(path, reason[1] if reason else "its pickle cannot be read")
-    return CheckpointError(
-        f"{path} is not a checkpoint that can be read safely, and nothing in it was run: it asks "
-        f"for {asked_for[1]}, and tensors and plain values are all that was expected (or it is "
-        "damaged there). If you trust its author, take the tensors out in a session of your own: "
-        'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
-    )
-
-
-_ZIP = b"PK\x03\x04"  # torch.load decides by this too; an archive can also hang behind a pickle
-_HTML = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<script")
-_UNPACK = "Unpack it and give the file inside"
-# First bytes of files that lie where a checkpoint should be: what it is, what to do.
-_OTHER_KINDS = (
-    (b"version https://git-lfs.github.com/spec", "is a git-lfs pointer", "Run `git lfs pull`"),
-    (b"\xff\xd8\xff", "is a JPEG image", "Check the path"),
-    (b"\x89PNG", "is a PNG image", "Check the path"),
-    (b"\x89HDF", "is an HDF5 file, as Keras writes it", "Convert its weights with h5py"),
-    (b"\x1f\x8b", "is compressed by gzip", _UNPACK),
-    (b"BZh", "is compressed by bzip2", _UNPACK),
-    (b"\xfd7zXZ", "is compressed by xz", _UNPACK),
-    (b"\x28\xb5\x2f\xfd", "is compressed by zstd", _UNPACK),
-    (b"7z\xbc\xaf", "is a 7z archive", _UNPACK),
+from moco.files import (  # noqa: F401  (callers know one module for checkpoints)
+    FORMAT_VERSION,
+    CheckpointError,
+    checksum,
+    read_checkpoint,
+    require_keys,
+    to_host,
+    write_atomically,
+    write_checkpoint,
+    write_safetensors,
 )
-
-
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(512)
-
-
-def _other_kind(head: bytes, size: int, suffix: str) -> tuple[str, str] | None:
-    """What a file is that is certainly no checkpoint, and what to do; None when it may be one."""
-    if not size:
-        return "is empty", "Copy or download it again; perhaps the disk was full"
-    if not head.strip(b"\0"):
-        return "begins with nothing but zeros", "Copy or download it again"
-    if head.lstrip().lower().startswith(_HTML):
-        return (
-            "is a web page (HTML or XML), perhaps an error or log-in page",
-            "Download it again, from the link of the file itself",
-        )
-    if head[257:262] == b"ustar":
-        return "is a tar archive (which checkpoints named .pth.tar are not)", _UNPACK
-    for start, what, remedy in _OTHER_KINDS:
-        if head.startswith(start):
-            return what, remedy
-    if suffix == ".safetensors":
-        return None
-    if head[8:10] == b'{"':
-        return "seems to be a safetensors file", "Rename it to end in .safetensors"
-    if head.startswith((_ZIP, b"\x80")):  # b"\x80" begins a pickle
-        return None
-    kind = "a text file" if head.isascii() and b"\0" not in head else "of an unknown kind"
-    return f"is {kind} (it begins with {head[:20]!r})", "Check the path, or download it again"
-
-
-def _read_zip(path: Path) -> object:
-    """Looks at what `torch.load` does not: the CRCs, and before unpacking anything whether the
-    directory declares more than the file can hold."""
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries]
-        if not any(name.endswith("/data.pkl") for name in names):
-            what = f"is a zip archive of other things ({', '.join(names[:3]) or 'none'})"
-            raise _not_a_checkpoint(path, what, _UNPACK)
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise _not_a_checkpoint(
-                path,
-                "is a TorchScript program, which is code",
-                "If you trust its author: torch.save(torch.jit.load(FILE).state_dict(), NEW)",
-            )
-        declared = sum(entry.file_size for entry in entries)
-        if declared > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise _not_a_checkpoint(
-                path,
-                f"is a compressed zip archive, which torch.save never writes: {size} bytes that "
-                f"would become {declared}, perhaps to fill the memory",
-                "If you trust its author: unpack it, and pack it again with zip -0 -r",
-            )
-        if len(set(names)) < len(names) or min(entry.header_offset for entry in entries):
-            raise _damaged(path, "its zip directory is not one that torch.save writes")
-        damaged = archive.testzip()
-        if damaged:
-            raise _damaged(path, f"wrong checksum in {damaged}")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _read_legacy(path: Path) -> object:
-    with open(path, "rb") as file:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        if file.read(1):
-            raise _damaged(path, "something follows its last tensor")
-    return content
-
-
-_PLAIN = (str, int, float, bytes, type(None), torch.device, torch.dtype)
-_MOST_VALUES, _DEEPEST = 200_000, 50  # far above any checkpoint's
-
-
-def _check_content(content: object, size: int, path: Path) -> None:
-    """Refuse what would break later: other than tensors and plain values, tensors larger than the
-    file, endless nesting, and numbers that are not finite in what is trained."""
-    if not isinstance(content, dict):
-        what = f"holds a {type(content).__name__} instead of a dict"
-        raise _not_a_checkpoint(path, what, "Save a dict of tensors, such as module.state_dict()")
-    trained = ("state_dict", "optimizer") if "state_dict" in content else content
-    count = 0
-    todo: list[tuple[tuple, object]] = [((), content)]  # (keys that lead there, value)
-    while todo:
-        where, value = todo.pop()
-        count += 1
-        if count > _MOST_VALUES or len(where) > _DEEPEST:
-            raise CheckpointError(f"{path} is refused: it has no end of nested values")
-        if isinstance(value, dict):
-            todo += [((*where, "key"), key) for key in value]
-            todo += [((*where, key), item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple, set)):
-            todo += [((*where, index), item) for index, item in enumerate(value)]
-        elif isinstance(value, Tensor):
-            name = ".".join(map(str, where))
-            ordinary = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
-            if not ordinary or value.device.type != "cpu" or value.is_quantized:
-                raise CheckpointError(f"{path}: {name} is no ordinary tensor of numbers")
-            if value.numel() * value.element_size() > size:
-                raise _damaged(path, f"{name} declares more numbers than the file holds")
-            if where[0] in trained and not value.isfinite().all():
-                raise CheckpointError(
-                    f"{path} holds NaN or infinity in {name}: its training had failed, or it is "
-                    "damaged. Use an earlier checkpoint"
-                )
-        elif not isinstance(value, _PLAIN):
-            raise CheckpointError(
-                f"{path}: {'.'.join(map(str, where))} is a {type(value).__name__}, expected "
-                "tensors and plain values"
-            )
-
-
-def checksum(content: object) -> str:
-    """SHA-256 over names, types, shapes and bytes of everything in nested dicts and lists."""
-    digest = hashlib.sha256()
-
-    def add(value: object) -> None:
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
-        elif isinstance(value, dict):
-            digest.update(f"dict{len(value)}".encode())
-            for key, item in value.items():
-                digest.update(repr(key).encode())
-                add(item)
-        elif isinstance(value, (list, tuple)):
-            digest.update(f"list{len(value)}".encode())
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode())
-
-    add(content)
-    return digest.hexdigest()
-
-
-def to_host(content: object) -> object:
-    """A copy of nested dicts and lists whose tensors are copies in host memory."""
-    if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True)
-    if isinstance(content, dict):
-        return {key: to_host(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return type(content)(to_host(value) for value in content)
-    return content
-
-
-def require_keys(content: dict, keys: Sequence[str], path: str | os.PathLike) -> None:
-    """Raise CheckpointError unless a pretraining checkpoint has all `keys`."""
-    for key in keys:
-        if key not in content:
-            raise CheckpointError(f"{path} has no {key!r}, so it is no pretraining checkpoint")
-
-
-def _read_safetensors(path: Path) -> dict:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise CheckpointError(f"{path} needs the package safetensors: pip install it") from None
-    try:
-        return load_file(str(path))
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _first_sentence(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-
+from moco.layouts import PRETRAINING, find_encoder
 
 # ------------------------------------------------------------------------------------------------
 # Run folders
@@ -465,45 +123,86 @@ def saved_args(content: dict) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 
-def load_encoder(path: str | os.PathLike, head: str = "none") -> tuple[nn.Module, dict]:
-    """Build the encoder that a checkpoint holds, in eval mode on the CPU.
+def load_encoder(
+    path: str | os.PathLike, head: str = "none", *, sha256: str | None = None
+) -> tuple[nn.Module, dict]:
+    """Build the encoder that a checkpoint holds, in eval mode on the CPU, in float32.
 
-    Reads pretraining checkpoints of this project, of upstream MoCo v1/v2 and of
-    moco_align_uniform (the query encoder), linear-evaluation checkpoints, and plain torchvision
-    state dicts, also as safetensors. Architecture, stem and head are found from the tensors.
+    Reads pretraining checkpoints of this project, of MoCo v1/v2 and of moco_align_uniform (of the
+    two encoders the query encoder), of MoCo v3 (the base encoder) and SimSiam; linear-evaluation
+    checkpoints; state dicts of torchvision and timm, alone or in a training checkpoint; all of them
+    also as safetensors; and detectron2's pickles. Architecture, stem and head are found from the
+    tensors. Nothing in the file is run.
 
     Args:
-        path: the file.
+        path: a file, a folder with a model.safetensors as Hugging Face has them, or an http(s)
+            address, which is downloaded once into torch's cache; see `moco.download.read_url`.
         head: "none" for features (N, feature_dim) with Identity as last layer; "projection" for
-            MoCo's linear or MLP head; "linear" for a trained linear classifier.
+            the linear or MLP head of contrastive training; "linear" for a trained linear
+            classifier.
+        sha256: the hash that the file must have, or its first 8 digits or more.
 
     Returns:
-        (encoder, info). info has `arch`, `small_stem`, `epoch` and `objective` (None where the
-        file does not say), `layout` ("moco", "lincls" or "plain"), `head` (what the file has:
-        "none", "linear" or "mlp"), `feature_dim`, `matched` (tensors of the encoder that the file
-        filled, which is all of them), `ignored` (names in the file that have no place in the
-        encoder) and `args` (the command line it was trained by, {} if unknown).
+        (encoder, info). info has
+        `arch`, `small_stem` and `feature_dim`;
+        `epoch` and `objective`: None where the file does not say;
+        `layout`: "moco", "moco-v3", "simsiam", "lincls", "timm", "detectron2" or "plain";
+        `encoder`: which of the file's encoders this is, by its name there: "encoder_q" of MoCo,
+            "base_encoder" of MoCo v3, "encoder" of SimSiam, else None;
+        `head`: what the file has at its end: "none", "linear" or "mlp"; `head_use`: the argument
+            `head` that gives it: "none", "linear" or "projection";
+        `matched`: tensors of the encoder that the file filled, which is all of them;
+        `ignored`: that encoder's names in the file that have no place in the one returned;
+        `beside`: names of the file's other tensors, such as the momentum encoder's;
+        `args`: the command line it was trained by, {} if unknown.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, no known architecture fits (the message names what is
-            missing, unexpected or of another shape), or no such head.
+        CheckpointError: not a checkpoint, another hash, no known architecture fits (the message
+            names what is missing, unexpected or of another shape), or no such head.
+        ValueError: no such value of `head` or `sha256`.
     """
     if head not in ("none", "projection", "linear"):
         raise ValueError(f'head must be "none", "projection" or "linear", got {head!r}')
-    content = read_checkpoint(path)
-    state, layout = _encoder_state(content, path)
-    args = content.get("args") if isinstance(content.get("args"), dict) else {}
+    sha256 = checked_digits(sha256)
+    if is_url(path):
+        content = read_url(path, sha256)
+    else:
+        path = Path(path)
+        if (path / "model.safetensors").is_file():
+            path = path / "model.safetensors"
+        content = read_checkpoint(path)
+        check_hash(path, sha256, path)
+    source = find_encoder(content, path)
+    state, layout, args = source.state, source.layout, saved_args(content)
+    if all(name.startswith(_HEADS) for name in state):
+        raise CheckpointError(
+            f"{path} holds a head only ({', '.join(sorted(state)[:3])}), no backbone; expected the "
+            "state dict of a whole network, as main_lincls.py writes it, or of its encoder"
+        )
     encoder = _fit_arch(state, content.get("arch"), path)
 
     name = head_name(encoder)
-    in_file = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-    kind = _head_kind(in_file, name, bias=get_head(encoder).bias is not None)
+    in_file = {
+        key.removeprefix(f"{name}."): value
+        for key, value in state.items()
+        if key.startswith(f"{name}.")
+    }
+    kind = _head_kind(in_file, bias=get_head(encoder).bias is not None)
+    if layout == "lincls" and kind != "linear":
+        layout = "plain"
+    use = _head_use(kind, layout)
     if head == "none":
         set_head(encoder, nn.Identity())
     else:
-        _check_head(head, kind, layout, path)
-        set_head(encoder, _head_like(in_file, name, kind, encoder.feature_dim, path))
+        if head != use:
+            has = "no head" if use == "none" else f"a {use} head"
+            remedy = '(head="none" gives features)'
+            raise CheckpointError(f"{path} has {has}, {head} was asked for {remedy}")
+        try:
+            set_head(encoder, build_head(in_file, encoder.feature_dim))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: in its head {name}, {error}") from error
     wanted = encoder.state_dict()
     for key, tensor in wanted.items():
         if key not in state or state[key].shape != tensor.shape:
@@ -521,45 +220,22 @@ def load_encoder(path: str | os.PathLike, head: str = "none") -> tuple[nn.Module
         "arch": encoder.arch,
         "small_stem": encoder.small_stem,
         "epoch": content.get("pretrained_epochs", content.get("epoch")),
-        "objective": args.get("objective"),
+        "objective": args.get("objective", content.get("objective")),
         "layout": layout,
+        "encoder": source.encoder,
         "head": kind,
+        "head_use": use,
         "feature_dim": encoder.feature_dim,
         "matched": len(wanted),
         "ignored": sorted(set(state) - set(wanted)),
+        "beside": source.beside,
         "args": args,
     }
     return encoder, info
 
 
-def _encoder_state(content: dict, path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the (query) encoder with torchvision's names, and the layout they were in."""
-    named = content.get("state_dict", content)
-    if not isinstance(named, dict):
-        raise CheckpointError(f"{path}: state_dict is a {type(named).__name__}, expected a dict")
-    state: dict[str, Tensor] = {}
-    for key, value in named.items():
-        name = str(key).removeprefix("module.")
-        if name in state:
-            raise CheckpointError(f"{path} holds {name} twice, with and without module.")
-        if isinstance(value, Tensor):
-            state[name] = value
-    # Before torch 0.4.1 batch norm did not count its batches.
-    for name in [name for name in state if name.endswith(".running_var")]:
-        state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    query = {
-        key.removeprefix("encoder_q."): value
-        for key, value in state.items()
-        if key.startswith("encoder_q.")
-    }
-    if query:
-        return query, "moco"
-    if not state:
-        raise CheckpointError(
-            f"{path} holds no tensors by name, only {', '.join(map(str, list(named)[:5]))}; "
-            "expected an encoder's state dict, or a dict that has one as state_dict"
-        )
-    return state, "lincls" if "state_dict" in content else "plain"
+# Beginnings of names in the last parts of torchvision's networks.
+_HEADS = ("fc.", "classifier.", "heads.", "head.")
 
 
 def _fit_arch(state: dict[str, Tensor], arch: object, path: str | os.PathLike) -> nn.Module:
@@ -650,32 +326,20 @@ def _misfit(arch: str, wanted: dict[str, tuple], found: dict[str, tuple]) -> str
     return f". Against {arch}: {'; '.join(parts)}"
 
 
-def _head_kind(head: dict[str, Tensor], name: str, bias: bool) -> str:
+def _head_kind(head: dict[str, Tensor], bias: bool) -> str:
     """What the file has at the end; `bias`: whether the last layer of this arch has one."""
-    names = {key.removeprefix(f"{name}.") for key in head}
-    last = {"weight", "bias"} if bias else {"weight"}
-    if names == last:
+    if head.keys() == ({"weight", "bias"} if bias else {"weight"}):
         return "linear"
-    if names == {"0.weight", "0.bias"} | {f"2.{part}" for part in last}:
+    if head and all(_IN_MLP.fullmatch(name) for name in head):
         return "mlp"
     return "none"
 
 
-def _check_head(head: str, kind: str, layout: str, path: str | os.PathLike) -> None:
-    """A projection head lies in MoCo files, a linear classifier in the others."""
-    wanted = "projection" if layout == "moco" else "linear"
-    if kind == "none" or head != wanted:
-        has = "no head" if kind == "none" else f"a {wanted} head"
-        remedy = ' (head="none" gives features)'
-        raise CheckpointError(f"{path} has {has}, {head} was asked for{remedy}")
+_IN_MLP = re.compile(r"[0-9]{1,3}\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 
-def _head_like(
-    head: dict[str, Tensor], name: str, kind: str, feature_dim: int, path: str | os.PathLike
-) -> nn.Module:
-    last = f"{name}.weight" if kind == "linear" else f"{name}.2.weight"
-    shape = tuple(head[last].shape)
-    if len(shape) != 2 or shape[1] != feature_dim or not shape[0]:
-        raise CheckpointError(f"{path}: {last} is {shape}, expected (outputs, {feature_dim})")
-    linear = nn.Linear(feature_dim, shape[0], bias=last.replace("weight", "bias") in head)
-    return linear if kind == "linear" else ProjectionHead(feature_dim, linear)
+def _head_use(kind: str, layout: str) -> str:
+    """One linear layer is a projection in pretraining files, a classifier in the others."""
+    if kind == "linear" and layout not in PRETRAINING:
+        return "linear"
+    return "none" if kind == "none" else "projection"

@@ -1,0 +1,341 @@
+"""Checkpoints from addresses, fetched from a real server on this machine: what is whole and right
+is kept, anything else leaves nothing and is said in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import socket
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import runs
+import torch
+from helpers import free_port
+
+from moco import download, encoders
+from moco.checkpoint import CheckpointError, is_url, load_encoder, write_safetensors
+from moco.files import write_checkpoint
+
+
+class Server:
+    """Answers with `files`; behind /cut/ it sends half and hangs up, /code/N answers with N, /move/
+    sends on to the rest of the path, and /slow/ waits until several have asked."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        self.together = threading.Barrier(3)
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.asked.append(self.path)
+                _, how, *_ = self.path.split("/")
+                name = unquote(urlsplit(self.path).path).rpartition("/")[2]
+                if how == "move":
+                    self.send_response(302)
+                    self.send_header("Location", self.path.removeprefix("/move"))
+                    self.end_headers()
+                    return
+                if how == "code" or name not in server.files:
+                    self.send_error(int(self.path.split("/")[2]) if how == "code" else 404)
+                    return
+                data = server.files[name]
+                self.send_response(200)
+                if how == "chunks":
+                    self.send_header("Transfer-Encoding", "chunked")
+                    self.end_headers()
+                    self.wfile.write(b"%x\r\n" % len(data) + data[: len(data) // 2])
+                    return
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if how == "slow":
+                    server.together.wait(60)
+                self.wfile.write(data[: len(data) // 2] if how == "cut" else data)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Torch's cache of this test."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert torch.hub.get_dir() == str(tmp_path / "torch" / "hub")
+    return tmp_path / "torch" / "hub" / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A checkpoint in the formats that are downloaded, each of other weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    for seed, name in enumerate(("a.pth", "b.safetensors", "c.pth.tar")):
+        torch.manual_seed(seed)
+        state = encoders.build_encoder("resnet8", 5).state_dict()
+        if name.endswith(".safetensors"):
+            write_safetensors(folder / name, state, {"arch": "resnet8", "epoch": seed})
+        else:
+            write_checkpoint(folder / name, {"epoch": seed, "state_dict": dict(state)})
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def left(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
+
+
+def refusal(url: str, cache: Path, **options: str) -> str:
+    """The one line with which an address is refused; nothing is left behind."""
+    before = left(cache)
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(url, **options)
+    assert left(cache) == before
+    message = str(caught.value)
+    assert url in message and "\n" not in message and str(cache) not in message
+    return message
+
+
+def test_a_name_with_a_hash_is_kept_under_that_name(server, cache, weights) -> None:
+    for name, epoch in (("a.pth", 0), ("b.safetensors", 1), ("c.pth.tar", 2)):
+        stem, _, suffix = name.partition(".")
+        named = f"{stem}-{digest(weights[name])[:8]}.{suffix}"
+        server.files[named] = weights[name]
+        with warnings.catch_warnings(action="error"):
+            encoder, info = load_encoder(f"{server.address}/x/{named}")
+        assert info["epoch"] == epoch and info["arch"] == "resnet8"
+        assert (cache / named).read_bytes() == weights[name]
+    assert len(left(cache)) == 3
+
+
+def test_the_second_time_comes_from_the_cache(server, cache, weights) -> None:
+    server.files["a.pth"] = weights["a.pth"]
+    url = f"{server.address}/a.pth"
+    first, _ = load_encoder(url)
+    assert len(server.asked) == 1
+    server.http.shutdown()
+    server.http.server_close()
+    second, _ = load_encoder(url, head="linear")
+    assert torch.equal(first.conv1.weight, second.conv1.weight)
+
+
+def test_a_cached_file_is_checked_again(server, cache, weights) -> None:
+    """With the hash that is known; a changed file is fetched anew, or named."""
+    name = f"a-{digest(weights['a.pth'])[:10]}.pth"
+    server.files |= {name: weights["a.pth"], "a.pth": weights["a.pth"]}
+    load_encoder(f"{server.address}/{name}")
+    (cache / name).write_bytes(weights["a.pth"][:-1])
+    load_encoder(f"{server.address}/{name}")
+    assert (cache / name).read_bytes() == weights["a.pth"] and len(server.asked) == 2
+    url = f"{server.address}/a.pth"
+    load_encoder(url)
+    (other,) = (path for path in cache.iterdir() if path.name != name)
+    other.write_bytes(weights["a.pth"][:-1])
+    with pytest.raises(CheckpointError, match=f"{other} is damaged.*delete it, so that {url} is"):
+        load_encoder(url)
+
+
+@pytest.mark.parametrize("said", ["name", "argument"])
+def test_a_wrong_hash(said: str, server, cache, weights) -> None:
+    name = "a-0123abcd.pth" if said == "name" else "a.pth"
+    server.files[name] = weights["a.pth"]
+    options = {} if said == "name" else {"sha256": "0123abcd"}
+    message = refusal(f"{server.address}/{name}", cache, **options)
+    assert f"has SHA-256 {digest(weights['a.pth'])}, expected 0123abcd" in message
+    assert "download it again" in message and f"{len(weights['a.pth'])} bytes" in message
+
+
+def test_the_callers_hash_counts_more_than_the_names(server, cache, weights) -> None:
+    """A date can look like a hash."""
+    name = "a-20260722.pth"
+    server.files[name] = weights["a.pth"]
+    refusal(f"{server.address}/{name}", cache)
+    for sha256 in (digest(weights["a.pth"]), digest(weights["a.pth"])[:12].upper()):
+        load_encoder(f"{server.address}/{name}", sha256=sha256)
+    assert len(server.asked) == 2 and left(cache) == [name]
+
+
+@pytest.mark.parametrize("code", [403, 404, 410, 500, 503])
+def test_a_server_that_refuses(code: int, server, cache) -> None:
+    message = refusal(f"{server.address}/code/{code}/a.pth", cache)
+    assert f"the server says {code} " in message and "check the address" in message
+
+
+@pytest.mark.parametrize("how", ["cut", "chunks"])
+@pytest.mark.parametrize("name", ["a.pth", "b.safetensors", "a-HASH.pth", "old.pth", "d2.pkl"])
+def test_a_cut_connection(how: str, name: str, server, cache, weights, tmp_path) -> None:
+    """With and without a hash, in every format."""
+    data = weights["b.safetensors" if name == "b.safetensors" else "a.pth"]
+    if name == "old.pth":
+        content = torch.load(_file(tmp_path / "a.pth", data))
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=False)
+        data = (tmp_path / name).read_bytes()
+    elif name == "d2.pkl":
+        data = _pickled()
+    name = name.replace("HASH", digest(data)[:8])
+    server.files[name] = data
+    message = refusal(f"{server.address}/{how}/{name}", cache)
+    if how == "chunks":
+        assert "cannot be downloaded: IncompleteRead" in message
+    elif "-" in name:
+        assert f"did not arrive whole ({len(data) // 2} bytes)" in message
+    else:
+        assert "damaged" in message or "not a whole safetensors file" in message
+
+
+def _file(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def _pickled() -> bytes:
+    import pickle
+
+    import numpy as np
+
+    return pickle.dumps({"model": {"stem.conv1.weight": np.ones((64, 3, 7, 7), np.float32)}})
+
+
+def test_no_server(cache) -> None:
+    message = refusal(f"http://127.0.0.1:{free_port()}/a.pth", cache)
+    assert "cannot be downloaded: " in message and "refused" in message
+    assert "check the address and the connection" in message
+
+
+def test_a_server_that_falls_silent(cache, monkeypatch) -> None:
+    monkeypatch.setattr(download, "_SILENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # takes the call, says nothing
+        message = refusal(f"http://127.0.0.1:{listener.getsockname()[1]}/a.pth", cache)
+    assert "timed out" in message
+    assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"<!DOCTYPE html><html><body>log in</body></html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 9\n", "git-lfs pointer"),
+        (b"", "is empty"),
+        (b"Not found\n", "is a text file"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_other_things_than_weights(data: bytes, said: str, suffix: str, server, cache) -> None:
+    server.files[f"a{suffix}"] = data
+    message = refusal(f"{server.address}/a{suffix}", cache)
+    if suffix == ".pth" or "text" not in said:
+        assert said in message
+    good = f"a-{digest(data)[:8]}{suffix}"  # the hash is right, the file is not
+    server.files[good] = data
+    refusal(f"{server.address}/{good}", cache)
+
+
+def test_a_pickle_from_the_net_runs_nothing(server, cache, tmp_path) -> None:
+    class Calls:
+        def __reduce__(self):
+            return open, (str(tmp_path / "it-ran"), "w")
+
+    torch.save({"state_dict": Calls()}, tmp_path / "bad.pth")
+    server.files["bad.pth"] = (tmp_path / "bad.pth").read_bytes()
+    assert "nothing in it was run" in refusal(f"{server.address}/bad.pth", cache)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_names_of_all_sorts(server, cache, weights) -> None:
+    """Percent signs, queries, fragments and redirections; no name leads out of the cache."""
+    server.files |= {"my weights.pth": weights["a.pth"], "b.safetensors": weights["b.safetensors"],
+                     "..pth": weights["a.pth"]}  # fmt: skip
+    for path, start, suffix in (
+        ("/my%20weights.pth", "my weights@", ".pth"),
+        ("/b.safetensors?download=true&x=/a.pth", "b@", ".safetensors"),
+        ("/b.safetensors#part", "b@", ".safetensors"),
+        ("/move/b.safetensors", "b@", ".safetensors"),
+        ("/x/..%2f..%2fmy%20weights.pth", "my weights@", ".pth"),
+    ):
+        before = set(left(cache))
+        assert load_encoder(server.address + path)[1]["arch"] == "resnet8"
+        (new,) = set(left(cache)) - before
+        assert new.startswith(start) and new.endswith(suffix), new
+    for path in ("", "/", "/..", "/%2e%2e", "/a%00.pth", "/a%0a.pth", "/%ff.pth"):
+        message = refusal(server.address + path, cache)
+        assert "does not name a file" in message or "is no valid address" in message
+
+
+def test_one_name_at_two_addresses_is_two_files(server, cache, weights) -> None:
+    """As every model.safetensors and checkpoint_0099.pth.tar is."""
+    server.files["model.pth"] = weights["a.pth"]
+    first, _ = load_encoder(f"{server.address}/first/model.pth")
+    server.files["model.pth"] = weights["c.pth.tar"]
+    second, _ = load_encoder(f"{server.address}/second/model.pth")
+    again, _ = load_encoder(f"{server.address}/first/model.pth")
+    assert not torch.equal(first.conv1.weight, second.conv1.weight)
+    assert torch.equal(first.conv1.weight, again.conv1.weight) and len(left(cache)) == 2
+
+
+def test_other_addresses_are_refused(cache) -> None:
+    for url in ("ftp://127.0.0.1/a.pth", "file:///etc/passwd", "s3://bucket/a.pth",
+                "http://", "http:///a.pth", "http://[::1/a.pth", "http://127.0.0.1:99999/a.pth",
+                "http://127.0.0.1:x/a.pth", "http://127.0.0.1/a b.pth"):  # fmt: skip
+        refusal(url, cache)
+    assert not is_url("a.pth") and not is_url(Path("http:/a")) and not is_url("C:\\a.pth")
+    assert is_url("https://a/b.pth") and is_url("HTTP://a/b.pth")
+
+
+def test_a_cache_that_cannot_be_written(server, weights, tmp_path, monkeypatch) -> None:
+    (tmp_path / "taken").write_text("a file where the folder should be")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "taken"))
+    server.files["a.pth"] = weights["a.pth"]
+    with pytest.raises(CheckpointError, match="cannot be kept in torch's cache .*TORCH_HOME"):
+        load_encoder(f"{server.address}/a.pth")
+
+
+def test_processes_that_ask_at_once_all_get_it(server, cache, weights, tmp_path) -> None:
+    """The server answers none of them before all have asked; one whole file is left."""
+    name = f"a-{digest(weights['a.pth'])[:8]}.pth"
+    server.files[name] = weights["a.pth"]
+    code = f"""
+import os
+os.environ["TORCH_HOME"] = {str(cache.parents[1])!r}
+from moco import checkpoint
+print(checkpoint.load_encoder("{server.address}/slow/{name}")[1]["arch"])
+"""
+    started = runs.Processes(tmp_path / "out", count=3, code=code)
+    assert started.wait() == [0, 0, 0], started.output()
+    assert started.output().split() == ["resnet8"] * 3  # and no progress bar
+    assert len(server.asked) == 3 and left(cache) == [name]
+    assert (cache / name).read_bytes() == weights["a.pth"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_old_format_is_warned_of_by_address(server, cache, weights, tmp_path) -> None:
+    """Not by the name of a temporary file; and not when the hash has been checked."""
+    content = torch.load(_file(tmp_path / "a.pth", weights["a.pth"]))
+    del content["checksum"]
+    torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "old.pth").read_bytes()
+    server.files["old.pth"] = data
+    url = f"{server.address}/old.pth"
+    with pytest.warns(UserWarning, match=f"^{url} is in torch's old format"):
+        load_encoder(url)
+    load_encoder(url, sha256=digest(data))
