@@ -17,6 +17,7 @@ import csv
 import difflib
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -78,15 +79,23 @@ def main() -> None:
     if args.folds:
         lincls["folds"] = args.folds
     pretrain["seed"] = lincls["seed"] = args.seed
-    checkpoint = out / "pretrain" / f"checkpoint_{int(pretrain['epochs']) - 1:04d}.pth.tar"
-    commands = [
-        ["main_moco.py", *spell(pretrain), *args.pretrain,
-         "--save-dir", str(out / "pretrain"), "--resume", "auto", args.data],
-        ["main_lincls.py", "--pretrained", str(checkpoint), *spell(lincls), *args.lincls,
-         "--save-dir", str(out / "lincls"), "--resume", "auto", args.data],
+    words = [*spell(pretrain), *args.pretrain]
+    checkpoint = out / "pretrain" / f"checkpoint_{last_epochs(words) - 1:04d}.pth.tar"
+    result, metrics = out / "lincls" / "lincls.json", out / "align_uniform.json"
+    steps = [
+        (checkpoint, ["main_moco.py", *words,
+                      "--save-dir", str(out / "pretrain"), "--resume", "auto", args.data]),
+        (result, ["main_lincls.py", "--pretrained", str(checkpoint), *spell(lincls), *args.lincls,
+                  "--save-dir", str(out / "lincls"), "--resume", "auto", args.data]),
+        (metrics, ["scripts/measure_align_uniform.py", str(checkpoint), args.data,
+                   "--out", str(metrics)]),
     ]  # fmt: skip
+    if args.pretrain:
+        changes.append(f"pretrain {shlex.join(args.pretrain)}")
+    if args.lincls:
+        changes.append(f"lincls {shlex.join(args.lincls)}")
     describe(args.recipe, table, row, changes)
-    for command in commands:
+    for _, command in steps:
         print(f"python {shlex.join(command)}", flush=True)
     if not args.run:
         return
@@ -95,15 +104,23 @@ def main() -> None:
             check_classes(table, Path(args.data))
         except ValueError as error:
             parser.error(str(error))
-    result = out / "lincls" / "lincls.json"
-    for command, done in zip(commands, (checkpoint, result), strict=True):
-        if not done.is_file():
-            status = subprocess.run([sys.executable, ROOT / command[0], *command[1:]]).returncode
+    for file, command in steps:
+        if not file.is_file():
+            status = run([sys.executable, str(ROOT / command[0]), *command[1:]])
             if status:
                 sys.exit(status)
-        if not done.is_file():  # --max-steps, say
-            sys.exit(f"run_recipe.py: error: {command[0]} ended without {done}")
-    compare(row, json.loads(result.read_text(encoding="utf-8")), bool(changes))
+        if not file.is_file():  # --max-steps, say
+            sys.exit(f"run_recipe.py: error: {command[0]} has ended without {file}")
+    compare(row, *(json.loads(file.read_text(encoding="utf-8")) for file in (result, metrics)),
+            changed=bool(changes))  # fmt: skip
+
+
+def run(command: list[str]) -> int:
+    """Run a command to its end, handing on requests to stop: it saves and ends with status 75."""
+    process = subprocess.Popen(command)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda received, _: process.send_signal(received))
+    return process.wait()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,6 +201,11 @@ def scale(pretrain: Flags, lincls: Flags, name: str) -> list[str]:
     return changes
 
 
+def last_epochs(words: list[str]) -> int:
+    """The value of --epochs that counts: the last one given."""
+    return int(words[len(words) - words[::-1].index("--epochs")])
+
+
 def spell(flags: Flags) -> list[str]:
     """Flags as words of a command line."""
     words = []
@@ -248,12 +270,12 @@ def describe(recipe: str, table: dict, row: dict, changes: list[str]) -> None:
     figures = [f"{name} {row[column]}" for column, name in PUBLISHED.items() if row.get(column)]
     print(f"# published: {', '.join(figures)}")
     if changes:
-        print("# another scale, so the published figures are no target; changed:")
+        print("# not the published setting, so the published figures are no target; changed:")
         for change in changes:
             print(f"#   {change}")
 
 
-def compare(row: dict, result: dict, scaled: bool) -> None:
+def compare(row: dict, result: dict, metrics: dict, *, changed: bool) -> None:
     """Published and measured figures, a line each."""
     measured = {"val_top1": result["last"]["top1"], "val_top5": result["last"]["top5"]}
     print(f"\n{'':<24} {'published':>9} {'measured':>9}")
@@ -263,8 +285,9 @@ def compare(row: dict, result: dict, scaled: bool) -> None:
             print(f"{name:<24} {row[column]:>9} {value}")
     best = result["best"]
     print(f"measured: last epoch; best {best['top1']:.2f} in epoch {best['epoch']}")
-    if scaled:
-        print("another data set and budget than the published figures: no comparison")
+    print(f"alignment {metrics['alignment']:.4f}, uniformity {metrics['uniformity']:.4f}")
+    if changed:
+        print("not the setting of the published figures (see above): no comparison")
 
 
 def print_list(tables: dict[str, dict]) -> None:

@@ -41,7 +41,7 @@ def call(
 
 
 def commands(text: str) -> tuple[list[str], list[str]]:
-    pretrain, lincls = (line for line in text.splitlines() if line.startswith("python "))
+    pretrain, lincls, _ = (line for line in text.splitlines() if line.startswith("python "))
     return shlex.split(pretrain)[2:], shlex.split(lincls)[2:]
 
 
@@ -173,6 +173,8 @@ def test_a_tiny_run_ends_with_published_beside_measured(tmp_path: Path) -> None:
     line = next(line for line in done.stdout.splitlines() if line.startswith("validation top-1"))
     assert line.split()[-2:] == ["74.60", f"{result['last']['top1']:.2f}"]
     assert "no comparison" in done.stdout
+    metrics = json.loads((tmp_path / "out" / "align_uniform.json").read_text())
+    assert f"alignment {metrics['alignment']:.4f}" in done.stdout
     # Done already: nothing is trained again.
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 0 and "epoch [" not in again.stdout and line in again.stdout
