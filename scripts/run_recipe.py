@@ -25,11 +25,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "scripts" / "recipes"
+PROTOCOLS = tomllib.loads((RECIPES / "recipes.toml").read_text(encoding="utf-8"))
+SCALES = PROTOCOLS["scale"]
 PUBLISHED = {  # column -> what it is called
     "cv_top1": "cross-validation top-1",
     "cv_top5": "cross-validation top-5",
     "val_top1": "validation top-1",
     "val_top5": "validation top-5",
+    "knn_top1": "k-NN top-1",
 }
 
 Flags = dict[str, str | list | float | bool]
@@ -42,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("data", nargs="?", metavar="DIR", help="not touched unless --run is given")
     parser.add_argument("--list", action="store_true", help="list all recipes")
     parser.add_argument("--run", action="store_true", help="run the commands, then compare")
-    parser.add_argument("--scale", choices=("full", "cifar10", "tiny"), default="full",
+    parser.add_argument("--scale", choices=("full", *SCALES), default="full",
                         help="a smaller data set and budget for the same objective (%(default)s)")
     parser.add_argument("--folds", type=int, metavar="K",
                         help="choose by K-fold cross-validation in main_lincls.py; the paper has 3")
@@ -130,8 +133,7 @@ def run(command: list[str]) -> int:
 
 def read_tables() -> dict[str, dict]:
     """Name -> {title, source, pretrain, lincls, rows, ...}."""
-    tables = tomllib.loads((RECIPES / "recipes.toml").read_text(encoding="utf-8"))
-    del tables["scale"]
+    tables = {name: table for name, table in PROTOCOLS.items() if name != "scale"}
     for name, table in tables.items():
         if "like" in table:
             tables[name] = table = {**tables[table["like"]], **table}
@@ -178,6 +180,8 @@ def flags_of(table: dict, row: dict) -> tuple[Flags, Flags]:
         pretrain[f"moco-{term}-w"] = weight
         if weight:
             pretrain[f"moco-{term}-{parameter}"] = float(row[f"{term}_{parameter}"])
+    if row.get("symmetric") == "yes":
+        pretrain["symmetric"] = True
     if row["intra_batch"] == "no":
         pretrain["moco-unif-no-intra-batch"] = True
     return pretrain, dict(table["lincls"])
@@ -185,7 +189,7 @@ def flags_of(table: dict, row: dict) -> tuple[Flags, Flags]:
 
 def scale(pretrain: Flags, lincls: Flags, name: str) -> list[str]:
     """Replace what the scale replaces, in place; returns a line for each change."""
-    replaced = tomllib.loads((RECIPES / "recipes.toml").read_text(encoding="utf-8"))["scale"][name]
+    replaced = SCALES[name]
     changes = [f"data: {replaced['data']}"]
     for program, flags in (("pretrain", pretrain), ("lincls", lincls)):
         new = dict(replaced[program])
@@ -194,9 +198,8 @@ def scale(pretrain: Flags, lincls: Flags, name: str) -> list[str]:
             new["schedule"] = [round(epoch * share) for epoch in flags["schedule"]]
         for flag, value in new.items():
             if flags.get(flag) != value:
-                before = " ".join(spell({flag: flags[flag]})[1:]) if flag in flags else "default"
-                after = " ".join(spell({flag: value})[1:]) or "on"
-                changes.append(f"{program} --{flag}: {before} -> {after}")
+                before = value_text(flags[flag]) if flag in flags else "default"
+                changes.append(f"{program} --{flag}: {before} -> {value_text(value)}")
         flags.update(new)
     return changes
 
@@ -210,11 +213,16 @@ def spell(flags: Flags) -> list[str]:
     """Flags as words of a command line."""
     words = []
     for flag, value in flags.items():
-        words.append(f"--{flag}")
-        if value is not True:
-            values = value if isinstance(value, list) else [value]
-            words += [f"{v:.10g}" if isinstance(v, (int, float)) else v for v in values]
+        if value is not False:
+            words += [f"--{flag}", *([] if value is True else value_text(value).split())]
     return words
+
+
+def value_text(value: str | list | float | bool) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(v if isinstance(v, str) else f"{v:.10g}" for v in values)
 
 
 def check_classes(table: dict, data: Path) -> None:
@@ -259,7 +267,8 @@ def formula(row: dict) -> str:
         )
     ]  # fmt: skip
     text = " + ".join(f"{weight} * {term}" for weight, term in terms if weight)
-    return text + (", no intra-batch pairs" if row["intra_batch"] == "no" else "")
+    text += ", no intra-batch pairs" if row["intra_batch"] == "no" else ""
+    return text + (", symmetric" if row.get("symmetric") == "yes" else "")
 
 
 def describe(recipe: str, table: dict, row: dict, changes: list[str]) -> None:
@@ -268,7 +277,7 @@ def describe(recipe: str, table: dict, row: dict, changes: list[str]) -> None:
     if row["note"]:
         print(f"# note: {row['note']}")
     figures = [f"{name} {row[column]}" for column, name in PUBLISHED.items() if row.get(column)]
-    print(f"# published: {', '.join(figures)}")
+    print(f"# published: {', '.join(figures) or 'nothing'}")
     if changes:
         print("# not the published setting, so the published figures are no target; changed:")
         for change in changes:
@@ -278,11 +287,13 @@ def describe(recipe: str, table: dict, row: dict, changes: list[str]) -> None:
 def compare(row: dict, result: dict, metrics: dict, *, changed: bool) -> None:
     """Published and measured figures, a line each."""
     measured = {"val_top1": result["last"]["top1"], "val_top5": result["last"]["top5"]}
+    if "knn" in result:
+        measured["knn_top1"] = result["knn"]["top1"]
     print(f"\n{'':<24} {'published':>9} {'measured':>9}")
     for column, name in PUBLISHED.items():
-        if row.get(column):
+        if row.get(column) or column in measured:
             value = f"{measured[column]:9.2f}" if column in measured else f"{'-':>9}"
-            print(f"{name:<24} {row[column]:>9} {value}")
+            print(f"{name:<24} {row.get(column) or '-':>9} {value}")
     best = result["best"]
     print(f"measured: last epoch; best {best['top1']:.2f} in epoch {best['epoch']}")
     print(f"alignment {metrics['alignment']:.4f}, uniformity {metrics['uniformity']:.4f}")
@@ -298,7 +309,8 @@ def print_list(tables: dict[str, dict]) -> None:
             setting += f", MoCo {row['moco']}" if "moco" in row else ""
             setting += f", queue {row['queue']}" if "queue" in row else ""
             note = f"  ({row['note']})" if row["note"] else ""
-            print(f"  {name}:{number:<3} {row['val_top1']:>6}  {formula(row)}; {setting}{note}")
+            top1 = row.get("val_top1") or row.get("knn_top1") or "-"
+            print(f"  {name}:{number:<3} {top1:>6}  {formula(row)}; {setting}{note}")
 
 
 if __name__ == "__main__":

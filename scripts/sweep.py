@@ -43,8 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("data", metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="%(default)s")
-    parser.add_argument("--scale", choices=("full", "cifar10", "tiny"), default="full",
-                        help="of the recipes (%(default)s)")
+    parser.add_argument("--scale", default="full", help="as of run_recipe.py (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="runs at a time, each with its share of the GPUs (%(default)s)")
     parser.add_argument("--pretrain", default="", metavar="FLAGS", help="more flags for all runs")

@@ -50,7 +50,7 @@ def flags_of(command: list[str]) -> list[str]:
 
 
 def test_each_figure_of_the_paper_has_its_runs(tmp_path: Path) -> None:
-    assert [path.stem for path in SPECS] == ["example", "figure7", "figure8", "figure9a"]
+    assert [path.stem for path in SPECS] == ["cifar10", "example", "figure7", "figure8", "figure9a"]
     table = list(csv.DictReader(open(ROOT / "scripts/recipes/table10.csv", newline="")))
     by_name = {path.stem: planned(path) for path in SPECS}
 
@@ -66,8 +66,8 @@ def test_each_figure_of_the_paper_has_its_runs(tmp_path: Path) -> None:
     assert ["--moco-align-w" in flags_of(c) for c in later] == [True, False, True]
     assert ["--moco-unif-w" in flags_of(c) for c in later] == [False, True, True]
     runs = sweep.plan(
-        sweep.read_spec(SPECS[2]),
-        sweep.build_parser().parse_args([str(SPECS[2]), "DIR", "--out", str(tmp_path)]),
+        sweep.read_spec(SPECS[3]),
+        sweep.build_parser().parse_args([str(SPECS[3]), "DIR", "--out", str(tmp_path)]),
     )
     assert [run["level"] for run in runs] == [0, 1, 1, 1]
     assert {run["after"] for run in runs[1:]} == {runs[0]["folder"]}
@@ -139,7 +139,7 @@ def test_slurm_gets_an_array_for_each_level_and_then_the_report(tmp_path: Path) 
         "FAKES": str(tmp_path),
     }
     out = tmp_path / "out"
-    done = start(SPECS[2], "DIR", "--out", out, "--seeds", 0, 1, "--slurm", "--gpus=1 --mem=9G",
+    done = start(SPECS[3], "DIR", "--out", out, "--seeds", 0, 1, "--slurm", "--gpus=1 --mem=9G",
                  env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, second, report = [
@@ -154,7 +154,7 @@ def test_slurm_gets_an_array_for_each_level_and_then_the_report(tmp_path: Path) 
     assert '--only "$SLURM_ARRAY_TASK_ID"' in script and "requeue" in script
     subprocess.run(["bash", "-n", str(out / "array.sbatch")], check=True)
 
-    missing = start(SPECS[2], "DIR", "--out", out, "--seeds", 0, 1, "--slurm", "",
+    missing = start(SPECS[3], "DIR", "--out", out, "--seeds", 0, 1, "--slurm", "",
                     env={**os.environ, "PATH": "/nowhere"})  # fmt: skip
     assert missing.returncode == 1 and "there is no sbatch here" in missing.stderr
 
