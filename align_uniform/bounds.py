@@ -39,13 +39,30 @@ def uniformity_infimum(dim: int, t: float = 2) -> float:
     if dim < 2 or dim != int(dim):
         raise ValueError(f"dim must be a whole number of at least 2, got {dim!r}")
     _check_t(t)
-    # 0F1(; b; z) = sum_n z^n / (n! (b)_n), all terms positive: a log-sum-exp over lgamma. Terms
-    # grow until n(n + b) = t^2, hence n <= t, and fall faster than geometrically after that.
-    b = dim / 2
-    n = torch.arange(int(4 * t) + 64, dtype=torch.float64)
+    return -2 * t + log_hyp0f1(dim / 2, torch.tensor(float(t * t))).item()
+
+
+def log_hyp0f1(b: float, z: torch.Tensor) -> torch.Tensor:
+    """log 0F1(; b; z), the logarithm of the confluent hypergeometric limit function.
+
+        0F1(; b; z) = sum_n z^n / (n! (b)_n)
+
+    Of use here because, with b = dim/2, E exp(<v, u>) = 0F1(; b; |v|^2/4) for u uniform on the unit
+    sphere. Accurate to 1e-12 (all terms are positive: a log-sum-exp over lgamma).
+
+    Args:
+        b: > 0.
+        z: any shape, >= 0.
+
+    Returns:
+        float64, of z's shape.
+    """
+    z = z.double()
+    # Terms grow until n(n + b) = z, hence n <= sqrt(z), and fall faster than geometrically then.
+    n = torch.arange(int(4 * z.max().sqrt()) + 64, dtype=torch.float64)
     b_t = torch.tensor(b, dtype=torch.float64)
-    log_terms = 2 * n * math.log(t) - torch.lgamma(n + 1) - torch.lgamma(n + b) + torch.lgamma(b_t)
-    return -2 * t + torch.logsumexp(log_terms, dim=0).item()
+    log_coefficients = torch.lgamma(b_t) - torch.lgamma(n + 1) - torch.lgamma(n + b_t)
+    return (torch.xlogy(n, z.unsqueeze(-1)) + log_coefficients).logsumexp(dim=-1)
 
 
 def uniformity_sample_bound(n: int, dim: int, t: float = 2, *, self_pairs: bool = False) -> float:

@@ -1,0 +1,108 @@
+"""scripts/theorem1.py: closed forms against sums, and the two rates of convergence."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from helpers import ROOT
+
+from align_uniform import contrastive_loss
+from align_uniform.bounds import log_hyp0f1
+
+SCRIPT = ROOT / "scripts" / "theorem1.py"
+_spec = importlib.util.spec_from_file_location("theorem1", SCRIPT)
+theorem1 = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(theorem1)
+
+
+@pytest.mark.parametrize("b", [1.0, 1.5, 4.0, 64.0])
+def test_log_hyp0f1_is_that_of_scipy(b: float) -> None:
+    z = torch.tensor([[0.0, 1e-6, 0.3], [2.0, 50.0, 900.0]])
+    found = log_hyp0f1(b, z)
+    assert found.shape == z.shape and found.dtype == torch.float64
+    expected = np.log(scipy.special.hyp0f1(b, z.double().numpy()))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.5, 4.0])
+def test_samples_have_unit_rows_and_the_mean_of_their_distribution(kappa: float) -> None:
+    rows = theorem1.sample(np.random.default_rng(0), 200_000, 5, kappa)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-12)
+    mean = scipy.special.iv(2.5, kappa) / scipy.special.iv(1.5, kappa) if kappa else 0.0
+    np.testing.assert_allclose(rows.mean(axis=0), [mean, 0, 0, 0, 0], atol=5e-3)
+    assert theorem1.mean_similarity(5, kappa, 1.0) == pytest.approx(mean**2, abs=1e-9)
+    assert theorem1.mean_similarity(5, kappa, 0.0) == 1
+
+
+@pytest.mark.parametrize("kappa", [0.0, 3.0])
+def test_the_potential_in_closed_form_is_the_mean_over_many_samples(kappa: float) -> None:
+    rng = np.random.default_rng(1)
+    anchors = theorem1.sample(rng, 4, 6, kappa)
+    others = theorem1.sample(rng, 500_000, 6, kappa)
+    means = np.log(np.exp(anchors @ others.T / 0.4).mean(axis=1))
+    np.testing.assert_allclose(theorem1.log_potential(anchors, 0.4, kappa), means, atol=0.02)
+
+
+def test_the_deviation_is_that_of_the_loss_users_train_with() -> None:
+    """The mean over anchors, with the control variate put back, is InfoNCE - log M - limit."""
+    args = theorem1.build_parser().parse_args([])
+    m, kappa = 512, 2.0
+    deviation, _, second = theorem1.repeat(np.random.default_rng(3), m, kappa, args)
+
+    rng = np.random.default_rng(3)  # the same draws again
+    x = theorem1.sample(rng, theorem1.ANCHORS, args.dim, kappa)
+    independent = rng.random(theorem1.ANCHORS) < args.unaligned
+    other = theorem1.sample(rng, theorem1.ANCHORS, args.dim, kappa)
+    y = np.where(independent[:, None], other, x)
+    negatives = theorem1.sample(rng, m, args.dim, kappa)
+    loss = contrastive_loss(*map(torch.from_numpy, (x, y, negatives.T)), args.tau).item()
+    potential = theorem1.log_potential(x, args.tau, kappa)
+    error = (np.exp(x @ negatives.T / args.tau).mean(axis=1) / np.exp(potential) - 1).mean()
+    limit = second - (x * y).sum(axis=1).mean() / args.tau
+    assert loss - math.log(m) - limit == pytest.approx(deviation + error, abs=1e-12)
+
+
+def test_the_command_reports_both_rates(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--repeats", "60", "--out", str(out)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "slope of the expected loss" in done.stdout
+    report = json.loads((out / "theorem1.json").read_text())
+    for result in report["results"]:
+        # About 1/M for the expected loss, M^(-1/2) per anchor, as the proof bounds it.
+        expected, anchor = result["slope_of_the_expected_loss"], result["slope_per_anchor"]
+        assert expected["low"] < expected["slope"] < expected["high"]
+        assert expected["slope"] == pytest.approx(-1, abs=0.03)
+        assert anchor["slope"] == pytest.approx(-0.5, abs=0.04)
+        parts = result["alignment_part"] + result["uniformity_part"]
+        assert result["limit"] == pytest.approx(parts, abs=1e-12)
+        assert result["uniformity_part"] >= result["uniformity_of_the_uniform"] - 1e-9
+    uniform = report["results"][0]
+    assert uniform["uniformity_part"] == pytest.approx(uniform["uniformity_of_the_uniform"])
+    by_m = {row["M"]: row["deviation"] for row in uniform["rows"]}
+    # Figures of an independent trial with dimension 8 and tau 0.5 (issue 7).
+    for m, deviation in ((64, 0.067), (256, 0.017), (1024, 0.0043)):
+        assert by_m[m] == pytest.approx(deviation, rel=0.05)
+    assert (out / "theorem1.png").stat().st_size > 10_000
+    assert "<svg" in (out / "theorem1.svg").read_text()[:1000]
+
+
+@pytest.mark.parametrize("flags", ["--tau 0", "--dim 1", "--negatives 8 16", "--unaligned 2"])
+def test_impossible_arguments_are_refused(
+    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["theorem1.py", *flags.split()])
+    with pytest.raises(SystemExit) as refused:
+        theorem1.main()
+    assert refused.value.code == 2 and "expected" in capsys.readouterr().err
