@@ -131,13 +131,13 @@ def image_settings(encoder: nn.Module, info: dict) -> tuple[int, list[float], li
 
 
 # Arguments that are places: of the run, of the data, of a machine in the network.
-_PLACES = ("data", "save_dir", "resume", "checkpoint", "pretrained", "dist_url")
+PLACES = ("data", "save_dir", "resume", "checkpoint", "pretrained", "dist_url")
 
 
 def without_paths(said: dict) -> dict:
     """The arguments or results of a run without what tells of the machine it ran on: each path
     becomes its last name, the address of the first node is left out, and so is what JSON lacks."""
-    places = [value for name in _PLACES if isinstance(value := said.get(name), str) and value]
+    places = [value for name in PLACES if isinstance(value := said.get(name), str) and value]
     kept = {name: value for name, value in said.items() if name != "dist_url"}
 
     def clean(value: object, name: object = None) -> object:
@@ -147,7 +147,7 @@ def without_paths(said: dict) -> dict:
             return [clean(item) for item in value]
         if not isinstance(value, str):
             return value
-        if name in _PLACES:
+        if name in PLACES:
             return os.path.basename(value.rstrip("/"))
         for place in sorted(places, key=len, reverse=True):
             if "/" in place:
