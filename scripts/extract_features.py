@@ -36,6 +36,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import checkpoint, distributed, encoders, export, loader, options  # noqa: E402
+from moco.checkpoint import CheckpointError  # noqa: E402
 from moco.log import progress  # noqa: E402
 
 
@@ -141,7 +142,7 @@ def extract(args: argparse.Namespace, images: loader.Images) -> tuple[Tensor, Te
     try:
         encoders.check_image_size(encoder, size)
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{args.checkpoint}: {error}; give --image-size") from None
+        raise CheckpointError(f"{args.checkpoint}: {error}; give --image-size") from None
     encoder.to(args.device)
     batches = loader.eval_loader(
         loader.PlainImages(images, loader.eval_transform(size)),

@@ -280,9 +280,9 @@ def card(folder: Path, name: str, network: export.Network, licence: str | None) 
 NOTES = {
     "Linear evaluation": "A linear classifier on the frozen encoder, in percent of the validation "
     "images.",
-    "Alignment and uniformity": "Held-out: of the validation images, L_align of two random views "
-    "of each, L_uniform of one view of all (arXiv:2005.10242); smaller is better for both. "
-    "Training: the loss terms as they were minimised.",
+    "Alignment and uniformity": "L_align = mean \\|f(x) - f(x')\\|^alpha over two views of each "
+    "image and L_uniform = log mean exp(-t \\|f(x) - f(y)\\|^2) over pairs of images "
+    "(arXiv:2005.10242); smaller is better for both.",
 }
 
 
@@ -328,14 +328,23 @@ def figures(folder: Path) -> dict[str, list[tuple[str, str]]]:
     log = read_log(folder / LOG) if (folder / LOG).is_file() else []
     probe = folder / LINCLS / options.LINCLS_RESULT
     metrics = folder / METRICS
-    return {
-        "Recipe": list(recipe(info, args, checkpoint.read_checkpoint(full).get("step"))),
-        "Linear evaluation": list(accuracy(folder)) if probe.is_file() else [],
-        "Alignment and uniformity": [
-            *(measured(read_json(metrics)) if metrics.is_file() else []),
+    tables = {
+        "Recipe": recipe(info, args, checkpoint.read_checkpoint(full).get("step")),
+        "Linear evaluation": accuracy(folder) if probe.is_file() else (),
+        "Alignment and uniformity": (
+            *(measured(read_json(metrics)) if metrics.is_file() else ()),
             *training_losses(log),
-        ],
+        ),
     }
+    return {
+        title: [(in_table(label), in_table(value)) for label, value in rows]
+        for title, rows in tables.items()
+    }
+
+
+def in_table(text: str) -> str:
+    """On one line, and without what ends a cell."""
+    return " ".join(text.replace("|", "/").split())
 
 
 def recipe(info: dict, args: dict, step: int | None) -> Iterator[tuple[str, str]]:
