@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moco.download import check_hash, checked_digits, is_url, read_url
 from moco.encoders import (
-    ProjectionHead,
     arch_names,
     build_encoder,
+    build_head,
     get_head,
     head_name,
     set_head,
@@ -30,6 +31,7 @@ from moco.files import (  # noqa: F401  (callers know one module for checkpoints
     write_checkpoint,
     write_safetensors,
 )
+from moco.layouts import PRETRAINING, find_encoder
 
 # ------------------------------------------------------------------------------------------------
 # Run folders
@@ -121,45 +123,86 @@ def saved_args(content: dict) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 
-def load_encoder(path: str | os.PathLike, head: str = "none") -> tuple[nn.Module, dict]:
-    """Build the encoder that a checkpoint holds, in eval mode on the CPU.
+def load_encoder(
+    path: str | os.PathLike, head: str = "none", *, sha256: str | None = None
+) -> tuple[nn.Module, dict]:
+    """Build the encoder that a checkpoint holds, in eval mode on the CPU, in float32.
 
-    Reads pretraining checkpoints of this project, of upstream MoCo v1/v2 and of
-    moco_align_uniform (the query encoder), linear-evaluation checkpoints, and plain torchvision
-    state dicts, also as safetensors. Architecture, stem and head are found from the tensors.
+    Reads pretraining checkpoints of this project, of MoCo v1/v2 and of moco_align_uniform (of the
+    two encoders the query encoder), of MoCo v3 (the base encoder) and SimSiam; linear-evaluation
+    checkpoints; state dicts of torchvision and timm, alone or in a training checkpoint; all of them
+    also as safetensors; and detectron2's pickles. Architecture, stem and head are found from the
+    tensors. Nothing in the file is run.
 
     Args:
-        path: the file.
+        path: a file, a folder with a model.safetensors as Hugging Face has them, or an http(s)
+            address, which is downloaded once into torch's cache; see `moco.download.read_url`.
         head: "none" for features (N, feature_dim) with Identity as last layer; "projection" for
-            MoCo's linear or MLP head; "linear" for a trained linear classifier.
+            the linear or MLP head of contrastive training; "linear" for a trained linear
+            classifier.
+        sha256: the hash that the file must have, or its first 8 digits or more.
 
     Returns:
-        (encoder, info). info has `arch`, `small_stem`, `epoch` and `objective` (None where the
-        file does not say), `layout` ("moco", "lincls" or "plain"), `head` (what the file has:
-        "none", "linear" or "mlp"), `feature_dim`, `matched` (tensors of the encoder that the file
-        filled, which is all of them), `ignored` (names in the file that have no place in the
-        encoder) and `args` (the command line it was trained by, {} if unknown).
+        (encoder, info). info has
+        `arch`, `small_stem` and `feature_dim`;
+        `epoch` and `objective`: None where the file does not say;
+        `layout`: "moco", "moco-v3", "simsiam", "lincls", "timm", "detectron2" or "plain";
+        `encoder`: which of the file's encoders this is, by its name there: "encoder_q" of MoCo,
+            "base_encoder" of MoCo v3, "encoder" of SimSiam, else None;
+        `head`: what the file has at its end: "none", "linear" or "mlp"; `head_use`: the argument
+            `head` that gives it: "none", "linear" or "projection";
+        `matched`: tensors of the encoder that the file filled, which is all of them;
+        `ignored`: that encoder's names in the file that have no place in the one returned;
+        `beside`: names of the file's other tensors, such as the momentum encoder's;
+        `args`: the command line it was trained by, {} if unknown.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, no known architecture fits (the message names what is
-            missing, unexpected or of another shape), or no such head.
+        CheckpointError: not a checkpoint, another hash, no known architecture fits (the message
+            names what is missing, unexpected or of another shape), or no such head.
+        ValueError: no such value of `head` or `sha256`.
     """
     if head not in ("none", "projection", "linear"):
         raise ValueError(f'head must be "none", "projection" or "linear", got {head!r}')
-    content = read_checkpoint(path)
-    state, layout = _encoder_state(content, path)
-    args = content.get("args") if isinstance(content.get("args"), dict) else {}
+    sha256 = checked_digits(sha256)
+    if is_url(path):
+        content = read_url(path, sha256)
+    else:
+        path = Path(path)
+        if (path / "model.safetensors").is_file():
+            path = path / "model.safetensors"
+        content = read_checkpoint(path)
+        check_hash(path, sha256, path)
+    source = find_encoder(content, path)
+    state, layout, args = source.state, source.layout, saved_args(content)
+    if all(name.startswith(_HEADS) for name in state):
+        raise CheckpointError(
+            f"{path} holds a head only ({', '.join(sorted(state)[:3])}), no backbone; expected the "
+            "state dict of a whole network, as main_lincls.py writes it, or of its encoder"
+        )
     encoder = _fit_arch(state, content.get("arch"), path)
 
     name = head_name(encoder)
-    in_file = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-    kind = _head_kind(in_file, name, bias=get_head(encoder).bias is not None)
+    in_file = {
+        key.removeprefix(f"{name}."): value
+        for key, value in state.items()
+        if key.startswith(f"{name}.")
+    }
+    kind = _head_kind(in_file, bias=get_head(encoder).bias is not None)
+    if layout == "lincls" and kind != "linear":
+        layout = "plain"
+    use = _head_use(kind, layout)
     if head == "none":
         set_head(encoder, nn.Identity())
     else:
-        _check_head(head, kind, layout, path)
-        set_head(encoder, _head_like(in_file, name, kind, encoder.feature_dim, path))
+        if head != use:
+            has = "no head" if use == "none" else f"a {use} head"
+            remedy = '(head="none" gives features)'
+            raise CheckpointError(f"{path} has {has}, {head} was asked for {remedy}")
+        try:
+            set_head(encoder, build_head(in_file, encoder.feature_dim))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: in its head {name}, {error}") from error
     wanted = encoder.state_dict()
     for key, tensor in wanted.items():
         if key not in state or state[key].shape != tensor.shape:
@@ -177,45 +220,22 @@ def load_encoder(path: str | os.PathLike, head: str = "none") -> tuple[nn.Module
         "arch": encoder.arch,
         "small_stem": encoder.small_stem,
         "epoch": content.get("pretrained_epochs", content.get("epoch")),
-        "objective": args.get("objective"),
+        "objective": args.get("objective", content.get("objective")),
         "layout": layout,
+        "encoder": source.encoder,
         "head": kind,
+        "head_use": use,
         "feature_dim": encoder.feature_dim,
         "matched": len(wanted),
         "ignored": sorted(set(state) - set(wanted)),
+        "beside": source.beside,
         "args": args,
     }
     return encoder, info
 
 
-def _encoder_state(content: dict, path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the (query) encoder with torchvision's names, and the layout they were in."""
-    named = content.get("state_dict", content)
-    if not isinstance(named, dict):
-        raise CheckpointError(f"{path}: state_dict is a {type(named).__name__}, expected a dict")
-    state: dict[str, Tensor] = {}
-    for key, value in named.items():
-        name = str(key).removeprefix("module.")
-        if name in state:
-            raise CheckpointError(f"{path} holds {name} twice, with and without module.")
-        if isinstance(value, Tensor):
-            state[name] = value
-    # Before torch 0.4.1 batch norm did not count its batches.
-    for name in [name for name in state if name.endswith(".running_var")]:
-        state.setdefault(name.replace("running_var", "num_batches_tracked"), torch.tensor(0))
-    query = {
-        key.removeprefix("encoder_q."): value
-        for key, value in state.items()
-        if key.startswith("encoder_q.")
-    }
-    if query:
-        return query, "moco"
-    if not state:
-        raise CheckpointError(
-            f"{path} holds no tensors by name, only {', '.join(map(str, list(named)[:5]))}; "
-            "expected an encoder's state dict, or a dict that has one as state_dict"
-        )
-    return state, "lincls" if "state_dict" in content else "plain"
+# Beginnings of names in the last parts of torchvision's networks.
+_HEADS = ("fc.", "classifier.", "heads.", "head.")
 
 
 def _fit_arch(state: dict[str, Tensor], arch: object, path: str | os.PathLike) -> nn.Module:
@@ -306,32 +326,20 @@ def _misfit(arch: str, wanted: dict[str, tuple], found: dict[str, tuple]) -> str
     return f". Against {arch}: {'; '.join(parts)}"
 
 
-def _head_kind(head: dict[str, Tensor], name: str, bias: bool) -> str:
+def _head_kind(head: dict[str, Tensor], bias: bool) -> str:
     """What the file has at the end; `bias`: whether the last layer of this arch has one."""
-    names = {key.removeprefix(f"{name}.") for key in head}
-    last = {"weight", "bias"} if bias else {"weight"}
-    if names == last:
+    if head.keys() == ({"weight", "bias"} if bias else {"weight"}):
         return "linear"
-    if names == {"0.weight", "0.bias"} | {f"2.{part}" for part in last}:
+    if head and all(_IN_MLP.fullmatch(name) for name in head):
         return "mlp"
     return "none"
 
 
-def _check_head(head: str, kind: str, layout: str, path: str | os.PathLike) -> None:
-    """A projection head lies in MoCo files, a linear classifier in the others."""
-    wanted = "projection" if layout == "moco" else "linear"
-    if kind == "none" or head != wanted:
-        has = "no head" if kind == "none" else f"a {wanted} head"
-        remedy = ' (head="none" gives features)'
-        raise CheckpointError(f"{path} has {has}, {head} was asked for{remedy}")
+_IN_MLP = re.compile(r"[0-9]{1,3}\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 
-def _head_like(
-    head: dict[str, Tensor], name: str, kind: str, feature_dim: int, path: str | os.PathLike
-) -> nn.Module:
-    last = f"{name}.weight" if kind == "linear" else f"{name}.2.weight"
-    shape = tuple(head[last].shape)
-    if len(shape) != 2 or shape[1] != feature_dim or not shape[0]:
-        raise CheckpointError(f"{path}: {last} is {shape}, expected (outputs, {feature_dim})")
-    linear = nn.Linear(feature_dim, shape[0], bias=last.replace("weight", "bias") in head)
-    return linear if kind == "linear" else ProjectionHead(feature_dim, linear)
+def _head_use(kind: str, layout: str) -> str:
+    """One linear layer is a projection in pretraining files, a classifier in the others."""
+    if kind == "linear" and layout not in PRETRAINING:
+        return "linear"
+    return "none" if kind == "none" else "projection"

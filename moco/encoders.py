@@ -140,16 +140,55 @@ def feature_dim(encoder: nn.Module) -> int:
 
 
 class ProjectionHead(nn.Sequential):
-    """MoCo v2's head, Linear - ReLU - Linear (arXiv:2003.04297); names fc.0 and fc.2."""
-
-    def __init__(self, in_features: int, last: nn.Linear) -> None:
-        super().__init__(nn.Linear(in_features, in_features), nn.ReLU(), last)
+    """An MLP in place of the last linear layer; its tensors are named fc.0.weight, ..."""
 
 
 def add_mlp_head(encoder: nn.Module) -> None:
-    """Turn the last linear layer into MoCo v2's two-layer projection head, keeping that layer."""
+    """Turn the last linear layer into MoCo v2's head, Linear - ReLU - Linear (arXiv:2003.04297),
+    which ends in that layer; names fc.0 and fc.2."""
     last = get_head(encoder)
-    set_head(encoder, ProjectionHead(last.in_features, last))
+    width = last.in_features
+    set_head(encoder, ProjectionHead(nn.Linear(width, width), nn.ReLU(), last))
+
+
+def build_head(state: dict[str, Tensor], in_features: int) -> nn.Linear | ProjectionHead:
+    """A head with random weights that has the layers of a state dict.
+
+    Args:
+        state: `weight` and `bias` of a linear layer; or layers by number, as in `0.weight`: one
+            with a running mean is a batch norm, one with a matrix is linear, and a number that is
+            left out between two is a ReLU. So are MoCo v2's, MoCo v3's and SimSiam's heads made.
+        in_features: width of the features that enter.
+
+    Raises:
+        ValueError: it is no such head.
+    """
+    if "weight" in state:
+        return _build_layer(state, "weight", in_features)
+    numbered: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        number, _, part = name.partition(".")
+        numbered.setdefault(int(number), {})[part] = tensor
+    layers: list[nn.Module] = []
+    width = in_features
+    for number, tensors in sorted(numbered.items()):
+        if layers and number == len(layers) + 1:
+            layers.append(nn.ReLU())
+        if number != len(layers):
+            raise ValueError(f"layer {number} follows layer {len(layers) - 1}")
+        layers.append(_build_layer(tensors, f"{number}.weight", width))
+        width = getattr(layers[-1], "out_features", width)
+    return ProjectionHead(*layers)
+
+
+def _build_layer(state: dict[str, Tensor], name: str, width: int) -> nn.Module:
+    weight = state.get("weight")
+    if "running_mean" in state:
+        return nn.BatchNorm1d(width, affine=weight is not None)
+    shape = None if weight is None else tuple(weight.shape)
+    if shape is None or len(shape) != 2 or shape[1] != width or not shape[0]:
+        raise ValueError(f"{name} is {shape or 'not there'}, expected (outputs, {width})")
+    return nn.Linear(width, shape[0], bias="bias" in state)
 
 
 # ------------------------------------------------------------------------------------------------
