@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 import io
 import json
+import logging
 import math
 import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from moco.checkpoint import (
     write_atomically,
     write_safetensors,
 )
-from moco.encoders import CifarResNet, get_head, head_name
+from moco.encoders import CifarResNet, check_image_size, get_head, head_name
 from moco.loader import IMAGENET_MEAN, IMAGENET_STD
 
 AUTHOR = "moco-align-uniform"
@@ -89,7 +90,7 @@ def load_network(source: str | os.PathLike, keep: str = "linear") -> Network:
     """
     encoder, info = load_encoder(source)
     head = None
-    if keep == head_use(info):
+    if keep == info["head_use"] != "none":
         whole, _ = load_encoder(source, head=keep)
         head = get_head(whole)
     return Network(
@@ -98,14 +99,6 @@ def load_network(source: str | os.PathLike, keep: str = "linear") -> Network:
         head if keep == "linear" else None,
         info,
     )
-
-
-def head_use(info: dict) -> str | None:
-    """What the last layers in the file of an encoder are for, "projection" or "linear"; None where
-    there are none."""
-    if info["head"] == "none":
-        return None
-    return "projection" if info["layout"] == "moco" else "linear"
 
 
 def image_settings(encoder: nn.Module, info: dict) -> tuple[int, list[float], list[float]]:
@@ -317,14 +310,18 @@ def write_onnx(path: Path, encoder: nn.Module, info: dict, head: str) -> None:
         CheckpointError: torch cannot export this network.
     """
     size, mean, std = image_settings(encoder, info)
+    try:
+        check_image_size(encoder, size)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     free = ("batch", None, "height", "width")
     if not takes_any_size(encoder):
         free = ("batch", None, None, None)
     dynamic = {i: torch.export.Dim.DYNAMIC for i, name in enumerate(free) if name}
     example = torch.zeros(2, 3, size, size)
     try:
-        # It reports each of its steps, and its warnings are of its own making.
-        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        # It reports each of its steps, and what it warns of and logs is of its own making.
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_logs():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 encoder, (example,), dynamo=True, dynamic_shapes=(dynamic,), verbose=False,
@@ -342,6 +339,16 @@ def write_onnx(path: Path, encoder: nn.Module, info: dict, head: str) -> None:
     for name, value in {"arch": info["arch"], "mean": mean, "std": std, "image_size": size}.items():
         model.metadata_props.add(key=name, value=value if name == "arch" else json.dumps(value))
     _write(path, model.SerializeToString())
+
+
+@contextlib.contextmanager
+def _no_logs() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @dataclasses.dataclass(frozen=True)

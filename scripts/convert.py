@@ -32,7 +32,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco import checkpoint, export, options  # noqa: E402
+from moco import checkpoint, download, export, options  # noqa: E402
 from moco.checkpoint import CheckpointError  # noqa: E402
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)  # OUT may stand before or after --to
-    is_url = "://" in args.source
+    is_url = download.is_url(args.source)
     if not is_url and not Path(args.source).exists():
         parser.error(f"no such checkpoint: {args.source}")
     if args.head and args.to != "onnx":
@@ -115,8 +115,8 @@ def convert(source: str, out: Path, to: str, head: str = "none") -> None:
     form = export.FORMATS[to]
     network = export.load_network(source, keep=form.keeps)
     print(f"found {describe(network)}")
-    unused = export.head_use(network.info)
-    if unused not in (None, form.keeps, head):
+    unused = network.info["head_use"]
+    if unused not in ("none", form.keeps, head):
         hint = f"; --head {unused} keeps it" if to == "onnx" else ""
         print(f"left out: {HEADS[unused]}{hint}")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
@@ -129,8 +129,7 @@ def convert(source: str, out: Path, to: str, head: str = "none") -> None:
                 proof = compare_onnx(made, encoder, info, export.ONNX_OUTPUTS[head])
             else:
                 form.write(made, network)
-                weights = made / "model.safetensors" if made.is_dir() else made
-                proof = compare(weights, network, form.keeps)
+                proof = compare(made, network, form.keeps)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from error
         made.replace(out)

@@ -342,17 +342,21 @@ def test_onnx_of_any_batch_and_size_says_no_more_than_it_should(pretrained, tmp_
 
 
 @pytest.mark.parametrize("head", ["projection", "linear"])
-def test_onnx_of_a_head(head, pretrained, classifier, tmp_path, capsys):
-    source = pretrained if head == "projection" else classifier[0]
+def test_onnx_of_a_head(head, tmp_path, capsys):
+    source = tmp_path / "in.pth"
+    if head == "projection":
+        write_pretrained(source, "resnet8")
+    else:
+        network = randomized(encoders.build_encoder("resnet8", 7))
+        torch.save({"arch": "resnet8", "state_dict": network.state_dict()}, source)
     wanted = load_encoder(source, head=head)[0]
-    run(source, "a.onnx", "--to", "onnx", "--head", head)
+    run(source, "--to", "onnx", "--head", head)
     with torch.no_grad():
-        torch.testing.assert_close(
-            onnx_features(Path("a.onnx")), wanted(IMAGES), rtol=1e-4, atol=1e-4
-        )
+        found = onnx_features(tmp_path / f"in-{head}.onnx")
+        torch.testing.assert_close(found, wanted(IMAGES), rtol=1e-4, atol=1e-4)
     other = {"projection": "linear", "linear": "projection"}[head]
     status, message = refusal(convert, [source, "b.onnx", "--to", "onnx", "--head", other], capsys)
-    assert status == 1 and other in message and nothing_but(tmp_path, "a.onnx")
+    assert status == 1 and other in message and nothing_but(tmp_path, "in.pth", f"in-{head}.onnx")
 
 
 def test_networks_that_others_lack_go_to_onnx_alone(tmp_path, capsys):
@@ -363,10 +367,9 @@ def test_networks_that_others_lack_go_to_onnx_alone(tmp_path, capsys):
             status, message = refusal(convert, [f"{name}.pth.tar", "--to", to], capsys)
             assert status == 1 and what in message and "onnx" in message, message
     assert nothing_but(tmp_path, "small.pth.tar", "tiny.pth.tar")
-    run("tiny.pth.tar", "--to", "onnx")
-    torch.testing.assert_close(
-        onnx_features(Path("tiny.onnx")), features_of("tiny.pth.tar"), rtol=1e-4, atol=1e-4
-    )
+    run("small.pth.tar", "--to", "onnx")
+    found = onnx_features(Path("small.onnx"))
+    torch.testing.assert_close(found, features_of("small.pth.tar"), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -443,12 +446,10 @@ def test_nothing_is_left_when_the_disk_is_full(to, pretrained, tmp_path):
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path, capsys):
-    """AlexNet cannot see images of 8 pixels, which is found out by torch's exporter."""
-    network = torchvision.models.alexnet()
-    state = {k: t for k, t in network.state_dict().items() if not k.startswith("classifier.6.")}
-    write_safetensors("in.safetensors", state, {"arch": "alexnet", "args": {"image_size": 8}})
+    state = torchvision.models.densenet121(num_classes=2).state_dict()
+    write_safetensors("in.safetensors", state, {"arch": "densenet121", "args": {"image_size": 8}})
     status, message = refusal(convert, ["in.safetensors", "--to", "onnx"], capsys)
-    assert status == 1 and "cannot export alexnet to ONNX" in message
+    assert status == 1 and "images of 8 pixels do not fit" in message
     assert nothing_but(tmp_path, "in.safetensors")
 
 
