@@ -71,11 +71,9 @@ class Network:
 
     def about(self) -> dict:
         """What a file says beside its tensors; nothing in it names a place on this machine."""
-        return {
-            "arch": self.arch,
-            "epoch": self.info["epoch"],
-            "args": without_paths(self.info["args"]),
-        }
+        args = without_paths(self.info["args"])
+        said = {"arch": self.arch, "epoch": self.info["epoch"], "args": args}
+        return {name: value for name, value in said.items() if _is_json(value)}
 
 
 def load_network(source: str | os.PathLike, keep: str = "linear") -> Network:

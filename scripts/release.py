@@ -141,7 +141,8 @@ def build(folder: Path, args: argparse.Namespace) -> None:
     about = network.about()
     write_weights(folder, f"{args.name}-backbone", export.write_torchvision, network)
 
-    state = {k: v for k, v in content["state_dict"].items() if isinstance(v, Tensor)}
+    named = content.get("state_dict", content)  # safetensors of others hold nothing else
+    state = {name: tensor for name, tensor in named.items() if isinstance(tensor, Tensor)}
     said = {key: content[key] for key in ("step",) if key in content} | about
 
     def write_full(path: Path, state: dict[str, Tensor]) -> None:

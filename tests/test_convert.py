@@ -6,12 +6,15 @@ is done again here in a few lines.
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import json
 import pickle
 import pickletools
 import re
 import runpy
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -460,3 +463,16 @@ def test_a_checkpoint_that_says_nonsense_of_its_images_is_refused(tmp_path, caps
         status, message = refusal(convert, ["in.safetensors", "--to", "huggingface"], capsys)
         assert status == 1 and re.search("mean|std|image size", message)
         assert nothing_but(tmp_path, "in.safetensors")
+
+
+def test_an_address_is_converted_into_the_current_folder(
+    pretrained, features, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=pretrained.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run(f"http://127.0.0.1:{server.server_port}/{pretrained.name}?raw=1", "--to", "timm")
+        server.shutdown()
+    assert nothing_but(tmp_path, "cache", "checkpoint_0199-timm.pth")
+    assert torch.equal(features_of(Path("checkpoint_0199-timm.pth")), features)
