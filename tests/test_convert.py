@@ -1,0 +1,478 @@
+"""scripts/convert.py: each file is loaded by the tool that it is for, with the same features.
+
+timm, onnx and onnxruntime are the real ones; what upstream MoCo and detectron2 do with their files
+is done again here in a few lines.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import io
+import json
+import pickle
+import pickletools
+import re
+import runpy
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+import torch
+import torchvision
+from helpers import ROOT, refusal
+from torch import Tensor, nn
+
+from moco import encoders
+from moco.checkpoint import load_encoder, write_checkpoint, write_safetensors
+
+timm = pytest.importorskip("timm")
+convert = runpy.run_path(str(ROOT / "scripts" / "convert.py"))["main"]
+
+FORMATS = ("torchvision", "timm", "detectron2", "upstream-moco", "huggingface", "onnx")
+MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
+IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+
+
+def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
+    """With running statistics that are not those of a fresh network, and in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in network.state_dict().items():
+        if name.endswith("running_mean"):
+            tensor.normal_(0, 0.1, generator=generator)
+        elif name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith("num_batches_tracked"):
+            tensor.fill_(7)
+        elif tensor.dim() > 1:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+    return network.eval()
+
+
+def write_pretrained(path: Path, arch: str, **kwargs: object) -> nn.Module:
+    """A checkpoint as main_moco.py writes it, and its query encoder with the MLP head."""
+    encoder = encoders.build_encoder(arch, 16, **kwargs)
+    encoders.add_mlp_head(encoder)
+    randomized(encoder)
+    state = {}
+    for name, tensor in encoder.state_dict().items():
+        state[f"module.encoder_q.{name}"] = tensor
+        state[f"module.encoder_k.{name}"] = tensor * 2 if tensor.is_floating_point() else tensor
+    state["module.queue"], state["module.queue_ptr"] = torch.randn(16, 8), torch.zeros(1).long()
+    args = {"image_size": 64, "mean": MEAN, "std": STD, "objective": "1 * uniform(t=2)",
+            "data": "/home/someone/images"}  # fmt: skip
+    write_checkpoint(
+        path, {"version": 1, "arch": arch, "epoch": 200, "state_dict": state, "args": args}
+    )
+    return encoder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sources")
+
+
+@pytest.fixture(scope="module")
+def pretrained(folder) -> Path:
+    path = folder / "checkpoint_0199.pth.tar"
+    write_pretrained(path, "resnet18")
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier(folder) -> tuple[Path, nn.Module]:
+    """A plain torchvision state dict with a linear layer of 7 classes."""
+    network = randomized(torchvision.models.resnet18(num_classes=7))
+    torch.save(network.state_dict(), folder / "classifier.pth")
+    return folder / "classifier.pth", network
+
+
+@pytest.fixture(scope="module")
+def features(pretrained) -> Tensor:
+    return features_of(pretrained)
+
+
+@torch.no_grad()
+def features_of(path: Path) -> Tensor:
+    return load_encoder(path)[0](IMAGES)
+
+
+@torch.no_grad()
+def onnx_features(path: Path, images: Tensor = IMAGES) -> Tensor:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (name,) = [value.name for value in session.get_inputs()]
+    return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def weights(path: Path) -> Path:
+    return path / "model.safetensors" if path.is_dir() else path
+
+
+def run(*argv: object) -> None:
+    convert([str(word) for word in argv])
+
+
+def printed_code(out: str) -> str:
+    """What the converter says to load the file by: the indented lines."""
+    return "\n".join(line[4:] for line in out.splitlines() if line.startswith("    "))
+
+
+def nothing_but(folder: Path, *names: str) -> bool:
+    return sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+# ------------------------------------------------------------------------------------------------
+# Round trips
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first(pretrained, tmp_path_factory) -> dict[str, Path]:
+    """The pretraining checkpoint in each format that can be read again."""
+    folder = tmp_path_factory.mktemp("first")
+    found = {}
+    for to in FORMATS[:-1]:
+        suffix = {"detectron2": ".pkl", "upstream-moco": ".pth.tar", "huggingface": ""}
+        found[to] = folder / f"{to}{suffix.get(to, '.pth')}"
+        run(pretrained, found[to], "--to", to)
+    return found
+
+
+@pytest.mark.parametrize("b", FORMATS)
+@pytest.mark.parametrize("a", FORMATS[:-1])
+def test_features_survive_every_pair_of_formats(a, b, first, features, tmp_path):
+    source = weights(first[a])
+    assert torch.equal(features_of(source), features), a
+    run(source, "--to", b, tmp_path / {"detectron2": "x.pkl", "onnx": "x.onnx",
+        "upstream-moco": "x.pth.tar", "huggingface": "x"}.get(b, "x.pth"))  # fmt: skip
+    (made,) = tmp_path.iterdir()
+    if b == "onnx":
+        torch.testing.assert_close(onnx_features(made), features, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(features_of(weights(made)), features)
+
+
+def test_resnet50_of_one_checkpoint_in_all_tools(folder, tmp_path, capsys):
+    """Wide features, bottleneck blocks: each tool's own network computes what ours does."""
+    source = tmp_path / "r50.pth.tar"
+    write_pretrained(source, "resnet50")
+    wanted = features_of(source)
+    for to in ("torchvision", "timm", "huggingface"):
+        capsys.readouterr()
+        run(source, "--to", to)
+        namespace: dict = {}
+        exec(printed_code(capsys.readouterr().out), namespace)
+        with torch.no_grad():
+            assert torch.equal(namespace["model"](IMAGES), wanted), to
+    run(source, "--to", "detectron2")
+    model = pickle.loads((tmp_path / "r50-detectron2.pkl").read_bytes())["model"]
+    blocks = {"res2": 3, "res3": 4, "res4": 6, "res5": 3}
+    norm = ("weight", "bias", "running_mean", "running_var")
+    names = {"stem.conv1.weight", *(f"stem.conv1.norm.{part}" for part in norm)}
+    for stage, count in blocks.items():
+        for block in range(count):
+            for conv in ("conv1", "conv2", "conv3", *(["shortcut"] if block == 0 else [])):
+                names.add(f"{stage}.{block}.{conv}.weight")
+                names |= {f"{stage}.{block}.{conv}.norm.{part}" for part in norm}
+    assert model.keys() == names and len(names) == 265
+
+
+# ------------------------------------------------------------------------------------------------
+# Each format
+# ------------------------------------------------------------------------------------------------
+
+
+def test_torchvision_without_classifier_lacks_fc_alone_and_says_so(pretrained, tmp_path, capsys):
+    run(pretrained, tmp_path / "a.pth", "--to", "torchvision")
+    out = capsys.readouterr().out
+    assert "left out: its projection head" in out and "has no fc" in out
+    state = torch.load(tmp_path / "a.pth", weights_only=True)
+    missing, unexpected = torchvision.models.resnet18().load_state_dict(state, strict=False)
+    assert (sorted(missing), unexpected) == (["fc.bias", "fc.weight"], [])
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("to", ["torchvision", "timm"])
+def test_a_trained_classifier_is_kept(to, name, classifier, capsys):
+    source, network = classifier
+    run(source, name, "--to", to)
+    out = capsys.readouterr().out
+    namespace: dict = {}
+    exec(printed_code(out), namespace)
+    with torch.no_grad():
+        assert torch.equal(namespace["model"](IMAGES), network(IMAGES))
+    assert "7 classes" in out
+    if name == "a.pth":  # nothing but the tensors, which is what strict loading needs
+        torchvision.models.resnet18(num_classes=7).load_state_dict(
+            torch.load(name, weights_only=True), strict=True
+        )
+
+
+def test_safetensors_keep_how_images_are_to_be_seen_but_no_paths(pretrained):
+    run(pretrained, "a.safetensors", "--to", "torchvision")
+    info = load_encoder("a.safetensors")[1]
+    assert (info["arch"], info["epoch"], info["objective"]) == ("resnet18", 200, "1 * uniform(t=2)")
+    assert (info["args"]["mean"], info["args"]["data"]) == (MEAN, "images")
+    assert b"someone" not in Path("a.safetensors").read_bytes()
+
+
+def test_torchvision_takes_other_networks_with_their_own_last_layer(tmp_path, capsys):
+    network = randomized(torchvision.models.mobilenet_v3_small(num_classes=3))
+    state = {k: t for k, t in network.state_dict().items() if not k.startswith("classifier.3.")}
+    torch.save({"arch": "mobilenet_v3_small", "state_dict": state}, "in.pth")
+    run("in.pth", "--to", "torchvision")
+    namespace: dict = {}
+    exec(printed_code(capsys.readouterr().out), namespace)
+    network.classifier[3] = nn.Identity()
+    with torch.no_grad():
+        assert torch.equal(namespace["model"](IMAGES), network(IMAGES))
+    status, message = refusal(convert, ["in.pth", "--to", "timm"], capsys)
+    assert status == 1 and "ResNets" in message and "mobilenet_v3_small" in message
+
+
+def test_timm_knows_every_resnet_by_the_same_names():
+    """So what holds for the two networks above holds for the others."""
+    for arch in encoders.arch_names():
+        if "resne" in arch and arch in torchvision.models.list_models(module=torchvision.models):
+            with torch.device("meta"):
+                theirs, ours = timm.create_model(arch), torchvision.models.get_model(arch)
+            shapes = [{k: t.shape for k, t in m.state_dict().items()} for m in (theirs, ours)]
+            assert shapes[0] == shapes[1], arch
+
+
+def test_detectron2_pickle_needs_nothing_but_arrays_of_any_numpy(pretrained, features):
+    run(pretrained, "a.pkl", "--to", "detectron2")
+    data = Path("a.pkl").read_bytes()
+    asked_for = [arg for op, arg, _ in pickletools.genops(data) if op.name == "GLOBAL"]
+    assert asked_for == ["numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"]
+    assert not [op.name for op, _, _ in pickletools.genops(data) if op.name == "STACK_GLOBAL"]
+    content = pickle.load(io.BytesIO(data), encoding="latin1")  # as detectron2 loads it
+    assert content["matching_heuristics"] is True and isinstance(content["__author__"], str)
+    assert content.keys() == {"model", "__author__", "matching_heuristics"}
+    model = content["model"]
+    ours = load_encoder(pretrained)[0].state_dict()
+    for theirs, name in {
+        "stem.conv1.weight": "conv1.weight",
+        "stem.conv1.norm.running_var": "bn1.running_var",
+        "res2.0.conv2.weight": "layer1.0.conv2.weight",
+        "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
+        "res4.0.shortcut.norm.bias": "layer3.0.downsample.1.bias",
+        "res5.1.conv1.norm.weight": "layer4.1.bn1.weight",
+    }.items():
+        assert type(model[theirs]) is np.ndarray
+        assert np.array_equal(model[theirs], ours[name].numpy()), theirs
+    assert not [name for name in model if "num_batches" in name or name.startswith("fc")]
+    assert len(model) == len([name for name in ours if "num_batches" not in name])
+    assert torch.equal(features_of(Path("a.pkl")), features)
+
+
+def test_upstream_mocos_linear_evaluation_takes_the_file(pretrained, features):
+    """Its main_lincls.py keeps what begins with module.encoder_q but is not fc, takes the prefix
+    off, loads with strict=False and demands that fc alone is missing."""
+    run(pretrained, "a.pth.tar", "--to", "upstream-moco")
+    content = torch.load("a.pth.tar", weights_only=True)
+    assert (content["arch"], content["epoch"]) == ("resnet18", 200)
+    prefix = "module.encoder_q"
+    assert any(name.startswith(f"{prefix}.fc") for name in content["state_dict"]), "and drops fc"
+    kept = {
+        name[len(prefix) + 1 :]: tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith(prefix) and not name.startswith(f"{prefix}.fc")
+    }
+    network = torchvision.models.__dict__[content["arch"]]()
+    message = network.load_state_dict(kept, strict=False)
+    assert set(message.missing_keys) == {"fc.weight", "fc.bias"} and not message.unexpected_keys
+    network.fc = nn.Identity()
+    with torch.no_grad():
+        assert torch.equal(network.eval()(IMAGES), features)
+    head = load_encoder("a.pth.tar", head="projection")[0]
+    wanted = load_encoder(pretrained, head="projection")[0]
+    with torch.no_grad():
+        assert torch.equal(head(IMAGES), wanted(IMAGES)), "the projection head is kept"
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_huggingface_folder_is_one_that_timm_writes(classes, pretrained, classifier, tmp_path):
+    from timm.data import resolve_model_data_config
+    from timm.models._hub import save_config_for_hf
+
+    source, network = classifier if classes else (pretrained, load_encoder(pretrained)[0])
+    run(source, "encoder", "--to", "huggingface")
+    assert nothing_but(tmp_path / "encoder", "config.json", "model.safetensors")
+    model = timm.create_model("local-dir:encoder", pretrained=True).eval()
+    assert model.num_classes == classes
+    with torch.no_grad():
+        assert torch.equal(model(IMAGES), network(IMAGES))
+    config = json.loads(Path("encoder/config.json").read_text())
+    save_config_for_hf(model, "theirs.json")
+    theirs = json.loads(Path("theirs.json").read_text())
+    for name in ("architecture", "num_classes", "num_features", "global_pool"):
+        assert config[name] == theirs[name], name
+    for name, value in config["pretrained_cfg"].items():
+        assert theirs["pretrained_cfg"][name] == value, name
+    data = resolve_model_data_config(model)
+    assert data["mean"] == tuple(MEAN if not classes else (0.485, 0.456, 0.406))
+    assert data["input_size"] == ((3, 224, 224) if classes else (3, 64, 64))
+    assert data["interpolation"] == "bilinear"
+
+
+def test_onnx_of_any_batch_and_size_says_no_more_than_it_should(pretrained, tmp_path, capfd):
+    onnx = pytest.importorskip("onnx")
+    run(pretrained, "a.onnx", "--to", "onnx")
+    out, err = capfd.readouterr()
+    assert "torch.onnx" not in out + err and len(out.splitlines()) == 8 and not err, out + err
+    assert nothing_but(tmp_path, "a.onnx"), "no data beside the file"
+    model = onnx.load("a.onnx", load_external_data=False)
+    onnx.checker.check_model(model)
+    assert [v.name for v in model.graph.input] == ["images"]
+    assert [v.name for v in model.graph.output] == ["features"]
+    assert json.loads({p.key: p.value for p in model.metadata_props}["mean"]) == MEAN
+    encoder = load_encoder(pretrained)[0]
+    for shape in ((1, 3, 64, 64), (3, 3, 64, 64), (2, 3, 97, 70)):
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.testing.assert_close(
+                onnx_features(Path("a.onnx"), images), encoder(images), rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("head", ["projection", "linear"])
+def test_onnx_of_a_head(head, tmp_path, capsys):
+    source = tmp_path / "in.pth"
+    if head == "projection":
+        write_pretrained(source, "resnet8")
+    else:
+        network = randomized(encoders.build_encoder("resnet8", 7))
+        torch.save({"arch": "resnet8", "state_dict": network.state_dict()}, source)
+    wanted = load_encoder(source, head=head)[0]
+    run(source, "--to", "onnx", "--head", head)
+    with torch.no_grad():
+        found = onnx_features(tmp_path / f"in-{head}.onnx")
+        torch.testing.assert_close(found, wanted(IMAGES), rtol=1e-4, atol=1e-4)
+    other = {"projection": "linear", "linear": "projection"}[head]
+    status, message = refusal(convert, [source, "b.onnx", "--to", "onnx", "--head", other], capsys)
+    assert status == 1 and other in message and nothing_but(tmp_path, "in.pth", f"in-{head}.onnx")
+
+
+def test_networks_that_others_lack_go_to_onnx_alone(tmp_path, capsys):
+    write_pretrained(tmp_path / "small.pth.tar", "resnet18", small_stem=True)
+    write_pretrained(tmp_path / "tiny.pth.tar", "resnet8")
+    for name, what in (("small", "small stem"), ("tiny", "resnet8")):
+        for to in FORMATS[:-1]:
+            status, message = refusal(convert, [f"{name}.pth.tar", "--to", to], capsys)
+            assert status == 1 and what in message and "onnx" in message, message
+    assert nothing_but(tmp_path, "small.pth.tar", "tiny.pth.tar")
+    run("small.pth.tar", "--to", "onnx")
+    found = onnx_features(Path("small.onnx"))
+    torch.testing.assert_close(found, features_of("small.pth.tar"), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line, and what is left behind
+# ------------------------------------------------------------------------------------------------
+
+
+def test_default_names_are_beside_the_source_and_never_overwrite(tmp_path, capsys):
+    source = tmp_path / "run" / "checkpoint_0199.pth.tar"
+    source.parent.mkdir()
+    write_pretrained(source, "resnet18")
+    for to in FORMATS[:-1]:
+        run(source, "--to", to)
+    assert nothing_but(
+        source.parent, source.name, "checkpoint_0199-torchvision.pth", "checkpoint_0199-timm.pth",
+        "checkpoint_0199-detectron2.pkl", "checkpoint_0199-upstream-moco.pth.tar",
+        "checkpoint_0199-huggingface",
+    )  # fmt: skip
+    for to in FORMATS[:-1]:
+        status, message = refusal(convert, [source, "--to", to], capsys)
+        assert status == 2 and "exists" in message
+    made = source.with_name("checkpoint_0199-timm.pth")
+    made.write_bytes(b"older")
+    run(source, "--to", "timm", "--overwrite")
+    assert made.stat().st_size > 1e6
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("missing.pth --to timm", "no such checkpoint: missing.pth"),
+        ("in.pth", "--to"),
+        ("in.pth --to keras", "keras"),
+        ("in.pth a.pth --to detectron2", "must end in .pkl, got a.pth"),
+        ("in.pth a.pkl --to torchvision", "must end in .pth or .pt or .safetensors"),
+        ("in.pth nowhere/a.pth --to timm", "no such folder: nowhere"),
+        ("in.pth in.pth --to timm --overwrite", "OUT is IN"),
+        ("in.pth folder --to huggingface --overwrite", "folder that exists"),
+        ("in.pth a.pth --to timm --head linear", "--head is for --to onnx"),
+    ],
+)
+def test_what_can_be_refused_at_once(argv, said, tmp_path, capsys):
+    Path("in.pth").write_bytes(b"whatever")
+    Path("folder").mkdir()
+    status, message = refusal(convert, argv.split(), capsys)
+    assert status == 2 and said in message
+    assert nothing_but(tmp_path, "in.pth", "folder")
+    assert Path("in.pth").read_bytes() == b"whatever"
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_nothing_is_left_of_a_file_that_is_no_checkpoint(to, tmp_path, capsys):
+    Path("in.pth").write_bytes(b"<html>not found</html>")
+    status, message = refusal(convert, ["in.pth", "--to", to], capsys)
+    assert status == 1 and "web page" in message and nothing_but(tmp_path, "in.pth")
+
+
+@pytest.mark.parametrize("to", FORMATS[:-1])
+def test_nothing_is_left_when_the_disk_is_full(to, pretrained, tmp_path):
+    """A limit on the size of files stands in for the disk: the write fails half-way."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22))"
+    script = str(ROOT / "scripts" / "convert.py")
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "x").with_suffix(".pth.tar").symlink_to(pretrained)
+    process = runs.Processes(
+        tmp_path / "out", work / "x.pth.tar", "--to", to, before=limit,
+        code=f"import runpy; runpy.run_path({script!r}, run_name='__main__')",
+    )  # fmt: skip
+    assert process.wait() == [1]
+    last = process.output().strip().splitlines()[-1]
+    assert "error:" in last and "File too large" in last, process.output()
+    assert nothing_but(work, "x.pth.tar")
+
+
+def test_nothing_is_left_of_an_export_that_fails(tmp_path, capsys):
+    state = torchvision.models.densenet121(num_classes=2).state_dict()
+    write_safetensors("in.safetensors", state, {"arch": "densenet121", "args": {"image_size": 8}})
+    status, message = refusal(convert, ["in.safetensors", "--to", "onnx"], capsys)
+    assert status == 1 and "images of 8 pixels do not fit" in message
+    assert nothing_but(tmp_path, "in.safetensors")
+
+
+def test_a_checkpoint_that_says_nonsense_of_its_images_is_refused(tmp_path, capsys):
+    state = torchvision.models.resnet18().state_dict()
+    for args in ({"mean": [1, 2]}, {"std": [1, 0, 1]}, {"image_size": "big"}, {"mean": "abc"}):
+        write_safetensors("in.safetensors", state, {"arch": "resnet18", "args": args})
+        status, message = refusal(convert, ["in.safetensors", "--to", "huggingface"], capsys)
+        assert status == 1 and re.search("mean|std|image size", message)
+        assert nothing_but(tmp_path, "in.safetensors")
+
+
+def test_an_address_is_converted_into_the_current_folder(
+    pretrained, features, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=pretrained.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        run(f"http://127.0.0.1:{server.server_port}/{pretrained.name}?raw=1", "--to", "timm")
+        server.shutdown()
+    assert nothing_but(tmp_path, "cache", "checkpoint_0199-timm.pth")
+    assert torch.equal(features_of(Path("checkpoint_0199-timm.pth")), features)

@@ -1,0 +1,370 @@
+"""scripts/release.py: what is published of a real run, and what a stranger finds wrong in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, read_log, refusal, write_labelled
+
+import main_lincls
+import main_moco
+from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint
+
+release = runpy.run_path(str(ROOT / "scripts" / "release.py"))["main"]
+WEIGHTS = re.compile(r"toy-(backbone|full|linear)-([0-9a-f]{8})\.(pth|safetensors)")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory) -> Path:
+    """A folder with data, two epochs of pretraining, a probe of the second, and its metrics."""
+    root = tmp_path_factory.mktemp("someone") / "home"
+    write_labelled(root / "toy images")
+    data = str(root / "toy images")
+    flags = (
+        "-a resnet18 --image-size 32 --batch-size 8 --moco-k 64 --moco-dim 16 --mlp --epochs 2 "
+        "--images-per-class 6 -j 0 --device cpu --seed 1 -p 1 --dist-url tcp://localhost:10001"
+    )
+    main_moco.main([*shlex.split(flags), "--save-dir", str(root / "run"), data])
+    probe = "--batch-size 8 --lr 0.9375 -j 0 --device cpu -p 1 --seed 5 --epochs 2 --knn"
+    main_lincls.main(
+        [*probe.split(), "--pretrained", str(root / "run" / "checkpoint_0001.pth.tar"),
+         "--save-dir", str(root / "probe"), data]
+    )  # fmt: skip
+    metrics = {
+        "checkpoint": str(root / "run" / "checkpoint_0001.pth.tar"), "layer": "projection",
+        "images": 15, "alpha": 2.0, "t": 2.0, "alignment": 0.123456, "uniformity": -1.5,
+        "uniformity_infimum": -3.4, "seed": 0,
+    }  # fmt: skip
+    (root / "metrics.json").write_text(json.dumps(metrics))
+    return root
+
+
+@pytest.fixture(scope="module")
+def published(run_of) -> Path:
+    release(
+        [str(run_of / "run" / "checkpoint_0001.pth.tar"), str(run_of / "toy"),
+         "--lincls", str(run_of / "probe" / "checkpoint.pth.tar"),
+         "--metrics", str(run_of / "metrics.json"), "--licence", "cc-by-nc-4.0"]
+    )  # fmt: skip
+    return run_of / "toy"
+
+
+@pytest.fixture
+def copy(published, tmp_path) -> Path:
+    shutil.copytree(published, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def sum_again(folder: Path) -> None:
+    """SHA256SUMS as a forger would make it fit again."""
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "SHA256SUMS"
+    )
+    lines = [f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names]
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def findings(folder: Path, capsys: pytest.CaptureFixture) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        release(["--verify", str(folder)])
+    assert stop.value.code == 1
+    out, err = capsys.readouterr()
+    assert not out and all(line.startswith(f"{folder}: ") for line in err.splitlines()), err
+    return err
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text, f"{old!r} is not in {path.name}"
+    path.write_text(text.replace(old, new, 1))
+
+
+def weights_of(folder: Path, kind: str, suffix: str) -> Path:
+    (path,) = folder.glob(f"*-{kind}-*.{suffix}")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------
+# What is in it
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_release_holds_what_it_should_and_verifies(published, capsys):
+    names = {path.relative_to(published).as_posix() for path in published.rglob("*.*")}
+    weights = {name for name in names if WEIGHTS.fullmatch(name)}
+    kinds = sorted(WEIGHTS.fullmatch(name).group(1, 3) for name in weights)
+    assert kinds == [(k, s) for k in ("backbone", "full", "linear") for s in ("pth", "safetensors")]
+    assert names - weights == {
+        "README.md", "config.json", "args.json", "log.jsonl", "align_uniform.json",
+        "lincls/args.json", "lincls/log.jsonl", "lincls/lincls.json",
+    }  # fmt: skip
+    checked = subprocess.run(
+        ["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=published, capture_output=True, text=True
+    )
+    assert checked.returncode == 0 and checked.stdout.count(": OK") == len(names), checked.stderr
+    release(["--verify", str(published)])
+    assert "verified" in capsys.readouterr().out
+
+
+def test_names_carry_the_hash_that_torch_hub_checks(published, tmp_path):
+    for kind in ("backbone", "linear"):
+        path = weights_of(published, kind, "pth")
+        state = torch.hub.load_state_dict_from_url(
+            path.as_uri(), model_dir=str(tmp_path), check_hash=True, progress=False,
+            weights_only=True,
+        )  # fmt: skip
+        assert "conv1.weight" in state and ("fc.weight" in state) == (kind == "linear")
+
+
+def test_every_file_holds_the_encoder_of_the_checkpoint(published, run_of):
+    wanted = load_encoder(run_of / "run" / "checkpoint_0001.pth.tar")[0].state_dict()
+    for path in published.iterdir():
+        if WEIGHTS.fullmatch(path.name):
+            found = load_encoder(path)[0].state_dict()
+            assert all(torch.equal(found[name], wanted[name]) for name in wanted), path.name
+    source = read_checkpoint(run_of / "run" / "checkpoint_0001.pth.tar")
+    for suffix in ("pth", "safetensors"):
+        full = read_checkpoint(weights_of(published, "full", suffix))
+        assert full["state_dict"].keys() == source["state_dict"].keys()
+        for name, tensor in source["state_dict"].items():
+            assert torch.equal(full["state_dict"][name], tensor), name
+        assert (full["epoch"], full["step"], full["arch"]) == (2, 4, "resnet18")
+        assert "optimizer" not in full and "rng" not in full
+        assert load_encoder(weights_of(published, "full", suffix), head="projection")
+    probe = load_encoder(run_of / "probe" / "checkpoint.pth.tar", head="linear")[0].state_dict()
+    for suffix in ("pth", "safetensors"):
+        network, _ = load_encoder(weights_of(published, "linear", suffix), head="linear")
+        assert all(torch.equal(t, probe[name]) for name, t in network.state_dict().items())
+
+
+def test_nothing_in_it_names_a_place_on_this_machine(published, run_of):
+    for path in published.rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            for secret in (str(run_of), "someone", "localhost", "pytest"):
+                assert secret.encode() not in data, (path.name, secret)
+    args = json.loads((published / "args.json").read_text())
+    assert (args["data"], args["save_dir"], args["lr"]) == ("toy images", "run", 0.03)
+    assert json.loads((published / "lincls" / "args.json").read_text())["data"] == "toy images"
+
+
+def test_the_log_is_that_of_the_run_up_to_the_checkpoint(published, run_of, tmp_path):
+    assert read_log(published) == read_log(run_of / "run")
+    release([str(run_of / "run" / "checkpoint_0000.pth.tar"), "early"])
+    assert [line["step"] for line in read_log(tmp_path / "early")] == [1, 2]
+    card = (tmp_path / "early" / "README.md").read_text()
+    assert "| Epochs | 1 of 2, 2 steps |" in card and "at step 2" in card
+
+
+def test_the_card_says_what_the_logs_say(published):
+    card = (published / "README.md").read_text()
+    result = json.loads((published / "lincls" / "lincls.json").read_text())
+    last, knn = result["last"], result["knn"]
+    for line in (
+        "license: cc-by-nc-4.0",
+        "    loss = 3 * align(alpha=2) + 1 * uniform(t=3, with intra-batch pairs)",
+        "| Encoder | resnet18, 512 features |",
+        "| Data | 18 images of `toy images` (folder) |",
+        "| Queue | 64 keys of 16 dimensions |",
+        f"| Last epoch (1) | top-1 {last['top1']:.2f}, top-3 {last['top5']:.2f} |",
+        f"| k-NN (k 30, temperature 0.07, backbone) | top-1 {knn['top1']:.2f}, top-3 "
+        f"{knn['top5']:.2f} |",
+        "| Held-out L_align (alpha 2; projection, 15 images) | 0.1235 |",
+        "| Held-out L_uniform (t 2; projection, 15 images) | -1.5000 |",
+        f"| Training align term at step 4 | {read_log(published)[-1]['align']:.4f} |",
+    ):
+        assert f"{line}\n" in card, line
+    assert "batch size 8" in card and "InfoNCE" not in card
+    for word in ("load_encoder", "torchvision", "timm", "Hugging Face", "detectron2", "onnx",
+                 "The weights: cc-by-nc-4.0.", "wang2020hypersphere"):  # fmt: skip
+        assert word in card, word
+
+
+def test_the_python_of_the_card_runs(published, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.chdir(published)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    outputs = []
+    for block in blocks:
+        namespace: dict = {}
+        exec(block, namespace)
+        with torch.no_grad():
+            outputs.append(namespace.get("model", namespace.get("encoder"))(images))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_without_probe_metrics_or_licence_the_card_has_no_such_figures(run_of, tmp_path):
+    release([str(run_of / "run" / "checkpoint_0001.pth.tar"), "plain v1.0"])
+    assert list(Path("plain v1.0").glob("plain-v1-0-backbone-*.pth")), "no dot before the hash"
+    card = Path("plain v1.0/README.md").read_text()
+    for word in ("top-1", "Linear evaluation", "Held-out", "license:"):
+        assert word not in card, word
+    assert "no licence" in card and not Path("plain v1.0/lincls").exists()
+
+
+def test_a_checkpoint_of_upstream_moco_has_no_recipe_to_tell(run_of, tmp_path):
+    source = read_checkpoint(run_of / "run" / "checkpoint_0001.pth.tar")
+    kept = {name: source[name] for name in ("arch", "epoch", "state_dict")}
+    torch.save({**kept, "optimizer": {}}, "moco_v2.pth.tar")
+    shutil.copy(run_of / "run" / "log.jsonl", "log.jsonl")  # of something else
+    release(["moco_v2.pth.tar", "out", "--name", "moco-v2"])
+    card = Path("out/README.md").read_text()
+    assert "| Encoder | resnet18, 512 features |" in card and "| Epochs | 2 |" in card
+    for word in ("Objective", "lr", "| Data", "Training"):
+        assert word not in card, word
+    assert not Path("out/log.jsonl").exists() and not Path("out/args.json").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# What a stranger finds
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_byte_a_missing_and_an_unlisted_file_are_named(copy, capsys):
+    path = weights_of(copy, "full", "safetensors")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    found = findings(copy, capsys)
+    assert path.name in found and "damaged" in found
+    sum_again(copy)
+    assert "in its name" in findings(copy, capsys)
+    path.unlink()
+    sum_again(copy)
+    assert "there is no NAME-full-HASH.safetensors" in findings(copy, capsys)
+
+
+def test_sums_that_do_not_fit_the_folder(copy, capsys):
+    (copy / "extra.txt").write_text("hello")
+    assert "extra.txt is not in SHA256SUMS" in findings(copy, capsys)
+    (copy / "extra.txt").unlink()
+    (copy / "lincls" / "log.jsonl").rename(copy.parent / "log.jsonl")
+    assert "lincls/log.jsonl is missing" in findings(copy, capsys)
+    (copy.parent / "log.jsonl").rename(copy / "lincls" / "log.jsonl")
+    with open(copy / "SHA256SUMS", "a") as file:
+        file.write(f"{'0' * 64}  ../outside\n")
+    assert "no sum of a file" in findings(copy, capsys)
+    (copy / "SHA256SUMS").unlink()
+    assert "no release" in findings(copy, capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("README.md", "| Held-out L_align (alpha 2; projection, 15 images) | 0.1235 |",
+         "| Held-out L_align (alpha 2; projection, 15 images) | 0.0235 |", "0.1235"),
+        ("README.md", "lr 0.03, momentum", "lr 0.3, momentum", "lr 0.03"),
+        ("README.md", "| Seed | 1 |", "| Seed | 1 |\n| ImageNet top-1 | 76.50 |", "no log says"),
+        ("README.md", "| Seed | 1 |\n", "", "lacks the row 'Seed'"),
+        ("README.md", "The weights: cc-by-nc-4.0.", "The weights: mit.", "licence"),
+        ("args.json", '"lr": 0.03', '"lr": 0.3', "args.json is not what"),
+        ("config.json", '"num_features": 512', '"num_features": 2048', "num_features"),
+        ("config.json", "0.485", "0.5", "mean"),
+        ("lincls/lincls.json", '"top1": ', '"top1": 1', "the log"),
+        ("align_uniform.json", "-1.5", "-2.5", "the logs say '-2.5000'"),
+        ("config.json", "{", "", "config.json"),
+    ],
+)  # fmt: skip
+def test_figures_that_the_logs_do_not_say_even_with_fitting_sums(
+    file, old, new, said, copy, capsys
+):
+    if "lincls" in file:  # of best and last, not of k-NN, whose figure is in the card alone
+        text = (copy / file).read_text()
+        at = text.index('"best"')
+        (copy / file).write_text(text[:at] + text[at:].replace(old, new, 1))
+    else:
+        edit(copy / file, old, new)
+    assert file in findings(copy, capsys)
+    sum_again(copy)
+    assert said in findings(copy, capsys)
+
+
+def test_another_backbone_under_a_fitting_name(copy, capsys):
+    path = weights_of(copy, "backbone", "pth")
+    state = torch.load(path, weights_only=True)
+    state["conv1.weight"][0, 0, 0, 0] += 1
+    path.unlink()
+    torch.save(state, copy / "other.pth")
+    digest = hashlib.sha256((copy / "other.pth").read_bytes()).hexdigest()[:8]
+    (copy / "other.pth").rename(copy / f"toy-backbone-{digest}.pth")
+    edit(copy / "README.md", path.name, f"toy-backbone-{digest}.pth")
+    sum_again(copy)
+    found = findings(copy, capsys)
+    assert "another backbone" in found and "which is not there" in found
+
+
+def test_words_may_be_added_to_the_card(copy, capsys):
+    edit(copy / "README.md", "## Files", "## About us\n\nThanks to our cluster.\n\n## Files")
+    sum_again(copy)
+    (copy / ".gitattributes").write_text("*.pth filter=lfs")  # as a clone from a hub has it
+    release(["--verify", str(copy)])
+
+
+# ------------------------------------------------------------------------------------------------
+# Refusals
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("", "give CHECKPOINT and OUT"),
+        ("missing.pth out", "no such file: missing.pth"),
+        ("CHECKPOINT full", "not an empty folder"),
+        ("CHECKPOINT nowhere/out", "no such folder"),
+        ("CHECKPOINT out --lincls none.pth", "no such file: none.pth"),
+        ("CHECKPOINT out --name v1.0", "--name must be"),
+        ("--verify nowhere", "no such folder: nowhere"),
+        ("--verify full CHECKPOINT", "nothing else"),
+    ],
+)
+def test_what_can_be_refused_at_once(argv, said, run_of, capsys):
+    Path("full").mkdir()
+    Path("full/file").write_text("kept")
+    words = [str(run_of / "run" / "checkpoint_0001.pth.tar") if w == "CHECKPOINT" else w
+             for w in argv.split()]  # fmt: skip
+    status, message = refusal(release, words, capsys)
+    assert status == 2 and said in message
+    assert [path.name for path in Path().iterdir()] == ["full"]
+
+
+def test_nothing_is_written_of_what_does_not_belong_together(run_of, tmp_path, capsys):
+    first, second = (run_of / "run" / f"checkpoint_000{i}.pth.tar" for i in (0, 1))
+    probe = run_of / "probe" / "checkpoint.pth.tar"
+    lone = tmp_path / "lone"
+    lone.mkdir()
+    shutil.copy(probe, lone / "probe.pth.tar")
+    broken = read_checkpoint(second)
+    broken["state_dict"] = {k: v for k, v in broken["state_dict"].items() if "layer4" not in k}
+    write_checkpoint(lone / "broken.pth.tar", broken)
+    for argv, said in (
+        ([first, "out", "--lincls", probe], "not a probe of this encoder"),
+        ([probe, "out"], "no pretraining checkpoint"),
+        ([second, "out", "--lincls", second], "beside it"),
+        ([second, "out", "--lincls", lone / "probe.pth.tar"], "beside it"),
+        ([first, "out", "--metrics", run_of / "metrics.json"], "checkpoint_0001"),
+        ([second, "out", "--metrics", run_of / "run" / "args.json"], "no alignment"),
+        ([lone / "broken.pth.tar", "out"], "no known architecture"),
+    ):
+        status, message = refusal(release, argv, capsys)
+        assert status == 1 and said in message, message
+        assert [path.name for path in tmp_path.iterdir()] == ["lone"], said
