@@ -183,7 +183,7 @@ class MoCo(nn.Module):
         shuffled = distributed.exchange_rows(im_k, permutation)  # (N, 3, H, W)
         k = _normalize(self.encoder_k(self.prepare(shuffled)))
         keys = torch.empty(n_all, k.shape[1], dtype=k.dtype, device=k.device)
-        keys[permutation.to(k.device)] = distributed.all_gather(k)
+        keys[distributed.to_device(permutation, k.device)] = distributed.all_gather(k)
         return keys
 
     @torch.no_grad()

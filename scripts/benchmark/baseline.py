@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from moco import distributed  # noqa: E402
 
 
 def align_uniform(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:
@@ -38,3 +45,12 @@ def update_key_encoder(encoder_k: nn.Module, encoder_q: nn.Module, m: float) -> 
     """The momentum update, one parameter after another."""
     for key, query in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
         key.data = m * key + (1 - m) * query
+
+
+def shuffle(images: Tensor, permutation: Tensor) -> Tensor:
+    """This rank's part of the global batch in the order of rank 0's `permutation`: everything is
+    sent to everyone, joined to one batch, and indexed."""
+    world, rank = distributed.world_size(), distributed.rank()
+    parts = list(distributed.all_gather(images).chunk(world))
+    order = distributed.all_gather(permutation.to(images.device)).chunk(world)[0]
+    return torch.cat(parts)[order.view(world, -1)[rank]]
