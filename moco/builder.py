@@ -94,40 +94,73 @@ class MoCo(nn.Module):
         self.register_buffer("queue", keys.t().contiguous().t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
+        # Applied to images right before an encoder sees them. Keys are shuffled before it, so that
+        # ranks exchange the bytes of pixels rather than normalised floats.
+        self.prepare: Callable[[Tensor], Tensor] = _as_they_are
+
         self.shuffle_generator = torch.Generator().manual_seed(0)
+        self._pending: list[Tensor] = []  # keys of this step's parts, not yet in the queue
+        self._overwritten: tuple[Tensor, Tensor] | None = None  # see `enqueue`
         self._steps = 0  # tells MoCoLosses when the queue it looks at has moved on
 
-    def forward(self, im_q: Tensor, im_k: Tensor) -> MoCoLosses:
+    def forward(
+        self,
+        im_q: Tensor,
+        im_k: Tensor,
+        *,
+        part: int = 0,
+        parts: int = 1,
+        symmetric: bool = False,
+    ) -> MoCoLosses:
         """One MoCo step on this rank's batch: everything but the optimizer.
 
         Updates the key encoder, encodes both views, computes the losses against the queue from
         before this batch, then enqueues the keys of all ranks.
 
+        A batch that is too large for the memory goes through in `parts` calls, the optimizer
+        stepping after the last one. Parts relate to each other as ranks do: the key encoder is
+        updated in part 0, every part sees the queue from before the step, the keys of all parts
+        enter it after the last one, and the loss of the step is the mean over the parts' losses
+        (divide each by `parts` before its backward). Shuffle, batch norm and intra-batch pairs are
+        each part's own.
+
         Args:
-            im_q, im_k: (N, 3, H, W) two views of the same N images; N is equal on all ranks.
+            im_q, im_k: (N, 3, H, W) two views of the same N images, of a type that `prepare` turns
+                into the encoders' input; N is equal on all ranks and in all parts.
+            part, parts: this call is number `part`, 0 to parts - 1 in turn.
+            symmetric: both views are queries and both are keys: each loss is the sum of those of
+                (q(im_q), k(im_k)) and (q(im_k), k(im_q)), and the keys of im_k, then those of im_q
+                are enqueued. The key encoder is updated once.
 
         Raises:
-            ValueError: views of different shape, or K smaller than the global batch.
+            ValueError: views of different shape, K smaller than the keys of one step, or a part out
+                of turn.
         """
         if im_q.shape != im_k.shape:
             raise ValueError(
                 f"the two views must have one shape, got {tuple(im_q.shape)}, {tuple(im_k.shape)}"
             )
-        if len(im_q) * distributed.world_size() > self.K:
+        directions = [(im_q, im_k), (im_k, im_q)] if symmetric else [(im_q, im_k)]
+        self._check_queue_holds(len(im_q), parts, len(directions))
+        if part == 0:
+            self._pending = []  # also what an interrupted step has left
+        if not 0 <= part < parts or len(self._pending) != part * len(directions):
             raise ValueError(
-                f"the queue (K={self.K}) must hold at least one global batch, got "
-                f"{distributed.world_size()} x {len(im_q)} images; use a larger K"
+                f"parts of a step come in turn, from 0 to parts - 1, got part={part!r} of "
+                f"{parts!r} after {len(self._pending) // len(directions)}"
             )
-        q = _normalize(self.encoder_q(im_q))  # (N, C)
-        with torch.no_grad():
+        if part == 0:
             self.update_key_encoder()
-            keys = self.encode_keys(im_k)  # (W*N, C), all ranks'
-        rank, n = distributed.rank(), len(q)
-        k = keys[rank * n : (rank + 1) * n]  # (N, C)
-
-        losses = self._losses(q, k)
-        self.enqueue(keys)
-        return losses
+        losses = []
+        for of_queries, of_keys in directions:
+            q = _normalize(self.encoder_q(self.prepare(of_queries)))  # (N, C)
+            keys = self.encode_keys(of_keys)  # (W*N, C), all ranks'
+            losses.append(self._losses(q, keys.chunk(distributed.world_size())[distributed.rank()]))
+            self._pending.append(keys)
+        if part == parts - 1:
+            self.enqueue(torch.cat(self._pending))
+            self._pending = []
+        return losses[0] if len(losses) == 1 else MoCoLosses.sum(losses)
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -148,24 +181,47 @@ class MoCo(nn.Module):
         n_all = len(im_k) * distributed.world_size()
         permutation = torch.randperm(n_all, generator=self.shuffle_generator)  # alike on all ranks
         shuffled = distributed.exchange_rows(im_k, permutation)  # (N, 3, H, W)
-        k = _normalize(self.encoder_k(shuffled))
+        k = _normalize(self.encoder_k(self.prepare(shuffled)))
         keys = torch.empty(n_all, k.shape[1], dtype=k.dtype, device=k.device)
-        keys[permutation.to(k.device)] = distributed.all_gather(k)
+        keys[distributed.to_device(permutation, k.device)] = distributed.all_gather(k)
         return keys
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Overwrite the oldest columns of the queue with `keys` (n, C), wrapping around its end."""
-        positions = self.queue_ptr + torch.arange(len(keys), device=keys.device)
-        self.queue.t().index_copy_(0, positions % self.K, keys.to(self.queue.dtype))
-        self.queue_ptr.copy_((self.queue_ptr + len(keys)) % self.K)
+        rows = self.queue.t()
+        positions = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
+        if self.contr_tau is not None:  # for the logits of this step, until the next
+            self._overwritten = positions, rows[positions]
+        rows.index_copy_(0, positions, keys.to(rows.dtype))
+        self.queue_ptr.add_(len(keys)).remainder_(self.K)
         self._steps += 1
+
+    def queue_at(self, step: int) -> Tensor:
+        """The queue (C, K) as the losses of step number `step` saw it: this step or the last."""
+        if self._steps == step:
+            return self.queue
+        if self._steps > step + 1:
+            raise RuntimeError(
+                "the queue has moved on: read logits_contr or contr_rank before the next step"
+            )
+        positions, keys = self._overwritten
+        return self.queue.t().clone().index_copy_(0, positions, keys).t()
+
+    def _check_queue_holds(self, n: int, parts: int, directions: int) -> None:
+        ranks = distributed.world_size()
+        if parts * directions * ranks * n > self.K:
+            times = "".join(f" x {count}" for count in (parts, directions) if count > 1)
+            raise ValueError(
+                f"the queue (K={self.K}) must hold at least the keys of one step (a global batch), "
+                f"got {ranks} x {n} images{times}; use a larger K"
+            )
 
     def _losses(self, q: Tensor, k: Tensor) -> MoCoLosses:
         losses = MoCoLosses(_q=q.detach())
         if self.contr_tau is not None:
             losses.loss_contr = contrastive_loss(q, k, self.queue, self.contr_tau)
-            losses._logits = _Logits(self, q, k)
+            losses._logits = [_Logits(self, self._steps, q.detach(), k)]
         if self.align_alpha is not None:
             losses.loss_align = align_loss(q, k, self.align_alpha)
         if self.unif_t is not None:
@@ -173,6 +229,10 @@ class MoCo(nn.Module):
                 q, self.queue, self.unif_t, self.unif_intra_batch
             )
         return losses
+
+
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
 
 
 def _normalize(features: Tensor) -> Tensor:
@@ -187,22 +247,34 @@ class MoCoLosses:
     loss_contr: Tensor | None = None
     loss_align: Tensor | None = None
     loss_unif: Tensor | None = None
-    _logits: _Logits | None = field(default=None, repr=False)
+    _logits: list[_Logits] = field(default_factory=list, repr=False)
     _q: Tensor | None = field(default=None, repr=False)
 
     @property
     def logits_contr(self) -> Tensor | None:
-        """(N, 1+K) similarities over tau, the positive first; None when InfoNCE is off.
+        """(N, 1+K) similarities over tau, the positive first; None when InfoNCE is off. Of this
+        part's N images, twice (2N) in a symmetric step.
 
         Made on demand, without gradient: InfoNCE itself never holds this matrix. Must be asked
         for before the next step, which changes the queue: RuntimeError after it.
         """
-        return None if self._logits is None else self._logits.matrix()
+        return torch.cat([each.matrix() for each in self._logits]) if self._logits else None
 
     def contr_rank(self) -> Tensor | None:
-        """(N,) number of queue keys nearer to the query than its own key; None when InfoNCE is
-        off. Top-1 and top-5 accuracy are the shares below 1 and 5; until the next step only."""
-        return None if self._logits is None else self._logits.rank()
+        """(N,) number of queue keys nearer to the query than its own key, of the rows of
+        `logits_contr`; None when InfoNCE is off. Top-1 and top-5 accuracy are the shares below 1
+        and 5; until the next step only."""
+        return torch.cat([each.rank() for each in self._logits]) if self._logits else None
+
+    @classmethod
+    def sum(cls, parts: list[MoCoLosses]) -> MoCoLosses:
+        """Each loss summed over `parts`, which have the same terms."""
+        total = cls(_q=torch.cat([part._q for part in parts]))
+        for name, _ in parts[0].items():
+            losses = [getattr(part, f"loss_{name}") for part in parts]
+            setattr(total, f"loss_{name}", torch.stack(losses).sum())
+        total._logits = [each for part in parts for each in part._logits]
+        return total
 
     def feature_std(self) -> Tensor:
         """Mean over dimensions of the queries' deviation, times sqrt(C): about 1 for features
@@ -240,32 +312,20 @@ class MoCoLosses:
                 yield name, loss
 
 
+@dataclass
 class _Logits:
-    """The InfoNCE logits of one step, computed when asked for.
+    """The InfoNCE logits of one step, computed when asked for."""
 
-    Enqueueing has overwritten some of the keys that the step saw by then, so those are kept.
-    """
-
-    def __init__(self, moco: MoCo, q: Tensor, k: Tensor) -> None:
-        self.moco = moco
-        self.q, self.k = q.detach(), k
-        self.step = moco._steps
-        n_all = len(q) * distributed.world_size()
-        self.replaced = (moco.queue_ptr + torch.arange(n_all, device=q.device)) % moco.K
-        self.old_keys = moco.queue.t()[self.replaced]
-
-    def _queue(self) -> Tensor:
-        if self.moco._steps > self.step + 1:
-            raise RuntimeError(
-                "the queue has moved on: read logits_contr or contr_rank before the next step"
-            )
-        keys = self.moco.queue.t().clone()
-        return keys.index_copy_(0, self.replaced, self.old_keys).t()
+    moco: MoCo
+    step: int
+    q: Tensor
+    k: Tensor
 
     def matrix(self) -> Tensor:
         with torch.no_grad():
             positive = (self.q * self.k).sum(dim=1, keepdim=True)  # (N, 1)
-            return torch.cat([positive, self.q @ self._queue()], dim=1) / self.moco.contr_tau
+            negatives = self.q @ self.moco.queue_at(self.step)  # (N, K)
+            return torch.cat([positive, negatives], dim=1) / self.moco.contr_tau
 
     def rank(self) -> Tensor:
-        return contrastive_rank(self.q, self.k, self._queue())
+        return contrastive_rank(self.q, self.k, self.moco.queue_at(self.step))

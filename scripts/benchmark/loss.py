@@ -1,20 +1,19 @@
 #!/usr/bin/env python
-"""Time of the queue losses, forward and backward, against the full N x K matrix.
+"""Time and memory of the queue losses, forward and backward, against the full N x K matrix.
 
     python scripts/benchmark/loss.py [--out FILE.json]
+    python scripts/benchmark/loss.py --curve [--out FILE.json]     how they grow with K and with N
 
-Both variants run in turn in one process; medians, with the spread from the first to the last
-quartile. The limit is arithmetic: two products of 2NKC flops at the rate of a large product here.
-Ratios carry over between machines better than milliseconds do.
+The limit is arithmetic: two products of 2NKC flops (three with the ranks, which are counted in a
+sweep of their own, as only print steps ask for them) at the rate of a large product here. Memory is
+what a step adds to the peak of a process that has just started.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import baseline  # noqa: E402
+import timing  # noqa: E402
 
 from align_uniform import (  # noqa: E402
     align_loss,
@@ -33,49 +33,66 @@ from align_uniform import (  # noqa: E402
     uniform_loss_with_queue,
 )
 
+LOSSES = ("align+uniform", "InfoNCE", "InfoNCE+top1,5")
+CURVE_K = [(256, size) for size in (4096, 16384, 65536, 262144)]
+CURVE_N = [(n, 65536) for n in (32, 64, 128, 256, 512, 1024)]
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="time of the queue losses")
+    parser = argparse.ArgumentParser(description="time and memory of the queue losses")
     parser.add_argument("--queue", type=int, default=65536)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="also write JSON")
+    parser.add_argument(
+        "--curve", action="store_true", help="align+uniform over K at N=256 and over N at K=65536"
+    )
+    parser.add_argument("--memory-of", choices=["baseline", "ours"], help=argparse.SUPPRESS)
+    timing.add_arguments(parser, repeats=15)
     args = parser.parse_args()
+    if args.memory_of:
+        print(added_memory(args))
+        return
 
-    rate = product_rate(args.device)
-    name = torch.cuda.get_device_name() if args.device != "cpu" else "CPU"
-    print(
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"K={args.queue}, C={args.dim}, float32; large product {rate / 1e9:.0f} Gflop/s"
+    rate = timing.product_rate(args.device)
+    table = timing.Table(
+        f"queue losses, forward and backward, C={args.dim}, float32; "
+        f"large product {rate / 1e9:.0f} Gflop/s"
     )
-    print(
-        f"{'loss':<16} {'N':>4} {'baseline ms':>12} {'ours ms':>8} {'ratio':>6} {'spread':>11} "
-        f"{'limit':>6} {'of it':>6}"
+    if args.curve:
+        cases = [("align+uniform", n, size) for n, size in CURVE_K + CURVE_N]
+    else:
+        cases = [(loss, n, args.queue) for loss in LOSSES for n in args.batch]
+    for loss, n, size in cases:
+        table.add(compare(loss, n, size, args, rate))
+    memory = []
+    for n in [] if args.curve else args.batch:
+        theirs, own = (memory_in_a_process(which, n, args) for which in ("baseline", "ours"))
+        memory.append({"N": n, "K": args.queue, "baseline_MiB": theirs, "ours_MiB": own})
+        print(f"memory of align+uniform N={n}: baseline {theirs:.1f} MiB, ours {own:.1f} MiB")
+    table.write(args.out, product_rate=rate, memory=memory)
+
+
+def compare(loss: str, n: int, size: int, args: argparse.Namespace, rate: float) -> timing.Row:
+    """One loss at batch n against a queue of `size` keys."""
+    times = timing.interleaved(steps(loss, n, size, args), repeats=args.repeats, device=args.device)
+    products = 3 if loss == "InfoNCE+top1,5" else 2
+    return timing.row(
+        f"{loss} N={n} K={size}",
+        times["baseline"],
+        times["ours"],
+        floor=products * 2 * n * size * args.dim / rate,
+        limited_by=f"{products} products",
+        more={"loss": loss, "N": n, "K": size, "C": args.dim},
     )
-    rows = []
-    for loss in ("align+uniform", "InfoNCE+top1,5"):
-        for n in args.batch:
-            row = compare(loss, n, args, rate)
-            rows.append(row)
-            low, high = row["spread"]
-            print(
-                f"{loss:<16} {n:>4} {row['baseline_ms']:>12.1f} {row['ours_ms']:>8.1f} "
-                f"{row['ratio']:>5.1f}x {low:>5.1f}-{high:<4.1f}x {row['limit']:>5.1f}x "
-                f"{100 * row['ratio'] / row['limit']:>4.0f} %",
-                flush=True,
-            )
-    if args.out:
-        args.out.write_text(json.dumps({"device": name, "rows": rows}, indent=2) + "\n")
 
 
-def compare(loss: str, n: int, args: argparse.Namespace, rate: float) -> dict:
+def steps(loss: str, n: int, size: int, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Forward and backward of a loss, the baseline's way and ours."""
     torch.manual_seed(0)
-    device = args.device
-    x = torch.randn(n, args.dim, device=device, requires_grad=True)
-    k = F.normalize(torch.randn(n, args.dim, device=device), dim=1)
-    rows = F.normalize(torch.randn(args.queue, args.dim, device=device), dim=1)
+    x = torch.randn(n, args.dim, device=args.device, requires_grad=True)
+    k = F.normalize(torch.randn(n, args.dim, device=args.device), dim=1)
+    rows = F.normalize(torch.randn(size, args.dim, device=args.device), dim=1)
+    # Each with the queue as it stores it.
     queue, upstream_queue = rows.t(), rows.t().contiguous()
 
     def ours() -> None:
@@ -84,7 +101,8 @@ def compare(loss: str, n: int, args: argparse.Namespace, rate: float) -> dict:
             value = align_loss(q, k) + uniform_loss_with_queue(q, queue, 3)
         else:
             value = contrastive_loss(q, k, queue, 0.2)
-            contrastive_rank(q, k, queue)
+            if loss == "InfoNCE+top1,5":
+                contrastive_rank(q, k, queue)
         backward(value)
 
     def theirs() -> None:
@@ -92,41 +110,32 @@ def compare(loss: str, n: int, args: argparse.Namespace, rate: float) -> dict:
         if loss == "align+uniform":
             value = baseline.align_uniform(q, k, upstream_queue, 3)
         else:
-            value, _ = baseline.info_nce(q, k, upstream_queue, 0.2)
+            value = baseline.info_nce(q, k, upstream_queue, 0.2, hits=loss == "InfoNCE+top1,5")[0]
         backward(value)
 
     def backward(value: torch.Tensor) -> None:
         x.grad = None
         value.backward()
 
-    pairs = [(seconds(theirs, device), seconds(ours, device)) for _ in range(args.repeats + 2)][2:]
-    ratios = sorted(base / own for base, own in pairs)
-    base, own = (statistics.median(times) for times in zip(*pairs, strict=True))
-    quarter = len(ratios) // 4
-    return {
-        "loss": loss,
-        "N": n,
-        "baseline_ms": 1e3 * base,
-        "ours_ms": 1e3 * own,
-        "ratio": statistics.median(ratios),
-        "spread": [ratios[quarter], ratios[-1 - quarter]],
-        "limit": base / (4 * n * args.queue * args.dim / rate),
-    }
+    return {"baseline": theirs, "ours": ours}
 
 
-def seconds(function: Callable[[], None], device: str) -> float:
-    start = time.perf_counter()
-    function()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def memory_in_a_process(which: str, n: int, args: argparse.Namespace) -> float:
+    """`added_memory` in a process of its own, where nothing has been freed before."""
+    command = [sys.executable, __file__, "--memory-of", which, "--batch", str(n)]
+    command += ["--queue", str(args.queue), "--dim", str(args.dim), "--device", args.device]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def product_rate(device: str) -> float:
-    """Flops per second of a 2048 x 2048 x 2048 float32 product; median of 9."""
-    a = torch.randn(2048, 2048, device=device)
-    times = [seconds(lambda: a @ a, device) for _ in range(9)]
-    return 2 * 2048**3 / statistics.median(times)
+def added_memory(args: argparse.Namespace) -> float:
+    """MiB that one step of align+uniform adds to the peak of this process, or of the GPU."""
+    (n,) = args.batch
+    steps("align+uniform", 2, 8, args)[args.memory_of]()  # libraries load at their first use
+    step = steps("align+uniform", n, args.queue, args)[args.memory_of]
+    timing.reset_peak_memory(args.device)
+    before = timing.peak_memory(args.device)
+    step()
+    return (timing.peak_memory(args.device) - before) / 2**20
 
 
 if __name__ == "__main__":
