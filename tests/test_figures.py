@@ -187,7 +187,13 @@ def test_axes_are_labelled_and_values_written() -> None:
     written = texts(PICTURES["3"]())
     mean = (x.x - x.y).norm(dim=1).mean().item()
     assert f"mean distance {mean:.3f}" in written
-    for word in ("angle (rad)", "density (1/rad)", "share of pairs (%)", "cat & <dog>", "no second"):
+    for word in (
+        "angle (rad)",
+        "density (1/rad)",
+        "share of pairs (%)",
+        "cat & <dog>",
+        "no second",
+    ):
         assert word in written, word
     for name in PICTURES:
         for axes in PICTURES[name]().axes:
