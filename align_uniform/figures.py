@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def inline_svg(figure: Figure) -> str:
         figure.savefig(
             buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
-    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
 
@@ -564,7 +565,7 @@ def trajectories(
         axes.plot(xs, ys, color=style["color"], linestyle=style["linestyle"], linewidth=1.3,
                   zorder=1)  # fmt: skip
         for j, point in enumerate(points):
-            marker = "s" if j == 0 else "*" if j == len(points) - 1 else style["marker"]
+            marker = "s" if j == 0 else "*" if j == len(points) - 1 else "o"
             known = point.accuracy is not None
             axes.plot(
                 xs[j], ys[j], marker=marker, linestyle="", markersize=12 if marker == "*" else 7,
@@ -576,8 +577,10 @@ def trajectories(
                           textcoords="offset points")  # fmt: skip
     if any(point.accuracy is not None for point in everything):
         figure.colorbar(colours, ax=axes, label=accuracy)
-    handles = [Line2D([], [], label=name, **{**line_style(i), "markersize": 6})
-               for i, name in enumerate(paths)]  # fmt: skip
+    handles = [
+        Line2D([], [], label=name, **{**line_style(i), "marker": ""})
+        for i, name in enumerate(paths)
+    ]
     figure.legend(handles=handles, loc="outside upper left", ncols=1)
     axes.margins(0.12)
     axes.set_xlabel("alignment: left is better; square: first, star: last")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from align_uniform import figures  # noqa: E402
 from moco.options import one_line_errors  # noqa: E402
-from scripts.run_folders import Run, mean, read_runs  # noqa: E402
+from scripts.run_folders import Run, common_accuracy, mean, read_runs  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 
@@ -225,15 +225,13 @@ def encoder_points(comparison: Comparison) -> tuple[str, list[figures.Point]]:
         for run in group.runs
         if run.measured("alignment") is not None and run.measured("uniformity") is not None
     ]
-    linear = all(run.linear("last") is not None for _, run in runs)
-    points = [
+    name, accuracy = common_accuracy([(run, run.epochs) for _, run in runs])
+    return name, [
         figures.Point(
-            run.measured("alignment"), run.measured("uniformity"),
-            run.linear("last") if linear else run.knn(), str(i),
+            run.measured("alignment"), run.measured("uniformity"), accuracy(run, run.epochs), str(i)
         )
         for i, run in runs
-    ]  # fmt: skip
-    return "linear top-1, last (%)" if linear else "k-NN top-1 (%)", points
+    ]
 
 
 def rank_correlations(points: Sequence[figures.Point]) -> list[tuple[str, float]]:

@@ -36,7 +36,7 @@ from align_uniform import figures  # noqa: E402
 from align_uniform.figures import Features, Point  # noqa: E402
 from moco.loader import DataError  # noqa: E402
 from moco.options import one_line_errors  # noqa: E402
-from scripts.run_folders import Run, read_runs, short_names  # noqa: E402
+from scripts.run_folders import Run, common_accuracy, number, read_runs, short_names  # noqa: E402
 
 FIGURES = ("3", "4", "5", "7", "8", "10", "11", "map")
 _OF_FEATURES, _OF_RUNS, _OF_NOTHING = ("3", "4", "map"), ("5", "7", "8"), ("10", "11")
@@ -263,29 +263,8 @@ def _equally_many(features: Features, most: int, seed: int) -> Features:
 # ------------------------------------------------------------------------------------------------
 
 
-def final_point(run: Run, label: str = "") -> Point | None:
-    """Where the run's last encoder stands; None if it was not measured."""
-    place = run.measured("alignment"), run.measured("uniformity")
-    if None in place:
-        return None
-    accuracy = run.linear("last")
-    return Point(*place, run.knn() if accuracy is None else accuracy, label)
-
-
-def accuracy_name(runs: Sequence[Run]) -> str:
-    """What `final_point` has for accuracy; it must be the same for all runs of a figure."""
-    linear = [run.linear("last") is not None for run in runs]
-    if any(linear) and not all(linear):
-        without = runs[linear.index(False)].folder
-        raise DataError(
-            f"some runs have a linear evaluation and {without} has none: their accuracies are not "
-            "comparable; evaluate all alike with main_lincls.py"
-        )
-    return "linear top-1 (%)" if any(linear) else "k-NN top-1 (%)"
-
-
 def _measured_only(runs: Sequence[Run]) -> list[Run]:
-    found = [run for run in runs if final_point(run) is not None]
+    found = [r for r in runs if None not in (r.measured("alignment"), r.measured("uniformity"))]
     if not found:
         raise DataError(
             f"none of {len(runs)} finished run(s) has alignment and uniformity; measure with "
@@ -294,45 +273,65 @@ def _measured_only(runs: Sequence[Run]) -> list[Run]:
     return found
 
 
+def final_points(runs: Sequence[Run], names: Sequence[str]) -> tuple[str, list[Point]]:
+    """What the accuracy is, and where the last encoder of each run stands."""
+    kind, accuracy = common_accuracy([(run, run.epochs) for run in runs])
+    return kind, [
+        Point(
+            run.measured("alignment"), run.measured("uniformity"), accuracy(run, run.epochs), name
+        )
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
 def scatter(runs: Sequence[Run]) -> Figure:
     runs = _measured_only(runs)
-    points = [final_point(run, name) for run, name in zip(runs, short_names(runs), strict=True)]
-    return figures.scatter(points, accuracy=accuracy_name(runs))
+    kind, points = final_points(runs, short_names(runs))
+    return figures.scatter(points, accuracy=kind)
 
 
 def weights_sweep(runs: Sequence[Run]) -> Figure:
     """Runs of weighted alignment and uniformity, a line for each (alpha, t)."""
-    lines: dict[str, list[tuple[float, Point]]] = {}
-    names = ("align_w", "align_alpha", "unif_w", "unif_t", "contr_w")
     used = []
     for run in _measured_only(runs):
-        align_w, alpha, unif_w, t, contr_w = (run.args.get(name) for name in names)
-        if contr_w or not (align_w or unif_w):
+        weights = [number(run.args.get(name)) for name in ("contr_w", "align_w", "unif_w")]
+        if None in weights or weights[0] or not (weights[1] or weights[2]):
             print(f"left out: {run.folder} is of {run.objective}", file=sys.stderr)
-            continue
-        used.append(run)
-        share = align_w / (align_w + unif_w)
-        lines.setdefault(f"alpha {alpha:g}, t {t:g}", []).append((share, final_point(run)))
+        else:
+            used.append((run, weights[1] / (weights[1] + weights[2])))
     if not used:
         raise DataError("figure 7 needs runs of alignment and uniformity without InfoNCE, got none")
-    return figures.weights_sweep(lines, accuracy=accuracy_name(used))
+    runs = [run for run, _ in used]
+    kind, points = final_points(runs, [""] * len(runs))
+    lines: dict[str, list[tuple[float, Point]]] = {}
+    for (run, share), point in zip(used, points, strict=True):
+        name = f"alpha {run.args.get('align_alpha')}, t {run.args.get('unif_t')}"
+        lines.setdefault(name, []).append((share, point))
+    return figures.weights_sweep(lines, accuracy=kind)
 
 
 def trajectories(runs: Sequence[Run]) -> Figure:
     """Each run's encoders in order of the epoch."""
     paths = {}
     for run, name in zip(runs, short_names(runs), strict=True):
-        points = [point for _, point in run.encoders()]
-        if len(points) < 2:
-            print(f"left out: {run.folder} has {len(points)} measured epoch(s)", file=sys.stderr)
-            continue
-        paths[f"{name}: {run.objective}"] = points
+        encoders = run.encoders()
+        if len(encoders) < 2:
+            print(f"left out: {run.folder} has {len(encoders)} measured epoch(s)", file=sys.stderr)
+        else:
+            paths[f"{name}: {run.objective}"] = run, encoders
     if not paths:
         raise DataError(
             "figure 8 needs runs with at least two measured checkpoints: measure them with "
             "scripts/measure_align_uniform.py CHECKPOINT DIR --out RUN/FILE.json"
         )
-    return figures.trajectories(paths)
+    kind, accuracy = common_accuracy(
+        [(run, encoder[0]) for run, encoders in paths.values() for encoder in encoders]
+    )
+    points = {
+        name: [Point(a, u, accuracy(run, epoch), f"epoch {epoch}") for epoch, a, u in encoders]
+        for name, (run, encoders) in paths.items()
+    }
+    return figures.trajectories(points, accuracy=kind)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from align_uniform.figures import Point
 from moco.checkpoint import FORMAT_VERSION, run_checkpoints
 from moco.options import LINCLS_RESULT
 from moco.run import science
@@ -125,29 +124,34 @@ class Run:
             found = self.scalars()[name][1][-1]
         return found
 
-    def encoders(self) -> list[tuple[int, Point]]:
-        """The encoders of the run that were measured, (epoch, where they stand), in order; without
-        measurements what was logged at the end of each epoch."""
-        places: dict[int, tuple[float | None, float | None]] = {}
+    def encoders(self) -> list[tuple[int, float, float]]:
+        """The encoders of the run that were measured, (epoch, alignment, uniformity), in order;
+        without measurements of several epochs what was logged at the end of each."""
         scalars = self.scalars()
-        if {"alignment", "uniformity"} <= scalars.keys():
+        epochs = {measure["epoch"] for measure in self.measures}
+        found: dict[int, tuple[float | None, float | None]] = {}
+        if len(epochs) < 2 and {"alignment", "uniformity"} <= scalars.keys():
             uniformities = dict(zip(*scalars["uniformity"], strict=True))
             for epoch, value in zip(*scalars["alignment"], strict=True):
-                places[math.ceil(epoch)] = value, uniformities.get(epoch)
-        epochs = {measure["epoch"] for measure in self.measures}
-        if len(epochs) > 1 or not places:
-            places = {
-                epoch: tuple(mean(m[name] for m in self.measures if m["epoch"] == epoch)
-                             for name in ("alignment", "uniformity"))
-                for epoch in epochs
-            }  # fmt: skip
-        found = []
-        for epoch, (align, unif) in sorted(places.items()):
-            if align is not None and unif is not None:
-                accuracy = self.linear("last", epoch)
-                accuracy = self.knn(epoch) if accuracy is None else accuracy
-                found.append((epoch, Point(align, unif, accuracy, f"epoch {epoch}")))
-        return found
+                found[math.ceil(epoch)] = value, uniformities.get(epoch)
+        else:
+            for epoch in epochs:
+                same = [m for m in self.measures if m["epoch"] == epoch]
+                found[epoch] = (
+                    mean(m["alignment"] for m in same),
+                    mean(m["uniformity"] for m in same),
+                )
+        return [(epoch, *place) for epoch, place in sorted(found.items()) if None not in place]
+
+
+def common_accuracy(
+    encoders: Sequence[tuple[Run, int]],
+) -> tuple[str, Callable[[Run, int], float | None]]:
+    """What accuracy to compare encoders (run, epoch) by, and how to find it: the linear probe's
+    last where all of them have one, else k-NN's, so that no two kinds are mixed."""
+    if all(run.linear("last", epoch) is not None for run, epoch in encoders):
+        return "linear top-1, last (%)", lambda run, epoch: run.linear("last", epoch)
+    return "k-NN top-1 (%)", Run.knn
 
 
 def short_names(runs: Sequence[Run]) -> list[str]:
