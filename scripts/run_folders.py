@@ -367,11 +367,19 @@ def _read_measure(path: Path) -> dict | None:
         content = _read_json(path)
     except (_Unusable, OSError):
         return None
-    if not isinstance(content.get("checkpoint"), str) or content.get("layer") != "projection":
+    if not isinstance(content.get("checkpoint"), str):
         return None
+    layers = content.get("layers")
     found = {"checkpoint": content["checkpoint"], "path": path}
     for name, parameter in (("alignment", "alpha"), ("uniformity", "t")):
-        found[name] = number(content.get(name)) if content.get(parameter) == 2 else None
+        if isinstance(layers, dict):  # by layer, then by alpha or t
+            values = layers.get("projection")
+            values = values.get(name) if isinstance(values, dict) else None
+            value = values.get("2") if isinstance(values, dict) else None
+        else:
+            at_2 = content.get("layer") == "projection" and content.get(parameter) == 2
+            value = content.get(name) if at_2 else None
+        found[name] = number(value)
     return None if found["alignment"] is found["uniformity"] is None else found
 
 

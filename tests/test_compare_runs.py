@@ -294,6 +294,21 @@ def test_measures_of_other_layers_and_exponents_are_not_mixed_in(tmp_path, capsy
     assert column(rows, "alignment") == ["–"]
 
 
+def test_measures_of_both_layers_are_read_for_the_projection(tmp_path) -> None:
+    run = make_run(tmp_path / "a")
+    by_layer = {
+        name: {"alignment": {"1": 0.1, "2": a}, "uniformity": {"2": u, "3": -9.0}}
+        for name, a, u in (("backbone", 0.3, -1.0), ("projection", 0.6, -2.0))
+    }
+    make_measure(run, 0.3, -1.0, layer="backbone", layers=by_layer)
+    ((read,), left_out) = read_runs([run])
+    assert (read.measured("alignment"), read.measured("uniformity")) == (0.6, -2.0)
+    for layers in ({}, {"projection": 3}, {"projection": {"alignment": [], "uniformity": None}}):
+        make_measure(run, 0.3, -1.0, layers=layers)
+        ((read,), left_out) = read_runs([run])
+        assert read.measured("alignment") is None and not left_out
+
+
 def test_short_names(tmp_path) -> None:
     for name in ("x/pretrain", "y/pretrain"):
         make_run(tmp_path / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -222,17 +223,29 @@ def sweep(root: Path) -> Path:
     return root
 
 
-def test_weights_sweep_from_run_folders(tmp_path, capsys, monkeypatch) -> None:
-    root = sweep(tmp_path / "runs")
-    drawn = {}
-    monkeypatch.setattr(
-        plot_features.figures, "weights_sweep", lambda lines, **more: drawn.update(lines, **more)
-    )
-    plot_features.weights_sweep(plot_features.read_runs([root])[0])
-    shares = [(s, p.alignment, p.uniformity, p.accuracy) for s, p in drawn["alpha 2.0, t 2.0"]]
-    assert sorted(shares) == [(0, pytest.approx(0.3), -2, 42), (0.5, 0.2, -1, 41), (1, 0.1, 0, 40)]
-    assert drawn["accuracy"].startswith("linear")
+def test_weights_sweep_from_run_folders(tmp_path, capsys) -> None:
+    runs, _ = plot_features.read_runs([sweep(tmp_path / "runs")])
+    accuracy, alignment, uniformity = plot_features.weights_sweep(runs).axes
+    assert accuracy.get_ylabel().startswith("linear")
+    for axes, expected in (
+        (accuracy, [42, 41, 40]),
+        (alignment, [0.3, 0.2, 0.1]),
+        (uniformity, [math.exp(-2), math.exp(-1), 1]),
+    ):
+        shares, values = axes.lines[0].get_data()
+        assert list(shares) == [0, 0.5, 1] and list(values) == pytest.approx(expected)
     assert "nce" in capsys.readouterr().err, "left out, and said"
+
+
+def test_kinds_of_accuracy_are_not_mixed(tmp_path) -> None:
+    root = sweep(tmp_path / "runs")
+    path = root / "w1-lincls" / "lincls.json"
+    content = json.loads(path.read_text())
+    del content["last"]
+    path.write_text(json.dumps(content))
+    accuracy = plot_features.weights_sweep(plot_features.read_runs([root])[0]).axes[0]
+    assert accuracy.get_ylabel().startswith("k-NN")
+    assert list(accuracy.lines[0].get_ydata()) == [32, 31, 30]
 
 
 def test_figures_of_runs_are_drawn(tmp_path) -> None:
