@@ -1,0 +1,279 @@
+"""plot_features.py: every figure from files and folders, and a line for every bad one."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from helpers import refusal
+from test_compare_runs import ALIGN, NCE, make_measure, make_probe, make_run
+
+from scripts import plot_features
+
+
+def unit(n: int, dim: int = 2, seed: int = 0) -> np.ndarray:
+    x = np.random.default_rng(seed).normal(size=(n, dim))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def make_features(path: Path, n: int = 30, dim: int = 2, **arrays) -> Path:
+    """As extract_features.py writes them, with a second view; an array None is left out."""
+    arrays = {
+        "features": unit(n, dim), "features_2": unit(n, dim, 1), "labels": np.arange(n) % 3,
+        "classes": np.array(["cat", "dog", "ship"]), "paths": np.array(["x"] * n), **arrays,
+    }  # fmt: skip
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def draw(*words: object, tmp_path: Path, name: str = "figure.png") -> bytes:
+    out = tmp_path / name
+    plot_features.main([*map(str, words), "--out", str(out)])
+    return out.read_bytes()
+
+
+# ---- Features -------------------------------------------------------------------------------
+
+
+def test_both_kinds_of_file_hold_the_same(tmp_path) -> None:
+    npz = make_features(tmp_path / "a.npz")
+    x, y = torch.from_numpy(unit(30)), torch.from_numpy(unit(30, seed=1))
+    safetensors.torch.save_file(
+        {"features": x, "features_2": y, "labels": torch.arange(30) % 3},
+        tmp_path / "a.safetensors",
+        metadata={"classes": json.dumps(["cat", "dog", "ship"])},
+    )
+    for path in (npz, tmp_path / "a.safetensors"):
+        read = plot_features.read_features(str(path))
+        assert torch.equal(read.x, x) and torch.equal(read.y, y)
+        assert read.labels.tolist() == [0, 1, 2] * 10 and list(read.classes) == [
+            "cat",
+            "dog",
+            "ship",
+        ]
+    for figure in ("3", "4", "map"):
+        pictures = [
+            draw(figure, path, tmp_path=tmp_path, name=f"a{i}.png")
+            for i, path in enumerate([npz, tmp_path / "a.safetensors"])
+        ]
+        assert pictures[0] == pictures[1], "the same again from the other file"
+
+
+def test_png_and_svg_in_one_go(tmp_path) -> None:
+    words = ["10", "--out", tmp_path / "a.png", tmp_path / "a.SVG"]
+    plot_features.main(list(map(str, words)))
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in (tmp_path / "a.SVG").read_bytes()
+    assert draw("11", tmp_path=tmp_path, name="b.svg").count(b"<g id=") > 5
+
+
+def test_unit_rows_are_asked_for_and_made(tmp_path, capsys) -> None:
+    path = make_features(tmp_path / "a.npz", features=3 * unit(30), features_2=2 * unit(30, seed=1))
+    status, line = refusal(plot_features.main, ["3", path, "--out", tmp_path / "a.png"], capsys)
+    assert status == 1 and "unit length" in line
+    made = draw("3", path, "--normalize", tmp_path=tmp_path, name="a.png")
+    (tmp_path / "a.npz").unlink()
+    make_features(tmp_path / "a.npz")
+    assert made == draw("3", tmp_path / "a.npz", tmp_path=tmp_path, name="b.png")
+
+
+def test_files_of_one_name_are_told_apart(tmp_path) -> None:
+    assert plot_features._named(["x/f.npz", "y/f.npz"]) == [("x/f", "x/f.npz"), ("y/f", "y/f.npz")]
+    assert plot_features._named(["x/f.npz", "x/g.npz"]) == [("f", "x/f.npz"), ("g", "x/g.npz")]
+
+
+def test_classes_by_name_and_number(tmp_path, capsys) -> None:
+    path = make_features(tmp_path / "a.npz")
+    by_name = draw("3", path, "--classes", "ship", tmp_path=tmp_path)
+    assert by_name == draw("3", path, "--classes", "2", tmp_path=tmp_path)
+    assert by_name != draw("3", path, "--classes", "cat", tmp_path=tmp_path)
+    words = ["3", path, "--classes", "bird", "--out", tmp_path / "a.png"]
+    status, line = refusal(plot_features.main, words, capsys)
+    assert status == 1 and "bird" in line and "cat, dog, ship" in line
+    words[3] = "7"
+    status, line = refusal(plot_features.main, words, capsys)
+    assert status == 1 and "no features of class" in line
+
+
+def test_map_of_many_dimensions(tmp_path) -> None:
+    pytest.importorskip("sklearn")
+    path = make_features(tmp_path / "a.npz", n=40, dim=8, features_2=None)
+    first = draw("map", path, "--classes", "cat", tmp_path=tmp_path)
+    assert first == draw("map", path, "--classes", "cat", tmp_path=tmp_path)
+    assert first != draw("map", path, "--classes", "cat", "--most", "20", tmp_path=tmp_path)
+    unlabelled = make_features(tmp_path / "b.npz", n=9, dim=8, labels=np.full(9, -1))
+    draw("map", unlabelled, tmp_path=tmp_path)
+
+
+def test_map_without_scikit_learn(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    path = make_features(tmp_path / "a.npz", dim=8)
+    status, line = refusal(plot_features.main, ["map", path, "--out", tmp_path / "a.png"], capsys)
+    assert status == 1 and "pip install scikit-learn" in line
+    draw("map", make_features(tmp_path / "b.npz"), tmp_path=tmp_path)  # two dimensions need none
+
+
+def test_a_map_has_equally_many_of_each_class() -> None:
+    labels = torch.tensor([0] * 90 + [1] * 8 + [2] * 2)
+    features = plot_features.Features(torch.randn(100, 4), labels)
+    chosen = plot_features._equally_many(features, 20, seed=0)
+    assert torch.bincount(chosen.labels).tolist() == [10, 8, 2]
+    same = plot_features._equally_many(features, 20, seed=0)
+    assert torch.equal(chosen.x, same.x)
+    assert len(plot_features._equally_many(features, 2000, seed=0).x) == 100
+
+
+def bad_row(row: int, value: float) -> np.ndarray:
+    x = unit(30)
+    x[row, 1] = value
+    return x
+
+
+BAD = {
+    "NaN": ({"features": bad_row(17, np.nan)}, "first in row 17"),
+    "infinity": ({"features_2": bad_row(5, -np.inf)}, "features_2 has NaN or infinite values"),
+    "empty": ({"features": np.zeros((0, 2), np.float32)}, "(0, 2)"),
+    "one dimension": ({"features": np.zeros(30, np.float32)}, "(30,)"),
+    "whole numbers": ({"features": np.zeros((30, 2), np.int64)}, "floating-point"),
+    "no features": ({"features": None}, "no array 'features'"),
+    "other second view": ({"features_2": unit(29)}, "(29, 2)"),
+    "too few labels": ({"labels": np.arange(29)}, "(29,)"),
+    "labels as floats": ({"labels": np.arange(30) / 2}, "whole numbers"),
+    "three dimensions": ({"features": unit(30, 3), "features_2": None}, "--moco-dim 2"),
+    "pickled": ({"features": np.array([{}, {}], dtype=object)}, "allow_pickle"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_features_are_one_line(name, tmp_path, capsys) -> None:
+    arrays, reason = BAD[name]
+    path = make_features(tmp_path / "bad.npz", **arrays)
+    status, line = refusal(plot_features.main, ["3", path, "--out", tmp_path / "a.png"], capsys)
+    assert status == 1 and reason in line and "bad" in line
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_zero_rows_have_no_direction(tmp_path, capsys) -> None:
+    x = unit(30)
+    x[4] = 0
+    path = make_features(tmp_path / "bad.npz", features=x)
+    words = ["3", path, "--normalize", "--out", tmp_path / "a.png"]
+    status, line = refusal(plot_features.main, words, capsys)
+    assert status == 1 and "row 4" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.npz", b""), ("a.npz", b"PK\x03\x04 cut"), ("a.npz", b"hello"), ("a.safetensors", b"x" * 9),
+     ("a.txt", b"1 2 3"), ("missing.npz", None)],
+)  # fmt: skip
+def test_files_that_are_something_else(name, content, tmp_path, capsys) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    status, line = refusal(plot_features.main, ["4", path, "--out", tmp_path / "a.png"], capsys)
+    assert status == 1 and name in line
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["10", "--out", "a.pdf"], ".png or .svg"),
+        (["10", "x.npz", "--out", "a.png"], "takes no input"),
+        (["3", "--out", "a.png"], "at least one file of features"),
+        (["7", "--out", "a.png"], "at least one run folder"),
+        (["map", "a.npz", "b.npz", "--out", "a.png"], "one file"),
+        (["map", "a.npz", "--most", "1", "--out", "a.png"], "--most"),
+        (["map", "a.npz", "--seed", "-1", "--out", "a.png"], "--seed"),
+    ],
+)
+def test_commands_that_make_no_sense(words, reason, capsys) -> None:
+    status, line = refusal(plot_features.main, words, capsys)
+    assert status == 2 and reason in line
+
+
+def test_bad_t_and_unwritable_file(tmp_path, capsys) -> None:
+    words = ["4", "--t", "-1", "--out", tmp_path / "a.png"]
+    status, line = refusal(plot_features.main, words, capsys)
+    assert status == 1 and "t must be" in line
+    words = ["10", "--out", tmp_path / "none" / "a.png"]
+    status, line = refusal(plot_features.main, words, capsys)
+    assert status == 1 and "none" in line
+
+
+# ---- Runs -----------------------------------------------------------------------------------
+
+
+def sweep(root: Path) -> Path:
+    for i, (align_w, unif_w) in enumerate([(1, 0), (0.5, 0.5), (0, 1)]):
+        weights = {"contr_w": 0.0, "align_w": align_w, "unif_w": unif_w, "align_alpha": 2.0,
+                   "unif_t": 2.0}  # fmt: skip
+        run = make_run(root / f"w{i}", f"{align_w} * align + {unif_w} * uniform", **weights)
+        make_measure(run, 0.1 * (i + 1), -float(i))
+        make_probe(run, 40.0 + i, knn=30.0 + i)
+    nce = make_run(root / "nce", NCE, contr_w=1.0, align_w=0.0, unif_w=0.0)
+    make_measure(nce, 0.4, -2.0)
+    return root
+
+
+def test_weights_sweep_from_run_folders(tmp_path, capsys) -> None:
+    runs, _ = plot_features.read_runs([sweep(tmp_path / "runs")])
+    accuracy, alignment, uniformity = plot_features.weights_sweep(runs).axes
+    assert accuracy.get_ylabel().startswith("linear")
+    for axes, expected in (
+        (accuracy, [42, 41, 40]),
+        (alignment, [0.3, 0.2, 0.1]),
+        (uniformity, [math.exp(-2), math.exp(-1), 1]),
+    ):
+        shares, values = axes.lines[0].get_data()
+        assert list(shares) == [0, 0.5, 1] and list(values) == pytest.approx(expected)
+    assert "nce" in capsys.readouterr().err, "left out, and said"
+
+
+def test_kinds_of_accuracy_are_not_mixed(tmp_path) -> None:
+    root = sweep(tmp_path / "runs")
+    path = root / "w1-lincls" / "lincls.json"
+    content = json.loads(path.read_text())
+    del content["last"]
+    path.write_text(json.dumps(content))
+    accuracy = plot_features.weights_sweep(plot_features.read_runs([root])[0]).axes[0]
+    assert accuracy.get_ylabel().startswith("k-NN")
+    assert list(accuracy.lines[0].get_ydata()) == [32, 31, 30]
+
+
+def test_figures_of_runs_are_drawn(tmp_path) -> None:
+    root = sweep(tmp_path / "runs")
+    make_measure(root / "w1", 0.9, -0.5, epoch=2)
+    pictures = {figure: draw(figure, root, tmp_path=tmp_path) for figure in ("5", "7", "8")}
+    assert len(set(pictures.values())) == 3
+
+
+def test_trajectories_of_logged_values(tmp_path) -> None:
+    run = make_run(tmp_path / "a", ALIGN)
+    with open(run / "log.jsonl", "a") as log:
+        for step, align in ((4, 0.9), (12, 0.7), (20, 0.4)):
+            line = {"kind": "train", "step": step, "alignment": align, "uniformity": -step / 10}
+            log.write(json.dumps(line) + "\n")
+    (read,), _ = plot_features.read_runs([run])
+    assert read.encoders() == [(1, 0.9, -0.4), (3, 0.7, -1.2), (5, 0.4, -2.0)]
+    draw("8", run, tmp_path=tmp_path)
+
+
+def test_runs_that_give_no_figure(tmp_path, capsys) -> None:
+    run = make_run(tmp_path / "a", ALIGN)
+    for figure, reason in (("5", "alignment and uniformity"), ("7", "measure"), ("8", "two")):
+        words = [figure, run, "--out", tmp_path / "a.png"]
+        with pytest.raises(SystemExit) as stop:
+            plot_features.main(list(map(str, words)))
+        assert stop.value.code == 1 and reason in capsys.readouterr().err.splitlines()[-1]
+    words = ["5", tmp_path / "missing", "--out", tmp_path / "a.png"]
+    with pytest.raises(SystemExit):
+        plot_features.main(list(map(str, words)))
+    assert "no such folder" in capsys.readouterr().err
