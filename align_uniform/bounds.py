@@ -39,7 +39,7 @@ def uniformity_infimum(dim: int, t: float = 2) -> float:
     if dim < 2 or dim != int(dim):
         raise ValueError(f"dim must be a whole number of at least 2, got {dim!r}")
     _check_t(t)
-    return -2 * t + log_hyp0f1(dim / 2, torch.tensor(float(t * t))).item()
+    return -2 * t + log_hyp0f1(dim / 2, torch.tensor(t * t, dtype=torch.float64)).item()
 
 
 def log_hyp0f1(b: float, z: torch.Tensor) -> torch.Tensor:

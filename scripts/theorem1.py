@@ -124,8 +124,8 @@ def log_potential(anchors: np.ndarray, tau: float, kappa: float) -> np.ndarray:
 
 def mean_similarity(dim: int, kappa: float, unaligned: float) -> float:
     """E<x, y> of a positive pair: 1 where y is x, else |E x|^2."""
-    ratio = log_hyp0f1(dim / 2 + 1, torch.tensor([kappa**2 / 4]))
-    ratio -= log_hyp0f1(dim / 2, torch.tensor([kappa**2 / 4]))
+    ratio = log_hyp0f1(dim / 2 + 1, torch.tensor([kappa**2 / 4], dtype=torch.float64))
+    ratio -= log_hyp0f1(dim / 2, torch.tensor([kappa**2 / 4], dtype=torch.float64))
     mean = kappa / dim * ratio.exp().item()  # |E x|: the derivative of log 0F1 by kappa
     return 1 - unaligned + unaligned * mean**2
 
