@@ -9,9 +9,12 @@ samples and their augmentation need no state: they are functions of (seed, epoch
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import torch
 
 from moco import checkpoint, distributed
 from moco.builder import MoCo
+from moco.encoders import head_name
 from moco.log import Means
 
 # Arguments that decide what is learned: to resume under others is refused. (The world size and the
@@ -27,8 +31,14 @@ _SCIENCE = (
     "arch", "small_stem", "moco_dim", "moco_k", "moco_m", "mlp", "objective", "batch_size", "lr",
     "epochs", "cos", "schedule", "schedule_factor", "warmup_epochs", "momentum", "weight_decay",
     "amp", "dataset", "images", "images_digest", "images_per_class", "image_size", "aug_plus",
-    "crop_scale", "blur", "mean", "std", "bn_group_size", "seed",
+    "crop_scale", "blur", "mean", "std", "bn_group_size", "seed", "accumulate", "symmetric",
+    "init_from",
 )  # fmt: skip
+# What checkpoints from before these arguments existed were trained with.
+_BEFORE = {"accumulate": 1, "symmetric": False, "init_from": None}
+
+# Arguments that decide how it is computed: sums run in another order, what is learned is the same.
+_ROUNDING = {"channels_last": False, "compile": False, "deterministic": False}
 
 
 @dataclass
@@ -87,7 +97,7 @@ class Run:
         state._metadata = self.moco.state_dict()._metadata  # versions of modules, for some archs
         state.pop("scalar_label", None)  # of moco_align_uniform's InfoNCE runs; always 0
         chosen = [
-            {name: group[name] for name in ("momentum", "weight_decay")}
+            {name: group[name] for name in ("momentum", "weight_decay", "fused", "foreach")}
             for group in self.optimizer.param_groups
         ]
         try:
@@ -95,6 +105,7 @@ class Run:
             self.optimizer.load_state_dict(content["optimizer"])
             for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
                 group.update(values)  # else --allow-changes would change nothing
+            fill_momentum(self.optimizer)
             if self.scaler.is_enabled() and content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
             self.epoch = int(content["epoch"])
@@ -146,16 +157,136 @@ def science(args: argparse.Namespace | dict) -> dict:
 def differences(saved: dict, args: argparse.Namespace) -> list[str]:
     """What is learned otherwise than before, one line per argument; [] for a file without
     arguments."""
-    now = science(args)
+    return _changed({**_BEFORE, **science(saved)}, science(args)) if saved else []
+
+
+def rounding_differences(saved: dict, args: argparse.Namespace) -> list[str]:
+    """What is computed otherwise than before, so that the run goes on, but not bit for bit."""
+    before = {name: saved.get(name, old) for name, old in _ROUNDING.items()}
+    return _changed(before, vars(args)) if saved else []
+
+
+def _changed(before: dict, now: dict) -> list[str]:
     return [
         f"{name}: {old!r} before, {_plain(now[name])!r} now"
-        for name, old in science(saved).items()
+        for name, old in before.items()
         if name in now and _plain(now[name]) != old
     ]
 
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer and kernels
+# ------------------------------------------------------------------------------------------------
+
+
+def fused_sgd(moco: MoCo, args: argparse.Namespace) -> torch.optim.SGD:
+    """SGD in one kernel, which can leave a step out by itself (see `guards.StepGuard`).
+
+    Both encoders' parameters are listed, as upstream lists them, so that optimizer states can be
+    exchanged; those of the key encoder never get a gradient and are never touched.
+    """
+    optimizer = torch.optim.SGD(
+        moco.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
+        fused=True,
+    )  # fmt: skip
+    fill_momentum(optimizer)
+    return optimizer
+
+
+@torch.no_grad()
+def fill_momentum(optimizer: torch.optim.SGD) -> None:
+    """Give each trained parameter a momentum of its own memory format, zero where there is none.
+
+    torch's fused kernels walk over parameter, gradient and momentum by address: of another format,
+    momentum would go to the wrong weights. And if the first step is left out, as fp16 begins, the
+    momentum that they make for themselves stays uninitialised.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and group["momentum"]:
+                own = torch.zeros_like(parameter)
+                known = optimizer.state[parameter].get("momentum_buffer")
+                if known is not None:
+                    own.copy_(known)
+                optimizer.state[parameter]["momentum_buffer"] = own
+
+
+@contextlib.contextmanager
+def kernels(deterministic: bool) -> Iterator[None]:
+    """Within, torch chooses the fastest kernels for the sizes at hand, or only such that give the
+    same bits every time. Convolutions of float32 use TF32 either way, as is torch's default;
+    matrix products keep full precision, because the losses need it."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.cudnn.benchmark,
+    )
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    _choose_kernels(deterministic, deterministic, not deterministic)
+    try:
+        yield
+    finally:
+        _choose_kernels(*before)
+
+
+def _choose_kernels(algorithms: bool, cudnn: bool, benchmark: bool) -> None:
+    torch.use_deterministic_algorithms(algorithms)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn, benchmark
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights to start from
+# ------------------------------------------------------------------------------------------------
+
+
+def init_from(moco: MoCo, path: str, arch: str) -> str:
+    """Start both encoders from the weights in a file; what was found, for people to read.
+
+    Of a MoCo file the query encoder is taken, with its projection head where that fits; of others
+    the backbone. The key encoder becomes a copy. Queue, optimizer and epoch are those of a new run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: it holds no encoder, or another one than `arch`.
+    """
+    encoder, info = checkpoint.load_encoder(path)
+    head = "starts from random weights"
+    own = moco.encoder_q.state_dict()
+    if info["layout"] == "moco" and info["head"] != "none":
+        with_head, _ = checkpoint.load_encoder(path, head="projection")
+        if _shapes(with_head.state_dict()) == _shapes(own):
+            encoder, head = with_head, "is the file's"
+        else:
+            head += f": the file's ({info['head']}) has another shape"
+    found = encoder.state_dict()
+    last = f"{head_name(moco.encoder_q)}."
+    wanted = {name: t for name, t in own.items() if not name.startswith(last)}
+    if _shapes({name: t for name, t in found.items() if not name.startswith(last)}) != _shapes(
+        wanted
+    ):
+        raise checkpoint.CheckpointError(
+            f"--init-from: {path} holds a {info['arch']}"
+            + (" with the small stem" if info["small_stem"] else "")
+            + f", whose weights do not fit this run's {arch}; give the --arch, stem and image size "
+            "that it was trained with"
+        )
+    moco.encoder_q.load_state_dict({**own, **found})
+    moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
+    return f"{path} ({info['layout']} file of {info['arch']}); the projection head {head}"
+
+
+def _shapes(state: dict) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving
+# ------------------------------------------------------------------------------------------------
 
 
 class BackgroundWriter:
