@@ -21,17 +21,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from moco import checkpoint, distributed, encoders, guards, loader, options
+from moco import checkpoint, distributed, encoders, guards, loader, options, step
 from moco import run as runs
 from moco.builder import MoCo, MoCoLosses
 from moco.log import Means, RunLog, StepPrinter, provenance, write_json
-from moco.profiling import StepProfile, label
+from moco.profiling import StepProfile
 from moco.run import BackgroundWriter, Run
 from moco.schedule import learning_rate
 
@@ -386,7 +385,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     if saved and args.init_from is None:
         args.init_from = checkpoint.saved_args(saved).get("init_from")
     torch.manual_seed(args.seed)
-    at_exit.enter_context(runs.kernels(args.deterministic))
+    at_exit.enter_context(step.kernels(args.deterministic))
 
     # Data
     images = loader.open_images(
@@ -410,10 +409,10 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     moco = build_moco(args)
     if args.init_from and not saved:
         distributed.print_main(f"starting from {initial_weights(moco, args)}")
-    moco.to(device, memory_format=memory_format(args))
-    moco.prepare = preparation(args, device)
+    moco.to(device, memory_format=step.memory_format(args))
+    moco.prepare = step.preparation(args, device)
     moco.shuffle_generator.manual_seed(args.seed)
-    optimizer = runs.fused_sgd(moco, args)
+    optimizer = step.fused_sgd(moco, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     run = Run(
         moco, optimizer, scaler, Means(),
@@ -483,7 +482,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
             bad_images.note(replaced)
             im_q, im_k = (im.to(device, non_blocking=True) for im in (im_q, im_k))
             optimizer.zero_grad()
-            losses, loss = forward_and_backward(model, im_q, im_k, device, args, guard)
+            losses, loss = step.forward_and_backward(model, im_q, im_k, device, args, guard)
             guard.step(losses, loss, epoch)
 
             run.step += 1
@@ -569,59 +568,10 @@ def initial_weights(moco: MoCo, args: argparse.Namespace) -> str:
     return found
 
 
-def memory_format(args: argparse.Namespace) -> torch.memory_format:
-    return torch.channels_last if args.channels_last else torch.contiguous_format
-
-
-def preparation(args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What turns (N, 3, H, W) uint8 views into the input of the encoders, on the device and after
-    they have travelled: (pixel/255 - mean) / std per channel, float32."""
-    mean = torch.tensor(args.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(args.std, device=device).view(3, 1, 1)
-
-    def prepare(images: Tensor) -> Tensor:
-        floats = images.to(torch.float32, memory_format=memory_format(args))
-        return floats.div_(255).sub_(mean).div_(std)
-
-    return prepare
-
-
-def forward_and_backward(
-    model: torch.nn.Module,
-    im_q: Tensor,
-    im_k: Tensor,
-    device: torch.device,
-    args: argparse.Namespace,
-    guard: guards.StepGuard,
-) -> tuple[MoCoLosses, Tensor]:
-    """Gradients of one step, of this rank's batch in --accumulate parts; the mean of their losses,
-    by term and together."""
-    n = args.accumulate
-    parts = []
-    for part, (q, k) in enumerate(zip(im_q.chunk(n), im_k.chunk(n), strict=True)):
-        apart = part < n - 1 and distributed.world_size() > 1  # gradients are averaged at the end
-        with model.no_sync() if apart else contextlib.nullcontext():
-            with autocast(device, args.amp):
-                losses = model(q, k, part=part, parts=n, symmetric=args.symmetric)
-            loss = losses.combine(args.contr_w, args.align_w, args.unif_w)
-            with label("backward"):
-                guard.backward(loss / n if n > 1 else loss)
-        parts.append(losses)
-    if n > 1:
-        losses = MoCoLosses.mean(parts)
-        loss = losses.combine(args.contr_w, args.align_w, args.unif_w)
-    return losses, loss
-
-
 def save_is_due(minutes: float, last_save: float) -> bool:
     """By --save-minutes; rank 0 has the watch."""
     elapsed = time.monotonic() - last_save
     return bool(minutes) and distributed.is_main() and elapsed > 60 * minutes
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
 
 
 def report(

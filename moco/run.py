@@ -9,12 +9,9 @@ samples and their augmentation need no state: they are functions of (seed, epoch
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +21,7 @@ from moco import checkpoint, distributed
 from moco.builder import MoCo
 from moco.encoders import head_name
 from moco.log import Means
+from moco.step import fill_momentum
 
 # Arguments that decide what is learned: to resume under others is refused. (The world size and the
 # number of workers are not among them: the samples of a step depend on neither.)
@@ -176,67 +174,6 @@ def _changed(before: dict, now: dict) -> list[str]:
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
-
-
-# ------------------------------------------------------------------------------------------------
-# Optimizer and kernels
-# ------------------------------------------------------------------------------------------------
-
-
-def fused_sgd(moco: MoCo, args: argparse.Namespace) -> torch.optim.SGD:
-    """SGD in one kernel, which can leave a step out by itself (see `guards.StepGuard`).
-
-    Both encoders' parameters are listed, as upstream lists them, so that optimizer states can be
-    exchanged; those of the key encoder never get a gradient and are never touched.
-    """
-    optimizer = torch.optim.SGD(
-        moco.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-        fused=True,
-    )  # fmt: skip
-    fill_momentum(optimizer)
-    return optimizer
-
-
-@torch.no_grad()
-def fill_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give each trained parameter a momentum of its own memory format, zero where there is none.
-
-    torch's fused kernels walk over parameter, gradient and momentum by address: of another format,
-    momentum would go to the wrong weights. And if the first step is left out, as fp16 begins, the
-    momentum that they make for themselves stays uninitialised.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and group["momentum"]:
-                own = torch.zeros_like(parameter)
-                known = optimizer.state[parameter].get("momentum_buffer")
-                if known is not None:
-                    own.copy_(known)
-                optimizer.state[parameter]["momentum_buffer"] = own
-
-
-@contextlib.contextmanager
-def kernels(deterministic: bool) -> Iterator[None]:
-    """Within, torch chooses the fastest kernels for the sizes at hand, or only such that give the
-    same bits every time. Convolutions of float32 use TF32 either way, as is torch's default;
-    matrix products keep full precision, because the losses need it."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.benchmark,
-    )
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    _choose_kernels(deterministic, deterministic, not deterministic)
-    try:
-        yield
-    finally:
-        _choose_kernels(*before)
-
-
-def _choose_kernels(algorithms: bool, cudnn: bool, benchmark: bool) -> None:
-    torch.use_deterministic_algorithms(algorithms)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn, benchmark
 
 
 # ------------------------------------------------------------------------------------------------

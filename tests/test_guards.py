@@ -15,7 +15,8 @@ from runs import Processes, chaos, finish, start
 from moco import checkpoint, guards
 from moco.builder import MoCoLosses
 from moco.log import Means, RunLog
-from moco.run import BackgroundWriter, Run, fused_sgd
+from moco.run import BackgroundWriter, Run
+from moco.step import fused_sgd
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_moco
 from moco import checkpoint, guards
+from moco import step as step_module
 from moco.builder import MoCo
 from moco.checkpoint import load_encoder
 from moco.log import Means
-from moco.run import BackgroundWriter, Run, fill_momentum, fused_sgd
+from moco.run import BackgroundWriter, Run
+from moco.step import fill_momentum, fused_sgd
 
 TINY = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu --print-freq 1 "
@@ -120,7 +122,7 @@ def test_parts_of_a_step_are_averaged_as_ranks_are(symmetric, tmp_path) -> None:
     tiny = tiny_run(tmp_path)
     before = {name: t.clone() for name, t in tiny.moco.state_dict().items()}
     cpu = torch.device("cpu")
-    losses, loss = main_moco.forward_and_backward(tiny.moco, im_q, im_k, cpu, args, tiny.guard)
+    losses, loss = step_module.forward_and_backward(tiny.moco, im_q, im_k, cpu, args, tiny.guard)
     grads = [p.grad for p in tiny.moco.encoder_q.parameters()]
 
     sums, values = [0.0] * len(grads), []
@@ -223,7 +225,7 @@ def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatc
     """On a GPU each read would wait for all work before it. Here the CPU runs the steps that a GPU
     would: a check, with its line of output, every third one."""
     watch = Watch()
-    both, step = main_moco.forward_and_backward, guards.StepGuard.step
+    both, step = step_module.forward_and_backward, guards.StepGuard.step
 
     def watched_both(*args):
         watch.where = "step"
@@ -233,7 +235,7 @@ def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatc
         step(self, losses, loss, epoch)
         watch.where = "check" if (self.run.step + 1) % 3 == 0 else "between"
 
-    monkeypatch.setattr(main_moco, "forward_and_backward", watched_both)
+    monkeypatch.setattr(step_module, "forward_and_backward", watched_both)
     monkeypatch.setattr(guards.StepGuard, "step", watched_step)
     monkeypatch.setattr(guards, "steps_between_checks", lambda device, print_freq: print_freq)
     with watch, WatchOps(watch):
@@ -367,7 +369,7 @@ def test_channels_last_where_it_was_measured_to_help(flags, on, data) -> None:
 
 def test_deterministic_is_an_option_and_ends_with_the_run(data, tmp_path, monkeypatch) -> None:
     seen = []
-    both = main_moco.forward_and_backward
+    both = step_module.forward_and_backward
 
     def watched(*args):
         seen.append((
@@ -376,7 +378,7 @@ def test_deterministic_is_an_option_and_ends_with_the_run(data, tmp_path, monkey
         ))  # fmt: skip
         return both(*args)
 
-    monkeypatch.setattr(main_moco, "forward_and_backward", watched)
+    monkeypatch.setattr(step_module, "forward_and_backward", watched)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     train(data, tmp_path / "a", "--max-steps", 1)
     assert seen == [(False, False, True)] and "CUBLAS_WORKSPACE_CONFIG" not in main_moco.os.environ

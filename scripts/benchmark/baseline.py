@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def align_uniform(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:
@@ -26,3 +26,51 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> tuple[Tensor, T
     target = torch.zeros(len(q), dtype=torch.int64, device=q.device)
     hits = logits.topk(5, dim=1).indices == 0
     return F.cross_entropy(logits, target), torch.stack([hits[:, :1].sum(), hits.sum()])
+
+
+class Step:
+    """One whole training step of a single process: momentum update in a Python loop, keys shuffled
+    by gathering all images, the losses above, SGD one parameter after another.
+
+    Args:
+        encoder_q, encoder_k: networks of equal weights.
+        queue_size, dim: of the queue of keys, (dim, queue_size).
+        amp: encoders under bf16 autocast.
+    """
+
+    def __init__(
+        self, encoder_q: nn.Module, encoder_k: nn.Module, queue_size: int, dim: int, *, amp: bool
+    ) -> None:
+        self.encoder_q, self.encoder_k, self.amp = encoder_q, encoder_k, amp
+        device = next(encoder_q.parameters()).device
+        self.queue = F.normalize(torch.randn(dim, queue_size, device=device), dim=0)
+        self.pointer = 0
+        self.optimizer = torch.optim.SGD(
+            encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, foreach=False
+        )
+
+    def __call__(self, im_q: Tensor, im_k: Tensor) -> None:
+        with torch.autocast(im_q.device.type, torch.bfloat16, enabled=self.amp):
+            q = F.normalize(self.encoder_q(im_q), dim=1)
+            with torch.no_grad():
+                self.momentum_update()
+                shuffle = torch.randperm(len(im_k), device=im_k.device)
+                everyone = torch.cat([im_k])  # what all_gather hands over, of one process
+                k = F.normalize(self.encoder_k(everyone[shuffle]), dim=1)
+                k = torch.cat([k])[shuffle.argsort()]
+        loss = align_uniform(q.float(), k.float(), self.queue, 3)
+        self.enqueue(k)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def momentum_update(self, m: float = 0.999) -> None:
+        for query, key in zip(
+            self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True
+        ):
+            key.data = key.data * m + query.data * (1 - m)
+
+    def enqueue(self, k: Tensor) -> None:
+        self.queue[:, self.pointer : self.pointer + len(k)] = k.T
+        self.pointer = (self.pointer + len(k)) % self.queue.shape[1]
