@@ -612,6 +612,10 @@ def test_init_from_a_run_takes_the_query_encoder_and_nothing_else(data, run, cap
     path = run / "checkpoint_0001.pth.tar"
     theirs = {n.removeprefix("module."): t for n, t in load(path)["state_dict"].items()}
     ours, said = initial(data, capsys, "--init-from", path)
+    content = load(Path("begun/step_00000000.pth.tar"))
+    assert (content["epoch"], content["step"]) == (0, 0)
+    assert content["args"]["init_from"] == str(path)
+    assert json.loads(Path("begun/args.json").read_text())["init_from"] == str(path)
     fresh, _ = initial(data, capsys)
     assert f"starting from {path} (moco file of resnet8); the projection head is the file's" in said
     for name, tensor in ours.items():
@@ -620,10 +624,6 @@ def test_init_from_a_run_takes_the_query_encoder_and_nothing_else(data, run, cap
         else:
             assert torch.equal(tensor, theirs[name.replace("encoder_k", "encoder_q")]), name
     assert not torch.equal(ours["queue"], theirs["queue"])
-    content = load(Path("begun/step_00000000.pth.tar"))
-    assert (content["epoch"], content["step"]) == (0, 0)
-    assert content["args"]["init_from"] == str(path)
-    assert json.loads(Path("begun/args.json").read_text())["init_from"] == str(path)
 
 
 @pytest.mark.parametrize(
