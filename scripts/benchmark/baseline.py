@@ -19,13 +19,25 @@ def align_uniform(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:
     return align + ((with_queue + in_batch) / (n * size + n * (n - 1) / 2)).log()
 
 
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, tau: float, hits: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """InfoNCE by the full N x (1+K) logits, and top-1 and top-5 hits from the same matrix."""
     positive = (q * k).sum(dim=1, keepdim=True)
     logits = torch.cat([positive, q @ queue.clone()], dim=1) / tau
     target = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-    hits = logits.topk(5, dim=1).indices == 0
-    return F.cross_entropy(logits, target), torch.stack([hits[:, :1].sum(), hits.sum()])
+    loss = F.cross_entropy(logits, target)
+    if not hits:
+        return loss, None
+    among = logits.topk(5, dim=1).indices == 0
+    return loss, torch.stack([among[:, :1].sum(), among.sum()])
+
+
+@torch.no_grad()
+def update_key_encoder(encoder_k: nn.Module, encoder_q: nn.Module, m: float) -> None:
+    """The momentum update, one parameter after another."""
+    for key, query in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
+        key.data = m * key + (1 - m) * query
 
 
 class Step:
@@ -53,7 +65,7 @@ class Step:
         with torch.autocast(im_q.device.type, torch.bfloat16, enabled=self.amp):
             q = F.normalize(self.encoder_q(im_q), dim=1)
             with torch.no_grad():
-                self.momentum_update()
+                update_key_encoder(self.encoder_k, self.encoder_q, 0.999)
                 shuffle = torch.randperm(len(im_k), device=im_k.device)
                 everyone = torch.cat([im_k])  # what all_gather hands over, of one process
                 k = F.normalize(self.encoder_k(everyone[shuffle]), dim=1)
@@ -63,13 +75,6 @@ class Step:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-
-    @torch.no_grad()
-    def momentum_update(self, m: float = 0.999) -> None:
-        for query, key in zip(
-            self.encoder_q.parameters(), self.encoder_k.parameters(), strict=True
-        ):
-            key.data = key.data * m + query.data * (1 - m)
 
     def enqueue(self, k: Tensor) -> None:
         self.queue[:, self.pointer : self.pointer + len(k)] = k.T

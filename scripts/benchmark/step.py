@@ -259,17 +259,23 @@ def parts(table: timing.Table, arch: str, device: torch.device, args: argparse.N
     """The momentum update and the optimizer; limited by the bytes that must be read and written."""
     options = SimpleNamespace(lr=0.03, momentum=0.9, weight_decay=1e-4)
     moco = MoCo(base_encoder(arch, 224), 128, 1, align_alpha=2, mlp=True).to(device)
-    theirs = baseline.Step(moco.encoder_q, copy.deepcopy(moco.encoder_k), 1, 128, amp=False)
     ours = training.fused_sgd(moco, options)
+    theirs = torch.optim.SGD(
+        moco.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, foreach=False
+    )
     for parameter in moco.encoder_q.parameters():
         parameter.grad = torch.full_like(parameter, 1e-6)
+
+    def theirs_momentum() -> None:
+        baseline.update_key_encoder(moco.encoder_k, moco.encoder_q, 0.999)
+
     size = sum(p.numel() * p.element_size() for p in moco.encoder_q.parameters())
     bandwidth = bytes_per_second(size, device)
     for what, base, own, passes in (
         # read query and key, write key
-        ("momentum update", theirs.momentum_update, moco.update_key_encoder, 3),
+        ("momentum update", theirs_momentum, moco.update_key_encoder, 3),
         # read weight, gradient and momentum, write weight and momentum
-        ("optimizer", theirs.optimizer.step, ours.step, 5),
+        ("optimizer", theirs.step, ours.step, 5),
     ):
         times = timing.interleaved(
             {"baseline": base, "ours": own}, repeats=3 * args.repeats, device=device
