@@ -193,11 +193,10 @@ def convolutions(
     """All convolutions of a step with the inputs that they get there, and nothing else."""
     dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
     as_ours = {"dtype": dtype, "memory_format": torch.channels_last}
-    layers: list[tuple[nn.Conv2d, Tensor]] = []
+    seen: list[tuple[nn.Conv2d, Tensor]] = []
 
     def note(module: nn.Conv2d, given: tuple[Tensor, ...]) -> None:
-        same = torch.rand_like(given[0]).to(**as_ours).requires_grad_(bool(layers))
-        layers.append((copy.deepcopy(module).to(**as_ours), same))
+        seen.append((module, torch.rand_like(given[0])))
 
     hooks = [
         module.register_forward_pre_hook(note)
@@ -208,6 +207,10 @@ def convolutions(
         encoder(images)
     for hook in hooks:
         hook.remove()
+    layers = [
+        (copy.deepcopy(module).to(**as_ours), given.to(**as_ours).requires_grad_(number > 0))
+        for number, (module, given) in enumerate(seen)  # images themselves get no gradient
+    ]
     slopes = [torch.rand_like(convolution(given)) for convolution, given in layers]
 
     def run() -> None:
