@@ -295,11 +295,11 @@ def parts(table: timing.Table, arch: str, device: torch.device, args: argparse.N
 
 
 def bytes_per_second(size: int, device: torch.device) -> float:
-    """Of a copy of one block of that many bytes, which reads and writes each."""
+    """Of adding one block of that many bytes to another: two are read and one is written."""
     source = torch.zeros(size // 4, device=device)
-    target = torch.empty_like(source)
-    times = [timing.seconds(lambda: target.copy_(source), device) for _ in range(15)]
-    return 2 * size / statistics.median(times)
+    target = torch.zeros_like(source)
+    times = [timing.seconds(lambda: target.add_(source), device) for _ in range(30)]
+    return 3 * size / statistics.median(times[5:])
 
 
 if __name__ == "__main__":
