@@ -624,6 +624,8 @@ def print_start(
         norm = f"one group of {part} {where}"
         if args.bn_splits == "auto" and part != 32:
             norm += " (the published runs have groups of 32, which needs a multiple of 32 above 32)"
+        if args.accumulate > 1 and args.processes == 1:
+            norm += "; within one group the shuffle has no effect, give --bn-splits 2 or more"
     parameters = sum(p.numel() for p in moco.encoder_q.parameters())
     facts = {
         "objective": args.objective,
