@@ -54,3 +54,44 @@ def shuffle(images: Tensor, permutation: Tensor) -> Tensor:
     parts = list(distributed.all_gather(images).chunk(world))
     order = distributed.all_gather(permutation.to(images.device)).chunk(world)[0]
     return torch.cat(parts)[order.view(world, -1)[rank]]
+
+
+class Step:
+    """One whole training step of a single process: momentum update in a Python loop, keys shuffled
+    by gathering all images, the losses above, torch's plain SGD.
+
+    Args:
+        encoder_q, encoder_k: networks of equal weights.
+        queue_size, dim: of the queue of keys, (dim, queue_size).
+        amp: encoders under bf16 autocast.
+    """
+
+    def __init__(
+        self, encoder_q: nn.Module, encoder_k: nn.Module, queue_size: int, dim: int, *, amp: bool
+    ) -> None:
+        self.encoder_q, self.encoder_k, self.amp = encoder_q, encoder_k, amp
+        device = next(encoder_q.parameters()).device
+        self.queue = F.normalize(torch.randn(dim, queue_size, device=device), dim=0)
+        self.pointer = 0
+        self.optimizer = torch.optim.SGD(
+            encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4
+        )
+
+    def __call__(self, im_q: Tensor, im_k: Tensor) -> None:
+        with torch.autocast(im_q.device.type, torch.bfloat16, enabled=self.amp):
+            q = F.normalize(self.encoder_q(im_q), dim=1)
+            with torch.no_grad():
+                update_key_encoder(self.encoder_k, self.encoder_q, 0.999)
+                shuffle = torch.randperm(len(im_k), device=im_k.device)
+                everyone = torch.cat([im_k])  # what all_gather hands over, of one process
+                k = F.normalize(self.encoder_k(everyone[shuffle]), dim=1)
+                k = torch.cat([k])[shuffle.argsort()]
+        loss = align_uniform(q.float(), k.float(), self.queue, 3)
+        self.enqueue(k)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def enqueue(self, k: Tensor) -> None:
+        self.queue[:, self.pointer : self.pointer + len(k)] = k.T
+        self.pointer = (self.pointer + len(k)) % self.queue.shape[1]
