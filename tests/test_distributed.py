@@ -408,7 +408,7 @@ def test_bytes_in_parts_on_two_ranks_equal_one_process(ranks, options):
         for name in ("queue_ptr", "encoder_k.fc.weight", "encoder_k.conv1.weight"):
             assert_close(each["state"][name], alone["state"][name], name)
     assert torch.equal(first["state"]["queue"], second["state"]["queue"])
-    queue, parts, symmetric = alone["state"]["queue"].clone(), *options
+    queue, symmetric = alone["state"]["queue"].clone(), options[1]
     if symmetric:  # ranks enqueue both directions of all ranks, parts both of each part
         keys = queue[:, : 2 * W * N].reshape(C, W, 2, N)
         queue[:, : 2 * W * N] = keys.transpose(1, 2).reshape(C, -1)
