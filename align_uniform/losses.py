@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Keys per block of a sweep: few enough for a block of scores (N x 4096) to be still in the cache
+# Keys per block of a sweep: few enough for a block of scores (N x 2048) to be still in the cache
 # when its exponentials are taken and when it is multiplied back onto the keys, many enough for what
 # a block costs whatever its size. On a GPU that is the launches, so blocks are longer there.
-BLOCK_SIZE, GPU_BLOCK_SIZE = 4096, 16384
+BLOCK_SIZE, GPU_BLOCK_SIZE = 2048, 16384
 
 # oneDNN's matrix product, which torch has in builds for x86 and shows in no public function.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)

@@ -193,7 +193,7 @@ class MoCo(nn.Module):
         keys = torch.empty(n_all, k.shape[1], dtype=k.dtype, device=k.device)
         with label("communication"):
             gathered = distributed.all_gather(k)
-        keys[permutation.to(k.device)] = gathered
+        keys[distributed.to_device(permutation, k.device)] = gathered
         return keys
 
     @torch.no_grad()

@@ -264,14 +264,14 @@ def exchange_rows(rows: Tensor, permutation: Tensor) -> Tensor:
     """
     n, world, me = len(rows), world_size(), rank()
     if world == 1:
-        return rows[permutation.to(rows.device)]
+        return rows[to_device(permutation, rows.device)]
     owner = permutation.div(n, rounding_mode="floor").view(world, n)  # [d, i]: who has d's row i
     # What I send, grouped by destination, each group in the destination's order.
     mine = owner == me
-    send = (permutation.view(world, n)[mine] - me * n).to(rows.device)
+    send = to_device(permutation.view(world, n)[mine] - me * n, rows.device)
     send_sizes = mine.sum(dim=1).tolist()
     # What I receive comes grouped by source, each group in my order: a stable sort by owner.
-    arrival = owner[me].argsort(stable=True).to(rows.device)
+    arrival = to_device(owner[me].argsort(stable=True), rows.device)
     receive_sizes = owner[me].bincount(minlength=world).tolist()
     # Whatever the memory order of the rows, what travels is one after another.
     received = rows.new_empty(rows.shape)
@@ -279,6 +279,13 @@ def exchange_rows(rows: Tensor, permutation: Tensor) -> Tensor:
     permuted = torch.empty_like(rows)
     permuted[arrival] = received
     return permuted
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor`, from the CPU, on `device`, without waiting for what the device is doing."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

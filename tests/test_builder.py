@@ -1,5 +1,6 @@
 """MoCo in one process: step for step the reference's, and what users rely on around it."""
 
+import contextlib
 import copy
 import functools
 
@@ -11,6 +12,7 @@ import torchvision
 from helpers import OBJECTIVES, TinyNet, two_views
 from reference import ReferenceMoCo
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.builder import MoCo, MoCoLosses
 from moco.encoders import split_batch_norm
@@ -191,6 +193,203 @@ def test_a_queue_of_exactly_one_batch_is_replaced_whole():
     assert not torch.isclose(moco.queue, old).all(dim=0).any()
     torch.testing.assert_close(moco.queue.norm(dim=0), torch.ones(N))
     assert losses.logits_contr.shape == (N, 1 + N)
+
+
+# ------------------------------------------------------------------------------------------------
+# Steps in parts, symmetric steps, images as bytes
+# ------------------------------------------------------------------------------------------------
+
+
+def plain_net(num_classes: int) -> nn.Module:
+    return TinyNet(num_classes, batch_norm=False)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("objective", ["all terms", "3 align + uniform t=3"])
+def test_parts_of_a_step_relate_as_ranks_do(objective, parts):
+    """The reference of as many ranks: one momentum update, one queue, the mean of the losses, all
+    keys in turn. Without batch norm, so that a key is its own affair."""
+    terms, weights = OBJECTIVES[objective]
+    moco = make_moco(plain_net, **terms)
+    slow = make_reference(moco, terms, weights)
+    optimizer = torch.optim.SGD(moco.parameters(), **SGD)
+    for step in range(STEPS):
+        views = [view.chunk(parts) for view in two_views(step, N)]
+        wanted = slow.step(*views)
+        optimizer.zero_grad()
+        for part, (im_q, im_k) in enumerate(zip(*views, strict=True)):
+            losses = moco(im_q, im_k, part=part, parts=parts)
+            (losses.combine(**weights) / parts).backward()
+            for name in ("loss_contr", "loss_align", "loss_unif"):
+                if getattr(wanted, name):
+                    assert_close(getattr(losses, name), getattr(wanted, name)[part], name)
+            if terms.get("contr_tau"):
+                assert_close(losses.logits_contr, wanted.logits_contr[part], "logits")
+        optimizer.step()
+        assert_equal_states(moco, slow, f"after step {step}")
+
+
+def test_logits_of_every_part_can_be_read_until_the_next_step():
+    moco = make_moco(plain_net, contr_tau=0.2)
+    queue = moco.queue.clone()
+    views = [view.chunk(2) for view in two_views(0, N)]
+    seen = [moco(*pair, part=i, parts=2) for i, pair in enumerate(zip(*views, strict=True))]
+    assert not torch.equal(moco.queue, queue)
+    for losses, im_q in zip(seen, views[0], strict=True):
+        q = F.normalize(moco.encoder_q(im_q), dim=1)
+        torch.testing.assert_close(losses.logits_contr[:, 1:], (q @ queue / 0.2).detach())
+        wanted = (losses.logits_contr[:, 1:] > losses.logits_contr[:, :1]).sum(dim=1)
+        assert torch.equal(losses.contr_rank(), wanted)
+    moco(views[0][0], views[1][0], part=0, parts=2)  # the next step has begun, its keys are not in
+    assert seen[0].logits_contr is not None
+    moco(views[0][1], views[1][1], part=1, parts=2)
+    with pytest.raises(RuntimeError, match="before the next step"):
+        seen[1].contr_rank()
+
+
+@pytest.mark.parametrize(("part", "parts"), [(1, 2), (2, 2), (-1, 1), (0, 0), (1, 1)], ids=str)
+def test_parts_out_of_turn_are_refused_before_anything_changes(part, parts):
+    moco = make_moco()
+    before = copy.deepcopy(moco.state_dict())
+    with pytest.raises(ValueError, match=f"parts of a step come in turn.* got part={part} of"):
+        moco(*two_views(0, N), part=part, parts=parts)
+    assert_untouched(moco, before)
+
+
+def test_a_step_that_was_broken_off_leaves_no_keys_behind():
+    """Part 0 begins anew; the parts of the step before it are forgotten."""
+    moco, other = make_moco(plain_net, m=1.0), make_moco(plain_net, m=1.0)
+    moco(*two_views(7, 4), part=0, parts=2)
+    for each in (moco, other):
+        for part in range(2):
+            each(*two_views(part, 4), part=part, parts=2)
+    assert torch.equal(moco.queue, other.queue)
+    assert moco.queue_ptr.tolist() == other.queue_ptr.tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    ("parts", "symmetric", "k"), [(3, False, 23), (1, True, 15), (2, True, 31)]
+)
+def test_the_queue_must_hold_all_keys_of_a_step(parts, symmetric, k):
+    too_small, large_enough = make_moco(k=k), make_moco(k=k + 1)
+    for moco in (too_small, large_enough):
+        with (
+            pytest.raises(ValueError, match="use a larger K")
+            if moco is too_small
+            else (contextlib.nullcontext())
+        ):
+            for part in range(parts):
+                moco(*two_views(0, N), part=part, parts=parts, symmetric=symmetric)
+
+
+@pytest.mark.parametrize("base", [TinyNet, plain_net], ids=["batch norm", "plain"])
+def test_a_symmetric_step_is_both_directions_by_hand(base):
+    """Losses and gradients are sums, the key encoder moves once, both views' keys are enqueued."""
+    moco = make_moco(base, **TERMS)
+    hand = copy.deepcopy(moco)
+    im_a, im_b = two_views(0, N)
+    losses = moco(im_a, im_b, symmetric=True)
+    losses.combine(2, 3, 0.5).backward()
+
+    queue = hand.queue.clone()
+    hand.update_key_encoder()
+    total, sums, keys, logits = 0, {"contr": 0, "align": 0, "unif": 0}, [], []
+    for queries_of, keys_of in ((im_a, im_b), (im_b, im_a)):
+        q = F.normalize(hand.encoder_q(queries_of), dim=1)
+        with torch.no_grad():
+            k = F.normalize(hand.encoder_k(keys_of), dim=1)
+        parts = {
+            "contr": reference.info_nce(q, k, queue, TERMS["contr_tau"]),
+            "align": reference.align(q, k, TERMS["align_alpha"]),
+            "unif": reference.uniform_with_queue(q, queue, TERMS["unif_t"], True),
+        }
+        total = total + 2 * parts["contr"] + 3 * parts["align"] + 0.5 * parts["unif"]
+        sums = {name: sums[name] + parts[name] for name in sums}
+        keys.append(k)
+        logits.append(reference.info_nce_logits(q, k, queue, TERMS["contr_tau"]))
+    total.backward()
+    for name, loss in losses.items():
+        assert_close(loss, sums[name], name)
+    pairs = zip(moco.encoder_q.parameters(), hand.encoder_q.parameters(), strict=True)
+    for ours, wanted in pairs:
+        assert_close(ours.grad, wanted.grad, "gradient")
+    for ours, wanted in zip(moco.encoder_k.parameters(), hand.encoder_k.parameters(), strict=True):
+        assert torch.equal(ours, wanted)
+    assert moco.queue_ptr.tolist() == [2 * N]
+    assert_close(moco.queue[:, : 2 * N], torch.cat(keys).t(), "queue")
+    assert torch.equal(moco.queue[:, 2 * N :], queue[:, 2 * N :])
+    assert_close(losses.logits_contr, torch.cat(logits), "logits")
+    assert losses.contr_rank().shape == (2 * N,)
+    q = torch.cat([F.normalize(hand.encoder_q(im), dim=1) for im in (im_a, im_b)])
+    assert_close(losses.feature_std(), q.std(dim=0, correction=0).mean() * C**0.5, "std")
+
+
+def test_symmetric_parts_enqueue_the_keys_of_all_of_them():
+    moco = make_moco(plain_net, k=2 * N)
+    old = moco.queue.clone()
+    views = [view.chunk(2) for view in two_views(0, N)]
+    for part, pair in enumerate(zip(*views, strict=True)):
+        moco(*pair, part=part, parts=2, symmetric=True)
+    assert moco.queue_ptr.tolist() == [0]
+    assert not torch.isclose(moco.queue, old).all(dim=0).any()
+
+
+def test_images_are_prepared_right_before_they_are_encoded():
+    """uint8 pixels are queried in order, and shuffled as bytes before the keys' encoder sees them
+    as floats; the state dict does not know."""
+    moco, floats = make_moco(), make_moco()
+    seen = []
+
+    def prepare(images):
+        seen.append(images)
+        return images.float() / 128 - 1
+
+    moco.prepare = prepare
+    generator = torch.Generator().manual_seed(0)
+    im_q, im_k = torch.randint(0, 256, (2, N, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    losses = moco(im_q, im_k)
+    wanted = floats(im_q.float() / 128 - 1, im_k.float() / 128 - 1)
+    assert torch.equal(losses.combine(), wanted.combine())
+    assert torch.equal(moco.queue, floats.queue)
+    assert [each.dtype for each in seen] == [torch.uint8] * 2
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(seen[0], im_q) and torch.equal(seen[1], im_k[order])
+    assert not torch.equal(order, torch.arange(N))
+    assert moco.state_dict().keys() == floats.state_dict().keys()
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations whose result Python must look at: on a GPU each waits for all before it."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "item", "unique", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations, self.found = 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        if any(part in function.__name__ for part in self.NAMES):
+            self.found.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_step_never_waits_for_the_device(symmetric):
+    """Nothing in forward and backward reads a value back."""
+    moco = make_moco(_split_base)
+    with Waits() as waits:
+        for part in range(2):
+            losses = moco(*two_views(part, 4), part=part, parts=2, symmetric=symmetric)
+            losses.combine().backward()
+    assert waits.operations > 100 and not waits.found
+    with Waits() as waits:
+        assert losses.combine().item() and (losses.contr_rank() < 1).any()
+    assert waits.found  # they are noticed
+
+
+def _split_base(num_classes: int) -> nn.Module:
+    return _split_net(num_classes, splits=2)
 
 
 # ------------------------------------------------------------------------------------------------

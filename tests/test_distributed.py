@@ -117,6 +117,7 @@ def in_process(device: torch.device, folder: str) -> None:
     seen["knn"] = knn()
 
     seen["runs"] = {name: train(*run) for name, run in RUNS.items()}
+    seen["pixels"] = {options: pixel_step(*options) for options in PIXEL_STEPS}
     torch.save(seen, f"{folder}/rank{rank}.pt")
 
 
@@ -145,6 +146,45 @@ def train(base, terms: dict, weights: dict) -> dict:
             }
         )
     return seen
+
+
+# (parts, symmetric)
+PIXEL_STEPS = [(1, False), (2, False), (1, True)]
+
+
+def pixel_step(parts: int, symmetric: bool, start: dict | None = None) -> dict:
+    """One step on images as bytes, on however many ranks, in parts as the main does it; in one
+    process there are as many parts as there were on all ranks, in the order of their keys."""
+    terms, weights = OBJECTIVES["all terms"]
+    torch.manual_seed(10 + distributed.rank())
+    moco = MoCo(plain_net, C, K, 0.9, **terms)
+    if start:
+        moco.load_state_dict(start)
+    given = []
+
+    def prepare(images):
+        given.append(images.dtype)
+        return images.float() / 128 - 1
+
+    moco.prepare = prepare
+    model = distributed.data_parallel(moco, CPU)
+    start = copy.deepcopy(moco.state_dict())
+    generator = torch.Generator().manual_seed(1)
+    shape = (2, W * N, 3, 8, 8)
+    views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    views = views.view(2, W, parts, -1, 3, 8, 8)
+    if distributed.is_active():
+        views = views[:, distributed.rank()]  # (2, parts, n, 3, 8, 8)
+    else:
+        views = views.transpose(1, 2).flatten(1, 2)
+    count = views.shape[1]
+    for part in range(count):
+        last = part == count - 1 or not distributed.is_active()
+        with contextlib.nullcontext() if last else model.no_sync():
+            losses = model(*views[:, part], part=part, parts=count, symmetric=symmetric)
+            (losses.combine(**weights) / count).backward()
+    gradients = [p.grad.clone() for p in moco.encoder_q.parameters()]
+    return {"start": start, "state": moco.state_dict(), "gradients": gradients, "given": given}
 
 
 class Pixels(torch.utils.data.Dataset):
@@ -353,6 +393,27 @@ def test_buffers_are_not_sent_again_in_a_step(ranks):
         encoder(two_views(1, W * N)[0].chunk(W)[rank])
         for name, buffer in encoder.named_buffers():
             torch.testing.assert_close(buffer, run["steps"][1]["state"][prefix + name])
+
+
+@pytest.mark.parametrize("options", PIXEL_STEPS, ids=["whole", "in parts", "symmetric"])
+def test_bytes_in_parts_on_two_ranks_equal_one_process(ranks, options):
+    """Gradients, key encoder, queue and pointer; what each encoder's images are made from, after
+    the shuffle, is bytes."""
+    first, second = (seen["pixels"][options] for seen in ranks)
+    alone = pixel_step(*options, start=first["start"])
+    for each in (first, second):
+        assert set(each["given"]) == {torch.uint8}
+        for gradient, wanted in zip(each["gradients"], alone["gradients"], strict=True):
+            assert_close(gradient, wanted, "gradient")
+        for name in ("queue_ptr", "encoder_k.fc.weight", "encoder_k.conv1.weight"):
+            assert_close(each["state"][name], alone["state"][name], name)
+    assert torch.equal(first["state"]["queue"], second["state"]["queue"])
+    queue, _, symmetric = alone["state"]["queue"].clone(), *options
+    if symmetric:  # ranks enqueue both directions of all ranks, parts both of each part
+        keys = queue[:, : 2 * W * N].reshape(C, W, 2, N)
+        queue[:, : 2 * W * N] = keys.transpose(1, 2).reshape(C, -1)
+    assert_close(first["state"]["queue"], queue, "queue")
+    assert not torch.equal(queue, first["start"]["queue"])
 
 
 def test_losses_differ_between_ranks(ranks):

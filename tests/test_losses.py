@@ -268,6 +268,45 @@ def test_queue_storage_order_does_not_matter(name: str) -> None:
     torch.testing.assert_close(gradients_t, gradients)
 
 
+@each_queue_loss
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn", "plain"])
+@pytest.mark.parametrize("block_size", [1, 3, 2048])
+@pytest.mark.parametrize(("n", "c", "size"), [(1, 1, 1), (1, 5, 7), (6, 1, 9), (7, 16, 20)])
+def test_both_matrix_products_are_right(
+    name: str, onednn: bool, block_size: int, n: int, c: int, size: int, monkeypatch
+) -> None:
+    """float32 on a CPU goes through oneDNN unless it is switched off; also for rows, columns and
+    blocks of one, and with queries and keys that lie in memory in other orders."""
+    monkeypatch.setattr("align_uniform.losses.BLOCK_SIZE", block_size)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
+    q, k, queue = (x.float() for x in batch(n, c, size))
+    q, k = 0.9 * q, 0.8 * k  # of unit rows with C = 1, the positive ties with half of the queue
+    for keys in (queue, queue.t().contiguous().t()):
+        assert_equals_reference(name, q, k, keys, 2e-5)
+    by_columns = q.t().contiguous().t()
+    loss, expected_loss = LOSSES[name]
+    torch.testing.assert_close(loss(by_columns, k, queue), loss(q, k, queue))
+    same_q, same_k = q[:1].expand(4, c), k[:1].expand(4, c)
+    wanted = expected_loss(same_q.double(), same_k.double(), queue.double())
+    assert loss(same_q, same_k, queue).item() == pytest.approx(wanted.item(), rel=1e-5, abs=1e-5)
+    own = (q.double() * k.double()).sum(dim=1, keepdim=True)
+    nearer = (q.double() @ queue.double() > own).sum(dim=1)
+    assert contrastive_rank(by_columns, k, queue).tolist() == nearer.tolist()
+
+
+@each_loss
+def test_compiled_in_one_graph(name: str) -> None:
+    """torch.compile sees through the sweep, without a break, to the same value and gradients."""
+    loss, _ = LOSSES[name]
+    q, k, queue = (x.float() for x in batch(9, 8, 5000))
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    value, gradients = value_and_gradients(compiled, q, k, queue)
+    wanted, wanted_gradients = value_and_gradients(loss, q, k, queue)
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(gradients, wanted_gradients)
+
+
 # ------------------------------------------------------------------------------- mixed precision
 
 

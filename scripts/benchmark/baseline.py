@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from moco import distributed  # noqa: E402
 
 
 def align_uniform(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:
@@ -40,6 +47,15 @@ def update_key_encoder(encoder_k: nn.Module, encoder_q: nn.Module, m: float) -> 
         key.data = m * key + (1 - m) * query
 
 
+def shuffle(images: Tensor, permutation: Tensor) -> Tensor:
+    """This rank's part of the global batch in the order of rank 0's `permutation`: everything is
+    sent to everyone, joined to one batch, and indexed."""
+    world, rank = distributed.world_size(), distributed.rank()
+    parts = list(distributed.all_gather(images).chunk(world))
+    order = distributed.all_gather(permutation.to(images.device)).chunk(world)[0]
+    return torch.cat(parts)[order.view(world, -1)[rank]]
+
+
 class Step:
     """One whole training step of a single process: momentum update in a Python loop, keys shuffled
     by gathering all images, the losses above, SGD one parameter after another.
@@ -66,10 +82,9 @@ class Step:
             q = F.normalize(self.encoder_q(im_q), dim=1)
             with torch.no_grad():
                 update_key_encoder(self.encoder_k, self.encoder_q, 0.999)
-                shuffle = torch.randperm(len(im_k), device=im_k.device)
-                everyone = torch.cat([im_k])  # what all_gather hands over, of one process
-                k = F.normalize(self.encoder_k(everyone[shuffle]), dim=1)
-                k = torch.cat([k])[shuffle.argsort()]
+                permutation = torch.randperm(len(im_k), device=im_k.device)
+                k = F.normalize(self.encoder_k(shuffle(im_k, permutation)), dim=1)
+                k = k[permutation.argsort()]
         loss = align_uniform(q.float(), k.float(), self.queue, 3)
         self.enqueue(k)
         self.optimizer.zero_grad()
