@@ -82,10 +82,9 @@ class Step:
             q = F.normalize(self.encoder_q(im_q), dim=1)
             with torch.no_grad():
                 update_key_encoder(self.encoder_k, self.encoder_q, 0.999)
-                shuffle = torch.randperm(len(im_k), device=im_k.device)
-                everyone = torch.cat([im_k])  # what all_gather hands over, of one process
-                k = F.normalize(self.encoder_k(everyone[shuffle]), dim=1)
-                k = torch.cat([k])[shuffle.argsort()]
+                permutation = torch.randperm(len(im_k), device=im_k.device)
+                k = F.normalize(self.encoder_k(shuffle(im_k, permutation)), dim=1)
+                k = k[permutation.argsort()]
         loss = align_uniform(q.float(), k.float(), self.queue, 3)
         self.enqueue(k)
         self.optimizer.zero_grad()
