@@ -170,7 +170,10 @@ def number(value: object) -> float | None:
     """A finite number as such, anything else as None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # of a whole number that no float can hold
+        return None
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -339,6 +342,7 @@ def _read_log(path: Path) -> list[dict]:
             not isinstance(line, dict)
             or not isinstance(line.get("kind"), str)
             or not isinstance(line.get("step"), int)
+            or not 0 <= line["step"] < 2**53
         ):
             raise _Unusable(
                 f"was written by another version: log.jsonl, line {i} has no kind and step"
@@ -352,11 +356,19 @@ def _read_probe(folder: Path) -> dict:
     if not (folder / LINCLS_RESULT).exists():
         raise _Unusable(f"is an unfinished linear evaluation: it has no {LINCLS_RESULT}")
     content = _read_json(folder / LINCLS_RESULT)
-    if not isinstance(content.get("checkpoint"), str) or "arch" not in content:
+    if not _names_checkpoint(content) or "arch" not in content:
         raise _Unusable(f"{LINCLS_RESULT} names no checkpoint: it is of another version")
+    if content.get("evaluation") == "finetune" or "labels" in content:
+        kind = "fine-tuning" if "evaluation" in content else "training with part of the labels"
+        raise _Unusable(f"is {kind}: compared are linear evaluations with all labels")
     if not any(isinstance(content.get(name), dict) for name in ("knn", "last", "best")):
         raise _Unusable("evaluates a saved classifier (-e): it adds nothing to its probe's folder")
     return {**content, "path": folder}
+
+
+def _names_checkpoint(content: dict) -> bool:
+    path = content.get("checkpoint")
+    return isinstance(path, str) and bool(path) and "\0" not in path
 
 
 def _read_measure(path: Path) -> dict | None:
@@ -367,7 +379,7 @@ def _read_measure(path: Path) -> dict | None:
         content = _read_json(path)
     except (_Unusable, OSError):
         return None
-    if not isinstance(content.get("checkpoint"), str):
+    if not _names_checkpoint(content):
         return None
     layers = content.get("layers")
     found = {"checkpoint": content["checkpoint"], "path": path}
