@@ -104,8 +104,12 @@ class Run:
         found = [number(p["knn"].get("top1")) for p in self.probes
                  if p["epoch"] == wanted and isinstance(p.get("knn"), dict)]  # fmt: skip
         if not any(value is not None for value in found):
-            found = [number(line.get("top1")) for line in self.log if line["kind"] == "knn"
-                     and line["step"] == wanted * self.steps_per_epoch]  # fmt: skip
+            step = self.steps if wanted == self.epochs else wanted * self.steps_per_epoch
+            found = [
+                number(line.get("top1"))
+                for line in self.log
+                if line["kind"] == "knn" and line["step"] == step
+            ]
         return mean(found)
 
     def linear(self, which: str, epoch: int | None = None) -> float | None:
