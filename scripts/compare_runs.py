@@ -40,7 +40,7 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float | None], int], ...] = (
     ("linear best", lambda run: run.linear("best"), 2),
     ("alignment", lambda run: run.measured("alignment"), 3),
     ("uniformity", lambda run: run.measured("uniformity"), 3),
-    ("hours", lambda run: (run.seconds() or 0) / 3600 or None, 3),
+    ("hours", Run.hours, 3),
     ("images/s", Run.images_per_s, 0),
 )
 TESTED = COLUMNS[:5]

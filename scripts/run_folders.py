@@ -80,19 +80,26 @@ class Run:
                 ys.append(float(value))
         return found
 
-    def seconds(self) -> float | None:
-        """Training time: between the lines of the log, without the time that a run lay still."""
-        total, before = 0.0, 0
+    def _pace(self) -> tuple[float, float]:
+        """Images and seconds between the lines of the log, without the time a run lay still."""
+        images, seconds, before = 0.0, 0.0, None
         for line in self.log:
             rate = number(line.get("images_per_s"))
-            if line["kind"] == "train" and rate:
-                total += (line["step"] - before) * self.args["batch_size"] / rate
+            if line["kind"] == "train" and rate and rate > 0:
+                if before is None:  # a run that went on from another's checkpoint starts later
+                    before = max(0, line["step"] - int(number(self.args.get("print_freq")) or 1))
+                images += (line["step"] - before) * self.args["batch_size"]
+                seconds += (line["step"] - before) * self.args["batch_size"] / rate
                 before = line["step"]
-        return total or None
+        return images, seconds
+
+    def hours(self) -> float | None:
+        """Of training."""
+        return self._pace()[1] / 3600 or None
 
     def images_per_s(self) -> float | None:
-        seconds = self.seconds()
-        return self.steps * self.args["batch_size"] / seconds if seconds else None
+        images, seconds = self._pace()
+        return images / seconds if seconds else None
 
     def final_probes(self) -> list[dict]:
         return [probe for probe in self.probes if probe["epoch"] == self.epochs]

@@ -31,7 +31,8 @@ def make_run(
     args = {
         "objective": objective, "seed": seed, "epochs": 5, "batch_size": 8, "images": 35,
         "processes": 1, "arch": "resnet8", "lr": 0.03, "max_steps": None, "schedule": [120, 160],
-        "save_dir": str(folder), "provenance": {"git": "abc", "torch": "2.15"}, **args,
+        "save_dir": str(folder), "print_freq": 2,
+        "provenance": {"git": "abc", "torch": "2.15"}, **args,
     }  # fmt: skip
     (folder / "args.json").write_text(json.dumps(args))
     lines = []
@@ -321,6 +322,15 @@ def test_short_names(tmp_path) -> None:
         make_run(tmp_path / name)
     runs, _ = read_runs([tmp_path])
     assert short_names(runs) == ["x", "y"] and short_names(runs[:1]) == ["pretrain"]
+
+
+def test_time_of_a_run_that_went_on_from_another(tmp_path) -> None:
+    """Its log begins at step 12: 5 intervals of 1 s are its own."""
+    run = make_run(tmp_path / "a")
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(lines[10:]))
+    ((read,), _) = read_runs([run])
+    assert read.hours() == pytest.approx(5 / 3600) and read.images_per_s() == pytest.approx(16)
 
 
 def test_an_untrained_encoder_is_a_run_without_lines(tmp_path, capsys) -> None:
