@@ -40,14 +40,10 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float | None], int], ...] = (
     ("linear best", lambda run: run.linear("best"), 2),
     ("alignment", lambda run: run.measured("alignment"), 3),
     ("uniformity", lambda run: run.measured("uniformity"), 3),
-    ("hours", lambda run: (run.seconds() or 0) / 3600 or None, 3),
+    ("hours", Run.hours, 3),
     ("images/s", Run.images_per_s, 0),
 )
 TESTED = COLUMNS[:5]
-
-# What a probe's accuracy depends on, beside the encoder.
-_PROTOCOL = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight_decay",
-             "momentum", "image_size")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,23 +113,31 @@ class Comparison:
         names = list(dict.fromkeys(name for group in self.groups for name in group.recipe))
         return [name for name in names if len({g.recipe.get(name) for g in self.groups}) > 1]
 
-    def probe_differences(self) -> list[str]:
-        """Settings of linear evaluation and k-NN that are not the same everywhere, with values."""
+    def evaluation_differences(self) -> list[str]:
+        """In what the evaluations of the runs are not alike."""
         found = []
-        for title, part, names in (
-            ("linear evaluation", "protocol", _PROTOCOL),
-            ("k-NN", "knn", ("k", "temperature", "layer", "images")),
-        ):
-            settings = [probe[part] for run in self.runs() for probe in run.final_probes()
-                        if isinstance(probe.get(part), dict)]  # fmt: skip
-            for name in names:
+        for title, part in (("linear evaluation", "protocol"), ("k-NN", "knn")):
+            settings = [
+                probe[part]
+                for run in self.runs()
+                for probe in run.final_probes()
+                if isinstance(probe.get(part), dict)
+            ]
+            names = dict.fromkeys(name for setting in settings for name in setting)
+            for name in (name for name in names if name not in ("seed", "top1", "top5")):
                 values = list(dict.fromkeys(str(setting.get(name)) for setting in settings))
                 if len(values) > 1:
                     found.append(f"{title}: {name} is {' or '.join(values)}")
-        online = [run for run in self.runs() if run.knn() is not None
-                  and not any("knn" in probe for probe in run.final_probes())]  # fmt: skip
-        if online and len(online) < len(self.runs()):
-            found.append(f"k-NN: that of {len(online)} run(s) was computed while training")
+        for title, has, evaluated in (
+            ("k-NN", lambda run: run.knn() is not None,
+             lambda run: any("knn" in probe for probe in run.final_probes())),
+            ("alignment and uniformity", lambda run: run.measured("uniformity") is not None,
+             lambda run: any(measure["epoch"] == run.epochs for measure in run.measures)),
+        ):  # fmt: skip
+            known = [run for run in self.runs() if has(run)]
+            live = [run for run in known if not evaluated(run)]
+            if live and len(live) < len(known):
+                found.append(f"{title}: logged while training for {len(live)} of {len(known)} runs")
         return found
 
     def runs(self) -> list[Run]:
@@ -352,7 +356,7 @@ NOTE_PUBLISHED = (
 
 def markdown(comparison: Comparison) -> str:
     parts = ["## Runs", markdown_table(result_rows(comparison)), NOTE_RESULTS]
-    parts += [f"⚠ {text}" for text in comparison.probe_differences()]
+    parts += [f"⚠ {text}" for text in comparison.evaluation_differences()]
     tests = test_rows(comparison)
     if tests:
         parts += ["## Paired differences", markdown_table(tests), NOTE_TESTS]
@@ -411,7 +415,10 @@ def report(comparison: Comparison) -> str:
     parts = [
         f"<h1>{len(comparison.groups)} objectives or recipes, {runs} runs</h1>",
         _section("Results", result_rows(comparison), NOTE_RESULTS),
-        *(f'<p class="warn">⚠ {html.escape(text)}</p>' for text in comparison.probe_differences()),
+        *(
+            f'<p class="warn">⚠ {html.escape(text)}</p>'
+            for text in comparison.evaluation_differences()
+        ),
     ]
     tests = test_rows(comparison)
     if tests:
