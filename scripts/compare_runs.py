@@ -17,6 +17,7 @@ import argparse
 import csv
 import html
 import itertools
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -458,11 +459,7 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    try:
-        float(text.split(" ")[0].replace("−", "-"))
-    except ValueError:
-        return text == "–"
-    return "," not in text
+    return bool(re.fullmatch(r"–|[-+]?\d[\d.e-]*( ± [\d.]+)?( \(of \d+\))?", text))
 
 
 def _scatter_part(comparison: Comparison) -> str:
