@@ -17,6 +17,7 @@ import argparse
 import csv
 import html
 import itertools
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -387,11 +388,11 @@ def _markdown_cell(text: str) -> str:
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8882; --warn: #b34700; }
 @media (prefers-color-scheme: dark) { :root { --warn: #ffb066; } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1320px; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.87rem; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left;
+table { border-collapse: collapse; font-size: 0.84rem; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.45rem; text-align: left;
   vertical-align: top; font-variant-numeric: tabular-nums; }
 th { background: var(--soft); white-space: nowrap; }
 td.number { text-align: right; white-space: nowrap; }
@@ -458,11 +459,7 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    try:
-        float(text.split(" ")[0].replace("−", "-"))
-    except ValueError:
-        return text == "–"
-    return "," not in text
+    return bool(re.fullmatch(r"–|[-+]?\d[\d.e-]*( ± [\d.]+)?( \(of \d+\))?", text))
 
 
 def _scatter_part(comparison: Comparison) -> str:
@@ -489,7 +486,7 @@ def _curves_part(comparison: Comparison) -> str:
         legend.append(
             f'<svg class="key" viewBox="0 0 36 10"><path d="M0 5H36" stroke="{style["color"]}" '
             f'stroke-width="3" stroke-dasharray="{_DASH_ARRAYS[style["linestyle"]]}"/></svg>'
-            f"{i + 1}: {html.escape(group.name)}"
+            f"{i + 1}: {html.escape('; '.join([group.name, *flags(group, comparison.groups[0])]))}"
         )
         for run in group.runs:
             for name, (xs, ys) in run.scalars().items():

@@ -193,6 +193,8 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
 
 

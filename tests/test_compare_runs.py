@@ -509,6 +509,13 @@ def test_the_same_runs_make_the_same_page(two_objectives, tmp_path, capsys) -> N
     assert pages[0] == pages[1]
 
 
+def test_numbers_are_told_from_text_that_begins_with_one() -> None:
+    for text in ("43.65 ± 0.31", "-3.47", "+0.5 ± 0.1", "0.25", "1.82e-12", "–", "16 (of 2)"):
+        assert compare_runs._is_number(text), text
+    for text in (NCE, ALIGN, "0, 1, 2", "1 − 2", "", "ResNet-50", "67.5 as cited"):
+        assert not compare_runs._is_number(text), text
+
+
 def test_long_logs_make_short_curves() -> None:
     thinned = compare_runs.thinned([float(i) for i in range(100_000)])
     assert 200 < len(thinned) <= 400
