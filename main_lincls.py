@@ -435,7 +435,7 @@ def train_and_choose(run: Probe, targets: list[int], before: dict) -> dict:
             say(f"{str(one):>20}  " + (fell or f"best top-1 {one.best['top1']:6.2f} (epoch "
                 f"{one.best['epoch']}), last {one.last['top1']:6.2f}"))  # fmt: skip
         say(f"best top-1 {best.best['top1']:.2f} with {best}, last {last.last['top1']:.2f} with "
-            f"{last}: chosen by validation accuracy, which flatters (--folds)")  # fmt: skip
+            f"{last}: chosen on validation, which flatters (--folds does not)")  # fmt: skip
         say(fate)
     return result
 
@@ -466,7 +466,6 @@ def cross_validate(
             train_stage(run, here, going_on, number, (rest, held_out))
             table.append([one.last.get("top1") for one in here])
             values = {str(s): top1 for s, top1 in zip(settings, table[-1], strict=True)}
-            run.log.event("fold", run.steps_before, fold=number, top1=values)
             accuracies = ", ".join(f"{v:.2f} ({s})" for s, v in values.items() if v is not None)
             say(f"fold {number + 1} of {args.folds}, {len(held_out)} images held out: {accuracies}")
         else:
@@ -628,7 +627,7 @@ def end_diverged(
     failed = distributed.any_rank(*(not math.isfinite(x) for x in losses), device=run.device)
     for index, one in enumerate(settings):
         if failed[index] and one.diverged is None:
-            one.diverged = epoch
+            one.diverged, one.last = epoch, {}
             if len(settings) > 1:
                 probe.silence(heads.linear[index], optimizer)
                 optimizer.param_groups[index]["lr"] = 0.0
