@@ -67,25 +67,25 @@ def build_parser() -> argparse.ArgumentParser:
     # fmt: off
     what = parser.add_argument_group("what is evaluated, and how")
     what.add_argument("--pretrained", type=options.non_empty, metavar="CHECKPOINT",
-                       help="ours, upstream MoCo's, or a torchvision state dict")
+                      help="ours, upstream MoCo's, or a torchvision state dict")
     what.add_argument("-e", "--evaluate", action="store_true",
-                       help="only evaluate the linear classifier that the checkpoint holds")
+                      help="only evaluate the linear classifier that the checkpoint holds")
     what.add_argument("--image-size", type=int, metavar="PX",
-                       help="default: the checkpoint's, else 224")
+                      help="default: the checkpoint's, else 224")
     what.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
-                       help="default: the checkpoint's, else ImageNet's")
+                      help="default: the checkpoint's, else ImageNet's")
     what.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
     what.add_argument("--amp", choices=("off", "bf16"),
-                       help="precision of the encoder (default: bf16 on GPUs that have it, else "
-                            "off); classifiers are float32")
+                      help="precision of the encoder (default: bf16 on GPUs that have it, else "
+                           "off); classifiers are float32")
     what.add_argument("--knn", action="store_true",
-                       help="also report weighted k-NN (--epochs 0: report nothing else)")
+                      help="also report weighted k-NN (--epochs 0: report nothing else)")
     what.add_argument("--knn-k", type=int, default=200, metavar="K",
-                       help="neighbours, at most the training set (%(default)s)")
+                      help="neighbours, at most the training set (%(default)s)")
     what.add_argument("--knn-t", type=float, default=0.07, metavar="T",
-                       help="temperature of their votes (%(default)s)")
+                      help="temperature of their votes (%(default)s)")
     what.add_argument("--knn-layer", choices=("backbone", "projection"), default="backbone",
-                       help="features that are compared (%(default)s)")
+                      help="features that are compared (%(default)s)")
 
     several = parser.add_argument_group(
         "several settings, trained together: --lr 1,3,10,30 --wd 0,1e-4")
@@ -151,7 +151,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give the encoder to evaluate: --pretrained CHECKPOINT")
     for flag in ("resume", "pretrained"):
         path = getattr(args, flag)
-        if path and not Path(path).is_file() and not path.startswith(("http://", "https://")):
+        is_url = flag == "pretrained" and str(path).startswith(("http://", "https://"))
+        if path and not is_url and not Path(path).is_file():
             parser.error(f"--{flag}: no such checkpoint: {path}")
     if args.epochs == 0 and not (args.knn or args.evaluate):
         parser.error("--epochs 0 leaves nothing to do without --knn or -e")
@@ -199,6 +200,11 @@ def check_variant(args: argparse.Namespace) -> None:
         raise ValueError("--cached-views and --cache-dir are of --cached")
     if args.cached_views < 0:
         raise ValueError(f"--cached-views must be at least 0, got {args.cached_views}")
+    if args.cached_views > args.epochs:
+        raise ValueError(
+            f"--cached-views {args.cached_views} are more than --epochs {args.epochs}, each of "
+            "which trains on one of them"
+        )
     if args.folds is not None and args.folds < 2:
         raise ValueError(f"--folds must be at least 2, got {args.folds}")
     if args.folds and args.epochs == 0:
@@ -254,8 +260,8 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{source}: {error}; give --image-size") from None
     encoder.to(device).requires_grad_(args.finetune)
-    # In the standard protocol on a CPU the order stays as it always was, bit for bit.
-    frozen = Frozen(encoder, amp=args.amp, channels_last=device.type == "cuda" or args.cached)
+    # On a CPU the order stays as it always was, and with it every bit of the standard protocol.
+    frozen = Frozen(encoder, amp=args.amp, channels_last=device.type == "cuda")
 
     # Data
     train_images, val_images, classes = open_splits(args)
@@ -299,7 +305,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         )
     elif args.epochs:
         if args.cached:
-            feed = cached_feed(args, frozen, train_images, val_images, device)
+            feed = cached_feed(args, frozen, info["feature_dim"], train_images, val_images, device)
         else:
             feed = functools.partial(
                 image_feed, args, frozen, train_images, val, eval_loader, device
@@ -715,9 +721,9 @@ class Writer:
         if due:
             folder = self.run.args.save_dir
             latest = self.content(epochs, steps, probe.leading(self.settings, "last"))
-            checkpoint.write_checkpoint(folder / LATEST, latest)
             if self.best is not None:
                 checkpoint.write_checkpoint(folder / BEST, self.best)
+            checkpoint.write_checkpoint(folder / LATEST, latest)
             self.best, self.written = None, time.monotonic()
 
     def content(self, epochs: int, steps: int, chosen: Setting) -> dict:

@@ -18,7 +18,8 @@ import numpy as np
 import PIL
 import torch
 import torchvision
-from torch import Tensor
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from moco import checkpoint, distributed
 from moco.labels import image_names
@@ -63,6 +64,7 @@ def cached_features(
     images: Images,
     folder: Path,
     *,
+    width: int,
     views: int,
     seed: int,
     image_size: int,
@@ -76,8 +78,9 @@ def cached_features(
     """Features of all images, from the cache in `folder` as far as they are there already.
 
     Args:
-        encoder: the same on all ranks; each rank extracts its share.
+        encoder: in eval mode, the same on all ranks; each rank extracts its share.
         folder: where caches lie; all ranks must see the same one.
+        width: C.
         views: 0 for centre crops, A for A passes with random crop and flip, of which pass a has
             the views that epoch a of the standard protocol has with this seed.
         batch_size: of this rank.
@@ -105,17 +108,21 @@ def cached_features(
     size = min(SHARD, -(-len(images) // 8))
     starts = range(0, len(images), size)
     shards = [(view, start) for view in range(max(1, views)) for start in starts]
-    mine = shards[distributed.rank() :: distributed.world_size()]
-    found = {}
-    for shard in mine:
-        features = _read(_path(folder, shard), min(size, len(images) - shard[1]), say)
+    whole = torch.empty(max(1, views), len(images), width, dtype=torch.float16)
+
+    def fill(shard: tuple[int, int]) -> bool:
+        view, start = shard
+        rows = whole[view, start : start + size]
+        features = _read(_path(folder, shard), rows.shape, say)
         if features is not None:
-            found[shard] = features
-    missing = [shard for shard in mine if shard not in found]
+            rows.copy_(features)
+        return features is not None
+
+    mine = shards[distributed.rank() :: distributed.world_size()]
+    filled = {shard for shard in mine if fill(shard)}
+    missing = [shard for shard in mine if shard not in filled]
     text = f"{len(images)} images x {max(1, views)} {'random views' if views else 'centre crop'}"
-    say(
-        f"  features: {text} in {folder}; {len(mine) - len(missing)} of {len(mine)} files are there"
-    )
+    say(f"  features: {text} in {folder}; {len(filled)} of {len(mine)} files are there")
     if missing:
         dataset: AugmentedViews | PlainImages = PlainImages(images, eval_transform(image_size))
         if views:
@@ -127,23 +134,20 @@ def cached_features(
             for first in range(start, end, batch_size)
         ]
         loader = train_loader(dataset, batches, workers=workers, pin_memory=device.type == "cuda")
+        fast = without_batch_norm(encoder.encoder)
+        extractor = Frozen(fast, amp=encoder.amp, channels_last=True)
         try:
-            _extract(encoder, loader, missing, size, len(images), folder, mean, std, device, say)
+            _extract(extractor, loader, missing, size, len(images), folder, mean, std, device, say)
         finally:
             end_workers(loader)
     distributed.barrier()
-    parts = []
     for shard in shards:
-        features = found.get(shard)
-        if features is None:
-            features = _read(_path(folder, shard), min(size, len(images) - shard[1]), say)
-        if features is None:
+        if shard not in filled and not fill(shard):
             raise DataError(
                 f"{_path(folder, shard)} is not there: all processes must see the same folder; "
                 "give one by --cache-dir"
             )
-        parts.append(features)
-    return torch.cat(parts).view(max(1, views), len(images), -1)
+    return whole
 
 
 def _extract(encoder, loader, shards, size, count, folder, mean, std, device, say) -> None:
@@ -176,8 +180,8 @@ def _path(folder: Path, shard: tuple[int, int]) -> Path:
     return folder / f"view_{view:03d}_from_{start:08d}.pth.tar"
 
 
-def _read(path: Path, count: int, say: Callable[[str], None]) -> Tensor | None:
-    """(count, C) float16, or None where there is no such file or it cannot be used."""
+def _read(path: Path, shape: torch.Size, say: Callable[[str], None]) -> Tensor | None:
+    """Features of this shape in float16, or None where there are none that can be used."""
     if not path.is_file():
         return None
     try:
@@ -185,5 +189,28 @@ def _read(path: Path, count: int, say: Callable[[str], None]) -> Tensor | None:
     except checkpoint.CheckpointError as error:
         say(f"  features: made again, because {error}")
         return None
-    whole = isinstance(features, Tensor) and features.dtype == torch.float16
-    return features if whole and features.dim() == 2 and len(features) == count else None
+    fits = isinstance(features, Tensor) and features.dtype == torch.float16
+    return features if fits and features.shape == shape else None
+
+
+def without_batch_norm(encoder: nn.Module) -> nn.Module:
+    """A copy for inference with each batch norm folded into the convolution before it: the same
+    features to rounding, and fewer passes over memory. The encoder itself where it cannot be
+    traced, or where there is none."""
+    try:
+        traced = fx.symbolic_trace(encoder)
+    except Exception:  # control flow that depends on the data: tracing can fail in any way
+        return encoder
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        norm = modules.get(node.target) if node.op == "call_module" else None
+        before = node.args[0] if type(norm) is nn.BatchNorm2d else None
+        conv = modules.get(before.target) if before is not None else None
+        if type(conv) is nn.Conv2d and len(before.users) == 1 and norm.track_running_stats:
+            parent, _, name = before.target.rpartition(".")
+            setattr(traced.get_submodule(parent), name, fuse_conv_bn_eval(conv, norm))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced

@@ -82,14 +82,17 @@ def image_feed(
 def cached_feed(
     args: argparse.Namespace,
     frozen: Frozen,
+    width: int,
     images: Images,
     val_images: Images,
     device: torch.device,
 ) -> Callable[..., Feed]:
-    """Features that are extracted once and kept; returns what `image_feed` is otherwise."""
+    """Features, `width` numbers each, that are extracted once and kept; returns what `image_feed`
+    is otherwise."""
     extract = functools.partial(
         cached_features,
         frozen,
+        width=width,
         folder=args.cache_dir or args.save_dir / "features",
         seed=args.seed,
         image_size=args.image_size,

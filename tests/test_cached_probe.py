@@ -18,6 +18,8 @@ from torch import nn
 import main_lincls
 from moco import loader
 from moco.checkpoint import load_encoder
+from moco.encoders import build_encoder
+from moco.features import without_batch_norm
 from moco.probe import Frozen, head_losses, new_heads
 
 
@@ -71,9 +73,7 @@ def test_each_head_is_as_if_trained_alone(data, pretrained, mode):
         evaluate(data, *flags, setting)
         alone = load(f"{folder}/{LATEST}")["state_dict"]
         for name in ("weight", "bias"):
-            torch.testing.assert_close(
-                heads[f"linear.{number}.{name}"], alone[f"module.fc.{name}"], rtol=1e-5, atol=1e-6
-            )
+            assert torch.equal(heads[f"linear.{number}.{name}"], alone[f"module.fc.{name}"])
         for key in ("best", "last"):
             assert head[key] == result(folder)[key]
 
@@ -155,8 +155,7 @@ def test_losses_are_those_of_each_head(pretrained):
         alone.load_state_dict(head.state_dict())
         expected = F.cross_entropy(alone(features), targets)
         expected.backward()
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(head.weight.grad, alone.weight.grad)
+        assert torch.equal(loss, expected) and torch.equal(head.weight.grad, alone.weight.grad)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
@@ -173,6 +172,35 @@ def test_frozen_features_enter_autograd(pretrained, amp):
     head = nn.Linear(64, 3)
     head(features).sum().backward()
     assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "densenet121", "vgg11_bn"])
+def test_folding_batch_norm_into_convolutions_changes_nothing(arch):
+    """Neither the features, to rounding, nor the encoder that was given, at all."""
+    torch.manual_seed(0)
+    encoder = build_encoder(arch, 10)
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            encoder(images)
+    before = {name: t.clone() for name, t in encoder.eval().state_dict().items()}
+    expected = encoder(images)
+    fast = without_batch_norm(encoder)
+    torch.testing.assert_close(fast(images), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(encoder(images), expected)
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    left = [module for module in fast.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert bool(left) == (arch == "densenet121")  # where it comes before the convolution
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_network_that_cannot_be_traced_stays_as_it_is():
+    network = Branching()
+    assert without_batch_norm(network) is network
 
 
 # ------------------------------------------------------------------------------------------------
@@ -271,7 +299,7 @@ def test_what_is_missing_or_damaged_is_made_again(data, pretrained, cache, capsy
 
 def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path):
     write_images(tmp_path / "data", {f"train/{c}": 80 for c in "ab"} | {"val/a": 2, "val/b": 2})
-    argv = [*TINY, "--cached", "--lr", 1, "--epochs", 2, "--pretrained", pretrained]
+    argv = [*TINY, "--cached", "--lr", 1, "--epochs", 5, "--pretrained", pretrained]
     argv += ["--save-dir", tmp_path / "run", "--cached-views", 5, tmp_path / "data"]
     first = Processes(tmp_path / "first", *argv, code=MAIN)
     while len(files(tmp_path / "run")) < 3:
@@ -377,5 +405,5 @@ def test_start_says_which_protocol_it_is(data, pretrained, capsys):
         ("--lr 1", "protocol: linear, standard"),
     ):
         folder = f"r{len(list(Path().iterdir()))}"
-        evaluate(data, flags, "--epochs 1 --save-dir", folder, "--pretrained", pretrained)
+        evaluate(data, flags, "--epochs 2 --save-dir", folder, "--pretrained", pretrained)
         assert words in capsys.readouterr().out

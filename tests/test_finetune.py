@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import differences, refusal, write_labelled
+from helpers import differences, read_log, refusal, write_labelled
 from probes import BEST, LATEST, MAIN, TINY, evaluate, load, result, write_encoder
 from runs import Processes
 from torch import nn
@@ -143,7 +143,7 @@ def test_defaults_are_swavs(data, pretrained, flags, expected):
     assert args.weight_decay == 0
 
 
-def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path):
+def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path, capsys):
     """Each normalises its own half of the batch; rank 0's averages are saved, and evaluated."""
     flags = ["--finetune", "--epochs", 2, "--lr-backbone", 0.05, "--pretrained", pretrained]
     argv = [*TINY, *flags, "--save-dir", tmp_path / "two", data]
@@ -151,6 +151,8 @@ def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path):
     assert processes.wait() == [0, 0], processes.output()
     evaluate(data, "-e --pretrained", f"two/{LATEST}", "--save-dir one")
     assert result("one")["top1"] == result("two")["last"]["top1"]
+    loss = read_log(tmp_path / "two", "val")[-1]["loss"]
+    assert f"loss {loss:.4f}" in capsys.readouterr().out
     # And what is resumed by two goes on as if it had not been cut.
     argv = [*TINY, *flags, "--save-dir", tmp_path / "cut", "--epochs", 1, data]
     assert Processes(tmp_path / "out1", *argv, count=2, code=MAIN).wait() == [0, 0]
@@ -209,6 +211,7 @@ def test_a_non_finite_loss_names_both_rates(data, pretrained, capsys):
         ("--folds 1", ["--folds", "1"]),
         ("--cached-views 2", ["--cached-views", "--cached"]),
         ("--cached --cached-views -1", ["--cached-views", "-1"]),
+        ("--cached --cached-views 3 --epochs 2", ["--cached-views 3", "--epochs 2"]),
         ("-e --cached", ["-e", "--cached"]),
         ("-e --folds 3", ["-e", "--folds"]),
         ("--cached --cache-dir list.txt", ["list.txt", "folder"]),

@@ -17,6 +17,7 @@ once in place of 100 times, or once in place of once for each learning rate.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 import tempfile
@@ -37,6 +38,7 @@ import timing  # noqa: E402
 
 from moco import loader, probe  # noqa: E402
 from moco.encoders import build_encoder, feature_dim, set_head  # noqa: E402
+from moco.features import without_batch_norm  # noqa: E402
 
 BATCH, CLASSES = 256, 1000  # of training the classifiers
 RATES = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -130,14 +132,9 @@ def parts_to_time(
     batches = {name: loaded(transform) for name, transform in
                (("upstream", upstream), ("standard", standard), ("centre", centre))}  # fmt: skip
     amp = probe.default_amp(device)
+    baseline = copy.deepcopy(encoder)  # before the order of the weights is changed
     plain = probe.Frozen(encoder, amp=amp, channels_last=on_gpu)
-    # A copy, because the order of the weights is changed.
-    other = build_encoder(args.arch, 1)
-    set_head(other, nn.Identity())
-    fast = probe.Frozen(other.to(device).eval(), amp=amp, channels_last=True)
-    baseline = build_encoder(args.arch, 1)
-    set_head(baseline, nn.Identity())
-    baseline.to(device).eval().requires_grad_(False)
+    fast = probe.Frozen(without_batch_norm(copy.deepcopy(encoder)), amp=amp, channels_last=True)
 
     def features_upstream() -> Tensor:
         with torch.no_grad():
