@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="time of a linear probe")
     parser.add_argument("-a", "--arch", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--images", type=int, default=8, help="images to features at a time")
+    parser.add_argument("--images", type=int, default=16, help="images to features at a time")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--data", type=Path, help="folder of photographs (default: made up)")
     timing.add_arguments(parser, repeats=7)
