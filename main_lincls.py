@@ -151,7 +151,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give the encoder to evaluate: --pretrained CHECKPOINT")
     for flag in ("resume", "pretrained"):
         path = getattr(args, flag)
-        is_url = flag == "pretrained" and str(path).startswith(("http://", "https://"))
+        is_url = flag == "pretrained" and path and checkpoint.is_url(path)
         if path and not is_url and not Path(path).is_file():
             parser.error(f"--{flag}: no such checkpoint: {path}")
     if args.epochs == 0 and not (args.knn or args.evaluate):
@@ -168,6 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     trains = args.epochs > 0 and not args.evaluate
     options.check_data_folder(parser, args, {"train": args.batch_size if trains else 1, "val": 1})
     if args.save_dir is None:
+        source = source.split("?")[0]  # of an address
         stem = Path(source).name.removesuffix(".tar").removesuffix(".pth")
         name = f"lincls-{Path(source).resolve().parent.name}-{stem}"
         args.save_dir = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
