@@ -29,8 +29,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed, encoders, evaluate, guards, loader, options
+from moco.images import Images, open_images
 from moco.log import Means, RunLog, StepPrinter, progress, provenance, write_json
 from moco.schedule import learning_rate
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, lincls_recipe, normalize
 
 LATEST, RESULT = options.LINCLS_LATEST, options.LINCLS_RESULT
 BEST = "model_best.pth.tar"
@@ -135,8 +137,8 @@ def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.Ex
     trained = info["args"]
     args.arch = info["arch"]
     args.image_size = args.image_size or trained.get("image_size", 224)
-    args.mean = args.mean or trained.get("mean", loader.IMAGENET_MEAN)
-    args.std = args.std or trained.get("std", loader.IMAGENET_STD)
+    args.mean = args.mean or trained.get("mean", IMAGENET_MEAN)
+    args.std = args.std or trained.get("std", IMAGENET_STD)
     try:
         encoders.check_image_size(encoder, args.image_size)
     except ValueError as error:
@@ -151,7 +153,7 @@ def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.Ex
         workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    plain = loader.eval_transform(args.image_size)
+    plain = eval_transform(args.image_size)
     val = eval_loader(loader.PlainImages(val_images, plain), persistent=True)
 
     # Run folder
@@ -193,13 +195,11 @@ def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.Ex
 
 def open_splits(
     args: argparse.Namespace,
-) -> tuple[loader.Images, loader.Images, list[str]]:
+) -> tuple[Images, Images, list[str]]:
     """Training and validation images with one numbering of the classes."""
     per_class = args.images_per_class
-    train = loader.open_images(args.dataset, args.data, "train", per_class=per_class)
-    val = loader.open_images(
-        args.dataset, args.data, "val", per_class=per_class, classes=train.classes
-    )
+    train = open_images(args.dataset, args.data, "train", per_class=per_class)
+    val = open_images(args.dataset, args.data, "val", per_class=per_class, classes=train.classes)
     return train, val, train.classes
 
 
@@ -240,7 +240,7 @@ def train_probe(
     encoder: nn.Module,
     info: dict,
     resumed: dict,
-    images: loader.Images,
+    images: Images,
     val: DataLoader,
     classes: int,
     log: RunLog,
@@ -250,13 +250,9 @@ def train_probe(
     """Train a linear classifier on the frozen encoder, from `resumed` on if that is not empty;
     returns best and last accuracy."""
     batches = loader.EpochBatches(len(images), args.batch_size, seed=args.seed)
-    views = loader.AugmentedViews(
-        images, loader.lincls_transform(args.image_size), seed=args.seed, views=1
-    )
-    train = loader.train_loader(
-        views, batches, workers=args.workers, pin_memory=device.type == "cuda"
-    )
-    at_exit.callback(loader.end_workers, train)
+    views = loader.AugmentedViews(images, lincls_recipe(args.image_size), seed=args.seed, views=1)
+    train = loader.TrainLoader(views, batches, workers=args.workers, device=device)
+    at_exit.callback(train.end)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
 
     classifier = nn.Linear(info["feature_dim"], classes).to(device)
@@ -296,9 +292,7 @@ def train_probe(
         for step, (view, target, _) in enumerate(printer.batches(train), start=1):
             # The encoder stays in eval mode: its batch norm uses, and keeps, the running averages.
             with torch.no_grad():
-                features = encoder(
-                    loader.normalize(view.to(device, non_blocking=True), args.mean, args.std)
-                )
+                features = encoder(normalize(view, args.mean, args.std))
             loss = F.cross_entropy(model(features), target.to(device, non_blocking=True))
             optimizer.zero_grad()
             loss.backward()
@@ -358,7 +352,7 @@ def validate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, images
     for images, target in val:
         target = target.to(device, non_blocking=True)
-        images = loader.normalize(images.to(device, non_blocking=True), args.mean, args.std)
+        images = normalize(images.to(device, non_blocking=True), args.mean, args.std)
         logits = classifier(encoder(images))
         ranked = logits.topk(topk[1], dim=1).indices
         sums[:2] += evaluate.count_correct(ranked, target, topk)

@@ -27,7 +27,7 @@ _SCIENCE = (
     "arch", "small_stem", "moco_dim", "moco_k", "moco_m", "mlp", "objective", "batch_size", "lr",
     "epochs", "cos", "schedule", "schedule_factor", "warmup_epochs", "momentum", "weight_decay",
     "amp", "dataset", "images", "images_digest", "images_per_class", "image_size", "aug_plus",
-    "crop_scale", "blur", "mean", "std", "bn_group_size", "seed",
+    "crop_scale", "blur", "views", "mean", "std", "bn_group_size", "seed",
 )  # fmt: skip
 
 

@@ -23,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from align_uniform.bounds import uniformity_infimum  # noqa: E402
 from align_uniform.metrics import alignment, uniformity  # noqa: E402
 from moco import checkpoint, distributed, evaluate, loader, options  # noqa: E402
+from moco.images import DATASETS, open_images  # noqa: E402
 from moco.log import progress, write_json  # noqa: E402
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="alignment and uniformity on held-out images")
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("data", metavar="DIR", help="folder with val/")
-    parser.add_argument("--dataset", choices=loader.DATASETS, default="folder")
+    parser.add_argument("--dataset", choices=DATASETS, default="folder")
     parser.add_argument("--images-per-class", type=int, metavar="N", help="the first N of each")
     parser.add_argument("--layer", choices=("projection", "backbone"), default="projection")
     parser.add_argument("--alpha", type=float, default=2.0, help="of alignment (%(default)s)")
@@ -62,16 +64,16 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict:
     encoder, info = checkpoint.load_encoder(args.checkpoint, head=head)
     encoder.to(device)
     trained = info["args"]
-    transform = loader.pretrain_transform(
+    recipe = pretrain_recipe(
         trained.get("image_size", 224),
         aug_plus=trained.get("aug_plus", True),
         crop_scale=trained.get("crop_scale", (0.2, 1.0)),
         blur=trained.get("blur", True),
     )
-    images = loader.open_images(args.dataset, args.data, "val", per_class=args.images_per_class)
-    views = loader.AugmentedViews(images, transform, seed=args.seed, views=2)
-    mean = trained.get("mean", loader.IMAGENET_MEAN)
-    std = trained.get("std", loader.IMAGENET_STD)
+    images = open_images(args.dataset, args.data, "val", per_class=args.images_per_class)
+    views = loader.AugmentedViews(images, recipe, seed=args.seed, views=2)
+    mean = trained.get("mean", IMAGENET_MEAN)
+    std = trained.get("std", IMAGENET_STD)
     features = functools.partial(
         evaluate.extract_features, encoder, device=device, mean=mean, std=std
     )
