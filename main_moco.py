@@ -17,6 +17,8 @@ import argparse
 import contextlib
 import functools
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -24,13 +26,15 @@ from pathlib import Path
 
 import torch
 
-from moco import checkpoint, distributed, encoders, guards, loader, options
+from moco import checkpoint, distributed, encoders, guards, loader, options, step
+from moco import run as runs
 from moco.builder import MoCo, MoCoLosses
 from moco.images import names_digest, open_images
 from moco.log import Means, RunLog, StepPrinter, provenance, write_json
-from moco.run import BackgroundWriter, Run, differences
+from moco.profiling import StepProfile
+from moco.run import BackgroundWriter, Run
 from moco.schedule import learning_rate
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, normalize, pretrain_recipe
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe
 
 # Exit status of a run that was asked to stop by SIGTERM or SIGUSR1 and has saved: "try again".
 EXIT_PREEMPTED = 75
@@ -66,6 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
     moco.add_argument("--mlp", action="store_true", help="two-layer projection head (MoCo v2)")
     moco.add_argument("--bn-splits", default="auto", metavar="S",
                       help="batch-norm groups per device; auto: of 32 images each")
+    moco.add_argument("--symmetric", action="store_true",
+                      help="each view is query and key in turn: both losses are summed, and the "
+                      "keys of both views enter the queue")
 
     terms = parser.add_argument_group(
         "objective", "contr_w * InfoNCE(tau) + align_w * align(alpha) + unif_w * uniform(t)"
@@ -103,10 +110,31 @@ def build_parser() -> argparse.ArgumentParser:
                           help="stop after N steps of the run; 0 saves the untrained encoder")
     training.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off",
                           help="mixed precision of the encoders (%(default)s)")
+    training.add_argument("--init-from", type=options.non_empty, metavar="CHECKPOINT",
+                          help="start from the encoder in this file (weights, not a run: queue, "
+                          "optimizer and epoch are new)")
+    training.add_argument("--accumulate", type=int, default=1, metavar="N",
+                          help="each device's share of --batch-size goes through in N parts, for "
+                          "less memory; parts relate to each other as devices do, with batch norm, "
+                          "shuffle and intra-batch pairs of their own; optimizer, key encoder and "
+                          "queue advance once per step (%(default)s)")
     training.add_argument("--keep-last", type=int, default=5, metavar="N",
                           help="checkpoints to keep (%(default)s), the newest, and")
     training.add_argument("--keep-every", type=int, default=20, metavar="M",
                           help="that of every M-th epoch (%(default)s; 0: none)")
+    speed = parser.add_argument_group(
+        "speed", "what is learned stays the same; a run may go on under other settings than it "
+        "began with, but not bit for bit"
+    )
+    speed.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=None,
+                       help="weights and images in NHWC order (default: with one batch-norm "
+                       "group, on the CPU and with --amp)")
+    speed.add_argument("--compile", action="store_true",
+                       help="compile both encoders by torch.compile: minutes at the start")
+    speed.add_argument("--deterministic", action="store_true",
+                       help="only kernels that give the same bits every time; slower on a GPU")
+    speed.add_argument("--profile", action="store_true",
+                       help="write a trace of ten steps and print where their time goes")
     safety = parser.add_argument_group("never lose a run")
     safety.add_argument("--save-steps", type=int, default=0, metavar="N",
                         help="save every N steps too (0: after each epoch only)")
@@ -140,12 +168,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     try:
         _check_options(args)
         args.bn_groups = _batch_norm_groups(args)
-        args.bn_group_size = args.batch_size // args.processes // args.bn_groups
+        args.bn_group_size = _part_size(args) // args.bn_groups
         # Also refuses an unknown arch, a stem or an image size that does not fit.
         with_head = encoders.build_encoder(
             args.arch, args.moco_dim, image_size=args.image_size, small_stem=args.small_stem
         )
         encoders.check_image_size(with_head, args.image_size)
+        if args.channels_last is None:
+            args.channels_last = _channels_last_helps(args)
+        if args.compile:
+            _check_compiler(args.devices[0])
     except ValueError as error:
         parser.error(str(error))
     options.check_data_folder(parser, args, {"pretrain": args.batch_size})
@@ -197,7 +229,8 @@ def objective_formula(args: argparse.Namespace) -> str:
         (args.align_w, f"align(alpha={args.align_alpha:g})"),
         (args.unif_w, f"uniform(t={args.unif_t:g}, {pairs})"),
     ]
-    return " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
+    formula = " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
+    return f"{formula}, symmetric" if args.symmetric else formula
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -206,6 +239,7 @@ def _check_options(args: argparse.Namespace) -> None:
         ("moco-k", args.moco_k),
         ("image-size", args.image_size),
         ("keep-last", args.keep_last),
+        ("accumulate", args.accumulate),
     ):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -221,12 +255,23 @@ def _check_options(args: argparse.Namespace) -> None:
             f"--batch-size {args.batch_size} over {args.processes} process(es) leaves one image "
             "each; batch norm and intra-batch pairs need at least two"
         )
+    share = args.batch_size // args.processes
+    if share % args.accumulate or share // args.accumulate < 2:
+        raise ValueError(
+            f"--accumulate {args.accumulate} does not split the batch of {share} on each device "
+            "into equal parts of at least two images"
+        )
     if args.max_steps is not None and args.max_steps < 0:
         raise ValueError(f"--max-steps must be at least 0, got {args.max_steps}")
     if args.moco_k < args.batch_size:
         raise ValueError(
             f"--moco-k {args.moco_k} is smaller than the global batch of {args.batch_size}: the "
             "queue must hold at least one batch of keys"
+        )
+    if args.symmetric and args.moco_k < 2 * args.batch_size:
+        raise ValueError(
+            f"--moco-k {args.moco_k} is smaller than twice the global batch of {args.batch_size}: "
+            "with --symmetric the keys of both views enter the queue"
         )
     if not 0 <= args.moco_m <= 1:
         raise ValueError(f"--moco-m must be in [0, 1], got {args.moco_m:g}")
@@ -238,9 +283,14 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--amp fp16 needs a GPU; use bf16 or off on the CPU")
 
 
+def _part_size(args: argparse.Namespace) -> int:
+    """Images that go through the encoder at a time."""
+    return args.batch_size // args.processes // args.accumulate
+
+
 def _batch_norm_groups(args: argparse.Namespace) -> int:
-    """Batch-norm groups per device."""
-    batch = args.batch_size // args.processes
+    """Batch-norm groups per device, of each part of its batch."""
+    batch = _part_size(args)
     if args.bn_splits == "auto":
         return batch // 32 if batch > 32 and batch % 32 == 0 else 1
     try:
@@ -250,10 +300,32 @@ def _batch_norm_groups(args: argparse.Namespace) -> int:
     if groups < 1 or batch % groups:
         raise ValueError(
             f"--bn-splits {groups} does not divide the batch of {batch} on each device"
+            + (f" (--accumulate {args.accumulate})" if args.accumulate > 1 else "")
         )
     if batch // groups < 2 and groups > 1:
         raise ValueError(f"--bn-splits {groups} leaves groups of one image, which have no variance")
     return groups
+
+
+def _channels_last_helps(args: argparse.Namespace) -> bool:
+    """Measured on a CPU: 1.02 to 1.28 times as fast. Not with several batch-norm groups, each of
+    which takes the images out of this order and back: 0.87 times."""
+    return args.bn_groups == 1 and (args.devices[0].type == "cpu" or args.amp != "off")
+
+
+def _check_compiler(device: torch.device) -> None:
+    """torch.compile makes C++ code for a CPU, and on a GPU Triton compiles its launcher in C."""
+    if device.type == "cpu":
+        usual = ["clang++" if sys.platform == "darwin" else "g++"]
+        variable, language = "CXX", "C++"
+    else:
+        usual, variable, language = ["gcc", "clang", "cc"], "CC", "C"
+    names = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(map(shutil.which, names)):
+        raise ValueError(
+            f"--compile needs a {language} compiler, and {' or '.join(names)} is not on the PATH; "
+            f"install one, name it in the environment variable {variable}, or leave out --compile"
+        )
 
 
 def _check_run_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -272,6 +344,10 @@ def _check_run_folder(parser: argparse.ArgumentParser, args: argparse.Namespace)
                 f"{args.save_dir} holds a later checkpoint than {args.resume} ({own[-1].name}); go "
                 "back in another --save-dir, or move the later ones away"
             )
+    if args.init_from and args.resume not in (None, "auto"):
+        parser.error("--init-from starts a run and --resume goes on with one: give one of them")
+    if args.init_from and args.checkpoint is None and not Path(args.init_from).is_file():
+        parser.error(f"--init-from: no such checkpoint: {args.init_from}")
     if args.save_dir is None:
         name = f"moco-{args.arch}-{_objective_slug(args)}-k{args.moco_k}-b{args.batch_size}"
         args.save_dir = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
@@ -283,7 +359,8 @@ def _objective_slug(args: argparse.Namespace) -> str:
         (args.align_w, f"align{args.align_alpha:g}"),
         (args.unif_w, f"unif{args.unif_t:g}"),
     ]
-    return "-".join(f"{weight:g}{term}" for weight, term in terms if weight)
+    slug = "-".join(f"{weight:g}{term}" for weight, term in terms if weight)
+    return f"{slug}-sym" if args.symmetric else slug
 
 
 # ------------------------------------------------------------------------------------------------
@@ -310,7 +387,10 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     saved = find_checkpoint(args)
     if saved and not args.seed_given:
         args.seed = checkpoint.saved_args(saved).get("seed", args.seed)
+    if saved and args.init_from is None:
+        args.init_from = checkpoint.saved_args(saved).get("init_from")
     torch.manual_seed(args.seed)
+    at_exit.enter_context(step.kernels(args.deterministic))
 
     # Data
     images = open_images(args.dataset, args.data, "pretrain", per_class=args.images_per_class)
@@ -323,18 +403,20 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
         images, recipe, seed=args.seed, views=2,
         skip_bad=args.skip_bad_images, unfinished=args.views == "device",
     )  # fmt: skip
-    pairs = loader.TrainLoader(views, batches, workers=args.workers, device=device)
+    pairs = loader.TrainLoader(
+        views, batches, workers=args.workers, device=device, compile=args.compile
+    )
     at_exit.callback(pairs.end)
     steps_per_epoch = batches.batches_per_epoch()
 
     # Model, optimizer
-    moco = build_moco(args).to(device)
+    moco = build_moco(args)
+    if args.init_from and not saved:
+        distributed.print_main(f"starting from {initial_weights(moco, args)}")
+    moco.to(device, memory_format=step.memory_format(args))
+    moco.prepare = step.preparation(args, device)
     moco.shuffle_generator.manual_seed(args.seed)
-    # Both encoders' parameters are listed, as upstream lists them, so that optimizer states can be
-    # exchanged; those of the key encoder never get a gradient and are never touched.
-    optimizer = torch.optim.SGD(
-        moco.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
+    optimizer = step.fused_sgd(moco, args)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
     run = Run(
         moco, optimizer, scaler, Means(),
@@ -347,12 +429,17 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     if saved:
         changes = refuse_changes(saved, args)
         run.load(saved, args.checkpoint, steps_per_epoch)
+        for change in runs.rounding_differences(checkpoint.saved_args(saved), args):
+            distributed.print_main(f"  {change}: it goes on, but not bit for bit")
         saved = None  # as large as the model and its optimizer
     left = (args.epochs - run.epoch) * steps_per_epoch - run.step_in_epoch
     total_steps = run.step + max(0, left)
     if args.max_steps is not None:
         total_steps = min(total_steps, args.max_steps)
     model = distributed.data_parallel(moco, device)
+    if args.compile:
+        for encoder in (moco.encoder_q, moco.encoder_k):
+            encoder.compile()  # in place: names of weights stay
 
     # Run folder
     if distributed.is_main():
@@ -366,7 +453,16 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     bad_images = guards.BadImages(args.save_dir, len(images), args.max_bad_share)
     collapse = guards.CollapseAlarm(args.collapse_steps)
     printer = StepPrinter(total=total_steps, batch_size=args.batch_size, done=run.step)
+    guard = guards.StepGuard(run, writer, args.max_overflows)
+    check_freq = guards.steps_between_checks(device, args.print_freq)
     last_save = time.monotonic()
+    profile = None
+    if args.profile:
+        profile = StepProfile(
+            args.save_dir / "profile_trace.json", device,
+            first_step=run.step, steps=total_steps - run.step,
+        )  # fmt: skip
+        at_exit.callback(profile.close)
 
     if run.step == 0 and total_steps == 0:  # --max-steps 0: the untrained encoder
         save(run, args, writer)
@@ -388,56 +484,37 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
         batches.set_epoch(epoch, run.step_in_epoch)
         for im_q, im_k, _, replaced in printer.batches(pairs):
             bad_images.note(replaced)
-            im_q, im_k = (normalize(im, args.mean, args.std) for im in (im_q, im_k))
-            with autocast(device, args.amp):
-                losses = model(im_q, im_k)
-            loss = losses.combine(args.contr_w, args.align_w, args.unif_w)
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            norm = guards.gradient_norm(moco.encoder_q)
-            save_is_due = args.save_minutes and (
-                distributed.is_main() and time.monotonic() - last_save > 60 * args.save_minutes
-            )
-            # All ranks decide alike, before the optimizer steps.
-            bad_loss, bad_norm, unsaved, stopping, save_now = distributed.any_rank(
-                not loss.isfinite(), not norm.isfinite(), writer.failed(), stop.requested,
-                bool(save_is_due), device=device,
-            )  # fmt: skip
-            if unsaved:
-                guards.finish_saving(writer, device)
-            if bad_loss or bad_norm:
-                guards.handle_not_finite(
-                    run, losses, norm, epoch, bad_loss, writer, args.max_overflows
-                )
-            else:
-                run.skipped_in_a_row = 0
-            scaler.step(optimizer)
-            scaler.update()
+            losses, loss = step.forward_and_backward(model, im_q, im_k, device, args, guard)
+            guard.step(losses, loss, epoch)
 
             run.step += 1
             run.step_in_epoch += 1
             printer.advance()
-            run.means.add("loss", loss)
-            for name, value in losses.items():
-                run.means.add(name, value)
-            if not bad_norm:
-                run.means.add("grad_norm", norm)
-            if run.step % args.print_freq == 0 or run.step == total_steps:
+            ending = run.step >= total_steps
+            printing = run.step % args.print_freq == 0 or ending
+            saving = (
+                ending or run.step_in_epoch == steps_per_epoch
+                or (args.save_steps and run.step % args.save_steps == 0)
+            )  # fmt: skip
+            if printing or saving or run.step % check_freq == 0:
+                stopping, by_minutes = guard.check(
+                    stop.requested, save_is_due(args.save_minutes, last_save)
+                )
+                ending, saving = ending or stopping, saving or stopping or by_minutes
+            if printing:
                 report(printer, log, run, losses, epoch, args, steps_per_epoch, lr)
                 collapse.check(losses, run.step, log)
             if args.check_every and run.step % args.check_every == 0:
                 guards.stop_if_ranks_differ(moco, run.step)
             if run.step_in_epoch == steps_per_epoch:
                 run.epoch, run.step_in_epoch = epoch + 1, 0
-            ending = run.step >= total_steps or stopping
-            if (
-                ending or save_now or run.step_in_epoch == 0
-                or (args.save_steps and run.step % args.save_steps == 0)
-            ):  # fmt: skip
+            if profile:
+                profile.step_done()
+            if saving:
                 save(run, args, writer)
                 last_save = time.monotonic()
-            if stopping:
+            if ending and stopping:
                 guards.finish_saving(writer, device)
                 distributed.print_main(
                     f"stopped by {stop.name or 'a signal to another rank'} after step {run.step}; "
@@ -479,9 +556,25 @@ def build_moco(args: argparse.Namespace) -> MoCo:
     )
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+def initial_weights(moco: MoCo, args: argparse.Namespace) -> str:
+    """Start from the weights of --init-from. Rank 0 reads them; it sends all to the others when
+    they form the data-parallel module."""
+    found, error = None, None
+    if distributed.is_main():
+        try:
+            found = runs.init_from(moco, args.init_from, args.arch)
+        except (checkpoint.CheckpointError, OSError) as caught:
+            error = caught
+    found, error = distributed.broadcast_object((found, error))
+    if error:
+        raise error
+    return found
+
+
+def save_is_due(minutes: float, last_save: float) -> bool:
+    """By --save-minutes; rank 0 has the watch."""
+    elapsed = time.monotonic() - last_save
+    return bool(minutes) and distributed.is_main() and elapsed > 60 * minutes
 
 
 def report(
@@ -517,26 +610,37 @@ def print_start(
     args: argparse.Namespace, moco: MoCo, device: torch.device, images: int, steps_per_epoch: int
 ) -> None:
     """What will be done, in numbers that a user would otherwise have to work out."""
-    per_device = args.batch_size // args.processes
+    per_device, part = args.batch_size // args.processes, _part_size(args)
     groups = args.bn_groups
+    where = "on each device" if args.accumulate == 1 else "in each part"
+    batch = f"{args.batch_size} over {args.processes} process(es), {per_device} each"
+    if args.accumulate > 1:
+        batch += (
+            f", in {args.accumulate} parts of {part}; optimizer, key encoder and queue advance "
+            "once per step"
+        )
     if not encoders.has_batch_norm(moco.encoder_q):
         norm = "none in this arch"
     elif groups > 1:
-        norm = f"{groups} groups of {per_device // groups} on each device"
+        norm = f"{groups} groups of {part // groups} {where}"
     else:
-        norm = f"one group of {per_device} on each device"
-        if args.bn_splits == "auto" and per_device != 32:
+        norm = f"one group of {part} {where}"
+        if args.bn_splits == "auto" and part != 32:
             norm += " (the published runs have groups of 32, which needs a multiple of 32 above 32)"
     parameters = sum(p.numel() for p in moco.encoder_q.parameters())
     facts = {
         "objective": args.objective,
         "data": f"{images} images, {steps_per_epoch} steps per epoch, {args.epochs} epochs",
-        "batch": f"{args.batch_size} over {args.processes} process(es), {per_device} each",
+        "batch": batch,
         "batch norm": norm,
         "encoder": f"{args.arch}, {parameters / 1e6:.2f} M parameters, {args.image_size} px"
         + (", small stem" if args.small_stem else ""),
         "queue": f"{args.moco_k} x {args.moco_dim}, {moco.queue.numel() * 4 / 2**20:.1f} MiB",
         "device": _device_name(device) + f", amp {args.amp}, {args.workers} loader worker(s)",
+        "speed": ", ".join(
+            name if getattr(args, name) else f"no {name}"
+            for name in ("channels_last", "compile", "deterministic")
+        ),
         "seed": f"{args.seed}" + ("" if args.seed_given else " (drawn)"),
         "run folder": str(args.save_dir),
         "code": ", ".join(f"{name} {version}" for name, version in provenance().items()),
@@ -595,7 +699,7 @@ def refuse_changes(saved: dict, args: argparse.Namespace) -> list[str]:
         raise checkpoint.CheckpointError(
             f"{args.checkpoint} is of arch {saved['arch']}, this run is of {args.arch}"
         )
-    changes = differences(checkpoint.saved_args(saved), args)
+    changes = runs.differences(checkpoint.saved_args(saved), args)
     if changes and not args.allow_changes:
         raise checkpoint.CheckpointError(
             f"{args.checkpoint} was trained with other arguments ({'; '.join(changes)}); use "

@@ -13,15 +13,19 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Keys per block of a sweep. A block of scores is N x 2048, so that it is still in the cache when
-# its exponentials are taken and when it is multiplied back onto the keys.
-BLOCK_SIZE = 2048
+# Keys per block of a sweep: few enough for a block of scores (N x 4096) to be still in the cache
+# when its exponentials are taken and when it is multiplied back onto the keys, many enough for what
+# a block costs whatever its size. On a GPU that is the launches, so blocks are longer there.
+BLOCK_SIZE, GPU_BLOCK_SIZE = 4096, 16384
+
+# oneDNN's matrix product, which torch has in builds for x86 and shows in no public function.
+_ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def _in_full_precision(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -180,9 +184,10 @@ def contrastive_rank(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
     _check_features(k, "k", like=q)
     _check_queue(queue, q)
     positive = (q * k).sum(dim=1, keepdim=True)  # (N, 1)
-    rank = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-    for block in queue.t().split(BLOCK_SIZE):
-        rank += (q @ block.t().to(q.dtype) > positive).sum(dim=1)
+    q, rank = q.contiguous(), torch.zeros(len(q), dtype=torch.int64, device=q.device)
+    for block in _blocks(queue.t().to(q.dtype)):
+        # Ones and zeros of the scores' type: their sum is several times as fast as that of bools.
+        rank += _product(q, block).gt_(positive).sum(dim=1).long()
     return rank
 
 
@@ -212,27 +217,28 @@ class _QueueLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, keys, scale, key_norm_weight, skip_self):
         want_gradient = ctx.needs_input_grad[0]
-        maximum = q.new_full((len(q), 1), -math.inf)  # (N, 1) running maximum of the scores
+        scaled = (scale * q).contiguous()
+        # The running maximum starts at the least number, not at -inf: a row whose only key so far
+        # is itself has none yet, and -inf minus -inf would be NaN.
+        maximum = q.new_full((len(q), 1), torch.finfo(q.dtype).min)  # (N, 1)
         total = q.new_zeros(len(q), 1)  # (N, 1) sum of exp(score - maximum)
-        mean = torch.zeros_like(q) if want_gradient else None  # (N, C) the same sum, times the key
-        for start in range(0, len(keys), BLOCK_SIZE):
-            block = keys[start : start + BLOCK_SIZE]  # (B, C)
+        mean = torch.zeros_like(scaled) if want_gradient else None  # (N, C) that, times the key
+        start = 0
+        for block in _blocks(keys):  # (B, C)
+            offset = None
             if key_norm_weight:
-                offset = block.square().sum(dim=1).mul_(-key_norm_weight)  # (B,)
-                scores = torch.addmm(offset, q, block.t(), alpha=scale)  # (N, B)
-            else:
-                scores = (q @ block.t()).mul_(scale)
+                offset = torch.linalg.vector_norm(block, dim=1).square_().mul_(-key_norm_weight)
+            scores = _product(scaled, block, offset)  # (N, B)
             if skip_self:
-                scores[start : start + len(block)].fill_diagonal_(-math.inf)
+                scores.diagonal(-start).fill_(-math.inf)
             new_maximum = torch.maximum(maximum, scores.amax(dim=1, keepdim=True))
-            # A row whose only key so far is itself has no maximum yet: -inf minus -inf is NaN.
-            finite = new_maximum.clamp(min=torch.finfo(q.dtype).min)
-            shrink = (maximum - finite).exp_()
-            weights = scores.sub_(finite).exp_()
+            shrink = (maximum - new_maximum).exp_()
+            weights = scores.sub_(new_maximum).exp_()
             total.mul_(shrink).add_(weights.sum(dim=1, keepdim=True))
             if want_gradient:
-                mean.mul_(shrink).addmm_(weights, block)
+                mean.mul_(shrink).add_(_product(weights, block.t()))
             maximum = new_maximum
+            start += len(block)
         if want_gradient:
             ctx.save_for_backward(mean.mul_(scale / total))
         return (maximum + total.log()).squeeze(1)
@@ -242,6 +248,30 @@ class _QueueLogSumExp(torch.autograd.Function):
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
         return grad.unsqueeze(1) * gradient, None, None, None, None
+
+
+def _blocks(keys: Tensor) -> Iterator[Tensor]:
+    """The rows of `keys` in blocks, each of them contiguous."""
+    size = BLOCK_SIZE if keys.device.type == "cpu" else GPU_BLOCK_SIZE
+    for start in range(0, len(keys), size):
+        yield keys[start : start + size].contiguous()
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b.t() + bias: (n, c), (m, c) and (m,) -> (n, m). `a` is contiguous, `b` or its transpose.
+
+    On CPUs by oneDNN. The product that `@` calls is MKL's, which makes do with AVX2 on AMD's
+    processors: measured there, it takes twice as long.
+    """
+    if (
+        _ONEDNN_LINEAR is not None
+        and a.device.type == "cpu"
+        and a.dtype == torch.float32
+        and torch.backends.mkldnn.enabled
+        and not torch.compiler.is_compiling()
+    ):
+        return _ONEDNN_LINEAR(a, b, bias, "none", [], "")
+    return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
 
 
 def _check_features(x: Tensor, name: str, like: Tensor | None = None) -> None:

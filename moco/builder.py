@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from align_uniform import align_loss, contrastive_loss, contrastive_rank, uniform_loss_with_queue
 from moco import distributed
 from moco.encoders import add_mlp_head
+from moco.profiling import label
 
 
 class MoCo(nn.Module):
@@ -153,12 +154,17 @@ class MoCo(nn.Module):
             self.update_key_encoder()
         losses = []
         for of_queries, of_keys in directions:
-            q = _normalize(self.encoder_q(self.prepare(of_queries)))  # (N, C)
-            keys = self.encode_keys(of_keys)  # (W*N, C), all ranks'
-            losses.append(self._losses(q, keys.chunk(distributed.world_size())[distributed.rank()]))
+            with label("query forward"):
+                q = _normalize(self.encoder_q(self.prepare(of_queries)))  # (N, C)
+            with label("key forward"):
+                keys = self.encode_keys(of_keys)  # (W*N, C), all ranks'
+            k = keys.chunk(distributed.world_size())[distributed.rank()]  # (N, C)
+            with label("loss"):
+                losses.append(self._losses(q, k))
             self._pending.append(keys)
         if part == parts - 1:
-            self.enqueue(torch.cat(self._pending))
+            with label("queue"):
+                self.enqueue(torch.cat(self._pending))
             self._pending = []
         return losses[0] if len(losses) == 1 else MoCoLosses.sum(losses)
 
@@ -166,9 +172,10 @@ class MoCo(nn.Module):
     def update_key_encoder(self) -> None:
         """key <- m * key + (1 - m) * query, for parameters only: batch-norm statistics are not
         averaged, the key encoder gathers its own."""
-        torch._foreach_lerp_(
-            list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m
-        )
+        with label("momentum"):
+            torch._foreach_lerp_(
+                list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.m
+            )
 
     @torch.no_grad()
     def encode_keys(self, im_k: Tensor) -> Tensor:
@@ -180,10 +187,13 @@ class MoCo(nn.Module):
         """
         n_all = len(im_k) * distributed.world_size()
         permutation = torch.randperm(n_all, generator=self.shuffle_generator)  # alike on all ranks
-        shuffled = distributed.exchange_rows(im_k, permutation)  # (N, 3, H, W)
+        with label("communication"):
+            shuffled = distributed.exchange_rows(im_k, permutation)  # (N, 3, H, W)
         k = _normalize(self.encoder_k(self.prepare(shuffled)))
         keys = torch.empty(n_all, k.shape[1], dtype=k.dtype, device=k.device)
-        keys[permutation.to(k.device)] = distributed.all_gather(k)
+        with label("communication"):
+            gathered = distributed.all_gather(k)
+        keys[permutation.to(k.device)] = gathered
         return keys
 
     @torch.no_grad()
@@ -274,6 +284,14 @@ class MoCoLosses:
             losses = [getattr(part, f"loss_{name}") for part in parts]
             setattr(total, f"loss_{name}", torch.stack(losses).sum())
         total._logits = [each for part in parts for each in part._logits]
+        return total
+
+    @classmethod
+    def mean(cls, parts: list[MoCoLosses]) -> MoCoLosses:
+        """Each loss averaged over `parts`: the losses of a step that went through in parts."""
+        total = cls.sum(parts)
+        for name, loss in total.items():
+            setattr(total, f"loss_{name}", loss / len(parts))
         return total
 
     def feature_std(self) -> Tensor:

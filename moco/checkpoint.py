@@ -342,9 +342,10 @@ def checksum(content: object) -> str:
 
 
 def to_host(content: object) -> object:
-    """A copy of nested dicts and lists whose tensors are copies in host memory."""
+    """A copy of nested dicts and lists whose tensors are copies in host memory, row by row
+    whatever their memory format was (channels_last), as every reader expects."""
     if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=True)
+        return content.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(content, dict):
         return {key: to_host(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):

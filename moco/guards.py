@@ -5,16 +5,18 @@ drift apart, features that collapse, images that cannot be read.
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moco import checkpoint, distributed
 from moco.builder import MoCo, MoCoLosses
 from moco.log import RunLog
+from moco.profiling import label
 from moco.run import BackgroundWriter, Run
 
 
@@ -68,44 +70,119 @@ def finish_saving(writer: BackgroundWriter, device: torch.device) -> None:
         raise error or TrainingError("rank 0 could not save; training stops")
 
 
-def gradient_norm(module: nn.Module) -> torch.Tensor:
+def gradient_norm(module: nn.Module) -> Tensor:
     """Euclidean norm of all gradients, on the device; the same on all ranks after averaging."""
     return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
 
 
-def handle_not_finite(
-    run: Run,
-    losses: MoCoLosses,
-    norm: torch.Tensor,
-    epoch: int,
-    bad_loss: bool,
-    writer: BackgroundWriter,
-    max_overflows: int,
-) -> None:
-    """All ranks are here together, and the optimizer has not stepped. An overflow of scaled fp16
-    gradients is passed over (the scaler leaves the step out); anything else stops the run."""
-    if run.scaler.is_enabled() and not bad_loss:
-        run.skipped += 1
-        run.skipped_in_a_row += 1
-        if run.skipped_in_a_row <= max_overflows:
-            return
-    # What each rank saw, for the message.
-    mine = torch.stack([value.detach().double() for _, value in losses.items()]).unsqueeze(0)
-    by_rank = distributed.all_gather(mine)  # (W, terms)
-    names = [name for name, _ in losses.items()]
-    guilty = [
-        f"{names[term]} {by_rank[rank, term].item():g} on rank {rank}"
-        for rank, term in (~by_rank.isfinite()).nonzero().tolist()
-    ]
-    guilty = guilty or [f"gradient norm {norm.item():g}, all loss terms are finite"]
-    writer.finish()
-    left = checkpoint.run_checkpoints(writer.folder)
-    raise TrainingError(
-        f"not finite in epoch {epoch}, step {run.step}: {'; '.join(guilty)}"
-        + (f" ({run.skipped_in_a_row} steps in a row)" if run.skipped_in_a_row else "")
-        + f". The last checkpoint is {left[-1] if left else 'none yet'}. "
-        "Lower --lr, add --warmup-epochs, or use --amp bf16 instead of fp16"
-    )
+def steps_between_checks(device: torch.device, print_freq: int) -> int:
+    """How often the host looks at the numbers of the steps, and ranks agree on whether to go on.
+
+    On the CPU after every step. A GPU would have to be waited for, so there only when a line is
+    printed anyway (and before every save); `StepGuard` keeps the weights until then.
+    """
+    return 1 if device.type == "cpu" else print_freq
+
+
+class StepGuard:
+    """No number that is not finite gets into the weights, and no step waits for that.
+
+    The device itself leaves steps out: once a rank's loss is not finite, that rank multiplies all
+    it differentiates by NaN; averaging carries the NaN into every gradient on every rank; and the
+    fused optimizer does nothing while `found_inf` is set, which it is when the norm of the
+    gradients is not finite. The host hears of it at the next `check`, and stops the run there.
+    An overflow of scaled fp16 gradients alone is passed over: the scaler leaves that step out.
+    """
+
+    def __init__(self, run: Run, writer: BackgroundWriter, max_overflows: int) -> None:
+        self.run, self.writer, self.max_overflows = run, writer, max_overflows
+        self.device = run.moco.queue.device
+        self.failed = torch.zeros((), dtype=torch.bool, device=self.device)
+        # Since the last check: (epoch, step, names, their values on the device).
+        self.noted: list[tuple[int, int, list[str], Tensor]] = []
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`, NaN when it, or an earlier one, is not finite."""
+        self.failed |= ~loss.detach().isfinite()
+        factor = torch.where(self.failed, torch.nan, 1.0)
+        self.run.scaler.scale(loss * factor).backward()
+
+    def step(self, losses: MoCoLosses, loss: Tensor, epoch: int) -> None:
+        """Step the optimizer if all is finite, and note the numbers for `check`."""
+        run = self.run
+        with label("optimizer"):
+            run.scaler.unscale_(run.optimizer)
+            norm = gradient_norm(run.moco.encoder_q)
+            if not run.scaler.is_enabled():  # which would find out by itself, and adapt its scale
+                overflow = ~norm.isfinite()
+                self.failed |= overflow
+                run.optimizer.found_inf = overflow.float()
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+        names = [name for name, _ in losses.items()]
+        values = [norm, loss, *(value for _, value in losses.items())]
+        values = torch.stack([value.detach().double() for value in values])
+        self.noted.append((epoch, run.step, names, values))
+
+    def check(self, stopping: bool, save_now: bool) -> tuple[bool, bool]:
+        """Look at all steps since the last check, on all ranks together, and add their numbers to
+        the run's means. The device is waited for.
+
+        Args:
+            stopping, save_now: whether this rank wants to stop, or to save.
+
+        Returns:
+            Whether any rank wants to stop, and whether any wants to save.
+
+        Raises:
+            TrainingError: a step was not finite (the first one is named, and no optimizer has
+                stepped since), too many fp16 overflows in a row, or rank 0 could not save.
+        """
+        rows = torch.stack([values for *_, values in self.noted]).tolist() if self.noted else []
+        *bad_losses, unsaved, stopping, save_now = distributed.any_rank(
+            *(not all(map(math.isfinite, losses)) for _, *losses in rows),
+            self.writer.failed(), stopping, save_now, device=self.device,
+        )  # fmt: skip
+        if unsaved:
+            finish_saving(self.writer, self.device)
+        noted, self.noted = self.noted, []
+        for (epoch, step, names, _), row, bad_loss in zip(noted, rows, bad_losses, strict=True):
+            norm, loss, *terms = row
+            if bad_loss or not math.isfinite(norm):  # the same norm on all ranks
+                self._not_finite(epoch, step, norm, dict(zip(names, terms, strict=True)), bad_loss)
+            else:
+                self.run.skipped_in_a_row = 0
+                self.run.means.add("grad_norm", norm)
+            for name, value in zip(("loss", *names), (loss, *terms), strict=True):
+                self.run.means.add(name, value)
+        return stopping, save_now
+
+    def _not_finite(
+        self, epoch: int, step: int, norm: float, terms: dict[str, float], bad_loss: bool
+    ) -> None:
+        """All ranks are here together. Returns after an overflow that may be passed over."""
+        run = self.run
+        if run.scaler.is_enabled() and not bad_loss:
+            run.skipped += 1
+            run.skipped_in_a_row += 1
+            if run.skipped_in_a_row <= self.max_overflows:
+                return
+        # What each rank saw, for the message.
+        mine = torch.tensor([list(terms.values())], dtype=torch.float64, device=self.device)
+        by_rank = distributed.all_gather(mine)  # (W, terms)
+        guilty = [
+            f"{list(terms)[term]} {by_rank[rank, term].item():g} on rank {rank}"
+            for rank, term in (~by_rank.isfinite()).nonzero().tolist()
+        ]
+        guilty = guilty or [f"gradient norm {norm:g}, all loss terms are finite"]
+        self.writer.finish()
+        left = checkpoint.run_checkpoints(self.writer.folder)
+        raise TrainingError(
+            f"not finite in epoch {epoch}, step {step}: {'; '.join(guilty)}"
+            + (f" ({run.skipped_in_a_row} steps in a row)" if run.skipped_in_a_row else "")
+            + f". The last checkpoint is {left[-1] if left else 'none yet'}. "
+            "Lower --lr, add --warmup-epochs, or use --amp bf16 instead of fp16"
+        )
 
 
 def stop_if_ranks_differ(moco: MoCo, step: int) -> None:

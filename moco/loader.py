@@ -225,13 +225,20 @@ class TrainLoader:
 
     Views come from loader processes, and unfinished ones are finished on the device. Where the
     views are `unfinished` and all images are in memory and small enough to lie on the device, they
-    do, and the device makes the whole view.
+    do, and the device makes the whole view. `compile` fuses what it does there into few kernels.
     """
 
     def __init__(
-        self, data: AugmentedViews, batches: EpochBatches, *, workers: int, device: torch.device
+        self,
+        data: AugmentedViews,
+        batches: EpochBatches,
+        *,
+        workers: int,
+        device: torch.device,
+        compile: bool = False,
     ) -> None:
         self.data, self.batches, self.device = data, batches, device
+        self.finish = torch.compile(views.finish, dynamic=False) if compile else views.finish
         array = in_memory(data.images) if data.unfinished else None
         self.pixels: Tensor | None = None  # (M, 3, H, W) uint8
         if array is not None and _fits(array, device):
@@ -261,7 +268,7 @@ class TrainLoader:
             if self.data.unfinished:
                 tables = batch[-1].to(self.device, non_blocking=True).unbind(1)
                 made = [
-                    views.finish(crops, table, self.data.recipe)
+                    self.finish(crops, table, self.data.recipe)
                     for crops, table in zip(made, tables, strict=True)
                 ]
             yield (*made, target, replaced)
@@ -276,7 +283,7 @@ class TrainLoader:
             made = []
             for table in self._sent(tables):
                 crops = views.crop_all(pixels, table, self.data.recipe.image_size)
-                made.append(views.finish(crops, table, self.data.recipe))
+                made.append(self.finish(crops, table, self.data.recipe))
             target = torch.tensor([self.data.target(index) for index in indices])
             yield (*made, target, ("",) * len(keys))
 

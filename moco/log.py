@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from moco import distributed
+from moco.profiling import label
 
 
 class RunLog:
@@ -136,7 +137,8 @@ class StepPrinter:
         iterator = iter(loader)
         while True:
             asked = time.perf_counter()
-            batch = next(iterator, None)
+            with label("data"):
+                batch = next(iterator, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return

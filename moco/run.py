@@ -19,7 +19,9 @@ import torch
 
 from moco import checkpoint, distributed
 from moco.builder import MoCo
+from moco.encoders import head_name
 from moco.log import Means
+from moco.step import fill_momentum
 
 # Arguments that decide what is learned: to resume under others is refused. (The world size and the
 # number of workers are not among them: the samples of a step depend on neither.)
@@ -27,8 +29,14 @@ _SCIENCE = (
     "arch", "small_stem", "moco_dim", "moco_k", "moco_m", "mlp", "objective", "batch_size", "lr",
     "epochs", "cos", "schedule", "schedule_factor", "warmup_epochs", "momentum", "weight_decay",
     "amp", "dataset", "images", "images_digest", "images_per_class", "image_size", "aug_plus",
-    "crop_scale", "blur", "views", "mean", "std", "bn_group_size", "seed",
+    "crop_scale", "blur", "views", "mean", "std", "bn_group_size", "seed", "accumulate",
+    "symmetric", "init_from",
 )  # fmt: skip
+# What checkpoints from before these arguments existed were trained with.
+_BEFORE = {"accumulate": 1, "symmetric": False, "init_from": None, "views": "cpu"}
+
+# Arguments that decide how it is computed: sums run in another order, what is learned is the same.
+_ROUNDING = {"channels_last": False, "compile": False, "deterministic": False}
 
 
 @dataclass
@@ -87,7 +95,7 @@ class Run:
         state._metadata = self.moco.state_dict()._metadata  # versions of modules, for some archs
         state.pop("scalar_label", None)  # of moco_align_uniform's InfoNCE runs; always 0
         chosen = [
-            {name: group[name] for name in ("momentum", "weight_decay")}
+            {name: group[name] for name in ("momentum", "weight_decay", "fused", "foreach")}
             for group in self.optimizer.param_groups
         ]
         try:
@@ -95,6 +103,7 @@ class Run:
             self.optimizer.load_state_dict(content["optimizer"])
             for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
                 group.update(values)  # else --allow-changes would change nothing
+            fill_momentum(self.optimizer)
             if self.scaler.is_enabled() and content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
             self.epoch = int(content["epoch"])
@@ -146,16 +155,75 @@ def science(args: argparse.Namespace | dict) -> dict:
 def differences(saved: dict, args: argparse.Namespace) -> list[str]:
     """What is learned otherwise than before, one line per argument; [] for a file without
     arguments."""
-    now = science(args)
+    return _changed({**_BEFORE, **science(saved)}, science(args)) if saved else []
+
+
+def rounding_differences(saved: dict, args: argparse.Namespace) -> list[str]:
+    """What is computed otherwise than before, so that the run goes on, but not bit for bit."""
+    before = {name: saved.get(name, old) for name, old in _ROUNDING.items()}
+    return _changed(before, vars(args)) if saved else []
+
+
+def _changed(before: dict, now: dict) -> list[str]:
     return [
         f"{name}: {old!r} before, {_plain(now[name])!r} now"
-        for name, old in science(saved).items()
+        for name, old in before.items()
         if name in now and _plain(now[name]) != old
     ]
 
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
+
+
+# ------------------------------------------------------------------------------------------------
+# Weights to start from
+# ------------------------------------------------------------------------------------------------
+
+
+def init_from(moco: MoCo, path: str, arch: str) -> str:
+    """Start both encoders from the weights in a file; what was found, for people to read.
+
+    Of a MoCo file the query encoder is taken, with its projection head where that fits; of others
+    the backbone. The key encoder becomes a copy. Queue, optimizer and epoch are those of a new run.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: it holds no encoder, or another one than `arch`.
+    """
+    encoder, info = checkpoint.load_encoder(path)
+    head = "starts from random weights"
+    own = moco.encoder_q.state_dict()
+    if info["layout"] == "moco" and info["head"] != "none":
+        with_head, _ = checkpoint.load_encoder(path, head="projection")
+        if _shapes(with_head.state_dict()) == _shapes(own):
+            encoder, head = with_head, "is the file's"
+        else:
+            head += f": the file's ({info['head']}) has another shape"
+    found = encoder.state_dict()
+    last = f"{head_name(moco.encoder_q)}."
+    wanted = {name: t for name, t in own.items() if not name.startswith(last)}
+    if _shapes({name: t for name, t in found.items() if not name.startswith(last)}) != _shapes(
+        wanted
+    ):
+        raise checkpoint.CheckpointError(
+            f"--init-from: {path} holds a {info['arch']}"
+            + (" with the small stem" if info["small_stem"] else "")
+            + f", whose weights do not fit this run's {arch}; give the --arch, stem and image size "
+            "that it was trained with"
+        )
+    moco.encoder_q.load_state_dict({**own, **found})
+    moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
+    return f"{path} ({info['layout']} file of {info['arch']}); the projection head {head}"
+
+
+def _shapes(state: dict) -> dict[str, tuple]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Saving
+# ------------------------------------------------------------------------------------------------
 
 
 class BackgroundWriter:

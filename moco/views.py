@@ -411,9 +411,17 @@ def crop_all(pixels: Tensor, table: Tensor, size: int) -> Tensor:
     top, left, height, width = table[:, :4, None, None].unbind(1)
     columns = _triangles(left, width, pixels.shape[3], size)  # (N, size, W)
     rows = _triangles(top, height, pixels.shape[2], size)  # (N, size, H)
-    x = _rounded(pixels.float().flatten(1, 2) @ columns.mT)  # (N, 3H, size)
-    x = _rounded(rows[:, None] @ x.unflatten(1, (3, -1)))
-    return x.to(torch.uint8)
+    x = _rounded(_weighted(pixels.float(), columns))  # (N, 3, H, size)
+    x = _rounded(_weighted(x.mT, rows)).mT
+    return x.to(torch.uint8).contiguous()
+
+
+def _weighted(x: Tensor, weights: Tensor) -> Tensor:
+    """Sums along the last axis of x (N, 3, A, B) with weights (N, size, B): (N, 3, A, size). In two
+    products, of the high and of the low 8 bits of the weights, either of which is exact even where
+    matrix products run in TF32, with its 11 bits."""
+    rows, high = x.flatten(1, 2), (weights * 256).floor() / 256
+    return (rows @ high.mT + rows @ (weights - high).mT).unflatten(1, x.shape[1:3])
 
 
 def _triangles(start: Tensor, length: Tensor, available: int, size: int) -> Tensor:

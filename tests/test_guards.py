@@ -14,8 +14,9 @@ from runs import Processes, chaos, finish, start
 
 from moco import checkpoint, guards
 from moco.builder import MoCoLosses
-from moco.log import RunLog
-from moco.run import BackgroundWriter
+from moco.log import Means, RunLog
+from moco.run import BackgroundWriter, Run
+from moco.step import fused_sgd
 
 
 @pytest.fixture(scope="module")
@@ -77,60 +78,83 @@ def test_a_learning_rate_that_is_too_high_stops_the_run(data, tmp_path) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def overflowing_run(folder: Path, scale: float) -> SimpleNamespace:
-    weight = torch.nn.Parameter(torch.ones(2))
-    return SimpleNamespace(
-        weight=weight, optimizer=torch.optim.SGD([weight], 0.1), step=3, skipped=0,
-        skipped_in_a_row=0, scaler=torch.amp.GradScaler("cpu", init_scale=scale),
-        writer=BackgroundWriter(folder, keep_last=1, keep_every=0),
+def overflowing_run(folder: Path, scale: float, max_overflows: int) -> SimpleNamespace:
+    """One weight under a real scaler and the optimizer of main_moco.py, guarded."""
+    moco = SimpleNamespace(weight=torch.nn.Parameter(torch.ones(2)), queue=torch.zeros(1))
+    moco.parameters = lambda: iter([moco.weight])
+    moco.encoder_q = moco
+    run = Run(
+        moco, fused_sgd(moco, SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=0.0)),
+        torch.amp.GradScaler("cpu", init_scale=scale), Means(), step=3,
     )  # fmt: skip
+    writer = BackgroundWriter(folder, keep_last=1, keep_every=0)
+    return SimpleNamespace(run=run, guard=guards.StepGuard(run, writer, max_overflows))
 
 
-def one_step(run: SimpleNamespace, factor: float, max_overflows: int) -> None:
-    """What main_moco.py does in a step, with a real scaler and a gradient of `factor`."""
+def one_step(guarded: SimpleNamespace, factor: float, *, check: bool = True) -> None:
+    """What main_moco.py does in a step, with a gradient of `factor`."""
+    run, guard = guarded.run, guarded.guard
     run.optimizer.zero_grad()
-    loss = (run.weight * factor).sum()
-    run.scaler.scale(loss).backward()
-    run.scaler.unscale_(run.optimizer)
-    norm = guards.gradient_norm(SimpleNamespace(parameters=lambda: [run.weight]))
-    bad_loss, bad_norm = not loss.isfinite(), not norm.isfinite()
-    if bad_loss or bad_norm:
-        losses = MoCoLosses(loss_align=loss)
-        guards.handle_not_finite(run, losses, norm, 0, bad_loss, run.writer, max_overflows)
-    else:
-        run.skipped_in_a_row = 0
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
+    losses = MoCoLosses(loss_align=(run.moco.weight * factor).sum())
+    guard.backward(losses.loss_align)
+    guard.step(losses, losses.loss_align, 0)
     run.step += 1
+    if check:
+        guard.check(False, False)
 
 
-def test_an_overflow_of_the_scaler_leaves_the_step_out_and_is_counted(tmp_path) -> None:
-    run = overflowing_run(tmp_path, scale=2.0**127)
+@pytest.mark.parametrize("every", [1, 3])
+def test_an_overflow_of_the_scaler_leaves_the_step_out_and_is_counted(every, tmp_path) -> None:
+    guarded = overflowing_run(tmp_path, scale=2.0**127, max_overflows=5)
+    run = guarded.run
     for step in range(1, 4):  # 1e3 * 2**127 is not finite; the scaler halves each time
-        one_step(run, 1e3, max_overflows=5)
-        assert run.weight.tolist() == [1.0, 1.0], "the optimizer has not stepped"
-        assert run.skipped == run.skipped_in_a_row == step
+        one_step(guarded, 1e3, check=step % every == 0)
+        assert run.moco.weight.tolist() == [1.0, 1.0], "the optimizer has not stepped"
         assert run.scaler.get_scale() == 2.0 ** (127 - step)
-    one_step(run, 1e-3, max_overflows=5)
-    assert run.weight[0] < 1 and (run.skipped, run.skipped_in_a_row) == (3, 0)
+        assert run.skipped == run.skipped_in_a_row == step // every * every
+    assert "grad_norm" not in run.means.sums and run.means.counts["align"] == 3
+    one_step(guarded, 1e-3)
+    assert (run.skipped, run.skipped_in_a_row) == (3, 0)
+    # As if the first step of plain SGD: momentum has not been touched by those left out.
+    assert torch.equal(run.moco.weight.detach(), torch.ones(2) - 0.1 * torch.tensor(1e-3))
+    assert run.means.counts["grad_norm"] == 1
 
 
 def test_too_many_overflows_in_a_row_stop(tmp_path) -> None:
     checkpoint.write_checkpoint(checkpoint.step_path(tmp_path, 2), {"step": 2})
-    run = overflowing_run(tmp_path, scale=2.0**127)
+    guarded = overflowing_run(tmp_path, scale=2.0**127, max_overflows=3)
     with pytest.raises(guards.TrainingError) as error:
         for _ in range(9):
-            one_step(run, 1e3, max_overflows=3)
-    assert run.skipped == 4 and run.weight.tolist() == [1.0, 1.0]
+            one_step(guarded, 1e3)
+    assert guarded.run.skipped == 4 and guarded.run.moco.weight.tolist() == [1.0, 1.0]
     for part in ("epoch 0, step 6", "gradient norm inf", "4 steps in a row", "step_00000002"):
         assert part in str(error.value)
 
 
 def test_a_loss_that_is_not_finite_is_no_overflow(tmp_path) -> None:
-    run = overflowing_run(tmp_path, scale=2.0)
+    guarded = overflowing_run(tmp_path, scale=2.0, max_overflows=5)
     with pytest.raises(guards.TrainingError, match="align nan on rank 0"):
-        one_step(run, math.nan, max_overflows=5)
-    assert run.skipped == 0
+        one_step(guarded, math.nan)
+    assert guarded.run.skipped == 0
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_no_step_after_one_that_is_not_finite_changes_the_weights(scaled, tmp_path) -> None:
+    """Also when later steps are fine and the host looks much later, and names the first one."""
+    guarded = overflowing_run(tmp_path, scale=2.0, max_overflows=5)
+    run = guarded.run
+    if not scaled:
+        run.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    one_step(guarded, 1.0, check=False)
+    weight = run.moco.weight.detach().clone()
+    momentum = run.optimizer.state[run.moco.weight]["momentum_buffer"].clone()
+    assert weight[0] < 1
+    for factor in (math.inf, 1.0, 1.0, math.nan, 1.0):
+        one_step(guarded, factor, check=False)
+        assert torch.equal(run.moco.weight.detach(), weight)
+        assert torch.equal(run.optimizer.state[run.moco.weight]["momentum_buffer"], momentum)
+    with pytest.raises(guards.TrainingError, match="epoch 0, step 4: align inf on rank 0"):
+        guarded.guard.check(False, False)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,13 +1,17 @@
 """Who sees which sample when, and that a view is a function of (seed, epoch, index, view)."""
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import noise_image
+from helpers import noise_image, write_images
+from test_images import write_cifar
+from torchvision import datasets
 
-from moco import distributed, loader
+import main_moco
+from moco import checkpoint, distributed, loader
 from moco.images import ArrayImages, DataError, FolderImages, Subset
 from moco.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
 from moco.views import eval_transform, pretrain_recipe
@@ -235,6 +239,55 @@ def test_the_device_makes_the_views_that_processes_make(monkeypatch):
         )
         difference = (made.int() - expected.int()).abs().float()
         assert difference.mean() < 0.75 and difference.mean((3, 4, 5)).max() < 3  # 16 px: edges
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [V1, V2], ids=["v1", "v2"])
+def test_compiled_finishing_gives_the_same_views(recipe):
+    images = small_images(8)
+    data = AugmentedViews(images, recipe, seed=9, views=2, unfinished=True)
+    batches = EpochBatches(8, 4, seed=3)
+    plain, compiled = (
+        TrainLoader(data, batches, workers=0, device=CPU, compile=compile)
+        for compile in (False, True)
+    )
+    for batch, expected in zip(compiled, plain, strict=True):
+        for view, wanted in zip(batch[:2], expected[:2], strict=True):
+            difference = (view.int() - wanted.int()).abs().float()
+            assert difference.mean() < 0.05  # a fused multiply and add rounds once, not twice
+    torch.compiler.reset()
+
+
+def train(run: Path, data: Path, *flags: object) -> dict:
+    """main_moco with --views device in this process; the weights that it ends with."""
+    main_moco.main(list(map(str, [
+        "-a", "resnet8", "--image-size", "16", "--moco-dim", "8", "--moco-k", "16", "-b", "8",
+        "--aug-plus", "--epochs", "2", "--seed", "1", "-p", "1", "--device", "cpu",
+        "--views", "device", "--save-dir", run, *flags, data,
+    ])))  # fmt: skip
+    newest = checkpoint.run_checkpoints(run)[-1]
+    return checkpoint.read_checkpoint(newest)["state_dict"]
+
+
+def assert_same_weights(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["folder", "cifar10"])
+def test_a_run_on_the_devices_views_is_resumed_bit_for_bit(kind, tmp_path, monkeypatch):
+    """In the middle of an epoch, with another number of workers."""
+    if kind == "cifar10":
+        train_files = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4"]
+        write_cifar(tmp_path, monkeypatch, datasets.CIFAR10, train_files, ["test_batch"], "labels")
+        flags, data = ("--dataset", "cifar10", "-b", "4"), tmp_path
+    else:
+        write_images(tmp_path / "data", {"train/a": 12, "train/b": 12}, suffix=".jpg")
+        flags, data = (), tmp_path / "data"
+    whole = train(tmp_path / "whole", data, "-j", 0, *flags)
+    train(tmp_path / "cut", data, "-j", 2, "--max-steps", 4, *flags)
+    resumed = train(tmp_path / "cut", data, "-j", 1, "--resume", "auto", *flags)
+    assert_same_weights(resumed, whole)
 
 
 # ------------------------------------------------------------------------------------------------

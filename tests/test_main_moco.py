@@ -170,6 +170,7 @@ def test_every_flag_of_the_ancestors_is_known():
         ("--moco-unif-no-intra-batch --moco-unif-t 2",
          "3 * align(alpha=2) + 1 * uniform(t=2, queue only)"),
         ("--moco-align-w 0 --moco-align-alpha 0.5", "1 * uniform(t=3, with intra-batch pairs)"),
+        ("--symmetric", f"{DEFAULT_OBJECTIVE}, symmetric"),
         ("--moco-contr-w 0.25 --moco-align-alpha 1 --moco-unif-no-intra-batch",
          "0.25 * InfoNCE(tau=0.07) + 3 * align(alpha=1) + 1 * uniform(t=3, queue only)"),
     ],
@@ -254,6 +255,15 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
         ("--resume missing.pth.tar", ["--resume", "missing.pth.tar"]),
         ("--amp fp16", ["--amp fp16", "GPU", "bf16"]),
         ("--amp fp8", ["--amp", "fp8", "bf16"]),
+        ("--accumulate 0", ["--accumulate", "got 0"]),
+        ("--accumulate -2", ["--accumulate", "got -2"]),
+        ("--accumulate two", ["--accumulate", "two"]),
+        ("--accumulate 3", ["--accumulate 3", "batch of 8", "equal parts"]),
+        ("--accumulate 8", ["--accumulate 8", "batch of 8", "two images"]),
+        ("--accumulate 2 --bn-splits 8", ["--bn-splits 8", "batch of 4", "--accumulate 2"]),
+        ("--symmetric --moco-k 15", ["--moco-k 15", "twice", "batch of 8", "--symmetric"]),
+        ("--init-from nowhere.pth.tar", ["--init-from", "nowhere.pth.tar"]),
+        ("--init-from ''", ["--init-from", "empty"]),
         ("--bn-splits 3", ["--bn-splits 3", "does not divide", "8"]),
         ("--bn-splits 8", ["--bn-splits 8", "one image"]),
         ("--bn-splits 0", ["--bn-splits 0"]),
@@ -559,12 +569,153 @@ def test_old_checkpoints_are_deleted_but_for_every_mth(data):
     assert checkpoints(Path("r")) == kept
 
 
-@pytest.mark.parametrize("flags", ["--amp bf16 --mlp --aug-plus", "--bn-splits 4", "--moco-k 11"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--amp bf16 --mlp --aug-plus", "--bn-splits 4", "--moco-k 11", "--symmetric --moco-k 16",
+     "--accumulate 4 --symmetric --moco-t 0.2", "--accumulate 2 --bn-splits 2 --channels-last"],
+)  # fmt: skip
 def test_variants_train_with_finite_losses(data, flags):
     train(data, *shlex.split(flags), "--max-steps", 3, "--save-dir", "r")
     assert all(math.isfinite(line["loss"]) for line in read_log(Path("r")))
     state = load(Path("r/checkpoint_0000.pth.tar"))["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_symmetric_enqueues_the_keys_of_both_views(data, capsys):
+    train(data, "--symmetric", "--max-steps", 3, "--save-dir", "r")
+    assert f"objective: {DEFAULT_OBJECTIVE}, symmetric" in capsys.readouterr().out
+    content = load(Path("r/checkpoint_0000.pth.tar"))
+    assert content["state_dict"]["module.queue_ptr"].item() == 3 * 16
+    assert content["args"]["symmetric"] is True
+    train(data, "--max-steps", 3, "--save-dir", "one-way")
+    one_way, both = (read_log(Path(r))[0] for r in ("one-way", "r"))
+    assert 1.5 < both["unif"] / one_way["unif"] < 2.5  # the sum of two losses
+
+
+# ------------------------------------------------------------------------------------------------
+# --init-from
+# ------------------------------------------------------------------------------------------------
+
+
+def initial(data: Path, capsys, *flags: object) -> tuple[dict[str, torch.Tensor], str]:
+    """State dict that a run with these flags begins with, and what it prints."""
+    capsys.readouterr()
+    shutil.rmtree("begun", ignore_errors=True)
+    train(data, *flags, "--max-steps", 0, "--save-dir", "begun", seed=5)
+    state = load(Path("begun/step_00000000.pth.tar"))["state_dict"]
+    plain = {name.removeprefix("module."): t for name, t in state.items()}
+    return plain, capsys.readouterr().out
+
+
+def test_init_from_a_run_takes_the_query_encoder_and_nothing_else(data, run, capsys):
+    """With its batch-norm statistics and its head; both encoders, a queue of its own."""
+    path = run / "checkpoint_0001.pth.tar"
+    theirs = {n.removeprefix("module."): t for n, t in load(path)["state_dict"].items()}
+    ours, said = initial(data, capsys, "--init-from", path)
+    content = load(Path("begun/step_00000000.pth.tar"))
+    assert (content["epoch"], content["step"]) == (0, 0)
+    assert content["args"]["init_from"] == str(path)
+    assert json.loads(Path("begun/args.json").read_text())["init_from"] == str(path)
+    fresh, _ = initial(data, capsys)
+    assert f"starting from {path} (moco file of resnet8); the projection head is the file's" in said
+    for name, tensor in ours.items():
+        if name.startswith("queue"):
+            assert torch.equal(tensor, fresh[name])
+        else:
+            assert torch.equal(tensor, theirs[name.replace("encoder_k", "encoder_q")]), name
+    assert not torch.equal(ours["queue"], theirs["queue"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"), [("--mlp", "(linear) has another shape"), ("--moco-dim 16", "another shape")]
+)
+def test_init_from_with_another_head_keeps_a_random_one(data, run, capsys, flags, kind):
+    path = run / "checkpoint_0001.pth.tar"
+    theirs = load(path)["state_dict"]
+    ours, said = initial(data, capsys, "--init-from", path, *flags.split())
+    fresh, _ = initial(data, capsys, *flags.split())
+    assert "the projection head starts from random weights" in said and kind in said
+    assert torch.equal(ours["encoder_q.conv1.weight"], theirs["module.encoder_q.conv1.weight"])
+    heads = [name for name in ours if name.startswith("encoder_q.fc")]
+    for name in heads:
+        assert torch.equal(ours[name], fresh[name])
+        assert torch.equal(ours[name], ours[name.replace("encoder_q", "encoder_k")])
+
+
+def test_init_from_a_backbone_alone(data, run, tmp_path, capsys):
+    theirs = load(run / "checkpoint_0001.pth.tar")["state_dict"]
+    query = {n.removeprefix("module.encoder_q."): t for n, t in theirs.items() if "encoder_q" in n}
+    backbone = {name: t for name, t in query.items() if not name.startswith("fc.")}
+    torch.save(backbone, tmp_path / "backbone.pth")
+    ours, said = initial(data, capsys, "--init-from", tmp_path / "backbone.pth")
+    assert "(plain file of resnet8); the projection head starts from random weights" in said
+    for name, tensor in backbone.items():
+        for encoder in ("encoder_q", "encoder_k"):
+            assert torch.equal(ours[f"{encoder}.{name}"], tensor)
+
+
+def test_init_from_works_with_other_batch_norm_groups_and_layouts(data, run, capsys):
+    path = run / "checkpoint_0001.pth.tar"
+    plain, _ = initial(data, capsys, "--init-from", path)
+    flags = ["--bn-splits", 2, "--channels-last", "--accumulate", 2]
+    other, _ = initial(data, capsys, "--init-from", path, *flags)
+    assert differences(plain, other) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["-a", "resnet20"], ["holds a resnet8", "this run's resnet20"]),
+        (["-a", "resnet18"], ["holds a resnet8", "this run's resnet18"]),
+    ],
+)
+def test_init_from_another_architecture_is_refused(data, run, capsys, flags, named):
+    argv = [*TINY, *flags, "--init-from", run / "checkpoint_0001.pth.tar", "--save-dir", "r", data]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 1 and "--init-from" in message
+    for part in named:
+        assert part in message, message
+    assert not Path("r").exists()
+
+
+def test_init_from_what_is_no_encoder_is_refused(data, run, tmp_path, capsys):
+    (tmp_path / "text").write_text("x = 1")
+    torch.save({"weights": [1, 2]}, tmp_path / "list")
+    cut = tmp_path / "cut"
+    cut.write_bytes((run / "checkpoint_0001.pth.tar").read_bytes()[:9000])
+    for path in (tmp_path / "text", tmp_path / "list", cut):
+        argv = [*TINY, "--init-from", path, "--save-dir", "r", data]
+        status, message = refusal(main_moco.main, argv, capsys)
+        assert status == 1 and str(path) in message
+        assert not Path("r").exists()
+
+
+def test_a_run_that_was_started_from_weights_is_resumed_from_its_own(data, run, capsys):
+    """The same command again goes on, also when the weights are gone; others are refused."""
+    weights = Path("weights.pth.tar")
+    shutil.copy(run / "checkpoint_0001.pth.tar", weights)
+    start = ["--epochs", 2, "--init-from", weights]
+    train(data, *start, "--save-dir", "whole")
+    train(data, *start, "--max-steps", 2, "--save-dir", "cut")
+    weights.rename("moved.pth.tar")
+    capsys.readouterr()
+    train(data, *start, "--save-dir", "cut", "--resume", "auto")
+    said = capsys.readouterr().out
+    assert "resuming cut/step_00000002" in said and "starting from" not in said
+    assert_same_end(Path("whole"), Path("cut"))
+    # Without the flag, too: it is a fact of the run.
+    train(data, "--epochs", 2, "--save-dir", "on", "--resume", "whole/checkpoint_0000.pth.tar")
+    assert load(Path("on/checkpoint_0001.pth.tar"))["args"]["init_from"] == str(weights)
+    assert_same_end(Path("whole"), Path("on"))
+    argv = [*TINY, "--epochs", 2, "--init-from", "moved.pth.tar"]
+    status, message = refusal(
+        main_moco.main, [*argv, "--resume", "auto", "--save-dir", "cut", data], capsys
+    )
+    assert status == 1 and "init_from: 'weights.pth.tar' before, 'moved.pth.tar' now" in message
+    status, message = refusal(
+        main_moco.main, [*argv, "--resume", "whole/checkpoint_0000.pth.tar", data], capsys
+    )
+    assert status == 2 and "--init-from" in message and "--resume" in message
 
 
 def test_a_non_finite_loss_stops_the_run_with_the_last_good_checkpoint_on_disk(data, capsys):

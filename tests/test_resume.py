@@ -165,6 +165,7 @@ def refusal(run: Path, data: Path, *flags: object) -> str:
     ("flags", "said"),
     [
         ("--lr 0.05", "lr: 0.1 before, 0.05 now"),
+        ("--views device", "views: 'cpu' before, 'device' now"),
         ("--wd 0.5", "weight_decay: 0.0001 before, 0.5 now"),
         ("--momentum 0.8", "momentum: 0.9 before, 0.8 now"),
         ("--epochs 4", "epochs: 3 before, 4 now"),
@@ -181,6 +182,8 @@ def refusal(run: Path, data: Path, *flags: object) -> str:
         ("--no-blur", "blur: True before, False now"),
         ("--crop-scale 0.5 1", "crop_scale: [0.2, 1.0] before, [0.5, 1.0] now"),
         ("--amp bf16", "amp: 'off' before, 'bf16' now"),
+        ("--accumulate 2 --bn-splits 1", "accumulate: 1 before, 2 now"),
+        ("--symmetric", "symmetric: False before, True now"),
         ("--images-per-class 20", "images: 96 before, 40 now"),
         ("--seed 2", "seed: 1 before, 2 now"),
         ("-a resnet8x4", "is of arch resnet8, this run is of resnet8x4"),
@@ -197,6 +200,21 @@ def test_all_changes_are_listed_and_what_does_not_matter_may_change(half, data) 
     assert "--allow-changes" in message
     assert refusal(half, data, "-j", 5, "-p", 7, "--save-steps", 9, "--keep-last", 2) == ""
     assert refusal(half, data, "--max-steps", 9, "--save-minutes", 1) == ""
+    assert refusal(half, data, "--channels-last", "--deterministic", "--profile") == ""
+
+
+def test_arguments_that_an_older_checkpoint_does_not_know_had_their_defaults(half, data) -> None:
+    path = half / "step_00000008.pth.tar"
+    before = path.read_bytes()
+    content = torch.load(path, weights_only=True)
+    for name in ("accumulate", "symmetric", "init_from", "channels_last"):
+        del content["args"][name]
+    try:
+        checkpoint.write_checkpoint(path, content)
+        assert refusal(half, data) == ""
+        assert "symmetric: False before, True now" in refusal(half, data, "--symmetric")
+    finally:
+        path.write_bytes(before)
 
 
 def test_other_data_are_refused_and_moved_data_are_not(half, data, tmp_path) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
 from PIL import Image, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def align_uniform(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:
@@ -23,13 +23,66 @@ def align_uniform(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:
     return align + ((with_queue + in_batch) / (n * size + n * (n - 1) / 2)).log()
 
 
-def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+def info_nce(
+    q: Tensor, k: Tensor, queue: Tensor, tau: float, hits: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """InfoNCE by the full N x (1+K) logits, and top-1 and top-5 hits from the same matrix."""
     positive = (q * k).sum(dim=1, keepdim=True)
     logits = torch.cat([positive, q @ queue.clone()], dim=1) / tau
     target = torch.zeros(len(q), dtype=torch.int64, device=q.device)
-    hits = logits.topk(5, dim=1).indices == 0
-    return F.cross_entropy(logits, target), torch.stack([hits[:, :1].sum(), hits.sum()])
+    loss = F.cross_entropy(logits, target)
+    if not hits:
+        return loss, None
+    among = logits.topk(5, dim=1).indices == 0
+    return loss, torch.stack([among[:, :1].sum(), among.sum()])
+
+
+@torch.no_grad()
+def update_key_encoder(encoder_k: nn.Module, encoder_q: nn.Module, m: float) -> None:
+    """The momentum update, one parameter after another."""
+    for key, query in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
+        key.data = m * key + (1 - m) * query
+
+
+class Step:
+    """One whole training step of a single process: momentum update in a Python loop, keys shuffled
+    by gathering all images, the losses above, SGD one parameter after another.
+
+    Args:
+        encoder_q, encoder_k: networks of equal weights.
+        queue_size, dim: of the queue of keys, (dim, queue_size).
+        amp: encoders under bf16 autocast.
+    """
+
+    def __init__(
+        self, encoder_q: nn.Module, encoder_k: nn.Module, queue_size: int, dim: int, *, amp: bool
+    ) -> None:
+        self.encoder_q, self.encoder_k, self.amp = encoder_q, encoder_k, amp
+        device = next(encoder_q.parameters()).device
+        self.queue = F.normalize(torch.randn(dim, queue_size, device=device), dim=0)
+        self.pointer = 0
+        self.optimizer = torch.optim.SGD(
+            encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, foreach=False
+        )
+
+    def __call__(self, im_q: Tensor, im_k: Tensor) -> None:
+        with torch.autocast(im_q.device.type, torch.bfloat16, enabled=self.amp):
+            q = F.normalize(self.encoder_q(im_q), dim=1)
+            with torch.no_grad():
+                update_key_encoder(self.encoder_k, self.encoder_q, 0.999)
+                shuffle = torch.randperm(len(im_k), device=im_k.device)
+                everyone = torch.cat([im_k])  # what all_gather hands over, of one process
+                k = F.normalize(self.encoder_k(everyone[shuffle]), dim=1)
+                k = torch.cat([k])[shuffle.argsort()]
+        loss = align_uniform(q.float(), k.float(), self.queue, 3)
+        self.enqueue(k)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def enqueue(self, k: Tensor) -> None:
+        self.queue[:, self.pointer : self.pointer + len(k)] = k.T
+        self.pointer = (self.pointer + len(k)) % self.queue.shape[1]
 
 
 class PillowBlur:

@@ -1,15 +1,20 @@
 #!/usr/bin/env python
-"""Time of the queue losses, forward and backward, against the full N x K matrix.
+"""Time and memory of the queue losses, forward and backward, against the full N x K matrix.
 
     python scripts/benchmark/loss.py [--out FILE.json]
+    python scripts/benchmark/loss.py --curve [--out FILE.json]     how they grow with K and with N
 
-The limit is arithmetic: two products of 2NKC flops at the rate of a large product here.
+The limit is arithmetic: two products of 2NKC flops (three with the ranks, which are counted in a
+sweep of their own, as only print steps ask for them) at the rate of a large product here. Memory is
+what a step adds to the peak of a process that has just started.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,34 +34,65 @@ from align_uniform import (  # noqa: E402
 )
 
 LOSSES = ("align+uniform", "InfoNCE", "InfoNCE+top1,5")
+CURVE_K = [(256, size) for size in (4096, 16384, 65536, 262144)]
+CURVE_N = [(n, 65536) for n in (32, 64, 128, 256, 512, 1024)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="time of the queue losses")
+    parser = argparse.ArgumentParser(description="time and memory of the queue losses")
     parser.add_argument("--queue", type=int, default=65536)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
     parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument(
+        "--curve", action="store_true", help="align+uniform over K at N=256 and over N at K=65536"
+    )
+    parser.add_argument("--memory-of", choices=["baseline", "ours"], help=argparse.SUPPRESS)
     timing.add_arguments(parser, repeats=15)
     args = parser.parse_args()
+    if args.memory_of:
+        print(added_memory(args))
+        return
 
     rate = timing.product_rate(args.device)
     table = timing.Table(
-        f"queue losses, forward and backward, K={args.queue}, C={args.dim}, float32; "
+        f"queue losses, forward and backward, C={args.dim}, float32; "
         f"large product {rate / 1e9:.0f} Gflop/s"
     )
-    for loss in LOSSES:
-        for n in args.batch:
-            table.add(compare(loss, n, args.queue, args, rate))
-    table.write(args.out, product_rate=rate)
+    if args.curve:
+        cases = [("align+uniform", n, size) for n, size in CURVE_K + CURVE_N]
+    else:
+        cases = [(loss, n, args.queue) for loss in LOSSES for n in args.batch]
+    for loss, n, size in cases:
+        table.add(compare(loss, n, size, args, rate))
+    memory = []
+    for n in [] if args.curve else args.batch:
+        theirs, own = (memory_in_a_process(which, n, args) for which in ("baseline", "ours"))
+        memory.append({"N": n, "K": args.queue, "baseline_MiB": theirs, "ours_MiB": own})
+        print(f"memory of align+uniform N={n}: baseline {theirs:.1f} MiB, ours {own:.1f} MiB")
+    table.write(args.out, product_rate=rate, memory=memory)
 
 
 def compare(loss: str, n: int, size: int, args: argparse.Namespace, rate: float) -> timing.Row:
     """One loss at batch n against a queue of `size` keys."""
+    times = timing.interleaved(steps(loss, n, size, args), repeats=args.repeats, device=args.device)
+    products = 3 if loss == "InfoNCE+top1,5" else 2
+    return timing.row(
+        f"{loss} N={n} K={size}",
+        times["baseline"],
+        times["ours"],
+        floor=products * 2 * n * size * args.dim / rate,
+        limited_by=f"{products} products",
+        more={"loss": loss, "N": n, "K": size, "C": args.dim},
+    )
+
+
+def steps(loss: str, n: int, size: int, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Forward and backward of a loss, the baseline's way and ours."""
     torch.manual_seed(0)
-    device = args.device
-    x = torch.randn(n, args.dim, device=device, requires_grad=True)
-    k = F.normalize(torch.randn(n, args.dim, device=device), dim=1)
-    rows = F.normalize(torch.randn(size, args.dim, device=device), dim=1)
+    x = torch.randn(n, args.dim, device=args.device, requires_grad=True)
+    k = F.normalize(torch.randn(n, args.dim, device=args.device), dim=1)
+    rows = F.normalize(torch.randn(size, args.dim, device=args.device), dim=1)
+    # Each with the queue as it stores it.
     queue, upstream_queue = rows.t(), rows.t().contiguous()
 
     def ours() -> None:
@@ -65,7 +101,7 @@ def compare(loss: str, n: int, size: int, args: argparse.Namespace, rate: float)
             value = align_loss(q, k) + uniform_loss_with_queue(q, queue, 3)
         else:
             value = contrastive_loss(q, k, queue, 0.2)
-            if loss != "InfoNCE":
+            if loss == "InfoNCE+top1,5":
                 contrastive_rank(q, k, queue)
         backward(value)
 
@@ -74,23 +110,32 @@ def compare(loss: str, n: int, size: int, args: argparse.Namespace, rate: float)
         if loss == "align+uniform":
             value = baseline.align_uniform(q, k, upstream_queue, 3)
         else:
-            value, _ = baseline.info_nce(q, k, upstream_queue, 0.2)
+            value = baseline.info_nce(q, k, upstream_queue, 0.2, hits=loss == "InfoNCE+top1,5")[0]
         backward(value)
 
     def backward(value: torch.Tensor) -> None:
         x.grad = None
         value.backward()
 
-    times = timing.interleaved(
-        {"baseline": theirs, "ours": ours}, repeats=args.repeats, device=device
-    )
-    return timing.row(
-        f"{loss} N={n} K={size}",
-        times["baseline"],
-        times["ours"],
-        floor=4 * n * size * args.dim / rate,
-        limited_by="two products",
-    )
+    return {"baseline": theirs, "ours": ours}
+
+
+def memory_in_a_process(which: str, n: int, args: argparse.Namespace) -> float:
+    """`added_memory` in a process of its own, where nothing has been freed before."""
+    command = [sys.executable, __file__, "--memory-of", which, "--batch", str(n)]
+    command += ["--queue", str(args.queue), "--dim", str(args.dim), "--device", args.device]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def added_memory(args: argparse.Namespace) -> float:
+    """MiB that one step of align+uniform adds to the peak of this process, or of the GPU."""
+    (n,) = args.batch
+    steps("align+uniform", 2, 8, args)[args.memory_of]()  # libraries load at their first use
+    step = steps("align+uniform", n, args.queue, args)[args.memory_of]
+    timing.reset_peak_memory(args.device)
+    before = timing.peak_memory(args.device)
+    step()
+    return (timing.peak_memory(args.device) - before) / 2**20
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import datetime
 import json
 import os
 import platform
+import re
+import resource
 import statistics
 import sys
 import time
@@ -24,6 +26,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from align_uniform import losses  # noqa: E402
 
 
 @dataclass
@@ -66,6 +72,26 @@ def seconds(function: Callable[[], object], device: str | torch.device = "cpu") 
 def synchronize(device: str | torch.device) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory(device: str | torch.device = "cpu") -> int:
+    """Most bytes so far: of this process in main memory, or of torch on a GPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's figure survives an exec: it may be the parent's
+        peak = re.search(r"VmHWM:\s*(\d+) kB", status.read_text(encoding="utf-8"))
+        return int(peak[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def reset_peak_memory(device: str | torch.device = "cpu") -> None:
+    """Forget earlier peaks. On a CPU this needs Linux; elsewhere they hide smaller later ones."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def interleaved(
@@ -202,7 +228,10 @@ def _cpu_name() -> str:
 
 
 def product_rate(device: str | torch.device, size: int = 2048) -> float:
-    """Flops per second of a square float32 product; median of 9."""
+    """Flops per second of a square float32 product, by the faster of torch's two libraries on a
+    CPU; medians of 9."""
     a = torch.randn(size, size, device=device)
-    a @ a
-    return 2 * size**3 / statistics.median(seconds(lambda: a @ a, device) for _ in range(9))
+    times = interleaved(
+        {"@": lambda: a @ a, "onednn": lambda: losses._product(a, a)}, repeats=9, device=device
+    )
+    return 2 * size**3 / min(statistics.median(each) for each in times.values())

@@ -1,0 +1,98 @@
+"""--profile: a trace that tools can read, and shares that add up."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import read_log, write_labelled
+
+import main_moco
+from moco import profiling
+from moco.profiling import LABELS, StepProfile, label
+
+TINY = shlex.split(
+    "-a resnet8 --image-size 32 --batch-size 4 --moco-k 64 -j 0 --device cpu --print-freq 1 "
+    "--seed 1 --profile"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("data"))
+
+
+def shares(said: str) -> dict[str, float]:
+    return {
+        name.strip(): float(share)
+        for name, share in re.findall(r"^ +([a-z ]+?) +([\d.]+) % +[\d.]+ ms$", said, re.M)
+    }
+
+
+def spans(path: Path) -> list[str]:
+    events = json.loads(path.read_text())["traceEvents"]
+    return [event["name"] for event in events if event.get("cat") == "user_annotation"]
+
+
+def test_a_run_is_profiled_in_its_second_half_and_goes_on(data, tmp_path, capsys) -> None:
+    """Seven steps: the fourth to the seventh are profiled, all are logged and the end is saved."""
+    run = tmp_path / "run"
+    main_moco.main([*TINY, "--max-steps", "7", "--save-dir", str(run), str(data)])
+    said = capsys.readouterr().out
+    assert "where the time of steps 4 to 7 went" in said and "on the CPU" in said
+    found = shares(said)
+    assert list(found) == [*LABELS, "other"]
+    assert sum(found.values()) == pytest.approx(100, abs=0.6)
+    assert all(found[name] > 0 for name in ("data", "query forward", "key forward", "backward"))
+    assert found["backward"] > found["momentum"] and found["other"] < 20
+    names = spans(run / "profile_trace.json")
+    for name in LABELS:
+        times = 2 if name == "communication" else 1  # images to the key encoder, keys from it
+        assert names.count(name) == 4 * times, name
+    assert [line["step"] for line in read_log(run)] == list(range(1, 8))
+    assert (run / "checkpoint_0000.pth.tar").exists()
+
+
+def test_ten_steps_after_ten_and_of_a_resumed_run_its_own(data, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    flags = [*TINY, "--epochs", "4", "--save-dir", str(run), "--resume", "auto", str(data)]
+    main_moco.main([*flags, "--max-steps", "1"])
+    assert "where the time of steps 1 to 1 went" in capsys.readouterr().out
+    main_moco.main([*flags, "--max-steps", "23"])
+    assert "where the time of steps 12 to 21 went" in capsys.readouterr().out
+    assert spans(run / "profile_trace.json").count("backward") == 10
+
+
+def test_time_within_a_label_within_another_counts_once(tmp_path, capsys) -> None:
+    profile = StepProfile(tmp_path / "t.json", torch.device("cpu"), first_step=0, steps=1)
+    with label("key forward"):
+        time.sleep(0.02)
+        with label("communication"):
+            time.sleep(0.06)
+        time.sleep(0.02)
+    time.sleep(0.1)
+    profile.step_done()
+    found = shares(capsys.readouterr().out)
+    assert found["key forward"] == pytest.approx(20, abs=4)
+    assert found["communication"] == pytest.approx(30, abs=4)
+    assert found["other"] == pytest.approx(50, abs=6)
+    assert profiling._timeline is None
+
+
+def test_a_run_that_ends_before_leaves_no_profiler_running(tmp_path) -> None:
+    profile = StepProfile(tmp_path / "t.json", torch.device("cpu"), first_step=0, steps=4)
+    for _ in range(3):
+        profile.step_done()
+    assert profiling._timeline is not None
+    profile.close()
+    profile.close()
+    assert profiling._timeline is None and not (tmp_path / "t.json").exists()
+    none = StepProfile(tmp_path / "t.json", torch.device("cpu"), first_step=5, steps=0)
+    none.step_done()
+    none.close()
+    assert profiling._timeline is None

@@ -1,0 +1,431 @@
+"""The training step: its optimizer, its parts, what it waits for, and what stops it between the
+moments at which the host looks."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import ROOT, TinyNet, read_log, two_views, write_labelled
+from runs import FLAGS, Processes, chaos, finish, start
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import main_moco
+from moco import checkpoint, guards
+from moco import step as step_module
+from moco.builder import MoCo
+from moco.checkpoint import load_encoder
+from moco.log import Means
+from moco.run import BackgroundWriter, Run
+from moco.step import fill_momentum, fused_sgd
+
+TINY = shlex.split(
+    "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu --print-freq 1 "
+    "--check-every 1 --seed 1"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """What the runs of tests/runs.py train on."""
+    folder = tmp_path_factory.mktemp("images")
+    chaos()["write_images"](folder)
+    return folder
+
+
+def train(data: Path, run: Path, *flags: object) -> dict:
+    """The state dict that a run ends with."""
+    main_moco.main([*TINY, *map(str, flags), "--save-dir", str(run), str(data)])
+    return torch.load(checkpoint.run_checkpoints(run)[-1], weights_only=True)["state_dict"]
+
+
+def assert_close(a: dict, b: dict, tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Optimizer
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_optimizer_is_plain_sgd_and_takes_over_its_state(layout, momentum) -> None:
+    """Three steps from the beginning, then three more from the state of plain SGD, which knows
+    nothing of fused kernels or of memory formats."""
+
+    def steps(net: torch.nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            for parameter in net.parameters():
+                grad = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = torch.empty_like(parameter).copy_(grad)
+            optimizer.step()
+
+    torch.manual_seed(0)
+    plain, ours = TinyNet(5), TinyNet(5)
+    ours.load_state_dict(plain.state_dict())
+    ours.to(memory_format=layout)
+    sgd = torch.optim.SGD(plain.parameters(), 0.1, momentum=momentum, weight_decay=1e-2)
+    args = SimpleNamespace(lr=0.1, momentum=momentum, weight_decay=1e-2)
+    fused = fused_sgd(ours, args)
+    for seeds in (range(3), range(3, 6)):
+        steps(plain, sgd, seeds)
+        steps(ours, fused, seeds)
+        assert_close(plain.state_dict(), ours.state_dict(), 1e-6)
+        fused = fused_sgd(ours, args)
+        fused.load_state_dict(sgd.state_dict())
+        for group in fused.param_groups:
+            group["fused"] = True  # as Run.load does
+        fill_momentum(fused)
+
+
+# ------------------------------------------------------------------------------------------------
+# --accumulate
+# ------------------------------------------------------------------------------------------------
+
+
+def tiny_run(folder: Path) -> SimpleNamespace:
+    """A guarded run of a net without batch norm, whose outputs do not depend on the shuffle."""
+    torch.manual_seed(3)
+    moco = MoCo(
+        lambda num_classes: TinyNet(num_classes, batch_norm=False), 8, 64,
+        align_alpha=2, unif_t=3,
+    )  # fmt: skip
+    args = SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run = Run(moco, fused_sgd(moco, args), scaler, Means())
+    writer = BackgroundWriter(folder, keep_last=1, keep_every=0)
+    return SimpleNamespace(moco=moco, run=run, guard=guards.StepGuard(run, writer, 0))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_parts_of_a_step_are_averaged_as_ranks_are(symmetric, tmp_path) -> None:
+    """Gradients and losses are the means over the parts, each against the queue from before the
+    step; key encoder and queue advance once."""
+    im_q, im_k = two_views(0, 12)
+    args = SimpleNamespace(
+        accumulate=3, symmetric=symmetric, amp="off", contr_w=0, align_w=3, unif_w=1
+    )
+    tiny = tiny_run(tmp_path)
+    before = {name: t.clone() for name, t in tiny.moco.state_dict().items()}
+    cpu = torch.device("cpu")
+    losses, loss = step_module.forward_and_backward(tiny.moco, im_q, im_k, cpu, args, tiny.guard)
+    grads = [p.grad for p in tiny.moco.encoder_q.parameters()]
+
+    sums, values = [0.0] * len(grads), []
+    for part in range(3):
+        alone = tiny_run(tmp_path).moco
+        here = slice(4 * part, 4 * part + 4)
+        each = alone(im_q[here], im_k[here], symmetric=symmetric)
+        each.combine(0, 3, 1).backward()
+        values.append(each.combine(0, 3, 1).item())
+        sums = [s + p.grad for s, p in zip(sums, alone.encoder_q.parameters(), strict=True)]
+    for grad, total in zip(grads, sums, strict=True):
+        torch.testing.assert_close(grad, total / 3, rtol=1e-5, atol=1e-7)
+    assert loss.item() == pytest.approx(sum(values) / 3, rel=1e-6)
+    assert loss.item() == pytest.approx(3 * losses.loss_align.item() + losses.loss_unif.item())
+
+    keys = 24 if symmetric else 12
+    after = tiny.moco.state_dict()
+    assert after["queue_ptr"].item() == keys
+    assert torch.equal(after["queue"][:, keys:], before["queue"][:, keys:])
+    assert not (after["queue"][:, :keys] == before["queue"][:, :keys]).all(dim=0).any()
+
+
+def test_accumulated_runs_train_and_enqueue_once_per_step(data, tmp_path, capsys) -> None:
+    state = train(data, tmp_path / "r", "--accumulate", 2, "--max-steps", 3)
+    said = capsys.readouterr().out
+    assert "8 over 1 process(es), 8 each, in 2 parts of 4; optimizer, key encoder" in said
+    assert "one group of 4 in each part" in said
+    assert state["module.queue_ptr"].item() == 24
+    lines = read_log(tmp_path / "r")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["loss"] == pytest.approx(3 * line["align"] + line["unif"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--accumulate 2", "--accumulate 2 --symmetric --moco-t 0.2"])
+def test_accumulation_over_two_processes_keeps_ranks_equal(flags, images, tmp_path) -> None:
+    """Gradients are averaged with the last part only; --check-every proves equal weights."""
+    more = ["--bn-splits", 1, "--check-every", 1, "--epochs", 1, *flags.split()]
+    said = finish(tmp_path / "run", images, *more, processes=2)
+    assert "16 over 2 process(es), 8 each, in 2 parts of 4" in said
+    final = chaos()["final_state"](tmp_path / "run")["checkpoint"]
+    keys = 32 if "symmetric" in flags else 16
+    assert final["state_dict"]["module.queue_ptr"].item() == 6 * keys % 64
+
+
+# ------------------------------------------------------------------------------------------------
+# What a step waits for
+# ------------------------------------------------------------------------------------------------
+
+READS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__bool__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "nonzero",
+}
+READING_OPS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "unique", "masked_select")
+
+
+class Watch(TorchFunctionMode):
+    """Notes who reads a number of a tensor, or makes a tensor whose size depends on numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where, self.found = "start", []
+
+    def note(self, what: str) -> None:
+        # Order and augmentation of samples are the host's own business, on the CPU.
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_filename.endswith(("dataloader.py", "moco/loader.py")):
+                return
+            frame = frame.f_back
+        self.found.append((self.where, what))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") in READS:
+            self.note(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class WatchOps(TorchDispatchMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).split(".")[1] in READING_OPS:
+            self.watch.note(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flags", ["", "--moco-t 0.2 --accumulate 2", "--symmetric --amp bf16"])
+def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatch) -> None:
+    """On a GPU each read would wait for all work before it. Here the CPU runs the steps that a GPU
+    would: a check, with its line of output, every third one."""
+    watch = Watch()
+    both, step = step_module.forward_and_backward, guards.StepGuard.step
+
+    def watched_both(*args):
+        watch.where = "step"
+        return both(*args)
+
+    def watched_step(self, losses, loss, epoch):
+        step(self, losses, loss, epoch)
+        watch.where = "check" if (self.run.step + 1) % 3 == 0 else "between"
+
+    monkeypatch.setattr(step_module, "forward_and_backward", watched_both)
+    monkeypatch.setattr(guards.StepGuard, "step", watched_step)
+    monkeypatch.setattr(guards, "steps_between_checks", lambda device, print_freq: print_freq)
+    with watch, WatchOps(watch):
+        # One epoch of nine steps, at the end of which it would be saved.
+        train(data, tmp_path / "r", "--batch-size", 4, "--max-steps", 6, "-p", 3,
+              "--check-every", 0, *flags.split())  # fmt: skip
+    reads = [where for where, _ in watch.found]
+    assert reads.count("check") > 0, "the watch sees nothing"
+    assert [found for found in watch.found if found[0] in ("step", "between")] == []
+    assert [line["step"] for line in read_log(tmp_path / "r")] == [3, 6]
+
+
+# ------------------------------------------------------------------------------------------------
+# What stops it between checks
+# ------------------------------------------------------------------------------------------------
+
+# As on a GPU: the host looks every fifth step, and at the end of an epoch (of six steps).
+LATE = """
+from moco import guards
+guards.steps_between_checks = lambda device, print_freq: 5
+"""
+POISON = """
+import os
+from moco.builder import MoCo
+losses_of = MoCo._losses
+def poisoned(self, q, k):
+    losses = losses_of(self, q, k)
+    if os.environ.get("RANK", "1") == "1" and self._steps == 6:
+        losses.loss_unif = losses.loss_unif * float("nan")
+    return losses
+MoCo._losses = poisoned
+"""
+# Prints a digest of the query encoder's weights after each optimizer step.
+DIGESTS = """
+from moco import guards
+step_of = guards.StepGuard.step
+def step(self, losses, loss, epoch):
+    step_of(self, losses, loss, epoch)
+    total = sum(p.double().abs().sum().item() for p in self.run.moco.encoder_q.parameters())
+    print(f"weights {self.run.step} {total!r}", flush=True)
+guards.StepGuard.step = step
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_bad_step_between_checks_changes_nothing_and_is_named(
+    processes, images, tmp_path
+) -> None:
+    """The seventh step (number 6) is bad on one rank; the host looks after the tenth. Weights stay
+    as they were after the sixth on all ranks, nothing bad is logged or saved, and the run goes on
+    from the first epoch's checkpoint to the end that it would have had."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    flags = ["-p", 5, "--save-steps", 5]
+    stopped = start(run, images, *flags, processes=processes, before=LATE + POISON + DIGESTS)
+    assert stopped.wait(limit=60) == [1] * processes, stopped.output()
+    for rank in range(processes):
+        said = stopped.output(rank)
+        assert f"not finite in epoch 1, step 6: unif nan on rank {processes - 1}" in said
+        assert "checkpoint_0000.pth.tar" in said and "Traceback" not in said
+        words = [line.split()[1:] for line in said.splitlines() if line.startswith("weights")]
+        assert [int(step) for step, _ in words] == list(range(10))
+        digests = [digest for _, digest in words]
+        assert len(set(digests[:6])) == 6 and set(digests[5:]) == {digests[5]}
+    assert [line["step"] for line in read_log(run)] == [5]
+    finish(run, images, *flags, processes=processes, before=LATE)
+    finish(whole, images, *flags, processes=processes)  # with a check after every step
+    final_state = chaos()["final_state"]
+    assert chaos()["differences"](final_state(whole), final_state(run)) == []
+
+
+def test_a_request_to_stop_is_heard_at_the_next_check(images, tmp_path) -> None:
+    signal_in_step_7 = """
+import os, signal
+from moco.builder import MoCo
+losses_of = MoCo._losses
+def losses(self, q, k):
+    if os.environ.get("RANK") == "1" and self._steps == 6:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return losses_of(self, q, k)
+MoCo._losses = losses
+"""
+    run = tmp_path / "run"
+    stopped = start(run, images, "-p", 5, processes=2, before=LATE + signal_in_step_7)
+    assert stopped.wait(limit=60) == [75, 75], stopped.output()
+    assert "stopped by a signal to another rank after step 10" in stopped.output(0)
+    assert chaos()["saved_step"](run) == 10
+
+
+def test_the_host_looks_after_every_step_on_a_cpu_and_when_it_prints_on_a_gpu() -> None:
+    assert guards.steps_between_checks(torch.device("cpu"), 10) == 1
+    assert guards.steps_between_checks(torch.device("cuda", 0), 10) == 10
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory format, kernels, compilation
+# ------------------------------------------------------------------------------------------------
+
+
+def test_both_memory_formats_learn_the_same_and_go_on_from_each_other(
+    data, tmp_path, capsys
+) -> None:
+    """Files do not show the format; a run that changes it says that it is not bit for bit."""
+    ends = {}
+    for first, then in (("", ""), ("no-", "no-"), ("", "no-"), ("no-", "")):
+        run = tmp_path / f"from-{first}to-{then}"
+        train(data, run, f"--{first}channels-last", "--epochs", 2, "--max-steps", 3)
+        saved = torch.load(checkpoint.run_checkpoints(run)[-1], weights_only=True)
+        assert all(t.is_contiguous() for t in saved["state_dict"].values())
+        capsys.readouterr()
+        ends[first, then] = train(
+            data, run, f"--{then}channels-last", "--epochs", 2, "--resume", "auto"
+        )
+        said = capsys.readouterr().out
+        assert ("not bit for bit" in said) == (first != then)
+        assert "channels_last, no compile" in said or "no channels_last, no compile" in said
+        if first != then:
+            assert f"channels_last: {not first} before, {not then} now" in said
+    for end in ends.values():
+        assert_close(end, ends["", ""], 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "on"),
+    [("", True), ("--bn-splits 2", False), ("--no-channels-last", False),
+     ("--bn-splits 2 --channels-last", True)],
+)  # fmt: skip
+def test_channels_last_where_it_was_measured_to_help(flags, on, data) -> None:
+    args = main_moco.parse_args([*TINY, *flags.split(), str(data)])
+    assert args.channels_last is on
+
+
+def test_deterministic_is_an_option_and_ends_with_the_run(data, tmp_path, monkeypatch) -> None:
+    seen = []
+    both = step_module.forward_and_backward
+
+    def watched(*args):
+        seen.append((
+            torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.benchmark,
+        ))  # fmt: skip
+        return both(*args)
+
+    monkeypatch.setattr(step_module, "forward_and_backward", watched)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    train(data, tmp_path / "a", "--max-steps", 1)
+    assert seen == [(False, False, True)] and "CUBLAS_WORKSPACE_CONFIG" not in main_moco.os.environ
+    train(data, tmp_path / "b", "--max-steps", 1, "--deterministic")
+    assert seen[1:] == [(True, True, False)]
+    assert main_moco.os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_compile_without_a_compiler_is_refused(data, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit) as stop:
+        main_moco.parse_args([*TINY, "--compile", str(data)])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--compile needs a C++ compiler" in line and "no-such-compiler" in line
+
+
+COMPILED = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import main_moco
+main_moco.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_compiled_encoders_train_the_same_under_the_same_names(images, tmp_path) -> None:
+    """With groups of batch norm, both memory formats and parts; the file reads as any other."""
+    try:
+        main_moco._check_compiler(torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    flags = [*FLAGS, "--channels-last", "--accumulate", 2, "--max-steps", 2, "-j", 0]
+    compiled = Processes(
+        tmp_path / "out", *flags, "--compile", "--save-dir", tmp_path / "compiled", images,
+        code=COMPILED,
+    )  # fmt: skip
+    assert compiled.wait(limit=170) == [0], compiled.output()
+    assert "channels_last, compile," in compiled.output()
+    finish(tmp_path / "plain", images, *flags[len(FLAGS) :])
+    a, b = (
+        torch.load(tmp_path / name / "step_00000002.pth.tar", weights_only=True)["state_dict"]
+        for name in ("compiled", "plain")
+    )
+    assert list(a) == list(b)
+    assert_close(a, b, 1e-3)
+    encoder, info = load_encoder(tmp_path / "compiled" / "step_00000002.pth.tar")
+    assert info["arch"] == "resnet8" and info["layout"] == "moco"
