@@ -278,12 +278,12 @@ class TrainLoader:
         for keys in self.batches:
             indices = [index for _, index in keys]
             sizes = np.full(len(keys), height), np.full(len(keys), width)
-            tables = torch.stack([params.table() for params in self.data.draw(keys, *sizes)])
-            pixels = self.pixels[self._sent(torch.tensor(indices))]
-            made = []
-            for table in self._sent(tables):
-                crops = views.crop_all(pixels, table, self.data.recipe.image_size)
-                made.append(self.finish(crops, table, self.data.recipe))
+            # All views as one batch: small kernels cost the time that it takes to start them.
+            tables = torch.cat([params.table() for params in self.data.draw(keys, *sizes)])
+            tables, pixels = self._sent(tables), self.pixels[self._sent(torch.tensor(indices))]
+            pixels = pixels.repeat(self.data.views, 1, 1, 1)
+            crops = views.crop_all(pixels, tables, self.data.recipe.image_size)
+            made = self.finish(crops, tables, self.data.recipe).chunk(self.data.views)
             target = torch.tensor([self.data.target(index) for index in indices])
             yield (*made, target, ("",) * len(keys))
 

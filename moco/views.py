@@ -294,9 +294,10 @@ def finish(crops: Tensor, table: Tensor, recipe: Recipe) -> Tensor:
 
 def _luma(x: Tensor) -> Tensor:
     """(N, 3, H, W) -> (N, 1, H, W): the weights of ITU-R 601 in 16 bits, as Pillow has them. The
-    sums are whole numbers below 2^24, so float32 holds them exactly."""
+    sums are multiples of 2^-16 below 2^8, so float32 holds them exactly."""
     red, green, blue = x.split(1, dim=1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor()
+    sum_ = (red * (19595 / 65536)).add(green, alpha=38470 / 65536).add(blue, alpha=7471 / 65536)
+    return (sum_ + 0.5).floor()
 
 
 def _jittered(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -306,25 +307,26 @@ def _jittered(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     with the grey image. So a sample has up to three blends, then its hue, then the rest of them;
     where it is not a blend's turn the factor is 1, which changes nothing.
     """
-    hue_at = torch.where(order == HUE, torch.arange(4, device=x.device).view(4, 1, 1, 1), 0).sum(1)
+    turns = torch.arange(4, device=x.device).view(4, 1, 1, 1)
+    hue_at = (turns * (order == HUE)).sum(1, keepdim=True)
+    by_turn = factors.gather(1, order.long())
+    before = torch.where(turns < hue_at, by_turn, 1.0)
+    after = torch.where(turns > hue_at, by_turn, 1.0)
+    contrast, saturation = order == CONTRAST, order == SATURATION
     for turn in (0, 1, 2):
-        x = _blended(x, order[:, turn], factors, active=hue_at > turn)
+        x = _blended(x, before[:, turn], contrast[:, turn], saturation[:, turn])
     x = _hue_shifted(x, factors[:, HUE])
     for turn in (1, 2, 3):
-        x = _blended(x, order[:, turn], factors, active=hue_at < turn)
+        x = _blended(x, after[:, turn], contrast[:, turn], saturation[:, turn])
     return x
 
 
-def _blended(x: Tensor, kind: Tensor, factors: Tensor, active: Tensor) -> Tensor:
-    """other + factor * (x - other), where `kind` (N, 1, 1, 1) says what the other image is."""
+def _blended(x: Tensor, factor: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """other + factor * (x - other); the other image is the mean grey where `contrast`, the grey
+    image where `saturation`, else black (all (N, 1, 1, 1))."""
     grey = _luma(x)
     mean = (grey.mean((1, 2, 3), keepdim=True) + 0.5).floor()
-    other = torch.where(kind == SATURATION, grey, torch.where(kind == CONTRAST, mean, 0.0))
-    factor = torch.where(
-        kind == SATURATION, factors[:, SATURATION],
-        torch.where(kind == CONTRAST, factors[:, CONTRAST], factors[:, BRIGHTNESS]),
-    )  # fmt: skip
-    factor = torch.where(active, factor, 1.0)
+    other = torch.where(saturation, grey, mean * contrast)
     return (other + factor * (x - other)).clamp(0, 255).floor()
 
 

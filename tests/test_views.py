@@ -402,12 +402,11 @@ def test_a_blend_on_the_device_is_pillows_pixel_for_pixel(kind, factor):
     images = pictures()
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[kind]
     wanted = as_tensor([adjust(image, float(factors[kind])) for image in images])
-    column = torch.full((len(images), 1, 1, 1), float(kind))
-    table = torch.from_numpy(factors).expand(len(images), 4)[:, :, None, None, None]
-    active = torch.ones(len(images), 1, 1, 1, dtype=torch.bool)
-    assert torch.equal(views._blended(as_tensor(images).float(), column, table, active), wanted)
-    at_rest = views._blended(as_tensor(images).float(), column, table, ~active)
-    assert torch.equal(at_rest, as_tensor(images))
+    column, no = torch.ones(len(images), 1, 1, 1), torch.zeros(len(images), 1, 1, 1)
+    which = (no + (kind == CONTRAST)).bool(), (no + (kind == SATURATION)).bool()
+    x = as_tensor(images).float()
+    assert torch.equal(views._blended(x, column * float(factors[kind]), *which), wanted)
+    assert torch.equal(views._blended(x, column, *which), x), "at rest"
 
 
 def test_grey_and_flip_on_the_device_are_pillows_pixel_for_pixel():
