@@ -34,9 +34,11 @@ from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed, encoders, evaluate, guards, labels, loader, options, probe
 from moco.feed import Feed, cached_feed, image_feed, with_features
+from moco.images import Images, Subset, open_images
 from moco.log import RunLog, StepPrinter, progress, provenance, write_json
 from moco.probe import Frozen, Heads, Setting
 from moco.schedule import learning_rate
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
 LATEST, RESULT = options.LINCLS_LATEST, options.LINCLS_RESULT
 BEST = "model_best.pth.tar"
@@ -253,8 +255,8 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
     trained = info["args"]
     args.arch = info["arch"]
     args.image_size = args.image_size or trained.get("image_size", 224)
-    args.mean = args.mean or trained.get("mean", loader.IMAGENET_MEAN)
-    args.std = args.std or trained.get("std", loader.IMAGENET_STD)
+    args.mean = args.mean or trained.get("mean", IMAGENET_MEAN)
+    args.std = args.std or trained.get("std", IMAGENET_STD)
     args.amp = args.amp or probe.default_amp(device)
     try:
         encoders.check_image_size(encoder, args.image_size)
@@ -266,7 +268,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
 
     # Data
     train_images, val_images, classes = open_splits(args)
-    plain = loader.eval_transform(args.image_size)
+    plain = eval_transform(args.image_size)
     eval_loader = functools.partial(
         loader.eval_loader,
         batch_size=args.batch_size // args.processes,
@@ -321,21 +323,19 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
 
 def open_splits(
     args: argparse.Namespace,
-) -> tuple[loader.Images, loader.Images, list[str]]:
+) -> tuple[Images, Images, list[str]]:
     """Training and validation images with one numbering of the classes; of the training images
     those whose labels are used, with the digest of their names in `args.labels_digest`."""
     per_class = args.images_per_class
-    train = loader.open_images(args.dataset, args.data, "train", per_class=per_class)
-    val = loader.open_images(
-        args.dataset, args.data, "val", per_class=per_class, classes=train.classes
-    )
+    train = open_images(args.dataset, args.data, "train", per_class=per_class)
+    val = open_images(args.dataset, args.data, "val", per_class=per_class, classes=train.classes)
     args.labels_digest = None
     if args.labels is not None:
         if isinstance(args.labels, str):
             chosen = labels.listed_labels(train, args.labels)
         else:
             chosen = labels.percent_of_labels(train, args.labels, args.labels_seed)
-        train = loader.Subset(train, chosen)
+        train = Subset(train, chosen)
         args.labels_digest = labels.subset_digest(train)
     return train, val, train.classes
 

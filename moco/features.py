@@ -8,6 +8,7 @@ written whole or not at all and has a checksum; one that is missing or damaged i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -20,24 +21,15 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed
+from moco.images import DataError, FolderImages, Images, Subset
 from moco.labels import image_names
-from moco.loader import (
-    AugmentedViews,
-    DataError,
-    FolderImages,
-    Images,
-    PlainImages,
-    Subset,
-    end_workers,
-    eval_transform,
-    lincls_transform,
-    normalize,
-    train_loader,
-)
+from moco.loader import AugmentedViews, PlainImages, TrainLoader
 from moco.log import write_json
 from moco.probe import Frozen
+from moco.views import eval_transform, lincls_recipe, normalize
 
 SHARD = 1024  # images per file; a small data set is cut into 8
 
@@ -55,7 +47,7 @@ def pixels_digest(images: Images) -> str:
             facts = os.stat(images.paths[index])
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
     else:
-        digest.update(np.ascontiguousarray(images.dataset.data))
+        digest.update(np.ascontiguousarray(images.array))
     return digest.hexdigest()[:16]
 
 
@@ -124,22 +116,25 @@ def cached_features(
     text = f"{len(images)} images x {max(1, views)} {'random views' if views else 'centre crop'}"
     say(f"  features: {text} in {folder}; {len(filled)} of {len(mine)} files are there")
     if missing:
-        dataset: AugmentedViews | PlainImages = PlainImages(images, eval_transform(image_size))
-        if views:
-            dataset = AugmentedViews(images, lincls_transform(image_size), seed=seed, views=1)
         batches = [
             [(view, i) if views else i for i in range(first, min(first + batch_size, end))]
             for view, start in missing
             for end in [min(start + size, len(images))]
             for first in range(start, end, batch_size)
         ]
-        loader = train_loader(dataset, batches, workers=workers, pin_memory=device.type == "cuda")
         fast = without_batch_norm(encoder.encoder)
         extractor = Frozen(fast, amp=encoder.amp, channels_last=True)
-        try:
+        with contextlib.ExitStack() as at_end:
+            if views:
+                crops = AugmentedViews(images, lincls_recipe(image_size), seed=seed, views=1)
+                loader = TrainLoader(crops, batches, workers=workers, device=device)
+                at_end.callback(loader.end)
+            else:
+                loader = DataLoader(
+                    PlainImages(images, eval_transform(image_size)), batch_sampler=batches,
+                    num_workers=workers, pin_memory=device.type == "cuda",
+                )  # fmt: skip
             _extract(extractor, loader, missing, size, len(images), folder, mean, std, device, say)
-        finally:
-            end_workers(loader)
     distributed.barrier()
     for shard in shards:
         if shard not in filled and not fill(shard):

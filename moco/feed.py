@@ -14,20 +14,10 @@ from torch.utils.data import DataLoader
 
 from moco import distributed
 from moco.features import cached_features
-from moco.loader import (
-    AugmentedViews,
-    EpochBatches,
-    Images,
-    PlainImages,
-    RankShare,
-    Subset,
-    end_workers,
-    eval_transform,
-    lincls_transform,
-    normalize,
-    train_loader,
-)
+from moco.images import Images, Subset
+from moco.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
 from moco.probe import Frozen
+from moco.views import eval_transform, lincls_recipe, normalize
 
 
 @dataclass
@@ -67,13 +57,13 @@ def image_feed(
         val = eval_loader(PlainImages(held_out, eval_transform(args.image_size)))
         images = Subset(images, fold[0])
     batches = EpochBatches(len(images), args.batch_size, seed=args.seed)
-    views = AugmentedViews(images, lincls_transform(args.image_size), seed=args.seed, views=1)
-    train = train_loader(views, batches, workers=args.workers, pin_memory=device.type == "cuda")
-    at_end.callback(end_workers, train)
+    views = AugmentedViews(images, lincls_recipe(args.image_size), seed=args.seed, views=1)
+    train = TrainLoader(views, batches, workers=args.workers, device=device)
+    at_end.callback(train.end)
 
     def inputs(batch: Sequence) -> tuple[Tensor, Tensor]:
         view, target, _ = batch
-        view = normalize(view.to(device, non_blocking=True), args.mean, args.std)
+        view = normalize(view, args.mean, args.std)
         return (view if args.finetune else frozen(view)), target.to(device, non_blocking=True)
 
     return Feed(batches, train, inputs, lambda: with_features(val, frozen, args, device))

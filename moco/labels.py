@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from moco.loader import DataError, FolderImages, Images, Subset, sample_seed
+from moco.images import DataError, FolderImages, Images, Subset
 
 
 def image_names(images: Images) -> list[str]:
@@ -93,7 +93,7 @@ def stratified_folds(targets: Sequence[int], folds: int, seed: int) -> list[list
 
     A function of the arguments; each index is in one part, sizes differ by one at most.
     """
-    generator = torch.Generator().manual_seed(sample_seed(seed, 0, 0, 1))
+    generator = torch.Generator().manual_seed(seed)
     by_class: dict[int, list[int]] = {}
     for index in torch.randperm(len(targets), generator=generator).tolist():
         by_class.setdefault(targets[index], []).append(index)

@@ -210,7 +210,10 @@ def _git_revision() -> str:
     # Without optional locks: a run that is killed here would leave the index locked for others.
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(root), *words], capture_output=True, text=True, check=True
+            ["git", "--no-optional-locks", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
 
     try:

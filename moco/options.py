@@ -20,7 +20,7 @@ from moco import distributed
 from moco.checkpoint import CheckpointError, run_checkpoints
 from moco.encoders import arch_names
 from moco.guards import TrainingError
-from moco.loader import DATASETS, DataError, image_paths, split_folder
+from moco.images import DATASETS, DataError, image_paths, split_folder
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
 _LIST_FLAGS = ("--gpus", "--schedule")

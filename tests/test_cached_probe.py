@@ -20,7 +20,9 @@ from moco import loader
 from moco.checkpoint import load_encoder
 from moco.encoders import build_encoder
 from moco.features import without_batch_norm
+from moco.images import open_images
 from moco.probe import Frozen, head_losses, new_heads
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 
 
 @pytest.fixture(autouse=True)
@@ -210,12 +212,12 @@ def test_a_network_that_cannot_be_traced_stays_as_it_is():
 
 def test_training_on_centre_crops_is_that_of_a_loop_by_hand(data, pretrained):
     evaluate(data, "--cached --lr 1 --epochs 3 --pretrained", pretrained, "--save-dir r")
-    images = loader.open_images("folder", data, "train")
-    transform = loader.eval_transform(32)
+    images = open_images("folder", data, "train")
+    transform = eval_transform(32)
     pixels = torch.stack([transform(images.load(i)) for i in range(len(images))])
     encoder, _ = load_encoder(pretrained)
     with torch.no_grad():
-        normal = loader.normalize(pixels, loader.IMAGENET_MEAN, loader.IMAGENET_STD)
+        normal = normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)
         features = encoder(normal).half().float()
     batches = loader.EpochBatches(len(images), 8, seed=5)
     torch.manual_seed(5)

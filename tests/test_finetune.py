@@ -16,6 +16,8 @@ from torch import nn
 import main_lincls
 from moco import labels, loader
 from moco.checkpoint import load_encoder
+from moco.images import DataError, FolderImages, Subset, open_images
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, lincls_recipe, normalize
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +53,9 @@ def tuned(data, pretrained, tmp_path_factory) -> Path:
 
 def test_training_is_that_of_a_loop_by_hand(data, pretrained, tuned):
     """Same images, batch norm in training mode, two learning rates, weight decay on everything."""
-    images = loader.open_images("folder", data, "train")
+    images = open_images("folder", data, "train")
     batches = loader.EpochBatches(len(images), 8, seed=5)
-    views = loader.AugmentedViews(images, loader.lincls_transform(32), seed=5, views=1)
+    views = loader.AugmentedViews(images, lincls_recipe(32), seed=5, views=1)
     encoder, _ = load_encoder(pretrained)
     torch.manual_seed(5)
     head = nn.Linear(64, 3)
@@ -69,7 +71,7 @@ def test_training_is_that_of_a_loop_by_hand(data, pretrained, tuned):
         optimizer.param_groups[1]["lr"] = 0.05 * (0.2 if epoch >= 2 else 1)
         for keys in batches:
             view, target, _ = zip(*(views[key] for key in keys), strict=True)
-            pixels = loader.normalize(torch.stack(view), loader.IMAGENET_MEAN, loader.IMAGENET_STD)
+            pixels = normalize(torch.stack(view), IMAGENET_MEAN, IMAGENET_STD)
             loss = F.cross_entropy(head(encoder(pixels)), torch.tensor(target))
             optimizer.zero_grad()
             loss.backward()
@@ -263,7 +265,7 @@ def many(tmp_path_factory) -> Path:
 
 
 def test_percent_is_of_each_class_and_at_least_one(many):
-    images = loader.FolderImages(many)
+    images = FolderImages(many)
     for percent, counts in (
         (1, [3, 1, 1]),
         (10, [25, 3, 1]),
@@ -280,11 +282,11 @@ def test_percent_is_of_each_class_and_at_least_one(many):
 
 def test_percent_is_the_same_on_any_machine(many):
     """These names were found once; where the folder lies, and other classes, change nothing."""
-    images = loader.FolderImages(many)
+    images = FolderImages(many)
     names = labels.image_names(images)
     chosen = [names[i] for i in labels.percent_of_labels(images, 1, 0)]
     assert chosen == ONE_PERCENT
-    assert labels.subset_digest(loader.Subset(images, labels.percent_of_labels(images, 1, 0))) == (
+    assert labels.subset_digest(Subset(images, labels.percent_of_labels(images, 1, 0))) == (
         ONE_PERCENT_DIGEST
     )
 
@@ -307,7 +309,7 @@ def test_data_sets_in_memory_have_percent_too():
 )
 def test_a_list_names_files_as_simclr_does_or_with_the_class(many, tmp_path, text):
     (tmp_path / "list.txt").write_bytes(text.encode())
-    images = loader.FolderImages(many)
+    images = FolderImages(many)
     chosen = labels.listed_labels(images, tmp_path / "list.txt")
     names = labels.image_names(images)
     assert [names[i] for i in chosen] == ["a/a_3.JPEG", "b/b_7.JPEG"]
@@ -329,8 +331,8 @@ def test_a_list_that_does_not_fit_is_refused(many, tmp_path, content, named):
     for name in "ab":
         (tmp_path / "train" / name / "same.png").touch()
     (tmp_path / "list.txt").write_bytes(content)
-    images = loader.FolderImages(tmp_path / "train")
-    with pytest.raises(loader.DataError) as error:
+    images = FolderImages(tmp_path / "train")
+    with pytest.raises(DataError) as error:
         labels.listed_labels(images, tmp_path / "list.txt")
     for part in (str(tmp_path / "list.txt"), *named):
         assert part in str(error.value)
@@ -345,7 +347,7 @@ def test_labels_on_the_command_line(data, pretrained, capsys):
     assert f"labels: 50 %: 15 images, digest {digest}" in out
     found = result("p")
     assert found["train_images"] == 15 and found["knn"]["k"] == 15  # the bank is these
-    images = loader.open_images("folder", data, "train")
+    images = open_images("folder", data, "train")
     names = labels.image_names(images)
     chosen = [names[i] for i in labels.percent_of_labels(images, 50, 0)]
     Path("list.txt").write_text("\n".join(reversed(chosen)))

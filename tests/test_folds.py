@@ -16,7 +16,7 @@ from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result,
 from runs import Processes
 
 import main_lincls
-from moco import loader
+from moco.images import open_images
 from moco.labels import stratified_folds
 
 
@@ -71,7 +71,7 @@ def test_another_seed_gives_other_folds():
 def test_accuracies_are_those_of_runs_on_folders_made_of_the_folds(data, pretrained, folded):
     """Each fold by hand: its images as val/, the others as train/, and a run of its own."""
     mode, folder = folded
-    images = loader.open_images("folder", data, "train")
+    images = open_images("folder", data, "train")
     rows = result(folder)["folds"]["settings"]
     assert [(row["lr"], row["weight_decay"]) for row in rows] == SETTINGS
     for number, held_out in enumerate(stratified_folds(images.targets, 3, 5)):

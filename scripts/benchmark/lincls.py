@@ -36,9 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import timing  # noqa: E402
 
-from moco import loader, probe  # noqa: E402
+from moco import probe  # noqa: E402
 from moco.encoders import build_encoder, feature_dim, set_head  # noqa: E402
 from moco.features import without_batch_norm  # noqa: E402
+from moco.images import FolderImages  # noqa: E402
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, lincls_recipe, normalize  # noqa: E402
 
 BATCH, CLASSES = 256, 1000  # of training the classifiers
 RATES = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -56,7 +58,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:
             make_photographs(Path(folder), args.images)
-        images = loader.FolderImages(args.data or folder)
+        images = FolderImages(args.data or folder)
         parts = parts_to_time(args, images)
         table = timing.Table(
             f"linear probe, {args.arch}, {args.image_size} px, {CLASSES} classes; milliseconds per "
@@ -104,7 +106,7 @@ def rows(times: dict[str, list[float]], epochs: int) -> list[timing.Row]:
 
 
 def parts_to_time(
-    args: argparse.Namespace, images: loader.FolderImages
+    args: argparse.Namespace, images: FolderImages
 ) -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -113,24 +115,27 @@ def parts_to_time(
     width = feature_dim(encoder)
     set_head(encoder, nn.Identity())
     encoder.to(device).eval().requires_grad_(False)
-    mean, std = loader.IMAGENET_MEAN, loader.IMAGENET_STD
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     crop = [T.RandomResizedCrop(args.image_size), T.RandomHorizontalFlip()]
     upstream = T.Compose([*crop, T.ToTensor(), T.Normalize(mean, std)])
-    standard = loader.lincls_transform(args.image_size)
-    centre = loader.eval_transform(args.image_size)
+    standard = loader.AugmentedViews(images, lincls_recipe(args.image_size), seed=0, views=1)
+    centre = eval_transform(args.image_size)
     indices = [i % len(images) for i in range(args.images)]
 
-    def loaded(transform: Callable[[Image.Image], Tensor]) -> Callable[[], Tensor]:
+    def loaded(view: Callable[[int], Tensor]) -> Callable[[], Tensor]:
         def load() -> Tensor:
-            return torch.stack([transform(images.load(i)) for i in indices])
+            return torch.stack([view(i) for i in indices])
 
         if on_gpu:
             pixels = load()
             return lambda: pixels.to(device)
         return load
 
-    batches = {name: loaded(transform) for name, transform in
-               (("upstream", upstream), ("standard", standard), ("centre", centre))}  # fmt: skip
+    batches = {
+        "upstream": loaded(lambda i: upstream(images.load(i))),
+        "standard": loaded(lambda i: standard[0, i][0]),
+        "centre": loaded(lambda i: centre(images.load(i))),
+    }
     amp = probe.default_amp(device)
     baseline = copy.deepcopy(encoder)  # before the order of the weights is changed
     plain = probe.Frozen(encoder, amp=amp, channels_last=on_gpu)
@@ -141,10 +146,10 @@ def parts_to_time(
             return baseline(batches["upstream"]())
 
     def features_standard() -> Tensor:
-        return plain(loader.normalize(batches["standard"](), mean, std))
+        return plain(normalize(batches["standard"](), mean, std))
 
     def features_cached() -> Tensor:
-        return fast(loader.normalize(batches["centre"](), mean, std)).half()
+        return fast(normalize(batches["centre"](), mean, std)).half()
 
     stored = torch.randn(4 * BATCH, width, device=device).relu().half()
     floats = stored[:BATCH].float()
