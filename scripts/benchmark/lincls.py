@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import timing  # noqa: E402
 
-from moco import probe  # noqa: E402
+from moco import loader, probe  # noqa: E402
 from moco.encoders import build_encoder, feature_dim, set_head  # noqa: E402
 from moco.features import without_batch_norm  # noqa: E402
 from moco.images import FolderImages  # noqa: E402
