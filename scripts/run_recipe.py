@@ -35,6 +35,9 @@ PUBLISHED = {  # column -> what it is called
     "knn_top1": "k-NN top-1",
 }
 
+# Flags of main_lincls.py that the measurement shares: which images, and where it runs.
+DATA, MACHINE = ("--dataset", "--images-per-class"), ("--device", "-j", "--workers")
+
 Flags = dict[str, str | list | float | bool]
 
 
@@ -79,19 +82,25 @@ def main() -> None:
     changes = []
     if args.scale != "full":
         changes = scale(pretrain, lincls, args.scale)
-    if args.folds:
+    if args.folds is not None:
+        if args.folds < 2:
+            parser.error(f"--folds must be at least 2, got {args.folds}")
         lincls["folds"] = args.folds
     pretrain["seed"] = lincls["seed"] = args.seed
-    words = [*spell(pretrain), *args.pretrain]
-    checkpoint = out / "pretrain" / f"checkpoint_{last_epochs(words) - 1:04d}.pth.tar"
+    pretrain_words = [*spell(pretrain), *args.pretrain]
+    lincls_words = [*spell(lincls), *args.lincls]
+    (_, epochs), _ = split_off(pretrain_words, "--epochs")
+    if not epochs.isdecimal() or int(epochs) < 1:
+        parser.error(f"--pretrain: --epochs must be a whole number of at least 1, got {epochs}")
+    checkpoint = out / "pretrain" / f"checkpoint_{int(epochs) - 1:04d}.pth.tar"
     result, metrics = out / "lincls" / "lincls.json", out / "align_uniform.json"
     steps = [
-        (checkpoint, ["main_moco.py", *words,
+        (checkpoint, ["main_moco.py", *pretrain_words,
                       "--save-dir", str(out / "pretrain"), "--resume", "auto", args.data]),
-        (result, ["main_lincls.py", "--pretrained", str(checkpoint), *spell(lincls), *args.lincls,
+        (result, ["main_lincls.py", "--pretrained", str(checkpoint), *lincls_words,
                   "--save-dir", str(out / "lincls"), "--resume", "auto", args.data]),
         (metrics, ["scripts/measure_align_uniform.py", str(checkpoint), args.data,
-                   "--out", str(metrics)]),
+                   *split_off(lincls_words, *DATA, *MACHINE)[0], "--out", str(metrics)]),
     ]  # fmt: skip
     if args.pretrain:
         changes.append(f"pretrain {shlex.join(args.pretrain)}")
@@ -107,6 +116,11 @@ def main() -> None:
             check_classes(table, Path(args.data))
         except ValueError as error:
             parser.error(str(error))
+    try:
+        claim(out / "recipe.json", {"pretrain": split_off(pretrain_words, *MACHINE)[1],
+                                    "lincls": split_off(lincls_words, *MACHINE)[1]})  # fmt: skip
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     for file, command in steps:
         if not file.is_file():
             status = run([sys.executable, str(ROOT / command[0]), *command[1:]])
@@ -204,9 +218,15 @@ def scale(pretrain: Flags, lincls: Flags, name: str) -> list[str]:
     return changes
 
 
-def last_epochs(words: list[str]) -> int:
-    """The value of --epochs that counts: the last one given."""
-    return int(words[len(words) - words[::-1].index("--epochs")])
+def split_off(words: list[str], *flags: str) -> tuple[list[str], list[str]]:
+    """Those of the flags that stand in a command line, each with its last value, which counts; and
+    the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag, dest=flag)
+    found, rest = parser.parse_known_args(words)
+    values = vars(found).items()
+    return [word for flag, value in values if value is not None for word in (flag, value)], rest
 
 
 def spell(flags: Flags) -> list[str]:
@@ -223,6 +243,28 @@ def value_text(value: str | list | float | bool) -> str:
         return "on" if value else "off"
     values = value if isinstance(value, list) else [value]
     return " ".join(v if isinstance(v, str) else f"{v:.10g}" for v in values)
+
+
+def claim(path: Path, facts: dict) -> None:
+    """Note in a file what its folder is for: results of other settings are not taken for these.
+
+    Raises:
+        ValueError: the folder is of other settings, or the file is damaged.
+    """
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in facts if before.get(key) != facts[key]]
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path} is damaged; choose another --out") from None
+        if other:
+            raise ValueError(
+                f"{path.parent} holds another {path.stem} (its {', '.join(other)} differ); choose "
+                "another --out"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def check_classes(table: dict, data: Path) -> None:
@@ -286,7 +328,12 @@ def describe(recipe: str, table: dict, row: dict, changes: list[str]) -> None:
 
 def compare(row: dict, result: dict, metrics: dict, *, changed: bool) -> None:
     """Published and measured figures, a line each."""
-    measured = {"val_top1": result["last"]["top1"], "val_top5": result["last"]["top5"]}
+    measured = {}
+    if "last" in result:  # not with --epochs 0 --knn
+        measured.update(val_top1=result["last"]["top1"], val_top5=result["last"]["top5"])
+    if "folds" in result:
+        means = [setting["mean"] for setting in result["folds"]["settings"]]
+        measured["cv_top1"] = max(mean for mean in means if mean is not None)  # of the chosen one
     if "knn" in result:
         measured["knn_top1"] = result["knn"]["top1"]
     print(f"\n{'':<24} {'published':>9} {'measured':>9}")
@@ -294,8 +341,11 @@ def compare(row: dict, result: dict, metrics: dict, *, changed: bool) -> None:
         if row.get(column) or column in measured:
             value = f"{measured[column]:9.2f}" if column in measured else f"{'-':>9}"
             print(f"{name:<24} {row.get(column) or '-':>9} {value}")
-    best = result["best"]
-    print(f"measured: last epoch; best {best['top1']:.2f} in epoch {best['epoch']}")
+    if "folds" in result:
+        print(f"measured: {result['folds']['count']} folds of the training set; validation once")
+    elif "best" in result:
+        best = result["best"]
+        print(f"measured: last epoch; best {best['top1']:.2f} in epoch {best['epoch']}")
     print(f"alignment {metrics['alignment']:.4f}, uniformity {metrics['uniformity']:.4f}")
     if changed:
         print("not the setting of the published figures (see above): no comparison")

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import itertools
-import json
 import os
 import queue
 import re
@@ -33,6 +32,11 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scripts import run_recipe  # noqa: E402
+
+SWEEP = "sweep.json"
 STOPPED = 75  # exit status of a run that was asked to stop and has saved
 
 
@@ -43,7 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("data", metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="%(default)s")
-    parser.add_argument("--scale", default="full", help="as of run_recipe.py (%(default)s)")
+    parser.add_argument("--scale", choices=("full", *run_recipe.SCALES), default="full",
+                        help="as of run_recipe.py (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="runs at a time, each with its share of the GPUs (%(default)s)")
     parser.add_argument("--pretrain", default="", metavar="FLAGS", help="more flags for all runs")
@@ -66,8 +71,12 @@ def main() -> None:
         runs = plan(spec, args)
         if args.dry_run:
             for run in runs:
+                if run["after"]:
+                    print(f"# with --init-from the last checkpoint in {run['after'] / 'pretrain'}:")
                 print(shlex.join(["python", *run["command"]]))
             return
+        if args.slurm is None and not Path(args.data).is_dir():
+            raise ValueError(f"no such data folder: {args.data}")
         claim_folder(args.out, {"spec": spec, "data": args.data, "scale": args.scale,
                                 "pretrain": args.pretrain, "lincls": args.lincls})  # fmt: skip
     except (ValueError, OSError) as error:
@@ -114,14 +123,20 @@ def read_spec(path: Path) -> dict:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is no TOML file: {error}") from None
     unknown = set(spec) - {"title", "recipe", "run", "grid"}
-    unknown |= {key for run in spec.get("run", []) for key in run} - {
+    runs, grid = spec.get("run", []), spec.get("grid", {})
+    if ("run" in spec) == ("grid" in spec) or not (runs or grid) or not isinstance(grid, dict):
+        raise ValueError(f"{path} must have either a list `run` or a table `grid`")
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise ValueError(f"{path}: `run` must be a list of tables, got {runs!r}")
+    unknown |= {key for run in runs for key in run} - {
         "name", "recipe", "pretrain", "lincls", "after"
     }  # fmt: skip
     if unknown:
         raise ValueError(f"{path} has unknown keys: {', '.join(sorted(unknown))}")
-    if ("run" in spec) == ("grid" in spec):
-        raise ValueError(f"{path} must have either a list `run` or a table `grid`")
-    for flag, values in spec.get("grid", {}).items():
+    for key, value in ((key, value) for table in (spec, *runs) for key, value in table.items()):
+        if key not in ("run", "grid") and not isinstance(value, str):
+            raise ValueError(f"{path}: {key} must be a text, got {value!r}")
+    for flag, values in grid.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: grid.{flag} must be a list of values, got {values!r}")
     return spec
@@ -147,14 +162,20 @@ def plan(spec: dict, args: argparse.Namespace) -> list[dict]:
     starts from, or None) and level (how many runs must be done before it, one after another).
 
     Raises:
-        ValueError: a run without a recipe, two of one name, or `after` a run that does not exist.
+        ValueError: a run without a recipe or with one that does not exist, two of one name, or
+            `after` a run that does not exist.
     """
+    tables = run_recipe.read_tables()
     runs: list[dict] = []
     index: dict[str, int] = {}
-    for seed, run in itertools.product(args.seeds, settings(spec)):
+    for seed, run in itertools.product(dict.fromkeys(args.seeds), settings(spec)):
         recipe = run.get("recipe", spec.get("recipe"))
         if recipe is None:
             raise ValueError(f"{args.spec}: run {run} names no recipe, and neither does the sweep")
+        try:
+            run_recipe.find(tables, recipe)
+        except KeyError as error:
+            raise ValueError(f"{args.spec}: {error.args[0]}") from None
         name = f"{run.get('name', recipe.replace(':', '-'))}-s{seed}"
         if not re.fullmatch(r"[\w.-]+", name) or name in index:
             what = "stands there twice" if name in index else "is no name of a folder"
@@ -183,19 +204,9 @@ def claim_folder(out: Path, facts: dict) -> None:
     Raises:
         ValueError: it holds another one, or something else.
     """
-    path = out / "sweep.json"
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        other = [key for key in facts if before.get(key) != facts[key]]
-        if other:
-            raise ValueError(
-                f"{out} holds another sweep (its {', '.join(other)} differ); choose another --out"
-            )
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and not (out / SWEEP).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and holds no sweep; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    run_recipe.claim(out / SWEEP, facts)
 
 
 # ------------------------------------------------------------------------------------------------

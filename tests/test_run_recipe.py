@@ -117,6 +117,9 @@ def test_table10_32_is_the_papers_best_with_its_protocol(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        ("table10:32 DIR --folds 1", "--folds must be at least 2, got 1"),
+        ("table10:32 DIR --pretrain='--epochs 0'", "at least 1, got 0"),
+        ("table10:32 DIR --pretrain=--epochs=x", "at least 1, got x"),
         ("tabel10:32 DIR", "table10:32"),
         ("table10:46 DIR", "table10 has rows 1 to 45"),
         ("table10:0 DIR", "rows 1 to 45"),
@@ -160,6 +163,51 @@ def test_missing_and_foreign_classes_are_listed_before_anything_is_run(
     status, text = call(f"table5:1 {tmp_path} --run --out {out}", monkeypatch, capsys)
     assert status == 2 and "has 101 classes, expected 1000" in text
     assert not out.exists()
+
+
+def test_later_flags_count_and_the_measurement_shares_those_of_the_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    argv = "cifar10:9 D --scale cifar10-cpu --pretrain=--epochs=3 --lincls='--dataset cifar10 -j4'"
+    _, text = call(argv, monkeypatch, capsys)
+    _, lincls, measure = (shlex.split(li) for li in text.splitlines() if li.startswith("python "))
+    assert lincls[lincls.index("--pretrained") + 1].endswith("/checkpoint_0002.pth.tar")
+    assert measure[2].endswith("/checkpoint_0002.pth.tar")
+    shared = "--dataset cifar10 --images-per-class 1000 -j 4 --out"
+    assert f" D {shared} " in shlex.join(measure)
+
+
+def test_measured_figures_stand_beside_the_published_ones(capsys: pytest.CaptureFixture) -> None:
+    _, row = run_recipe.find(TABLES, "table10:32")
+    last = {"top1": 70.0, "top5": 90.0, "epoch": 9}
+    settings = [{"mean": 60.0}, {"mean": None}, {"mean": 71.5}]
+    result = {"last": last, "best": last, "folds": {"count": 3, "settings": settings}}
+    metrics = {"alignment": 0.5, "uniformity": -3.0}
+    run_recipe.compare(row, result, metrics, changed=False)
+    text = capsys.readouterr().out
+    lines = {line[:24].strip(): line[24:].split() for line in text.splitlines() if line}
+    assert lines["cross-validation top-1"] == ["73.49", "71.50"]
+    assert lines["cross-validation top-5"] == ["92.24", "-"]
+    assert lines["validation top-1"] == ["74.60", "70.00"]
+    assert "3 folds" in text and "no comparison" not in text
+    run_recipe.compare(row, {"knn": {"top1": 50.0}}, metrics, changed=True)
+    text = capsys.readouterr().out
+    assert "k-NN top-1                       -     50.00" in text and "no comparison" in text
+
+
+def test_results_of_other_flags_are_not_taken_for_these(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    ran = []
+    monkeypatch.setattr(run_recipe, "run", lambda command: ran.append(command) or 75)
+    words = f"table10:32 {tmp_path} --run --scale tiny --out {tmp_path / 'out'}"
+    assert call(words, monkeypatch, capsys)[0] == 75
+    assert call(f"{words} --pretrain='-j 3' --lincls='--device cpu'", monkeypatch, capsys)[0] == 75
+    assert len(ran) == 2
+    for other in ("--seed 1", "--lincls='--lr 1'", "--pretrain='--amp bf16'"):
+        status, text = call(f"{words} {other}", monkeypatch, capsys)
+        assert status == 2 and "holds another recipe" in text.splitlines()[-1]
+    assert len(ran) == 2
 
 
 @pytest.mark.slow

@@ -42,7 +42,7 @@ def planned(spec: object, *words: object) -> list[list[str]]:
     """The commands of a dry run."""
     done = start(spec, "DIR", "--out", "OUT", "--dry-run", *words)
     assert done.returncode == 0, done.stderr
-    return [shlex.split(line) for line in done.stdout.splitlines()]
+    return [shlex.split(li) for li in done.stdout.splitlines() if not li.startswith("#")]
 
 
 def flags_of(command: list[str]) -> list[str]:
@@ -102,6 +102,14 @@ def test_a_grid_is_every_combination_for_every_seed(tmp_path: Path) -> None:
         ('run = [{ recipe = "table10:1" }, { recipe = "table10:1" }]', "stands there twice"),
         ('run = [{ recipe = "table10:1", name = "a b" }]', "no name of a folder"),
         ('run = [{ recipe = "table10:1", after = "b" }]', "no run before it"),
+        ('run = [{ recipe = "table10:46" }]', "table10 has rows 1 to 45"),
+        ('recipe = "tabel10:3"\n[grid]\nmoco-k = [5]', "the nearest are table10:3"),
+        ('run = "table10:1"', "must be a list of tables"),
+        ("run = [1]", "must be a list of tables"),
+        ("run = []", "either a list `run` or a table `grid`"),
+        ("grid = 5", "either a list `run` or a table `grid`"),
+        ("recipe = 5\nrun = [{ }]", "recipe must be a text, got 5"),
+        ('run = [{ recipe = "table10:1", pretrain = 3 }]', "pretrain must be a text, got 3"),
     ],
 )
 def test_a_spec_that_cannot_be_run_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -112,12 +120,30 @@ def test_a_spec_that_cannot_be_run_is_refused(text: str, message: str, tmp_path:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_would_fail_in_every_run_is_refused_before_the_first(tmp_path: Path) -> None:
+    for words, message in (
+        (["DIR", "--out", tmp_path / "out"], "no such data folder: DIR"),
+        (["DIR", "--out", tmp_path / "out", "--scale", "small"], "invalid choice: 'small'"),
+    ):
+        done = start(SPECS[0], *words)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_that_is_given_twice_is_run_once() -> None:
+    assert len(planned(SPECS[1], "--seeds", 1, 1, 0)) == 16
+
+
 def test_the_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     facts = {"spec": {"recipe": "a"}, "data": "D", "scale": "tiny", "pretrain": "", "lincls": ""}
     sweep.claim_folder(tmp_path / "out", facts)
     sweep.claim_folder(tmp_path / "out", facts)  # the same one goes on
     with pytest.raises(ValueError, match=r"another sweep \(its data, scale differ\)"):
         sweep.claim_folder(tmp_path / "out", {**facts, "data": "E", "scale": "full"})
+    for damage in ("{", "[]"):
+        (tmp_path / "out" / "sweep.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"sweep.json is damaged"):
+            sweep.claim_folder(tmp_path / "out", facts)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="holds no sweep"):
