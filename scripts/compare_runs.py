@@ -39,12 +39,13 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float | None], int], ...] = (
     ("k-NN top-1", Run.knn, 2),
     ("linear last", lambda run: run.linear("last"), 2),
     ("linear best", lambda run: run.linear("best"), 2),
+    ("linear folds", Run.cross_validated, 2),
     ("alignment", lambda run: run.measured("alignment"), 3),
     ("uniformity", lambda run: run.measured("uniformity"), 3),
     ("hours", Run.hours, 3),
     ("images/s", Run.images_per_s, 0),
 )
-TESTED = COLUMNS[:5]
+TESTED = COLUMNS[:6]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -336,7 +337,8 @@ def published_rows() -> list[list[str]]:
 
 NOTE_RESULTS = (
     "Accuracies in percent; ± is the standard deviation over seeds. Linear last and best: of the "
-    "epochs of the probe on the last encoder. Alignment (alpha 2) and uniformity (t 2): lower is "
+    "epochs of the probe on the last encoder; folds: held-out folds of the training set (--folds), "
+    "to choose by. Alignment (alpha 2) and uniformity (t 2): lower is "
     "better, of the projections of held-out images where they were measured, else as last logged "
     "while training. Hours: training alone, without the time a run lay still."
 )

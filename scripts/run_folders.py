@@ -36,6 +36,7 @@ class Run:
     log: list[dict]
     probes: list[dict] = field(default_factory=list)  # lincls.json, with "epoch"
     measures: list[dict] = field(default_factory=list)  # "epoch", "alignment", "uniformity"
+    start: tuple[Run, int] | None = None  # the run and epoch whose encoder it began with, if known
 
     @property
     def objective(self) -> str:
@@ -65,6 +66,8 @@ class Run:
         values |= {name: self.args.get(name) for name in ("processes", "max_steps")}
         for name in ("objective", "seed"):
             values.pop(name, None)
+        if self.start is not None:  # not as a path, which is another one for each seed
+            values["init_from"] = f"{self.start[0].objective}, epoch {self.start[1]}"
         return {name: _text(value) for name, value in values.items()}
 
     def scalars(self) -> dict[str, tuple[list[float], list[float]]]:
@@ -126,6 +129,11 @@ class Run:
             number(p[which].get("top1")) for p in self.probes
             if p["epoch"] == wanted and isinstance(p.get(which), dict)
         )  # fmt: skip
+
+    def cross_validated(self) -> float | None:
+        """Top-1 (%) of the linear probe by main_lincls.py --folds: held-out folds of the training
+        set, the chosen setting."""
+        return mean(map(_best_fold_mean, self.final_probes()))
 
     def measured(self, name: str) -> float | None:
         """Alignment (alpha 2) or uniformity (t 2) of the last encoder on held-out images, else as
@@ -192,6 +200,17 @@ def mean(values: Iterable[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
+def _best_fold_mean(probe: dict) -> float | None:
+    folds = probe.get("folds")
+    settings = folds.get("settings") if isinstance(folds, dict) else None
+    means = [
+        number(row.get("mean"))
+        for row in (settings if isinstance(settings, list) else [])
+        if isinstance(row, dict)
+    ]
+    return max((value for value in means if value is not None), default=None)
+
+
 def _text(value: object) -> str:
     if value is None:
         return "none"
@@ -238,8 +257,13 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[tuple[str, s
                 measure = _read_measure(folder / name)
                 if measure:
                     measures.append(measure)
+    for run in runs:
+        path = run.args.get("init_from")
+        start = _by_checkpoint(path, runs) if isinstance(path, str) and "\0" not in path else None
+        epoch = start and _epoch({"checkpoint": path}, start)
+        run.start = None if epoch is None or start is run else (start, epoch)
     for found in (*probes, *measures):
-        run = _owner(found, runs)
+        run = _by_checkpoint(found["checkpoint"], runs) or _by_place(found["path"], runs)
         if run is None:
             reason = f"is of {found['checkpoint']}, which is in none of the runs compared"
             left_out.append((str(found["path"]), reason))
@@ -408,17 +432,23 @@ def _read_measure(path: Path) -> dict | None:
     return None if found["alignment"] is found["uniformity"] is None else found
 
 
-def _owner(found: dict, runs: Sequence[Run]) -> Run | None:
-    """The run that the checkpoint of a probe or measurement is of."""
-    parent = Path(found["checkpoint"]).parent
+def _by_checkpoint(path: str, runs: Sequence[Run]) -> Run | None:
+    """The run whose folder holds a checkpoint, or held it before the folder was moved."""
+    parent = Path(path).parent
     by_path = [run for run in runs if run.folder.resolve() == parent.resolve()]
     by_record = [run for run in runs if isinstance(run.args.get("save_dir"), str)
                  and Path(run.args["save_dir"]) == parent]  # fmt: skip
-    by_place = [run for run in runs if found["path"].resolve().is_relative_to(run.folder.resolve())]
-    for candidates in (by_path, by_record, by_place):
-        if len(candidates) == 1:
-            return candidates[0]
-    return None
+    return _only(by_path) or _only(by_record)
+
+
+def _by_place(path: Path, runs: Sequence[Run]) -> Run | None:
+    """The run in whose folder a result lies."""
+    inside = path.resolve()
+    return _only([run for run in runs if inside.is_relative_to(run.folder.resolve())])
+
+
+def _only(runs: Sequence[Run]) -> Run | None:
+    return runs[0] if len(runs) == 1 else None
 
 
 def _epoch(found: dict, run: Run) -> int | None:

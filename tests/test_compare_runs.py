@@ -153,6 +153,32 @@ def test_paired_differences_are_by_seed(two_objectives, tmp_path, capsys) -> Non
     assert f"+6.500 ± {statistics.stdev([5, 8]):.3f} | 0.5 | 0.5 |" in line
 
 
+def test_seeds_that_start_from_encoders_of_their_own_are_one_row(tmp_path, capsys) -> None:
+    for seed in (0, 1):
+        start = make_run(tmp_path / f"start-s{seed}" / "pretrain", NCE, seed)
+        path = str(start / "checkpoint_0003.pth.tar")
+        make_run(tmp_path / f"both-s{seed}" / "pretrain", ALIGN, seed, init_from=path)
+    make_run(tmp_path / "alone", ALIGN, 2, init_from="/else/checkpoint_0003.pth.tar")
+    rows, _, _ = compare(tmp_path, out=tmp_path / "r.html", capsys=capsys)
+    by_seeds = dict(zip(column(rows, "seeds"), column(rows, "objective"), strict=False))
+    assert sorted(column(rows, "seeds")) == ["0, 1", "0, 1", "2"] and by_seeds["2"] == ALIGN
+    flags = " ".join(column(rows, "differs from row 1 in"))
+    assert f"{NCE}, epoch 4" in flags and "/else/checkpoint_0003.pth.tar" in flags
+    assert str(tmp_path) not in flags
+
+
+def test_cross_validation_has_a_column(tmp_path, capsys) -> None:
+    folds = {"count": 3, "chosen": {"lr": 10.0, "weight_decay": 0.0}, "settings": [
+        {"lr": 1.0, "weight_decay": 0.0, "top1": [40.0] * 3, "mean": 40.0, "std": 0.0},
+        {"lr": 99.0, "weight_decay": 0.0, "top1": [None] * 3, "mean": None, "std": None},
+        {"lr": 10.0, "weight_decay": 0.0, "top1": [47.0] * 3, "mean": 47.0, "std": 0.0},
+    ]}  # fmt: skip
+    make_probe(make_run(tmp_path / "a", seed=0), 50.0, folds=folds)
+    make_probe(make_run(tmp_path / "b", seed=1), 50.0, folds={**folds, "settings": [1, {}]})
+    rows, _, _ = compare(tmp_path, out=tmp_path / "r.html", capsys=capsys)
+    assert column(rows, "linear folds") == ["47.00 (of 1)"]
+
+
 @pytest.mark.parametrize("n", range(1, 9))
 def test_sign_flip_test_counts_all_signs(n: int) -> None:
     generator = torch.Generator().manual_seed(n)
