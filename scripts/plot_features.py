@@ -38,6 +38,7 @@ from moco.options import one_line_errors  # noqa: E402
 from scripts.run_folders import Run, common_accuracy, number, read_runs, short_names  # noqa: E402
 
 FIGURES = ("3", "4", "5", "7", "8", "10", "11", "map")
+_MOST_NAMES = 16  # of runs in one scatter: more would cover each other
 _OF_FEATURES, _OF_RUNS, _OF_NOTHING = ("3", "4", "map"), ("5", "7", "8"), ("10", "11")
 
 
@@ -285,50 +286,71 @@ def final_points(runs: Sequence[Run], names: Sequence[str]) -> tuple[str, list[P
 
 def scatter(runs: Sequence[Run]) -> Figure:
     runs = _measured_only(runs)
-    kind, points = final_points(runs, short_names(runs))
+    names = short_names(runs) if len(runs) <= _MOST_NAMES else [""] * len(runs)
+    kind, points = final_points(runs, names)
     return figures.scatter(points, accuracy=kind)
 
 
 def weights_sweep(runs: Sequence[Run]) -> Figure:
     """Runs of weighted alignment and uniformity, a line for each (alpha, t)."""
-    used = []
+    used: list[tuple[Run, float, tuple[float | None, float | None]]] = []
     for run in _measured_only(runs):
         weights = [number(run.args.get(name)) for name in ("contr_w", "align_w", "unif_w")]
         if None in weights or weights[0] or not (weights[1] or weights[2]):
             print(f"left out: {run.folder} is of {run.objective}", file=sys.stderr)
-        else:
-            used.append((run, weights[1] / (weights[1] + weights[2])))
+            continue
+        _, align, unif = weights
+        alpha, t = number(run.args.get("align_alpha")), number(run.args.get("unif_t"))
+        used.append((run, align / (align + unif), (alpha if align else None, t if unif else None)))
     if not used:
         raise DataError("figure 7 needs runs of alignment and uniformity without InfoNCE, got none")
-    runs = [run for run, _ in used]
-    kind, points = final_points(runs, [""] * len(runs))
+    kind, points = final_points([run for run, *_ in used], [""] * len(used))
+    # A run without one of the terms has no parameter of it: it is an end of every line that agrees
+    # in the other.
+    settings = list(dict.fromkeys(setting for *_, setting in used))
+    whole = [setting for setting in settings if None not in setting]
     lines: dict[str, list[tuple[float, Point]]] = {}
-    for (run, share), point in zip(used, points, strict=True):
-        name = f"alpha {run.args.get('align_alpha')}, t {run.args.get('unif_t')}"
-        lines.setdefault(name, []).append((share, point))
+    for (_, share, setting), point in zip(used, points, strict=True):
+        alike = [
+            s
+            for s in whole
+            if all(mine in (None, its) for mine, its in zip(setting, s, strict=True))
+        ]
+        for alpha, t in alike or [setting]:
+            parts = [f"{name} {v:g}" for name, v in (("alpha", alpha), ("t", t)) if v is not None]
+            lines.setdefault(", ".join(parts), []).append((share, point))
     return figures.weights_sweep(lines, accuracy=kind)
 
 
 def trajectories(runs: Sequence[Run]) -> Figure:
-    """Each run's encoders in order of the epoch."""
+    """Each run's encoders in order of the epoch, from the one that it was started from on."""
     paths = {}
     for run, name in zip(runs, short_names(runs), strict=True):
-        encoders = run.encoders()
+        encoders = [(run, *encoder) for encoder in run.encoders()]
+        if run.start is not None:
+            start, wanted = run.start
+            before = [(start, *e) for e in start.encoders() if e[0] == wanted]
+            encoders = before + encoders
         if len(encoders) < 2:
             print(f"left out: {run.folder} has {len(encoders)} measured epoch(s)", file=sys.stderr)
         else:
-            paths[f"{name}: {run.objective}"] = run, encoders
+            paths[f"{name}: {run.objective}"] = encoders
     if not paths:
         raise DataError(
             "figure 8 needs runs with at least two measured checkpoints: measure them with "
             "scripts/measure_align_uniform.py CHECKPOINT DIR --out RUN/FILE.json"
         )
     kind, accuracy = common_accuracy(
-        [(run, encoder[0]) for run, encoders in paths.values() for encoder in encoders]
+        [(run, epoch) for encoders in paths.values() for run, epoch, _, _ in encoders]
     )
     points = {
-        name: [Point(a, u, accuracy(run, epoch), f"epoch {epoch}") for epoch, a, u in encoders]
-        for name, (run, encoders) in paths.items()
+        name: [
+            Point(
+                a, u, accuracy(run, epoch), f"epoch {epoch}" if run is encoders[-1][0] else "start"
+            )
+            for run, epoch, a, u in encoders
+        ]
+        for name, encoders in paths.items()
     }
     return figures.trajectories(points, accuracy=kind)
 

@@ -215,9 +215,10 @@ def test_bad_t_and_unwritable_file(tmp_path, capsys) -> None:
 
 
 def sweep(root: Path) -> Path:
-    for i, (align_w, unif_w) in enumerate([(1, 0), (0.5, 0.5), (0, 1)]):
+    # A term that is off has the parameter that is the default.
+    for i, (align_w, unif_w, t) in enumerate([(1, 0, 3.0), (0.5, 0.5, 2.0), (0, 1, 2.0)]):
         weights = {"contr_w": 0.0, "align_w": align_w, "unif_w": unif_w, "align_alpha": 2.0,
-                   "unif_t": 2.0}  # fmt: skip
+                   "unif_t": t}  # fmt: skip
         run = make_run(root / f"w{i}", f"{align_w} * align + {unif_w} * uniform", **weights)
         make_measure(run, 0.1 * (i + 1), -float(i))
         make_probe(run, 40.0 + i, knn=30.0 + i)
@@ -238,6 +239,14 @@ def test_weights_sweep_from_run_folders(tmp_path, capsys) -> None:
         shares, values = axes.lines[0].get_data()
         assert list(shares) == [0, 0.5, 1] and list(values) == pytest.approx(expected)
     assert "nce" in capsys.readouterr().err, "left out, and said"
+    assert accuracy.get_legend() is None, "one line"
+    other = make_run(tmp_path / "runs" / "t5", "other", contr_w=0.0, align_w=1, unif_w=1,
+                     align_alpha=2.0, unif_t=5.0)  # fmt: skip
+    make_measure(other, 0.5, -3.0)
+    alignment = plot_features.weights_sweep(plot_features.read_runs([tmp_path / "runs"])[0]).axes[1]
+    lines = {line.get_label(): line.get_data() for line in alignment.lines}
+    assert list(lines["alpha 2, t 5"][0]) == [0.5, 1], "alignment alone is an end of both lines"
+    assert list(lines["alpha 2, t 2"][0]) == [0, 0.5, 1]
 
 
 def test_kinds_of_accuracy_are_not_mixed(tmp_path) -> None:
@@ -267,6 +276,33 @@ def test_trajectories_of_logged_values(tmp_path) -> None:
     (read,), _ = plot_features.read_runs([run])
     assert read.encoders() == [(1, 0.9, -0.4), (3, 0.7, -1.2), (5, 0.4, -2.0)]
     draw("8", run, tmp_path=tmp_path)
+
+
+def test_trajectories_begin_at_the_encoder_that_runs_started_from(tmp_path, capsys) -> None:
+    start = make_run(tmp_path / "s" / "start", NCE)
+    make_measure(start, 0.5, -1.0)
+    make_probe(start, 20.0)
+    for seed, name in enumerate(("a", "b")):
+        run = make_run(
+            tmp_path / "s" / name, name, init_from=str(start / "checkpoint_0004.pth.tar")
+        )
+        make_measure(run, 0.1 * seed, -2.0)
+        make_probe(run, 30.0 + seed)
+    figure = plot_features.trajectories(plot_features.read_runs([tmp_path / "s"])[0])
+    drawn = [line.get_data() for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
+    assert [list(xs) for xs, _ in drawn] == [[0.5, 0.0], [0.5, 0.1]]
+    assert [list(ys) for _, ys in drawn] == [pytest.approx([math.exp(-1), math.exp(-2)])] * 2
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(texts) == ["epoch 5", "epoch 5", "start", "start"]
+    assert "start has 1 measured epoch" in capsys.readouterr().err
+
+
+def test_many_encoders_are_drawn_without_names(tmp_path) -> None:
+    for i in range(17):
+        make_measure(make_run(tmp_path / f"run{i}", f"o{i}"), 0.1 * i, -1.0)
+    runs, _ = plot_features.read_runs([tmp_path])
+    assert [t.get_text() for t in plot_features.scatter(runs[:2]).axes[0].texts] == ["run0", "run1"]
+    assert not any(text.get_text() for text in plot_features.scatter(runs).axes[0].texts)
 
 
 def test_runs_that_give_no_figure(tmp_path, capsys) -> None:
