@@ -36,7 +36,7 @@ def uniformity_infimum(dim: int, t: float = 2) -> float:
     Raises:
         ValueError: for another dim or t.
     """
-    if dim < 2 or dim != int(dim):
+    if not dim >= 2 or dim % 1 != 0:  # NaN and infinity are no whole numbers either
         raise ValueError(f"dim must be a whole number of at least 2, got {dim!r}")
     _check_t(t)
     return -2 * t + log_hyp0f1(dim / 2, torch.tensor(t * t, dtype=torch.float64)).item()
@@ -131,5 +131,5 @@ def _check_t(t: float) -> None:
 
 
 def _check_count(n: int) -> None:
-    if n < 2 or n != int(n):
+    if not n >= 2 or n % 1 != 0:
         raise ValueError(f"n must be a whole number of at least 2, got {n!r}")

@@ -121,6 +121,11 @@ def test_n_must_be_a_number_of_points(n: float) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="^dim .*got 1"):
         uniformity_sample_bound(10, 1)
+    for wrong in (math.nan, math.inf, 2.5):
+        with pytest.raises(ValueError, match="^dim must be a whole number"):
+            uniformity_infimum(wrong)
+        with pytest.raises(ValueError, match="^n must be a whole number"):
+            uniformity_sample_bound(wrong, 8)
     with pytest.raises(ValueError, match="^t .*got -1"):
         uniformity_sample_bound(10, 3, -1)
     with pytest.raises(ValueError, match="-3.9 is no uniformity with self-pairs of 10 points"):
