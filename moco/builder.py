@@ -278,9 +278,15 @@ class MoCoLosses:
             return None
         return torch.cat([batch.rank() for batch in self._batches])
 
+    @property
+    def passes(self) -> int:
+        """Parts of the step times directions, each with rows of its own in `features`."""
+        return len(self._batches)
+
     def features(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (N, C), their keys (N, C) and the queue (C, K) that they met, without gradient;
-        rows as in `logits_contr`, whatever the objective, and until the next step only."""
+        rows as in `logits_contr`, whatever the objective, and until the next step only. They are
+        those of `passes` passes through the encoders, one after another."""
         queries = torch.cat([batch.q for batch in self._batches])
         keys = torch.cat([batch.k for batch in self._batches])
         return queries, keys, self._batches[0].queue()

@@ -8,12 +8,13 @@ objectives can be compared in one chart.
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from align_uniform import align_loss, uniform_loss_with_queue
+from align_uniform import align_loss, uniform_loss
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCoLosses
 from moco.log import RunLog
@@ -47,16 +48,18 @@ def begin(log: RunLog, args: argparse.Namespace) -> None:
 def batch_metrics(losses: MoCoLosses) -> dict[str, float]:
     """Alignment and uniformity of the latest batch, at one alpha and t for all runs.
 
-    Alignment is the mean of ||q - k||^2 over positive pairs. Uniformity is Eq. 21 of
-    arXiv:2005.10242, the log of the mean potential exp(-2 ||q - key||^2) over queries and the queue
-    that they met; its infimum is that of one distribution on the sphere. The two sides are two
-    distributions, though: against the random keys that a queue starts with, any queries come close
-    to the infimum, until the queue has been filled once.
+    Alignment is the mean of ||q - k||^2 over positive pairs; uniformity is the log of the mean of
+    exp(-2 ||q_i - q_j||^2) over pairs of queries of different images. Not of queries and queue, as
+    in the loss: those are two distributions, which can be further apart than the infimum of one
+    allows, and a queue that still holds its first, random keys is uniform whatever the queries are.
+    (A batch is a sample: of few images it can fall below the infimum a little.)
     """
-    q, k, queue = losses.features()
+    q, k, _ = losses.features()
+    # Views of one image are both among the queries of a symmetric step, but in different passes.
+    potentials = torch.stack([uniform_loss(part, T) for part in q.chunk(losses.passes)])
     return {
         "alignment": align_loss(q, k, ALPHA).item(),
-        "uniformity": uniform_loss_with_queue(q, queue, T, intra_batch=False).item(),
+        "uniformity": potentials.logsumexp(dim=0).item() - math.log(losses.passes),
         "uniformity_infimum": uniformity_infimum(q.shape[1], T),
     }
 
