@@ -102,7 +102,7 @@ def read_curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
 def draw(curves: dict[str, dict]) -> Figure:
     """All runs above, the first steps of the healthy one below."""
     style = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False,
-             "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "expected"}  # fmt: skip
+             "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "x"}  # fmt: skip
     filled = QUEUE // BATCH
     with rc_context(style):
         figure = Figure(figsize=(12, 5.2), layout="constrained")
