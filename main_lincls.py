@@ -1,15 +1,18 @@
 #!/usr/bin/env python
-"""Linear evaluation (and k-NN) of a frozen, pretrained encoder.
+"""Linear evaluation, k-NN and fine-tuning of a pretrained encoder.
 
     python main_lincls.py --pretrained RUN/checkpoint_0199.pth.tar DIR
     python main_lincls.py --pretrained RUN/checkpoint_0199.pth.tar --knn --epochs 0 DIR    k-NN only
     python main_lincls.py -a resnet50 --lr 30.0 --batch-size 256 --pretrained FILE \\
         --multiprocessing-distributed --world-size 1 --rank 0 DIR
     python main_lincls.py -e --pretrained RUN/model_best.pth.tar DIR      a saved classifier, again
+    python main_lincls.py --lr 1,3,10,30 --folds 3 --pretrained FILE DIR     chosen without val/
+    python main_lincls.py --cached --lr 1,3,10,30 --wd 0,1e-4 --pretrained FILE DIR
+    python main_lincls.py --finetune --labels 1 --pretrained FILE DIR     whole network, 1 % labels
 
 DIR has `train/CLASS/IMAGE` and `val/CLASS/IMAGE`. Architecture, stem, image size, mean and standard
-deviation come from the checkpoint. The protocol is upstream MoCo's: SGD with lr 30 and no weight
-decay, batch 256, 100 epochs, x0.1 at 60 and 80, random resized crop and flip, centre-crop
+deviation come from the checkpoint. The standard protocol is upstream MoCo's: SGD with lr 30 and no
+weight decay, batch 256, 100 epochs, x0.1 at 60 and 80, random resized crop and flip, centre-crop
 validation, batch norm in eval mode. Accuracies lie in RUN/lincls.json, best and last.
 """
 
@@ -19,25 +22,39 @@ import argparse
 import contextlib
 import functools
 import math
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from moco import checkpoint, distributed, encoders, evaluate, guards, loader, options
-from moco.log import Means, RunLog, StepPrinter, progress, provenance, write_json
+from moco import checkpoint, distributed, encoders, evaluate, guards, labels, loader, options, probe
+from moco.feed import Feed, cached_feed, image_feed, with_features
+from moco.images import Images, Subset, open_images
+from moco.log import RunLog, StepPrinter, progress, provenance, write_json
+from moco.probe import Frozen, Heads, Setting
 from moco.schedule import learning_rate
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
 LATEST, RESULT = options.LINCLS_LATEST, options.LINCLS_RESULT
 BEST = "model_best.pth.tar"
 
-# What the accuracy of a probe depends on.
+# What the accuracy of a probe depends on; further down what it depends on beside these, and the
+# value that stands for an argument that a file does not have.
 PROTOCOL = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight_decay", "momentum",
             "image_size", "seed")  # fmt: skip
+VARIANTS = {"finetune": False, "lr_backbone": None, "cached": False, "cached_views": 0,
+            "folds": None, "labels_digest": None, "images_per_class": None}  # fmt: skip
+
+# Fine-tuning with 1 % or 10 % of ImageNet's labels as SwAV has published it (arXiv:2006.09882;
+# github.com/facebookresearch/swav, README and eval_semisup.py): 20 epochs, x0.2 at 12 and 16, batch
+# 256, no weight decay; (lr of the classifier, of the backbone) are of 10 % and of 1 %.
+FINETUNE = {"epochs": 20, "schedule": [12, 16], "schedule_factor": 0.2}
+FINETUNE_RATES = {"10 %": (0.2, 0.01), "1 %": (5.0, 0.02)}
 
 # ------------------------------------------------------------------------------------------------
 # Command line
@@ -46,34 +63,86 @@ PROTOCOL = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight
 
 def build_parser() -> argparse.ArgumentParser:
     parser = options.Parser(description="linear evaluation of a frozen encoder", allow_abbrev=False)
-    options.add_shared_options(parser, lr=30.0, weight_decay=0.0, epochs=100, schedule=[60, 80])
+    options.add_shared_options(
+        parser, lr=30.0, weight_decay=0.0, epochs=100, schedule=[60, 80], rate=options.rates
+    )
     # fmt: off
-    probe = parser.add_argument_group("what is evaluated, and how")
-    probe.add_argument("--pretrained", type=options.non_empty, metavar="CHECKPOINT",
-                       help="ours, upstream MoCo's, or a torchvision state dict")
-    probe.add_argument("-e", "--evaluate", action="store_true",
-                       help="only evaluate the linear classifier that the checkpoint holds")
-    probe.add_argument("--image-size", type=int, metavar="PX",
-                       help="default: the checkpoint's, else 224")
-    probe.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
-                       help="default: the checkpoint's, else ImageNet's")
-    probe.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
-    probe.add_argument("--knn", action="store_true",
-                       help="also report weighted k-NN (--epochs 0: report nothing else)")
-    probe.add_argument("--knn-k", type=int, default=200, metavar="K",
-                       help="neighbours, at most the training set (%(default)s)")
-    probe.add_argument("--knn-t", type=float, default=0.07, metavar="T",
-                       help="temperature of their votes (%(default)s)")
-    probe.add_argument("--knn-layer", choices=("backbone", "projection"), default="backbone",
-                       help="features that are compared (%(default)s)")
+    what = parser.add_argument_group("what is evaluated, and how")
+    what.add_argument("--pretrained", type=options.non_empty, metavar="CHECKPOINT",
+                      help="ours, upstream MoCo's, or a torchvision state dict")
+    what.add_argument("-e", "--evaluate", action="store_true",
+                      help="only evaluate the linear classifier that the checkpoint holds")
+    what.add_argument("--image-size", type=int, metavar="PX",
+                      help="default: the checkpoint's, else 224")
+    what.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
+                      help="default: the checkpoint's, else ImageNet's")
+    what.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
+    what.add_argument("--amp", choices=("off", "bf16"),
+                      help="precision of the encoder (default: bf16 on GPUs that have it, else "
+                           "off); classifiers are float32")
+    what.add_argument("--knn", action="store_true",
+                      help="also report weighted k-NN (--epochs 0: report nothing else)")
+    what.add_argument("--knn-k", type=int, default=200, metavar="K",
+                      help="neighbours, at most the training set (%(default)s)")
+    what.add_argument("--knn-t", type=float, default=0.07, metavar="T",
+                      help="temperature of their votes (%(default)s)")
+    what.add_argument("--knn-layer", choices=("backbone", "projection"), default="backbone",
+                      help="features that are compared (%(default)s)")
+
+    several = parser.add_argument_group(
+        "several settings, trained together: --lr 1,3,10,30 --wd 0,1e-4")
+    several.add_argument("--folds", type=int, metavar="K",
+                         help="choose among them by K-fold cross-validation on the training set, "
+                              "then train on all of it; val/ is evaluated once, at the end")
+    several.add_argument("--cached", action="store_true",
+                         help="extract features once, of centre crops, and train on those: another "
+                              "protocol than the standard one, without random crops")
+    several.add_argument("--cached-views", type=int, default=0, metavar="A",
+                         help="extract A random views of each image instead; epoch e has view e "
+                              "modulo A")
+    several.add_argument("--cache-dir", type=options.folder, metavar="DIR",
+                         help="where features are kept, for other runs too (RUN/features)")
+
+    transfer = parser.add_argument_group("transfer")
+    transfer.add_argument("--labels", type=label_source, metavar="PERCENT|FILE",
+                          help="train on this part of each class (1, 10), or on the images that a "
+                               "file names, one per line; also the bank of k-NN")
+    transfer.add_argument("--labels-seed", type=int, default=0, metavar="N",
+                          help="of the part of --labels PERCENT (%(default)s); --seed has no part "
+                               "in it")
+    transfer.add_argument("--finetune", action="store_true",
+                          help="train the whole network, batch norm in training mode; defaults are "
+                               "SwAV's then: 20 epochs, x0.2 at 12 and 16, --lr 0.2 --lr-backbone "
+                               "0.01, or 5 and 0.02 with --labels 1")
+    transfer.add_argument("--lr-backbone", type=float, metavar="LR",
+                          help="initial learning rate of the encoder; --lr is the classifier's")
     # fmt: on
     return parser
+
+
+def label_source(text: str) -> float | str:
+    """argparse type of --labels: percent, or a file."""
+    try:
+        percent = float(text.removesuffix("%"))
+    except ValueError:
+        if Path(options.non_empty(text)).is_file():
+            return text
+        raise argparse.ArgumentTypeError(
+            f"expected percent, as 1 or 10, or a file that lists images, got {text!r}"
+        ) from None
+    if not 0 < percent <= 100:
+        raise argparse.ArgumentTypeError(f"expected percent above 0 and up to 100, got {text}")
+    return percent
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse and check: all that can be known now is refused now, with exit status 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.finetune:  # again, with the defaults of fine-tuning
+        lr, lr_backbone = FINETUNE_RATES["1 %" if args.labels == 1 else "10 %"]
+        parser.set_defaults(**FINETUNE, lr=lr, lr_backbone=lr_backbone)
+        args = parser.parse_args(argv)
     options.check_shared_options(parser, args)
     options.check_run_folder(parser, args, pretraining=False)
     if args.resume == "auto":
@@ -84,7 +153,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give the encoder to evaluate: --pretrained CHECKPOINT")
     for flag in ("resume", "pretrained"):
         path = getattr(args, flag)
-        if path and not Path(path).is_file():
+        is_url = flag == "pretrained" and path and checkpoint.is_url(path)
+        if path and not is_url and not Path(path).is_file():
             parser.error(f"--{flag}: no such checkpoint: {path}")
     if args.epochs == 0 and not (args.knn or args.evaluate):
         parser.error("--epochs 0 leaves nothing to do without --knn or -e")
@@ -94,15 +164,65 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--image-size must be at least 1, got {args.image_size}")
     try:
         options.check_image_statistics(args.mean or (), args.std or ())
+        check_variant(args)
     except ValueError as error:
         parser.error(str(error))
     trains = args.epochs > 0 and not args.evaluate
     options.check_data_folder(parser, args, {"train": args.batch_size if trains else 1, "val": 1})
     if args.save_dir is None:
+        source = source.split("?")[0]  # of an address
         stem = Path(source).name.removesuffix(".tar").removesuffix(".pth")
         name = f"lincls-{Path(source).resolve().parent.name}-{stem}"
         args.save_dir = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
     return args
+
+
+def check_variant(args: argparse.Namespace) -> None:
+    """Raise ValueError for flags that do not go together."""
+    several = [f"--{n}" for n, v in (("lr", args.lr), ("wd", args.weight_decay)) if listed(v)]
+    if args.finetune:
+        if several or args.cached or args.folds:
+            other = (*several, *(["--cached"] if args.cached else ["--folds"]))[0]
+            raise ValueError(
+                f"--finetune trains the whole network with one setting, which {other} does not fit"
+                + (" with several values; run it once for each" if several else "")
+            )
+        if not 0 <= args.lr_backbone < math.inf:
+            raise ValueError(
+                f"--lr-backbone must be a number of at least 0, got {args.lr_backbone}"
+            )
+        if args.batch_size // args.processes < 2:
+            raise ValueError("--finetune needs 2 images per process at least, for batch norm")
+        if args.knn and args.resume and not args.pretrained:
+            raise ValueError("--knn is of the encoder before fine-tuning: give --pretrained too")
+    elif args.lr_backbone is not None:
+        raise ValueError("--lr-backbone is of --finetune; the encoder is frozen without it")
+    if args.evaluate and (args.cached or args.folds):
+        raise ValueError("-e trains nothing: leave out --cached and --folds")
+    if not args.cached and (args.cached_views or args.cache_dir):
+        raise ValueError("--cached-views and --cache-dir are of --cached")
+    if args.cached_views < 0:
+        raise ValueError(f"--cached-views must be at least 0, got {args.cached_views}")
+    if args.cached_views > args.epochs:
+        raise ValueError(
+            f"--cached-views {args.cached_views} are more than --epochs {args.epochs}, each of "
+            "which trains on one of them"
+        )
+    if args.folds is not None and args.folds < 2:
+        raise ValueError(f"--folds must be at least 2, got {args.folds}")
+    if args.folds and args.epochs == 0:
+        raise ValueError("--folds with --epochs 0 leaves nothing to choose among")
+    if args.labels is not None and args.images_per_class is not None:
+        raise ValueError("--labels and --images-per-class both select images: give one of them")
+    if isinstance(args.labels, str) and args.dataset != "folder":
+        raise ValueError(
+            f"--labels {args.labels}: a list names files, and {args.dataset} is held in memory "
+            "without names; give percent"
+        )
+
+
+def listed(value: float | list[float]) -> bool:
+    return isinstance(value, list)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -116,11 +236,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def work(device: torch.device, args: argparse.Namespace) -> None:
     """The whole evaluation in this process, one of `args.processes`."""
-    with options.one_line_errors(), contextlib.ExitStack() as at_exit:
-        _work(device, args, at_exit)
+    with options.one_line_errors():
+        _work(device, args)
 
 
-def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.ExitStack) -> None:
+def _work(device: torch.device, args: argparse.Namespace) -> None:
     args.seed, args.save_dir = distributed.broadcast_object((args.seed, args.save_dir))
 
     # Encoder: its checkpoint says how images are to be presented
@@ -135,23 +255,26 @@ def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.Ex
     trained = info["args"]
     args.arch = info["arch"]
     args.image_size = args.image_size or trained.get("image_size", 224)
-    args.mean = args.mean or trained.get("mean", loader.IMAGENET_MEAN)
-    args.std = args.std or trained.get("std", loader.IMAGENET_STD)
+    args.mean = args.mean or trained.get("mean", IMAGENET_MEAN)
+    args.std = args.std or trained.get("std", IMAGENET_STD)
+    args.amp = args.amp or probe.default_amp(device)
     try:
         encoders.check_image_size(encoder, args.image_size)
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{source}: {error}; give --image-size") from None
-    encoder.to(device).requires_grad_(False)
+    encoder.to(device).requires_grad_(args.finetune)
+    # On a CPU the order stays as it always was, and with it every bit of the standard protocol.
+    frozen = Frozen(encoder, amp=args.amp, channels_last=device.type == "cuda")
 
     # Data
     train_images, val_images, classes = open_splits(args)
+    plain = eval_transform(args.image_size)
     eval_loader = functools.partial(
         loader.eval_loader,
         batch_size=args.batch_size // args.processes,
         workers=args.workers,
         pin_memory=device.type == "cuda",
     )
-    plain = loader.eval_transform(args.image_size)
     val = eval_loader(loader.PlainImages(val_images, plain), persistent=True)
 
     # Run folder
@@ -160,6 +283,8 @@ def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.Ex
         "objective": info["objective"], "classes": len(classes),
         "train_images": len(train_images), "val_images": len(val_images),
     }  # fmt: skip
+    if args.labels is not None:
+        result["labels"] = {"of": args.labels, "digest": args.labels_digest}
     if distributed.is_main():
         args.save_dir.mkdir(parents=True, exist_ok=True)
         facts = {**options.plain_values(args), "provenance": provenance()}
@@ -172,19 +297,24 @@ def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.Ex
 
     if args.knn:
         bank = eval_loader(loader.PlainImages(train_images, plain))
-        result["knn"] = run_knn(args, source, encoder, bank, val, len(classes), device)
+        result["knn"] = run_knn(args, source, frozen, bank, val, len(classes), device)
         log.scalars("knn", 0, {name: result["knn"][name] for name in ("top1", "top5")})
     if args.evaluate:
-        classifier = load_classifier(source, len(classes)).to(device)
-        top1, top5, loss = validate(encoder, classifier, val, args, device)
-        result.update(top1=top1, top5=top5)
-        distributed.print_main(f" * Acc@1 {top1:.3f} Acc@5 {top5:.3f} loss {loss:.4f}")
-    elif args.epochs:
-        result.update(
-            train_probe(
-                args, encoder, info, before, train_images, val, len(classes), log, device, at_exit
-            )
+        heads = Heads([load_classifier(source, len(classes)).to(device)])
+        found = probe.head_accuracy(heads, with_features(val, frozen, args, device), device)[0]
+        result.update(top1=found["top1"], top5=found["top5"])
+        distributed.print_main(
+            f" * Acc@1 {found['top1']:.3f} Acc@5 {found['top5']:.3f} loss {found['loss']:.4f}"
         )
+    elif args.epochs:
+        if args.cached:
+            feed = cached_feed(args, frozen, info["feature_dim"], train_images, val_images, device)
+        else:
+            feed = functools.partial(
+                image_feed, args, frozen, train_images, val, eval_loader, device
+            )
+        run = Probe(args, device, frozen, info, len(classes), log, feed)
+        result.update(train_and_choose(run, train_images.targets, before))
     log.close()
     if distributed.is_main():
         write_json(args.save_dir / RESULT, result)
@@ -193,20 +323,27 @@ def _work(device: torch.device, args: argparse.Namespace, at_exit: contextlib.Ex
 
 def open_splits(
     args: argparse.Namespace,
-) -> tuple[loader.Images, loader.Images, list[str]]:
-    """Training and validation images with one numbering of the classes."""
+) -> tuple[Images, Images, list[str]]:
+    """Training and validation images with one numbering of the classes; of the training images
+    those whose labels are used, with the digest of their names in `args.labels_digest`."""
     per_class = args.images_per_class
-    train = loader.open_images(args.dataset, args.data, "train", per_class=per_class)
-    val = loader.open_images(
-        args.dataset, args.data, "val", per_class=per_class, classes=train.classes
-    )
+    train = open_images(args.dataset, args.data, "train", per_class=per_class)
+    val = open_images(args.dataset, args.data, "val", per_class=per_class, classes=train.classes)
+    args.labels_digest = None
+    if args.labels is not None:
+        if isinstance(args.labels, str):
+            chosen = labels.listed_labels(train, args.labels)
+        else:
+            chosen = labels.percent_of_labels(train, args.labels, args.labels_seed)
+        train = Subset(train, chosen)
+        args.labels_digest = labels.subset_digest(train)
     return train, val, train.classes
 
 
 def run_knn(
     args: argparse.Namespace,
     source: str,
-    backbone: nn.Module,
+    backbone: Frozen,
     bank: DataLoader,
     val: DataLoader,
     classes: int,
@@ -215,7 +352,8 @@ def run_knn(
     """Weighted k-NN from the backbone's features or from the projection head's output."""
     encoder = backbone
     if args.knn_layer == "projection":
-        encoder = checkpoint.load_encoder(source, head="projection")[0].to(device)
+        whole = checkpoint.load_encoder(source, head="projection")[0].to(device)
+        encoder = Frozen(whole, amp=args.amp, channels_last=device.type == "cuda")
     found = evaluate.knn_accuracy(
         encoder,
         bank,
@@ -235,137 +373,280 @@ def run_knn(
     return {**found, "temperature": args.knn_t, "layer": args.knn_layer}
 
 
-def train_probe(
-    args: argparse.Namespace,
-    encoder: nn.Module,
-    info: dict,
-    resumed: dict,
-    images: loader.Images,
-    val: DataLoader,
-    classes: int,
-    log: RunLog,
-    device: torch.device,
-    at_exit: contextlib.ExitStack,
+# ------------------------------------------------------------------------------------------------
+# Training
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Probe:
+    """What the stages of one evaluation, folds and the last one, have in common."""
+
+    args: argparse.Namespace
+    device: torch.device
+    frozen: Frozen
+    info: dict
+    classes: int
+    log: RunLog
+    feed: Callable[..., Feed]
+    steps_before: int = 0  # of the stages before this one
+
+
+def train_and_choose(run: Probe, targets: list[int], before: dict) -> dict:
+    """Train classifiers on the encoder, from `before` on if that is not empty; for lincls.json."""
+    args, encoder = run.args, run.frozen.encoder
+    originally = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    run.info["digest"] = before.get("pretrained_digest") or encoder_digest(encoder)
+    settings = [
+        Setting(lr, decay) for lr in as_list(args.lr) for decay in as_list(args.weight_decay)
+    ]
+    several = len(settings) > 1
+    result: dict = {"evaluation": "cached" if args.cached else "standard"}
+    if args.finetune:
+        result["evaluation"] = "finetune"
+    if args.folds:
+        result["folds"] = cross_validate(run, settings, targets, before)
+        chosen = result["folds"]["chosen"]
+        settings = [Setting(chosen["lr"], chosen["weight_decay"])]
+        if before.get("fold") is not None:
+            before = {}  # that was of a fold
+        before = {**before, "folds": [list(row) for row in zip(
+            *(one["top1"] for one in result["folds"]["settings"]), strict=True)]}  # fmt: skip
+    train_stage(run, settings, before)
+
+    if not args.finetune:
+        now = encoder.state_dict()
+        changed = [
+            name for name, tensor in originally.items() if not torch.equal(tensor, now[name])
+        ]
+        if changed:
+            raise guards.TrainingError(f"the frozen encoder has changed: {', '.join(changed[:5])}")
+    fate = "fine-tuned" if args.finetune else "unchanged"
+    fate = f"all {len(originally)} tensors of the encoder are {fate}"
+    protocol = {name: getattr(args, name) for name in PROTOCOL}
+    protocol |= {n: getattr(args, n) for n, usual in VARIANTS.items() if getattr(args, n) != usual}
+    best, last = probe.leading(settings, "best"), probe.leading(settings, "last")
+    result.update(best=best.best, last=last.last, protocol=protocol)
+    say = distributed.print_main
+    if args.folds:
+        say(f"validation top-1 {last.last['top1']:.2f} with {last}, evaluated once; {fate}")
+    elif not several:
+        say(f"best top-1 {best.best['top1']:.2f} (epoch {best.best['epoch']}), "
+            f"last {last.last['top1']:.2f}; {fate}")  # fmt: skip
+    else:
+        for name, one in (("best", best), ("last", last)):
+            result[name] = {**result[name], "lr": one.lr, "weight_decay": one.weight_decay}
+        result["heads"] = [asdict(one) for one in settings]
+        for one in settings:
+            fell = f"diverged in epoch {one.diverged}" if one.diverged is not None else ""
+            say(f"{str(one):>20}  " + (fell or f"best top-1 {one.best['top1']:6.2f} (epoch "
+                f"{one.best['epoch']}), last {one.last['top1']:6.2f}"))  # fmt: skip
+        say(f"best top-1 {best.best['top1']:.2f} with {best}, last {last.last['top1']:.2f} with "
+            f"{last}: chosen on validation, which flatters (--folds does not)")  # fmt: skip
+        say(fate)
+    return result
+
+
+def as_list(value: float | list[float]) -> list[float]:
+    return value if listed(value) else [value]
+
+
+def cross_validate(
+    run: Probe, settings: Sequence[Setting], targets: list[int], before: dict
 ) -> dict:
-    """Train a linear classifier on the frozen encoder, from `resumed` on if that is not empty;
-    returns best and last accuracy."""
-    batches = loader.EpochBatches(len(images), args.batch_size, seed=args.seed)
-    views = loader.AugmentedViews(
-        images, loader.lincls_transform(args.image_size), seed=args.seed, views=1
-    )
-    train = loader.train_loader(
-        views, batches, workers=args.workers, pin_memory=device.type == "cuda"
-    )
-    at_exit.callback(loader.end_workers, train)
-    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    """Accuracy of each setting on each fold of the training set that it was not trained on.
 
-    classifier = nn.Linear(info["feature_dim"], classes).to(device)
-    nn.init.normal_(classifier.weight, std=0.01)
-    nn.init.zeros_(classifier.bias)
-    optimizer = torch.optim.SGD(
-        classifier.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay
-    )
-    first_epoch, best, last = args.start_epoch, {"top1": -1.0}, {}
-    if resumed:
-        classifier.load_state_dict(load_classifier(args.resume, classes).state_dict())
-        optimizer.load_state_dict(resumed["optimizer"])
-        first_epoch, best, last = resumed["epoch"], resumed["best"], resumed["last"]
-        if first_epoch > args.epochs:
-            raise checkpoint.CheckpointError(
-                f"{args.resume} has {first_epoch} epochs done, more than --epochs {args.epochs}"
-            )
-        distributed.print_main(f"resuming {args.resume} after epoch {first_epoch - 1}")
-    model = distributed.data_parallel(classifier, device)
+    Returns:
+        {"count", "settings": for each its lr, weight_decay, top1 of each fold, mean and standard
+        deviation (None for all where it has diverged), "chosen": that of highest mean}.
+    """
+    args, say = run.args, distributed.print_main
+    parts = labels.stratified_folds(targets, args.folds, args.seed)
+    table: list[list[float | None]] = [list(row) for row in before.get("folds", [])]
+    for number, held_out in enumerate(parts):
+        outside = set(held_out)
+        rest = [index for index in range(len(targets)) if index not in outside]
+        if number >= len(table):
+            here = [Setting(one.lr, one.weight_decay) for one in settings]
+            going_on = before if before.get("fold") == number else {}
+            going_on = {**going_on, "folds": table}
+            train_stage(run, here, going_on, number, (rest, held_out))
+            table.append([one.last.get("top1") for one in here])
+            values = {str(s): top1 for s, top1 in zip(settings, table[-1], strict=True)}
+            accuracies = ", ".join(f"{v:.2f} ({s})" for s, v in values.items() if v is not None)
+            say(f"fold {number + 1} of {args.folds}, {len(held_out)} images held out: {accuracies}")
+        else:
+            run.steps_before += args.epochs * (len(rest) // args.batch_size)
+    summary = []
+    for one, column in zip(settings, zip(*table, strict=True), strict=True):
+        whole = None not in column
+        summary.append({
+            "lr": one.lr, "weight_decay": one.weight_decay, "top1": list(column),
+            "mean": statistics.fmean(column) if whole else None,
+            "std": statistics.stdev(column) if whole else None,
+        })  # fmt: skip
+    usable = [row for row in summary if row["mean"] is not None]
+    if not usable:
+        raise guards.TrainingError("each setting has diverged in some fold; give a lower --lr")
+    chosen = max(usable, key=lambda row: row["mean"])
+    for row in summary:
+        mean = "diverged" if row["mean"] is None else f"{row['mean']:.2f} +- {row['std']:.2f}"
+        say(f"{Setting(row['lr'], row['weight_decay'])!s:>20}  held-out top-1 {mean}"
+            + ("  <- chosen" if row is chosen else ""))  # fmt: skip
+    return {
+        "count": args.folds,
+        "settings": summary,
+        "chosen": {name: chosen[name] for name in ("lr", "weight_decay")},
+    }
 
-    steps = len(batches)
+
+def train_stage(
+    run: Probe,
+    settings: list[Setting],
+    before: dict,
+    number: int | None = None,
+    fold: tuple[list[int], list[int]] | None = None,
+) -> None:
+    """Train one classifier for each setting, together, and note in it what it has reached.
+
+    `before`: a checkpoint of this stage to go on from, if it has "epoch". `number`: of the fold;
+    None is the last stage, on all images. With --folds only the last epoch is evaluated.
+    """
+    with contextlib.ExitStack() as at_end:
+        _train_stage(run, run.feed(at_end, fold), settings, before, number)
+
+
+def _train_stage(
+    run: Probe, feed: Feed, settings: list[Setting], before: dict, number: int | None
+) -> None:
+    args, device, encoder = run.args, run.device, run.frozen.encoder
+    torch.manual_seed(args.seed)
+    heads = probe.new_heads(run.info["feature_dim"], run.classes, len(settings)).to(device)
+    optimizer = probe.sgd(heads, settings, args.momentum)
+    base_rates = [one.lr for one in settings]
+    if args.finetune:
+        optimizer.add_param_group(
+            {"params": encoder.parameters(), "weight_decay": args.weight_decay}
+        )
+        base_rates.append(args.lr_backbone)
+    first_epoch = restore(run, heads, optimizer, settings, before)
+    whole = probe.Network(encoder, heads, args.amp) if args.finetune else heads
+    model = distributed.data_parallel(whole, device)
+
+    steps = len(feed.batches)
     printer = StepPrinter(
         total=args.epochs * steps, batch_size=args.batch_size, done=first_epoch * steps
     )
-    means = Means()
+    writer = Writer(run, heads, optimizer, settings, number, before.get("folds", []))
+    extra = {} if number is None else {"fold": number}
+    where = "" if number is None else f"fold {number + 1} of {args.folds}, "
+    total, count = torch.zeros(len(settings), device=device), 0
     for epoch in range(first_epoch, args.epochs):
-        lr = learning_rate(
+        factor = learning_rate(
             epoch,
-            base=args.lr,
+            base=1.0,
             epochs=args.epochs,
             milestones=args.schedule,
             factor=args.schedule_factor,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batches.set_epoch(epoch)
-        for step, (view, target, _) in enumerate(printer.batches(train), start=1):
-            # The encoder stays in eval mode: its batch norm uses, and keeps, the running averages.
-            with torch.no_grad():
-                features = encoder(
-                    loader.normalize(view.to(device, non_blocking=True), args.mean, args.std)
-                )
-            loss = F.cross_entropy(model(features), target.to(device, non_blocking=True))
+        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = base * factor
+        for group, one in zip(optimizer.param_groups, settings, strict=False):
+            if one.diverged is not None:
+                group["lr"] = 0.0
+        feed.batches.set_epoch(epoch)
+        encoder.train(args.finetune)  # a frozen encoder uses, and keeps, its running averages
+        for step, batch in enumerate(printer.batches(feed.train), start=1):
+            inputs, target = feed.inputs(batch)
+            losses = probe.head_losses(model(inputs), target)
             optimizer.zero_grad()
-            loss.backward()
+            losses.sum().backward()
             optimizer.step()
             printer.advance()
-            means.add("loss", loss)
+            total, count = total + losses.detach(), count + 1
             if step % args.print_freq == 0 or step == steps:
-                values = {**means.take(), "lr": lr, **printer.rates()}
-                stop_if_not_finite(values["loss"], epoch, step, args, device)
-                log.scalars("lincls", epoch * steps + step, {"epoch": epoch, **values})
-                text = f"epoch [{epoch}/{args.epochs}] step [{step}/{steps}]  "
-                text += f"loss {values['loss']:.4f}  lr {lr:g}"
+                means = [value / count for value in total.tolist()]
+                total, count = torch.zeros_like(total), 0
+                end_diverged(means, heads, optimizer, settings, epoch, step, run)
+                values = {**probe.by_setting("loss", settings, means), "lr_factor": factor}
+                if len(settings) == 1:
+                    values = {"loss": means[0], "lr": base_rates[0] * factor}
+                values |= printer.rates()
+                run.log.scalars(
+                    "lincls",
+                    run.steps_before + epoch * steps + step,
+                    {"epoch": epoch, **extra, **values},
+                )
+                text = f"{where}epoch [{epoch}/{args.epochs}] step [{step}/{steps}]  loss "
+                text += " ".join(f"{mean:.4f}" for mean in means if math.isfinite(mean))
+                text += f"  lr {', '.join(f'{one.lr * factor:g}' for one in settings)}"
                 printer.line(f"{text}  {values['images_per_s']:.0f} images/s", short=text)
-        top1, top5, val_loss = validate(encoder, classifier, val, args, device)
-        last = {"top1": top1, "top5": top5, "epoch": epoch}
-        log.scalars("val", (epoch + 1) * steps, {**last, "loss": val_loss})
-        printer.line(f" * Acc@1 {top1:.3f} Acc@5 {top5:.3f} (epoch {epoch})", f"top-1 {top1:.2f}")
-        if top1 > best["top1"]:
-            best = last
+        ended = epoch + 1 == args.epochs
+        improved = False
+        if ended or not args.folds:
+            if args.finetune:  # rank 0's averages are the ones that are saved
+                distributed.broadcast_buffers(encoder)
+                encoder.eval()
+            found = probe.head_accuracy(heads, feed.held_out(), device)
+            improved = probe.note_accuracy(settings, found, epoch)
+            report_accuracy(run, settings, found, epoch, (epoch + 1) * steps, extra, printer, where)
         if distributed.is_main():
-            steps_done = (epoch + 1) * steps
-            save(args, encoder, classifier, optimizer, info, epoch, steps_done, best, last)
+            done = run.steps_before + (epoch + 1) * steps
+            writer.write(epoch + 1, done, improved and number is None, ended)
+    run.steps_before += args.epochs * steps
     printer.close()
 
-    changed = [name for name, t in encoder.state_dict().items() if not torch.equal(t, before[name])]
-    if changed:
-        raise guards.TrainingError(f"the frozen encoder has changed: {', '.join(changed[:5])}")
-    distributed.print_main(
-        f"best top-1 {best['top1']:.2f} (epoch {best['epoch']}), last {last['top1']:.2f}; "
-        f"all {len(before)} tensors of the encoder are unchanged"
-    )
-    return {"best": best, "last": last, "protocol": {n: getattr(args, n) for n in PROTOCOL}}
 
-
-def stop_if_not_finite(
-    loss: float, epoch: int, step: int, args: argparse.Namespace, device: torch.device
+def report_accuracy(
+    run: Probe,
+    settings: Sequence[Setting],
+    found: list[dict],
+    epoch: int,
+    step: int,
+    extra: dict,
+    printer: StepPrinter,
+    where: str,
 ) -> None:
-    """Stop all ranks together when the mean training loss of any is NaN or infinite."""
-    if distributed.any_rank(not math.isfinite(loss), device=device)[0]:
+    one = probe.leading(settings, "last")
+    values = {**one.last, "loss": found[settings.index(one)]["loss"]}
+    if len(settings) > 1:
+        top1 = [accuracy["top1"] for accuracy in found]
+        values |= {"lr": one.lr, "weight_decay": one.weight_decay}
+        values |= probe.by_setting("top1", settings, top1)
+    run.log.scalars("val" if not extra else "held_out", run.steps_before + step,
+                    {**values, **extra})  # fmt: skip
+    text = f" * {where}Acc@1 {one.last['top1']:.3f} Acc@5 {one.last['top5']:.3f} (epoch {epoch}"
+    text += f", the best of {len(settings)}: {one})" if len(settings) > 1 else ")"
+    printer.line(text, f"top-1 {one.last['top1']:.2f}")
+
+
+def end_diverged(
+    losses: Sequence[float],
+    heads: Heads,
+    optimizer: torch.optim.Optimizer,
+    settings: Sequence[Setting],
+    epoch: int,
+    step: int,
+    run: Probe,
+) -> None:
+    """End the classifiers whose mean training loss is NaN or infinite on any rank; with the last
+    one of them the run stops, on all ranks together."""
+    failed = distributed.any_rank(*(not math.isfinite(x) for x in losses), device=run.device)
+    for index, one in enumerate(settings):
+        if failed[index] and one.diverged is None:
+            one.diverged, one.last = epoch, {}
+            if len(settings) > 1:
+                probe.silence(heads.linear[index], optimizer)
+                optimizer.param_groups[index]["lr"] = 0.0
+                distributed.print_main(f"{one} has diverged in epoch {epoch}, step {step}")
+    if all(one.diverged is not None for one in settings):
+        rates = " and ".join(f"{one.lr:g}" for one in settings)
         raise guards.TrainingError(
             f"the loss is not finite in epoch {epoch}, step {step} (on rank "
-            f"{distributed.rank()}: {loss:g}); lower --lr {args.lr:g}, and see that --mean and "
-            "--std are those of pretraining"
+            f"{distributed.rank()}: {losses[0]:g}); lower --lr {rates}"
+            + (f" or --lr-backbone {run.args.lr_backbone:g}" if run.args.finetune else "")
+            + ", and see that --mean and --std are those of pretraining"
         )
-
-
-@torch.no_grad()
-def validate(
-    encoder: nn.Module,
-    classifier: nn.Linear,
-    val: DataLoader,
-    args: argparse.Namespace,
-    device: torch.device,
-) -> tuple[float, float, float]:
-    """Top-1, top-min(5, classes) in percent, mean loss; over ranks each image counts once."""
-    topk = (1, min(5, classifier.out_features))
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, images
-    for images, target in val:
-        target = target.to(device, non_blocking=True)
-        images = loader.normalize(images.to(device, non_blocking=True), args.mean, args.std)
-        logits = classifier(encoder(images))
-        ranked = logits.topk(topk[1], dim=1).indices
-        sums[:2] += evaluate.count_correct(ranked, target, topk)
-        sums[2] += F.cross_entropy(logits, target, reduction="sum")
-        sums[3] += len(target)
-    top1, top5, loss, count = distributed.sum_over_ranks(sums).tolist()
-    return 100 * top1 / count, 100 * top5 / count, loss / count
 
 
 def print_start(args: argparse.Namespace, info: dict, device: torch.device, result: dict) -> None:
@@ -377,12 +658,35 @@ def print_start(args: argparse.Namespace, info: dict, device: torch.device, resu
     say(f"   trained: {info['objective'] or 'unknown objective'}, epoch {info['epoch']}")
     say(f"      data: {result['train_images']} training and {result['val_images']} validation "
         f"images, {result['classes']} classes, {args.image_size} px")  # fmt: skip
-    say(f"    device: {device}, {args.processes} process(es), seed {args.seed}")
+    if args.labels is not None:
+        of = f"{args.labels:g} %" if not isinstance(args.labels, str) else args.labels
+        say(f"    labels: {of}: {result['train_images']} images, digest {args.labels_digest}"
+            + ("; the bank of k-NN is these" if args.knn else ""))  # fmt: skip
+    if args.epochs and not args.evaluate:
+        say(f"  protocol: {protocol_line(args)}")
+    say(f"    device: {device}, {args.processes} process(es), seed {args.seed}, amp {args.amp}")
     say(f"run folder: {args.save_dir}")
     scaled = 30.0 * args.batch_size / 256
-    if args.epochs and not args.evaluate and abs(args.lr - scaled) > 1e-6 * scaled:
+    plain = not (args.finetune or args.folds or listed(args.lr))
+    trains = args.epochs and not args.evaluate
+    if trains and plain and abs(args.lr - scaled) > 1e-6 * scaled:
         say(f"warning: lr {args.lr:g} with batch {args.batch_size} is not the published pair "
             f"(30 with 256); scaled to this batch it would be --lr {scaled:g}")  # fmt: skip
+
+
+def protocol_line(args: argparse.Namespace) -> str:
+    rates = ", ".join(f"{lr:g}" for lr in as_list(args.lr))
+    decays = ", ".join(f"{decay:g}" for decay in as_list(args.weight_decay))
+    schedule = f"x{args.schedule_factor:g} at {' '.join(map(str, args.schedule)) or 'no epoch'}"
+    if args.finetune:
+        what = f"fine-tuning, backbone lr {args.lr_backbone:g}, classifier lr {rates}"
+    elif args.cached:
+        views = f"{args.cached_views} random views" if args.cached_views else "centre crops"
+        what = f"linear on cached features of {views} (not the standard protocol), lr {rates}"
+    else:
+        what = f"linear, standard (random crops in every epoch), lr {rates}"
+    folds = f"; chosen by {args.folds} folds of the training set" if args.folds else ""
+    return f"{what}, wd {decays}, batch {args.batch_size}, {args.epochs} epochs, {schedule}{folds}"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -390,37 +694,95 @@ def print_start(args: argparse.Namespace, info: dict, device: torch.device, resu
 # ------------------------------------------------------------------------------------------------
 
 
-def save(
-    args: argparse.Namespace,
-    encoder: nn.Module,
-    classifier: nn.Linear,
+class Writer:
+    """Writes the whole network, encoder and one classifier, under torchvision's names: the latest,
+    and the best so far. An epoch on cached features can be short: those are written once a minute,
+    and at the end."""
+
+    def __init__(
+        self,
+        run: Probe,
+        heads: Heads,
+        optimizer: torch.optim.Optimizer,
+        settings: Sequence[Setting],
+        fold: int | None,
+        folds_done: list,
+    ) -> None:
+        self.run, self.heads, self.optimizer, self.settings = run, heads, optimizer, settings
+        self.of_folds = {"fold": fold, "folds": folds_done} if run.args.folds else {}
+        self.best: dict | None = None  # not yet written
+        self.written = time.monotonic()
+
+    def write(self, epochs: int, steps: int, improved: bool, ended: bool) -> None:
+        due = ended or not self.run.args.cached or time.monotonic() - self.written > 60
+        if improved:
+            self.best = self.content(epochs, steps, probe.leading(self.settings, "best"))
+            if not due:
+                self.best = checkpoint.to_host(self.best)
+        if due:
+            folder = self.run.args.save_dir
+            latest = self.content(epochs, steps, probe.leading(self.settings, "last"))
+            if self.best is not None:
+                checkpoint.write_checkpoint(folder / BEST, self.best)
+            checkpoint.write_checkpoint(folder / LATEST, latest)
+            self.best, self.written = None, time.monotonic()
+
+    def content(self, epochs: int, steps: int, chosen: Setting) -> dict:
+        args, info, encoder = self.run.args, self.run.info, self.run.frozen.encoder
+        classifier = self.heads.linear[self.settings.index(chosen)].state_dict()
+        name = encoders.head_name(encoder)
+        state = {**encoder.state_dict()}
+        state.update({f"{name}.{key}": tensor for key, tensor in classifier.items()})
+        kept = {name: info["args"][name] for name in ("objective",) if name in info["args"]}
+        several = {}
+        if len(self.settings) > 1:
+            several = {"heads": self.heads.state_dict(),
+                       "results": [asdict(one) for one in self.settings]}  # fmt: skip
+        best = probe.leading(self.settings, "best").best
+        return {
+            "version": checkpoint.FORMAT_VERSION,
+            "arch": info["arch"],
+            "epoch": epochs,
+            "best": best,
+            "last": chosen.last,
+            "best_acc1": best["top1"],  # upstream's name
+            "pretrained_epochs": info["epoch"],
+            "pretrained_digest": info["digest"],
+            "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "args": {**options.plain_values(args), **kept, "steps_done": steps},
+            **several,
+            **self.of_folds,
+        }
+
+
+def restore(
+    run: Probe,
+    heads: Heads,
     optimizer: torch.optim.Optimizer,
-    info: dict,
-    epoch: int,
-    steps_done: int,
-    best: dict,
-    last: dict,
-) -> None:
-    """Write the whole network, encoder and classifier, under torchvision's names."""
-    head = encoders.head_name(encoder)
-    state = {**encoder.state_dict()}
-    state.update({f"{head}.{name}": tensor for name, tensor in classifier.state_dict().items()})
-    kept = {name: info["args"][name] for name in ("objective",) if name in info["args"]}
-    content = {
-        "version": checkpoint.FORMAT_VERSION,
-        "arch": info["arch"],
-        "epoch": epoch + 1,
-        "best": best,
-        "last": last,
-        "best_acc1": best["top1"],  # upstream's name
-        "pretrained_epochs": info["epoch"],
-        "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
-        "optimizer": optimizer.state_dict(),
-        "args": {**options.plain_values(args), **kept, "steps_done": steps_done},
-    }
-    checkpoint.write_checkpoint(args.save_dir / LATEST, content)
-    if best is last:
-        checkpoint.write_checkpoint(args.save_dir / BEST, content)
+    settings: list[Setting],
+    before: dict,
+) -> int:
+    """Go on from `before`, a checkpoint of this stage, if it is one; returns the first epoch."""
+    args = run.args
+    if "epoch" not in before:
+        return args.start_epoch
+    classifier = load_classifier(args.resume, run.classes)
+    if len(settings) > 1:
+        heads.load_state_dict(before["heads"])
+        settings[:] = [Setting(**one) for one in before["results"]]
+    else:
+        heads.linear[0].load_state_dict(classifier.state_dict())
+        settings[0].best, settings[0].last = before["best"], before["last"]
+    if args.finetune:
+        run.frozen.encoder.load_state_dict(before["encoder"])
+    optimizer.load_state_dict(before["optimizer"])
+    if before["epoch"] > args.epochs:
+        raise checkpoint.CheckpointError(
+            f"{args.resume} has {before['epoch']} epochs done, more than --epochs {args.epochs}"
+        )
+    distributed.print_main(f"resuming {args.resume} after epoch {before['epoch'] - 1}")
+    return before["epoch"]
 
 
 def load_classifier(path: str, classes: int) -> nn.Linear:
@@ -435,8 +797,12 @@ def load_classifier(path: str, classes: int) -> nn.Linear:
     return classifier
 
 
+def encoder_digest(encoder: nn.Module) -> str:
+    return checkpoint.checksum(dict(encoder.state_dict()))
+
+
 def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
-    """The probe's checkpoint to go on from, which must be of this very encoder."""
+    """The checkpoint to go on from, which must be of this very encoder."""
     content = checkpoint.read_checkpoint(args.resume)
     for key in ("epoch", "optimizer"):
         if key not in content:
@@ -446,7 +812,12 @@ def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
             )
     other, _ = checkpoint.load_encoder(args.resume)
     mine, its = encoder.state_dict(), other.state_dict()
-    if mine.keys() != its.keys() or not all(torch.equal(mine[name], its[name]) for name in mine):
+    if args.finetune:  # its encoder has gone on from the one that was given
+        same = not args.pretrained or content.get("pretrained_digest") == encoder_digest(encoder)
+        content["encoder"] = its
+    else:
+        same = mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
+    if not same:
         raise checkpoint.CheckpointError(
             f"{args.resume} is a probe of another encoder than --pretrained {args.pretrained}; "
             "choose another --save-dir"
@@ -458,12 +829,13 @@ def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
 def refuse_changes(before: dict, args: argparse.Namespace) -> None:
     """A probe that goes on under other arguments would be no known protocol."""
     now = options.plain_values(args)
+    was = {**VARIANTS, **before["args"]}  # what a file does not name was as usual
     changes = [
-        f"{name}: {before['args'][name]!r} before, {now[name]!r} now"
-        for name in (*PROTOCOL, "images_per_class")
+        f"{name}: {was[name]!r} before, {now[name]!r} now"
+        for name in (*PROTOCOL, *VARIANTS)
         if name != "epochs"  # more of them go on as the whole would have
-        and name in before["args"]
-        and before["args"][name] != now[name]
+        and name in was
+        and was[name] != now[name]
     ]
     if changes:
         raise checkpoint.CheckpointError(

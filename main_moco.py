@@ -29,11 +29,13 @@ import torch
 from moco import checkpoint, distributed, encoders, guards, loader, monitor, options, step
 from moco import run as runs
 from moco.builder import MoCo, MoCoLosses
+from moco.images import names_digest, open_images
 from moco.log import Means, RunLog, StepPrinter, provenance, write_json
 from moco.online_knn import OnlineKnn
 from moco.profiling import StepProfile
 from moco.run import BackgroundWriter, Run
 from moco.schedule import learning_rate
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe
 
 # Exit status of a run that was asked to stop by SIGTERM or SIGUSR1 and has saved: "try again".
 EXIT_PREEMPTED = 75
@@ -93,9 +95,12 @@ def build_parser() -> argparse.ArgumentParser:
                        metavar=("MIN", "MAX"), help="share of the area (%(default)s)")
     views.add_argument("--no-blur", dest="blur", action="store_false",
                        help="leave the Gaussian blur out of --aug-plus")
-    views.add_argument("--mean", type=float, nargs=3, default=list(loader.IMAGENET_MEAN),
+    views.add_argument("--views", choices=("cpu", "device"), default="cpu",
+                       help="cpu: all by Pillow in loader processes; device: they decode and crop, "
+                       "the device does colour and blur (%(default)s)")
+    views.add_argument("--mean", type=float, nargs=3, default=list(IMAGENET_MEAN),
                        metavar=("R", "G", "B"))
-    views.add_argument("--std", type=float, nargs=3, default=list(loader.IMAGENET_STD),
+    views.add_argument("--std", type=float, nargs=3, default=list(IMAGENET_STD),
                        metavar=("R", "G", "B"))
 
     training = parser.add_argument_group("more of training")
@@ -397,21 +402,20 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     at_exit.enter_context(step.kernels(args.deterministic))
 
     # Data
-    images = loader.open_images(
-        args.dataset, args.data, "pretrain", per_class=args.images_per_class
-    )
-    args.images, args.images_digest = len(images), loader.names_digest(images)
+    images = open_images(args.dataset, args.data, "pretrain", per_class=args.images_per_class)
+    args.images, args.images_digest = len(images), names_digest(images)
     batches = loader.EpochBatches(len(images), args.batch_size, seed=args.seed)
-    transform = loader.pretrain_transform(
+    recipe = pretrain_recipe(
         args.image_size, aug_plus=args.aug_plus, crop_scale=args.crop_scale, blur=args.blur
     )
     views = loader.AugmentedViews(
-        images, transform, seed=args.seed, views=2, skip_bad=args.skip_bad_images
+        images, recipe, seed=args.seed, views=2,
+        skip_bad=args.skip_bad_images, unfinished=args.views == "device",
+    )  # fmt: skip
+    pairs = loader.TrainLoader(
+        views, batches, workers=args.workers, device=device, compile=args.compile
     )
-    pairs = loader.train_loader(
-        views, batches, workers=args.workers, pin_memory=device.type == "cuda"
-    )
-    at_exit.callback(loader.end_workers, pairs)
+    at_exit.callback(pairs.end)
     steps_per_epoch = batches.batches_per_epoch()
 
     # Model, optimizer
@@ -452,7 +456,6 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     distributed.barrier()
     print_start(args, moco, device, len(images), steps_per_epoch)
     log = RunLog(args.save_dir, first_step=run.step)
-    at_exit.callback(log.close)
     monitor.begin(log, args)
     if changes:
         log.event("changes", run.step, changes=changes)
@@ -496,7 +499,6 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
             if run.step == 0:
                 monitor.show_views(log, im_q, im_k)
             bad_images.note(replaced)
-            im_q, im_k = (im.to(device, non_blocking=True) for im in (im_q, im_k))
             optimizer.zero_grad()
             losses, loss = step.forward_and_backward(model, im_q, im_k, device, args, guard)
             guard.step(losses, loss, epoch)

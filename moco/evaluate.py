@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco import distributed
-from moco.loader import normalize
+from moco.views import normalize
 
 
 @torch.no_grad()

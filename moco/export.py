@@ -30,7 +30,7 @@ from moco.checkpoint import (
     write_safetensors,
 )
 from moco.encoders import CifarResNet, check_image_size, get_head, head_name
-from moco.loader import IMAGENET_MEAN, IMAGENET_STD
+from moco.views import IMAGENET_MEAN, IMAGENET_STD
 
 AUTHOR = "moco-align-uniform"
 
@@ -222,7 +222,7 @@ def timm_config(network: Network, licence: str | None = None) -> dict:
         "input_size": [3, size, size],
         "fixed_input_size": False,
         "interpolation": "bilinear",
-        "crop_pct": 1.0 if size <= 64 else 0.875,  # as loader.eval_transform
+        "crop_pct": 1.0 if size <= 64 else 0.875,  # as views.eval_transform
         "crop_mode": "center",
         "mean": mean,
         "std": std,

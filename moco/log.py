@@ -281,9 +281,13 @@ def provenance() -> dict[str, str]:
 def _git_revision() -> str:
     root = Path(__file__).resolve().parent.parent
 
+    # Without optional locks: a run that is killed here would leave the index locked for others.
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+            ["git", "--no-optional-locks", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
 
     try:

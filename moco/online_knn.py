@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 
 from moco import distributed, encoders, evaluate, loader
 from moco.guards import StopRequest
-from moco.loader import DataError
+from moco.images import DataError, Images, Subset, first_per_class, open_images, split_folder
 from moco.log import RunLog, StepPrinter, progress
 from moco.run import Run
+from moco.views import eval_transform
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
 
@@ -38,7 +39,7 @@ class OnlineKnn:
 
     def __init__(
         self,
-        images: loader.Images,
+        images: Images,
         args: argparse.Namespace,
         device: torch.device,
         total_steps: int,
@@ -124,11 +125,11 @@ class OnlineKnn:
         return False
 
     @contextlib.contextmanager
-    def _batches(self, images: loader.Images, stop: StopRequest) -> Iterator[Iterator]:
+    def _batches(self, images: Images, stop: StopRequest) -> Iterator[Iterator]:
         """This rank's share of the images, until it is asked to stop."""
         args = self.args
         batches = loader.eval_loader(
-            loader.PlainImages(images, loader.eval_transform(args.image_size)),
+            loader.PlainImages(images, eval_transform(args.image_size)),
             batch_size=args.batch_size // args.processes // args.accumulate,
             workers=args.workers,
             pin_memory=self.device.type == "cuda",
@@ -157,24 +158,20 @@ def _until(stop: StopRequest, batches: DataLoader) -> Iterator:
         yield batch
 
 
-def open_splits(
-    images: loader.Images, args: argparse.Namespace
-) -> tuple[loader.Images, loader.Images, int]:
+def open_splits(images: Images, args: argparse.Namespace) -> tuple[Images, Images, int]:
     """Bank and validation images, and the number of their classes.
 
     Raises:
         DataError: no labels, no validation images, or such of other classes.
     """
     if args.dataset == "folder":
-        loader.split_folder(Path(args.data), "train")  # else `images` may hold validation images
+        split_folder(Path(args.data), "train")  # else `images` may hold validation images
     per_class = args.images_per_class
     if images.targets is None:  # of STL-10 only some of the images have labels
-        images = loader.open_images(args.dataset, args.data, "train", per_class=per_class)
-    val = loader.open_images(
-        args.dataset, args.data, "val", per_class=per_class, classes=images.classes
-    )
+        images = open_images(args.dataset, args.data, "train", per_class=per_class)
+    val = open_images(args.dataset, args.data, "val", per_class=per_class, classes=images.classes)
     share = max(1, args.knn_bank // len(images.classes))
-    bank = loader.Subset(images, loader.first_per_class(images.targets, share))
+    bank = Subset(images, first_per_class(images.targets, share))
     return bank, val, len(images.classes)
 
 

@@ -20,7 +20,7 @@ from moco import distributed
 from moco.checkpoint import CheckpointError, run_checkpoints
 from moco.encoders import arch_names
 from moco.guards import TrainingError
-from moco.loader import DATASETS, DataError, image_paths, split_folder
+from moco.images import DATASETS, DataError, image_paths, split_folder
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
 _LIST_FLAGS = ("--gpus", "--schedule")
@@ -82,6 +82,19 @@ def numbers(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"expected whole numbers, got {text!r}") from None
 
 
+def rates(text: str) -> float | list[float]:
+    """argparse type of one number, or of several with commas: "30" or "1,3,10,30"."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected a number, or several as 1,3,10, got {text!r}"
+        ) from None
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"a number is there twice in {text!r}")
+    return values if len(values) > 1 else values[0]
+
+
 def add_shared_options(
     parser: argparse.ArgumentParser,
     *,
@@ -89,8 +102,14 @@ def add_shared_options(
     weight_decay: float,
     epochs: int,
     schedule: list[int],
+    rate: Callable[[str], float | list[float]] = float,
 ) -> None:
-    """Flags of both mains; the defaults that differ are arguments."""
+    """Flags of both mains; what differs is an argument.
+
+    Args:
+        lr, weight_decay, epochs, schedule: defaults.
+        rate: argparse type of --lr and --wd; `rates` where several are trained together.
+    """
     # fmt: off
     data = parser.add_argument_group("data")
     data.add_argument("data", type=non_empty, metavar="DIR", help="folder with train/ and val/")
@@ -116,7 +135,7 @@ def add_shared_options(
                           help="0-based, for restarts without --resume")
     training.add_argument("-b", "--batch-size", type=int, default=256, metavar="N",
                           help="over all GPUs of all nodes (%(default)s)")
-    training.add_argument("--lr", "--learning-rate", type=float, default=lr, metavar="LR",
+    training.add_argument("--lr", "--learning-rate", type=rate, default=lr, metavar="LR",
                           help="initial learning rate (%(default)s)")
     training.add_argument("--schedule", type=numbers, default=schedule, metavar="EPOCH ...",
                           help="epochs at which the learning rate drops (%(default)s)")
@@ -124,7 +143,7 @@ def add_shared_options(
                           help="what it is multiplied by there (%(default)s)")
     training.add_argument("--momentum", type=float, default=0.9, metavar="M",
                           help="of SGD (%(default)s)")
-    training.add_argument("--wd", "--weight-decay", dest="weight_decay", type=float,
+    training.add_argument("--wd", "--weight-decay", dest="weight_decay", type=rate,
                           default=weight_decay, metavar="W", help="%(default)s")
     training.add_argument("--seed", type=int, help="default: one is drawn, printed and saved")
 
@@ -235,11 +254,12 @@ def _check_numbers(args: argparse.Namespace) -> None:
             f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} (0-based)"
         )
     for name in ("lr", "schedule_factor", "weight_decay", "momentum"):
-        value = getattr(args, name)
-        if not 0 <= value < float("inf"):
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be a number of at least 0, got {value}"
-            )
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if not 0 <= value < float("inf"):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be a number of at least 0, got {value}"
+                )
     if args.batch_size % args.processes:
         raise ValueError(
             f"--batch-size {args.batch_size} is over all processes and must be a multiple of "

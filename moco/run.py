@@ -29,11 +29,11 @@ _SCIENCE = (
     "arch", "small_stem", "moco_dim", "moco_k", "moco_m", "mlp", "objective", "batch_size", "lr",
     "epochs", "cos", "schedule", "schedule_factor", "warmup_epochs", "momentum", "weight_decay",
     "amp", "dataset", "images", "images_digest", "images_per_class", "image_size", "aug_plus",
-    "crop_scale", "blur", "mean", "std", "bn_group_size", "seed", "accumulate", "symmetric",
-    "init_from",
+    "crop_scale", "blur", "views", "mean", "std", "bn_group_size", "seed", "accumulate",
+    "symmetric", "init_from",
 )  # fmt: skip
 # What checkpoints from before these arguments existed were trained with.
-_BEFORE = {"accumulate": 1, "symmetric": False, "init_from": None}
+_BEFORE = {"accumulate": 1, "symmetric": False, "init_from": None, "views": "cpu"}
 
 # Arguments that decide how it is computed: sums run in another order, what is learned is the same.
 _ROUNDING = {"channels_last": False, "compile": False, "deterministic": False}

@@ -17,6 +17,7 @@ import argparse
 import csv
 import html
 import itertools
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -40,14 +41,10 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float | None], int], ...] = (
     ("linear best", lambda run: run.linear("best"), 2),
     ("alignment", lambda run: run.measured("alignment"), 3),
     ("uniformity", lambda run: run.measured("uniformity"), 3),
-    ("hours", lambda run: (run.seconds() or 0) / 3600 or None, 3),
+    ("hours", Run.hours, 3),
     ("images/s", Run.images_per_s, 0),
 )
 TESTED = COLUMNS[:5]
-
-# What a probe's accuracy depends on, beside the encoder.
-_PROTOCOL = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight_decay",
-             "momentum", "image_size")  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,23 +114,31 @@ class Comparison:
         names = list(dict.fromkeys(name for group in self.groups for name in group.recipe))
         return [name for name in names if len({g.recipe.get(name) for g in self.groups}) > 1]
 
-    def probe_differences(self) -> list[str]:
-        """Settings of linear evaluation and k-NN that are not the same everywhere, with values."""
+    def evaluation_differences(self) -> list[str]:
+        """In what the evaluations of the runs are not alike."""
         found = []
-        for title, part, names in (
-            ("linear evaluation", "protocol", _PROTOCOL),
-            ("k-NN", "knn", ("k", "temperature", "layer", "images")),
-        ):
-            settings = [probe[part] for run in self.runs() for probe in run.final_probes()
-                        if isinstance(probe.get(part), dict)]  # fmt: skip
-            for name in names:
+        for title, part in (("linear evaluation", "protocol"), ("k-NN", "knn")):
+            settings = [
+                probe[part]
+                for run in self.runs()
+                for probe in run.final_probes()
+                if isinstance(probe.get(part), dict)
+            ]
+            names = dict.fromkeys(name for setting in settings for name in setting)
+            for name in (name for name in names if name not in ("seed", "top1", "top5")):
                 values = list(dict.fromkeys(str(setting.get(name)) for setting in settings))
                 if len(values) > 1:
                     found.append(f"{title}: {name} is {' or '.join(values)}")
-        online = [run for run in self.runs() if run.knn() is not None
-                  and not any("knn" in probe for probe in run.final_probes())]  # fmt: skip
-        if online and len(online) < len(self.runs()):
-            found.append(f"k-NN: that of {len(online)} run(s) was computed while training")
+        for title, has, evaluated in (
+            ("k-NN", lambda run: run.knn() is not None,
+             lambda run: any("knn" in probe for probe in run.final_probes())),
+            ("alignment and uniformity", lambda run: run.measured("uniformity") is not None,
+             lambda run: any(measure["epoch"] == run.epochs for measure in run.measures)),
+        ):  # fmt: skip
+            known = [run for run in self.runs() if has(run)]
+            live = [run for run in known if not evaluated(run)]
+            if live and len(live) < len(known):
+                found.append(f"{title}: logged while training for {len(live)} of {len(known)} runs")
         return found
 
     def runs(self) -> list[Run]:
@@ -352,7 +357,7 @@ NOTE_PUBLISHED = (
 
 def markdown(comparison: Comparison) -> str:
     parts = ["## Runs", markdown_table(result_rows(comparison)), NOTE_RESULTS]
-    parts += [f"⚠ {text}" for text in comparison.probe_differences()]
+    parts += [f"⚠ {text}" for text in comparison.evaluation_differences()]
     tests = test_rows(comparison)
     if tests:
         parts += ["## Paired differences", markdown_table(tests), NOTE_TESTS]
@@ -383,11 +388,11 @@ def _markdown_cell(text: str) -> str:
 _STYLE = """
 :root { color-scheme: light dark; --line: #8885; --soft: #8882; --warn: #b34700; }
 @media (prefers-color-scheme: dark) { :root { --warn: #ffb066; } }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1180px; padding: 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1320px; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.87rem; }
-th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left;
+table { border-collapse: collapse; font-size: 0.84rem; }
+th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.45rem; text-align: left;
   vertical-align: top; font-variant-numeric: tabular-nums; }
 th { background: var(--soft); white-space: nowrap; }
 td.number { text-align: right; white-space: nowrap; }
@@ -411,7 +416,10 @@ def report(comparison: Comparison) -> str:
     parts = [
         f"<h1>{len(comparison.groups)} objectives or recipes, {runs} runs</h1>",
         _section("Results", result_rows(comparison), NOTE_RESULTS),
-        *(f'<p class="warn">⚠ {html.escape(text)}</p>' for text in comparison.probe_differences()),
+        *(
+            f'<p class="warn">⚠ {html.escape(text)}</p>'
+            for text in comparison.evaluation_differences()
+        ),
     ]
     tests = test_rows(comparison)
     if tests:
@@ -451,11 +459,7 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(text: str) -> bool:
-    try:
-        float(text.split(" ")[0].replace("−", "-"))
-    except ValueError:
-        return text == "–"
-    return "," not in text
+    return bool(re.fullmatch(r"–|[-+]?\d[\d.e-]*( ± [\d.]+)?( \(of \d+\))?", text))
 
 
 def _scatter_part(comparison: Comparison) -> str:
@@ -482,7 +486,7 @@ def _curves_part(comparison: Comparison) -> str:
         legend.append(
             f'<svg class="key" viewBox="0 0 36 10"><path d="M0 5H36" stroke="{style["color"]}" '
             f'stroke-width="3" stroke-dasharray="{_DASH_ARRAYS[style["linestyle"]]}"/></svg>'
-            f"{i + 1}: {html.escape(group.name)}"
+            f"{i + 1}: {html.escape('; '.join([group.name, *flags(group, comparison.groups[0])]))}"
         )
         for run in group.runs:
             for name, (xs, ys) in run.scalars().items():

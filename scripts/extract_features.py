@@ -37,7 +37,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import checkpoint, distributed, encoders, export, loader, options  # noqa: E402
 from moco.checkpoint import CheckpointError  # noqa: E402
+from moco.images import DATASETS, FolderImages, Images, Subset, open_images, split_folder  # noqa: E402
 from moco.log import progress  # noqa: E402
+from moco.views import eval_transform, normalize  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -46,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", type=options.non_empty, metavar="CHECKPOINT")
     parser.add_argument("data", type=options.non_empty, metavar="DIR")
     parser.add_argument("out", type=options.non_empty, metavar="OUT", help=".npz or .safetensors")
-    parser.add_argument("--dataset", choices=loader.DATASETS, default="folder",
+    parser.add_argument("--dataset", choices=DATASETS, default="folder",
                         help="folder of images, or one that torchvision has put into DIR")
     parser.add_argument("--split", choices=("train", "val"),
                         help="default: val where there is one, else all of DIR")
@@ -94,7 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with options.one_line_errors():
-        images, split = open_images(args)
+        images, split = chosen_images(args)
         features, labels, about = extract(args, images)
         about["split"] = split
         WRITERS[args.out.suffix](
@@ -108,16 +110,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def open_images(args: argparse.Namespace) -> tuple[loader.Images, str]:
+def chosen_images(args: argparse.Namespace) -> tuple[Images, str]:
     """The images of the split, and its name: "train", "val" or "all"."""
     root, per_class = Path(args.data), args.images_per_class
     if args.dataset != "folder":
         split = args.split or "val"
-        return loader.open_images(args.dataset, root, split, per_class=per_class), split
+        return open_images(args.dataset, root, split, per_class=per_class), split
     split = args.split or next((s for s in ("val", "train") if (root / s).is_dir()), "all")
-    folder = root if split == "all" else loader.split_folder(root, split)
+    folder = root if split == "all" else split_folder(root, split)
     # "pretrain": as a folder of images, whatever lies in it.
-    open_folder = functools.partial(loader.open_images, "folder", split="pretrain")
+    open_folder = functools.partial(open_images, "folder", split="pretrain")
     images = open_folder(folder, per_class=per_class)
     if split == "val" and images.classes and (root / "train").is_dir():
         # Labels are those of training, also where val/ lacks a class.
@@ -129,7 +131,7 @@ def open_images(args: argparse.Namespace) -> tuple[loader.Images, str]:
 
 
 @torch.no_grad()
-def extract(args: argparse.Namespace, images: loader.Images) -> tuple[Tensor, Tensor, dict]:
+def extract(args: argparse.Namespace, images: Images) -> tuple[Tensor, Tensor, dict]:
     """Features (N, C) float32 and labels (N,) int64 in the order of the images, and what they are.
 
     Raises:
@@ -145,14 +147,14 @@ def extract(args: argparse.Namespace, images: loader.Images) -> tuple[Tensor, Te
         raise CheckpointError(f"{args.checkpoint}: {error}; give --image-size") from None
     encoder.to(args.device)
     batches = loader.eval_loader(
-        loader.PlainImages(images, loader.eval_transform(size)),
+        loader.PlainImages(images, eval_transform(size)),
         batch_size=args.batch_size,
         workers=args.workers,
         pin_memory=args.device.type == "cuda",
     )
     features, labels, done = torch.zeros(0), [], 0
     for pixels, targets in progress(batches, "features"):
-        batch = loader.normalize(pixels.to(args.device, non_blocking=True), mean, std)
+        batch = normalize(pixels.to(args.device, non_blocking=True), mean, std)
         out = encoder(batch).float()
         if args.normalize:
             out = F.normalize(out, dim=1)
@@ -170,13 +172,13 @@ def extract(args: argparse.Namespace, images: loader.Images) -> tuple[Tensor, Te
     return features, torch.cat(labels), about
 
 
-def image_names(images: loader.Images, data: str) -> list[str]:
+def image_names(images: Images, data: str) -> list[str]:
     """Paths relative to the data folder; positions for images that are no files."""
     indices: Sequence[int] = range(len(images))
-    while isinstance(images, loader.Subset):
+    while isinstance(images, Subset):
         indices = [images.indices[i] for i in indices]
         images = images.images
-    if isinstance(images, loader.FolderImages):
+    if isinstance(images, FolderImages):
         return [os.path.relpath(images.paths[i], data) for i in indices]
     return [str(i) for i in indices]
 

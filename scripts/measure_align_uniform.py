@@ -41,8 +41,17 @@ from align_uniform.metrics import (  # noqa: E402
 )
 from moco import checkpoint, distributed, encoders, evaluate, loader, options  # noqa: E402
 from moco.checkpoint import CheckpointError  # noqa: E402
-from moco.loader import DataError  # noqa: E402
+from moco.images import (  # noqa: E402
+    DATASETS,
+    DataError,
+    FolderImages,
+    Images,
+    Subset,
+    first_per_class,
+    open_images,
+)
 from moco.log import progress, write_json  # noqa: E402
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize, pretrain_recipe  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -54,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--timm", metavar="NAME", help="CHECKPOINT has weights of this timm model")
     parser.add_argument("--features", type=Path, metavar="FILE", help="measure these instead")
     parser.add_argument("--bank", type=Path, metavar="FILE", help="with --features: for k-NN")
-    parser.add_argument("--dataset", choices=loader.DATASETS, default="folder")
+    parser.add_argument("--dataset", choices=DATASETS, default="folder")
     parser.add_argument(
         "--images-per-class", type=count, metavar="N", help="the first N of each class"
     )
@@ -137,9 +146,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"no such folder for --out: {args.out.parent}")
     if args.mean or args.std:
         try:
-            options.check_image_statistics(
-                args.mean or loader.IMAGENET_MEAN, args.std or loader.IMAGENET_STD
-            )
+            options.check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
         except ValueError as error:
             parser.error(str(error))
 
@@ -172,7 +179,7 @@ class Network:
 
         hook = self.head.register_forward_pre_hook(keep_input) if self.head else None
         try:
-            out = self.module(loader.normalize(images.to(device), self.mean, self.std))
+            out = self.module(normalize(images.to(device), self.mean, self.std))
         finally:
             if hook:
                 hook.remove()
@@ -207,8 +214,8 @@ def load_checkpoint(args: argparse.Namespace) -> Network:
         module=module,
         head=head,
         image_size=trained.get("image_size", 224),
-        mean=trained.get("mean", loader.IMAGENET_MEAN),
-        std=trained.get("std", loader.IMAGENET_STD),
+        mean=trained.get("mean", IMAGENET_MEAN),
+        std=trained.get("std", IMAGENET_STD),
         trained=trained,
         facts={name: info[name] for name in ("arch", "epoch", "objective")},
         notes=notes,
@@ -284,38 +291,38 @@ def _few(names: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------------------------
 
 
-def held_out(args: argparse.Namespace) -> loader.Images:
+def held_out(args: argparse.Namespace) -> Images:
     """DIR/val, or all of DIR where there is no such folder; labels are not needed."""
     root = Path(args.data)
     if args.dataset != "folder":
-        return loader.open_images(args.dataset, root, "val")
-    return loader.FolderImages(root / "val" if (root / "val").is_dir() else root)
+        return open_images(args.dataset, root, "val")
+    return FolderImages(root / "val" if (root / "val").is_dir() else root)
 
 
-def knn_images(args: argparse.Namespace) -> tuple[loader.Images, loader.Images]:
+def knn_images(args: argparse.Namespace) -> tuple[Images, Images]:
     """Bank and queries, of the same classes."""
     root = Path(args.data)
-    bank = loader.open_images(args.dataset, root, "train")
-    return bank, loader.open_images(args.dataset, root, "val", classes=bank.classes)
+    bank = open_images(args.dataset, root, "train")
+    return bank, open_images(args.dataset, root, "val", classes=bank.classes)
 
 
-def limited(images: loader.Images, args: argparse.Namespace) -> loader.Images:
+def limited(images: Images, args: argparse.Namespace) -> Images:
     if args.images_per_class is not None:
         if images.targets is None:
             raise DataError(f"--images-per-class needs labels, and {args.data} has none")
-        kept = loader.first_per_class(images.targets, args.images_per_class)
-        images = loader.Subset(images, kept)
+        kept = first_per_class(images.targets, args.images_per_class)
+        images = Subset(images, kept)
     if len(images) > args.most_images:
         spread = [i * len(images) // args.most_images for i in range(args.most_images)]
-        images = loader.Subset(images, spread)
+        images = Subset(images, spread)
     return images
 
 
 def extract_pairs(
-    network: Network, images: loader.Images, args: argparse.Namespace, device: torch.device
+    network: Network, images: Images, args: argparse.Namespace, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Unit rows of two views of each image, by layer."""
-    transform = loader.pretrain_transform(
+    transform = pretrain_recipe(
         network.image_size,
         aug_plus=network.trained.get("aug_plus", True),
         crop_scale=network.trained.get("crop_scale", (0.2, 1.0)),
@@ -337,13 +344,13 @@ def extract_pairs(
 
 def extract_plain(
     network: Network,
-    images: loader.Images,
+    images: Images,
     args: argparse.Namespace,
     device: torch.device,
     what: str,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Unit rows of the centre crops, by layer, and their labels."""
-    dataset = loader.PlainImages(images, loader.eval_transform(network.image_size))
+    dataset = loader.PlainImages(images, eval_transform(network.image_size))
     batches = torch.utils.data.DataLoader(
         dataset, batch_size=args.batch_size, num_workers=args.workers
     )

@@ -83,19 +83,26 @@ class Run:
                 ys.append(float(value))
         return found
 
-    def seconds(self) -> float | None:
-        """Training time: between the lines of the log, without the time that a run lay still."""
-        total, before = 0.0, 0
+    def _pace(self) -> tuple[float, float]:
+        """Images and seconds between the lines of the log, without the time a run lay still."""
+        images, seconds, before = 0.0, 0.0, None
         for line in self.log:
             rate = number(line.get("images_per_s"))
-            if line["kind"] == "train" and rate:
-                total += (line["step"] - before) * self.args["batch_size"] / rate
+            if line["kind"] == "train" and rate and rate > 0:
+                if before is None:  # a run that went on from another's checkpoint starts later
+                    before = max(0, line["step"] - int(number(self.args.get("print_freq")) or 1))
+                images += (line["step"] - before) * self.args["batch_size"]
+                seconds += (line["step"] - before) * self.args["batch_size"] / rate
                 before = line["step"]
-        return total or None
+        return images, seconds
+
+    def hours(self) -> float | None:
+        """Of training."""
+        return self._pace()[1] / 3600 or None
 
     def images_per_s(self) -> float | None:
-        seconds = self.seconds()
-        return self.steps * self.args["batch_size"] / seconds if seconds else None
+        images, seconds = self._pace()
+        return images / seconds if seconds else None
 
     def final_probes(self) -> list[dict]:
         return [probe for probe in self.probes if probe["epoch"] == self.epochs]
@@ -104,12 +111,15 @@ class Run:
         """k-NN top-1 (%) of the encoder of an epoch, the last if None: as main_lincls.py found,
         else as was logged while training."""
         wanted = self.epochs if epoch is None else epoch
-        step = self.steps if epoch is None else epoch * self.steps_per_epoch
         found = [number(p["knn"].get("top1")) for p in self.probes
                  if p["epoch"] == wanted and isinstance(p.get("knn"), dict)]  # fmt: skip
         if not any(value is not None for value in found):
-            found = [number(line.get("top1")) for line in self.log if line["kind"] == "knn"
-                     and line["step"] == step]  # fmt: skip
+            step = self.steps if wanted == self.epochs else wanted * self.steps_per_epoch
+            found = [
+                number(line.get("top1"))
+                for line in self.log
+                if line["kind"] == "knn" and line["step"] == step
+            ]
         return mean(found)
 
     def linear(self, which: str, epoch: int | None = None) -> float | None:
@@ -174,7 +184,10 @@ def number(value: object) -> float | None:
     """A finite number as such, anything else as None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # of a whole number that no float can hold
+        return None
 
 
 def mean(values: Iterable[float | None]) -> float | None:
@@ -183,6 +196,8 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
 
 
@@ -343,6 +358,7 @@ def _read_log(path: Path) -> list[dict]:
             not isinstance(line, dict)
             or not isinstance(line.get("kind"), str)
             or not isinstance(line.get("step"), int)
+            or not 0 <= line["step"] < 2**53
         ):
             raise _Unusable(
                 f"was written by another version: log.jsonl, line {i} has no kind and step"
@@ -356,11 +372,19 @@ def _read_probe(folder: Path) -> dict:
     if not (folder / LINCLS_RESULT).exists():
         raise _Unusable(f"is an unfinished linear evaluation: it has no {LINCLS_RESULT}")
     content = _read_json(folder / LINCLS_RESULT)
-    if not isinstance(content.get("checkpoint"), str) or "arch" not in content:
+    if not _names_checkpoint(content) or "arch" not in content:
         raise _Unusable(f"{LINCLS_RESULT} names no checkpoint: it is of another version")
+    if content.get("evaluation") == "finetune" or "labels" in content:
+        kind = "fine-tuning" if "evaluation" in content else "training with part of the labels"
+        raise _Unusable(f"is {kind}: compared are linear evaluations with all labels")
     if not any(isinstance(content.get(name), dict) for name in ("knn", "last", "best")):
         raise _Unusable("evaluates a saved classifier (-e): it adds nothing to its probe's folder")
     return {**content, "path": folder}
+
+
+def _names_checkpoint(content: dict) -> bool:
+    path = content.get("checkpoint")
+    return isinstance(path, str) and bool(path) and "\0" not in path
 
 
 def _read_measure(path: Path) -> dict | None:
@@ -371,7 +395,7 @@ def _read_measure(path: Path) -> dict | None:
         content = _read_json(path)
     except (_Unusable, OSError):
         return None
-    if not isinstance(content.get("checkpoint"), str):
+    if not _names_checkpoint(content):
         return None
     layers = content.get("layers")
     found = {"checkpoint": content["checkpoint"], "path": path}

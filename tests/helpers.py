@@ -87,6 +87,13 @@ def write_images(
     return paths
 
 
+def noise_image(size: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
+    """A smooth random picture, width x height: noise of a few pixels, blown up."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
 # ---- The mains: data, command lines, what they leave behind ---------------------------------
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,9 @@ import torch
 from PIL import Image, ImageFile
 
 import main_moco
-from moco import checkpoint, loader
-from moco.loader import DataError, load_rgb
+from moco import checkpoint, images, loader
+from moco.images import DataError, load_rgb, open_images
+from moco.views import pretrain_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -185,7 +186,7 @@ def test_too_many_pixels_are_refused_whatever_pillow_was_told(
 ) -> None:
     picture(size=(100, 100)).save(path := tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr(loader, "MAX_PIXELS", 9_999)
+    monkeypatch.setattr(images, "MAX_PIXELS", 9_999)
     with pytest.raises(DataError, match="100 x 100 pixels, the most is 9999"):
         load_rgb(path)
 
@@ -196,7 +197,7 @@ def test_large_images_are_read_without_a_warning(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         picture(size=(40, 40)).save(tmp_path / name)
     code = (
-        "import sys; from PIL import Image; from moco.loader import load_rgb; "
+        "import sys; from PIL import Image; from moco.images import load_rgb; "
         "Image.MAX_IMAGE_PIXELS = 1000; [load_rgb(path) for path in sys.argv[1:]]"
     )
     done = subprocess.run(
@@ -225,8 +226,8 @@ def dataset(folder: Path, bad: tuple[int, ...] = ()) -> Path:
 
 
 def views(folder: Path, **options) -> loader.AugmentedViews:
-    images = loader.open_images("folder", folder, "pretrain")
-    return loader.AugmentedViews(images, loader.pretrain_transform(16), seed=3, views=2, **options)
+    images = open_images("folder", folder, "pretrain")
+    return loader.AugmentedViews(images, pretrain_recipe(16), seed=3, views=2, **options)
 
 
 def test_default_is_to_stop_with_path_and_reason(tmp_path: Path) -> None:
@@ -237,6 +238,7 @@ def test_default_is_to_stop_with_path_and_reason(tmp_path: Path) -> None:
 def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path: Path) -> None:
     whole = views(dataset(tmp_path / "whole"))
     holed = views(dataset(tmp_path / "holed", BAD), skip_bad=True)
+    holed_crops = views(tmp_path / "holed", skip_bad=True, unfinished=True)
     for index, used, lost in ((4, 4, ()), (5, 7, (5, 6)), (6, 7, (6,)), (17, 18, (17,)),
                               (23, 0, (23,))):  # fmt: skip
         view_1, view_2, target, replaced = holed[0, index]
@@ -244,6 +246,8 @@ def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path: Path) -> None:
         assert [line.split(": ")[0][-6:] for line in replaced.splitlines()] == [
             f"{i:02d}.png" for i in lost
         ]
+        crop_1, _, crop_target, crop_replaced, _ = holed_crops[0, index]
+        assert (crop_target, crop_replaced) == (target, replaced) and crop_1.shape == view_1.shape
         if used == index:
             assert torch.equal(view_1, whole[0, index][0])
         else:  # the image of `used`, augmented as sample `index`
@@ -295,16 +299,19 @@ def test_run_stops_at_a_bad_image(workers: str, tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.slow
-def test_run_that_skips_is_the_run_with_the_next_images_in_their_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["cpu", "device"])
+def test_run_that_skips_is_the_run_with_the_next_images_in_their_place(
+    where: str, tmp_path: Path
+) -> None:
     holed = dataset(tmp_path / "holed", BAD)
     filled = dataset(tmp_path / "filled")
-    paths = loader.open_images("folder", filled, "pretrain").paths
+    paths = open_images("folder", filled, "pretrain").paths
     for index, used in ((5, 7), (6, 7), (17, 18), (23, 0)):
         Path(paths[index]).write_bytes(Path(paths[used]).read_bytes())
-    expected = train(filled, tmp_path / "run", "-j", "0")
+    expected = train(filled, tmp_path / "run", "-j", "0", "--views", where)
     for workers in ("0", "2"):
         run = tmp_path / f"run{workers}"
-        weights = train(holed, run, "-j", workers, *SKIP)
+        weights = train(holed, run, "-j", workers, "--views", where, *SKIP)
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in expected), workers
         lines = (run / "bad_images.txt").read_text(encoding="utf-8").splitlines()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco.loader import DataError, load_rgb
+from moco.images import DataError, load_rgb
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_dataset.py"
 _spec = importlib.util.spec_from_file_location("check_dataset", SCRIPT)

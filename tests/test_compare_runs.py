@@ -31,7 +31,8 @@ def make_run(
     args = {
         "objective": objective, "seed": seed, "epochs": 5, "batch_size": 8, "images": 35,
         "processes": 1, "arch": "resnet8", "lr": 0.03, "max_steps": None, "schedule": [120, 160],
-        "save_dir": str(folder), "provenance": {"git": "abc", "torch": "2.15"}, **args,
+        "save_dir": str(folder), "print_freq": 2,
+        "provenance": {"git": "abc", "torch": "2.15"}, **args,
     }  # fmt: skip
     (folder / "args.json").write_text(json.dumps(args))
     lines = []
@@ -235,9 +236,16 @@ def test_values_logged_while_training_are_used_where_nothing_else_is(tmp_path, c
     assert column(rows, "k-NN top-1") == ["33.00"]
     assert column(rows, "alignment") == ["0.400"] and column(rows, "uniformity") == ["-2.500"]
     assert "knn top1" in page, "a curve"
+    other = make_run(tmp_path / "b", NCE)
+    make_measure(other, 0.5, -3.0)
+    make_probe(other, 60.0, knn=44.0)
+    _, screen, _ = compare(tmp_path, out=tmp_path / "r.html", capsys=capsys)
+    for title in ("k-NN", "alignment and uniformity"):
+        assert f"⚠ {title}: logged while training for 1 of 2 runs" in screen
+    shutil.rmtree(other)
     make_measure(run, 0.5, -3.0)
     make_probe(run, 60.0, knn=44.0)
-    rows, _, _ = compare(tmp_path, out=tmp_path / "r.html", capsys=capsys)
+    rows, _, _ = compare(run, f"{run}-lincls", out=tmp_path / "r.html", capsys=capsys)
     assert column(rows, "k-NN top-1") == ["44.00"] and column(rows, "alignment") == ["0.500"]
 
 
@@ -316,6 +324,15 @@ def test_short_names(tmp_path) -> None:
     assert short_names(runs) == ["x", "y"] and short_names(runs[:1]) == ["pretrain"]
 
 
+def test_time_of_a_run_that_went_on_from_another(tmp_path) -> None:
+    """Its log begins at step 12: 5 intervals of 1 s are its own."""
+    run = make_run(tmp_path / "a")
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(lines[10:]))
+    ((read,), _) = read_runs([run])
+    assert read.hours() == pytest.approx(5 / 3600) and read.images_per_s() == pytest.approx(16)
+
+
 def test_an_untrained_encoder_is_a_run_without_lines(tmp_path, capsys) -> None:
     run = make_run(tmp_path / "a", steps=0, max_steps=0)
     make_probe(run, 12.0, epoch=0)
@@ -370,6 +387,10 @@ SPOILED = {
     "deep args": (spoil_file("args.json", b"[" * 100_000), "args.json cannot be read"),
     "args a list": (spoil_file("args.json", b"[]"), "args.json holds a list"),
     "older args": (spoil_args(objective="drop"), "another version"),
+    "huge step": (
+        spoil_file("log.jsonl", b'{"kind": "train", "step": 1%s}\n' % (b"0" * 400)),
+        "another version",
+    ),
     "seed as text": (spoil_args(seed="0"), "no usable 'seed'"),
     "no batch": (spoil_args(batch_size=0), "below zero"),
     "newer checkpoint": (checkpoint_of({"version": 99}), "format version 99, expected 1"),
@@ -408,6 +429,12 @@ def test_what_is_left_out_is_on_the_screen_and_the_page(tmp_path, capsys) -> Non
         (b"nonsense", "lincls.json cannot be read"),
         (b'{"checkpoint": "/else/checkpoint_0004.pth.tar", "arch": "a", "knn": {}}', "in none of"),
         (b'{"checkpoint": "/else/m.tar", "arch": "a", "top1": 3}', "evaluates a saved classifier"),
+        (b'{"checkpoint": "a\\u0000b", "arch": "a", "knn": {}}', "names no checkpoint"),
+        (b'{"checkpoint": "x", "arch": "a", "evaluation": "finetune", "last": {}}', "fine-tuning"),
+        (
+            b'{"checkpoint": "x", "arch": "a", "labels": {"of": 1}, "last": {}}',
+            "part of the labels",
+        ),
     ],
 )
 def test_a_probe_that_cannot_be_used_is_listed(content, reason, tmp_path, capsys) -> None:
@@ -425,6 +452,7 @@ def test_values_that_are_no_numbers_are_missing(tmp_path, capsys) -> None:
     make_measure(run, "0.5", None)
     with open(run / "log.jsonl", "a") as log:
         log.write('{"kind": "train", "step": 20, "loss": NaN, "lr": true, "images_per_s": "x"}\n')
+        log.write('{"kind": "train", "step": 20, "loss": 1%s}\n' % ("0" * 400))
     rows, _, _ = compare(tmp_path, out=tmp_path / "r.html", capsys=capsys)
     for name in ("k-NN top-1", "linear last", "linear best", "alignment", "uniformity"):
         assert column(rows, name) == ["–"], name
@@ -479,6 +507,13 @@ def test_page_is_self_contained_and_harmless(two_objectives, tmp_path, capsys) -
 def test_the_same_runs_make_the_same_page(two_objectives, tmp_path, capsys) -> None:
     pages = [compare(two_objectives, out=tmp_path / f"{i}.html", capsys=capsys)[2] for i in "ab"]
     assert pages[0] == pages[1]
+
+
+def test_numbers_are_told_from_text_that_begins_with_one() -> None:
+    for text in ("43.65 ± 0.31", "-3.47", "+0.5 ± 0.1", "0.25", "1.82e-12", "–", "16 (of 2)"):
+        assert compare_runs._is_number(text), text
+    for text in (NCE, ALIGN, "0, 1, 2", "1 − 2", "", "ResNet-50", "67.5 as cited"):
+        assert not compare_runs._is_number(text), text
 
 
 def test_long_logs_make_short_curves() -> None:

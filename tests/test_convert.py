@@ -160,6 +160,7 @@ def test_features_survive_every_pair_of_formats(a, b, first, features, tmp_path)
         assert torch.equal(features_of(weights(made)), features)
 
 
+@pytest.mark.slow
 def test_resnet50_of_one_checkpoint_in_all_tools(folder, tmp_path, capsys):
     """Wide features, bottleneck blocks: each tool's own network computes what ours does."""
     source = tmp_path / "r50.pth.tar"
@@ -319,8 +320,8 @@ def test_huggingface_folder_is_one_that_timm_writes(classes, pretrained, classif
     for name, value in config["pretrained_cfg"].items():
         assert theirs["pretrained_cfg"][name] == value, name
     data = resolve_model_data_config(model)
-    assert data["mean"] == tuple(MEAN if not classes else (0.485, 0.456, 0.406))
-    assert data["input_size"] == ((3, 224, 224) if classes else (3, 64, 64))
+    assert list(data["mean"]) == ([0.485, 0.456, 0.406] if classes else MEAN)
+    assert list(data["input_size"]) == ([3, 224, 224] if classes else [3, 64, 64])
     assert data["interpolation"] == "bilinear"
 
 
@@ -370,9 +371,9 @@ def test_networks_that_others_lack_go_to_onnx_alone(tmp_path, capsys):
             status, message = refusal(convert, [f"{name}.pth.tar", "--to", to], capsys)
             assert status == 1 and what in message and "onnx" in message, message
     assert nothing_but(tmp_path, "small.pth.tar", "tiny.pth.tar")
-    run("small.pth.tar", "--to", "onnx")
-    found = onnx_features(Path("small.onnx"))
-    torch.testing.assert_close(found, features_of("small.pth.tar"), rtol=1e-4, atol=1e-4)
+    run("tiny.pth.tar", "--to", "onnx")
+    found = onnx_features(Path("tiny.onnx"))
+    torch.testing.assert_close(found, features_of("tiny.pth.tar"), rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -430,7 +431,7 @@ def test_nothing_is_left_of_a_file_that_is_no_checkpoint(to, tmp_path, capsys):
     assert status == 1 and "web page" in message and nothing_but(tmp_path, "in.pth")
 
 
-@pytest.mark.parametrize("to", FORMATS[:-1])
+@pytest.mark.parametrize("to", ["timm", "detectron2", "huggingface"])
 def test_nothing_is_left_when_the_disk_is_full(to, pretrained, tmp_path):
     """A limit on the size of files stands in for the disk: the write fails half-way."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22))"

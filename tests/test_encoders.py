@@ -14,6 +14,7 @@ from moco.encoders import (
     SplitBatchNorm2d,
     add_mlp_head,
     build_encoder,
+    build_head,
     check_image_size,
     feature_dim,
     get_head,
@@ -85,6 +86,38 @@ def test_mlp_head_is_linear_relu_linear():
     x = torch.randn(3, 64)
     hidden = (x @ encoder.fc[0].weight.t() + encoder.fc[0].bias).clamp(min=0)
     torch.testing.assert_close(encoder.fc(x), hidden @ last.weight.t() + last.bias)
+
+
+def test_a_head_is_built_from_its_tensors():
+    """Linear layers, batch norms, and a ReLU for each number that is left out between two."""
+    layers = [
+        nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 3),
+        nn.ReLU(), nn.BatchNorm1d(3, affine=False),
+    ]  # fmt: skip
+    head = nn.Sequential(*layers)
+    built = build_head(head.state_dict(), 6)
+    assert isinstance(built, ProjectionHead)
+    assert [type(layer) for layer in built] == [type(layer) for layer in layers]
+    built.load_state_dict(head.state_dict())
+    x = torch.randn(8, 6)
+    assert torch.equal(built(x), head(x))
+    linear = build_head(nn.Linear(6, 5).state_dict(), 6)
+    assert type(linear) is nn.Linear and linear.weight.shape == (5, 6) and linear.bias is not None
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"weight": torch.ones(3, 5)}, r"weight is \(3, 5\), expected \(outputs, 6\)"),
+        ({"weight": torch.ones(0, 6)}, r"weight is \(0, 6\)"),
+        ({"0.bias": torch.ones(3)}, "0.weight is not there"),
+        ({"1.weight": torch.ones(3, 6)}, "layer 1 follows layer -1"),
+        ({"0.weight": torch.ones(6, 6), "3.weight": torch.ones(6, 6)}, "layer 3 follows layer 0"),
+    ],
+)
+def test_tensors_of_no_head_are_refused(state, message):
+    with pytest.raises(ValueError, match=message):
+        build_head(state, 6)
 
 
 @pytest.mark.parametrize("arch", ["squeezenet1_0", "squeezenet1_1"])

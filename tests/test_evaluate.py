@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco.evaluate import count_correct, extract_features, knn_accuracy, knn_predict
-from moco.loader import normalize
+from moco.views import normalize
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # for `python tests/test_fuzz.py`
 
 from moco import checkpoint, encoders  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
-from moco.loader import DataError, load_rgb  # noqa: E402
+from moco.images import DataError, load_rgb  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

@@ -99,11 +99,15 @@ def test_another_architecture_is_named(entry: str, tmp_path: Path) -> None:
 
 
 PROGRAM = """
-import json, sys, torch
+import json, os, sys, torch
 repo, weights = sys.argv[1:]
-said = {"names": torch.hub.list(repo, source="local")}
+torch.hub.set_dir("hub")
+os.makedirs("hub")
+os.symlink(repo, "hub/me_repo_main")  # as if torch.hub had fetched it
+options = {"trust_repo": True, "skip_validation": True}
+said = {"names": torch.hub.list("me/repo:main", **options)}
 for name in said["names"]:
-    said[name] = torch.hub.help(repo, name, source="local")
+    said[name] = torch.hub.help("me/repo:main", name, **options)
 encoder = torch.hub.load(repo, "resnet50_encoder", source="local", weights=weights)
 said["shape"] = list(encoder(torch.zeros(1, 3, 32, 32)).shape)
 said["tensorboard"] = any(name.startswith(("tensorboard", "matplotlib")) for name in sys.modules)

@@ -527,6 +527,15 @@ def test_knn_beside_the_probe_does_not_change_it(data, pretrained, probe):
     assert differences(a, b) == []
 
 
+def test_knn_before_an_evaluation_does_not_change_it(data, probe, capsys):
+    """The encoder is in eval mode after k-NN as before: the loss would show it."""
+    losses = []
+    for flags in ([], ["--knn"]):
+        evaluate(data, "-e", *flags, "--pretrained", probe / BEST, "--save-dir", f"r{len(losses)}")
+        losses.append(capsys.readouterr().out.split("loss ")[1].split()[0])
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("content", [b"text", b"j", b"\x80\x02]q\x00a."])
 def test_a_file_of_another_kind_ends_in_one_line(data, tmp_path, capsys, content):
     path = tmp_path / "file.pth.tar"

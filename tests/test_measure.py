@@ -21,6 +21,8 @@ from align_uniform.bounds import uniformity_infimum
 from align_uniform.metrics import alignment, effective_rank, uniformity
 from moco import encoders, evaluate, loader
 from moco.checkpoint import load_encoder, write_checkpoint
+from moco.images import open_images
+from moco.views import eval_transform, pretrain_recipe
 
 SCRIPT = ROOT / "scripts" / "measure_align_uniform.py"
 _spec = importlib.util.spec_from_file_location("measure_align_uniform", SCRIPT)
@@ -83,8 +85,8 @@ def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path,
     assert result["objective"] == ARGS["objective"] and not result["notes"]
     assert list(result["layers"]) == ["projection", "backbone"]
 
-    images = loader.open_images("folder", data, "val")
-    transform = loader.pretrain_transform(16, aug_plus=False, crop_scale=(0.3, 1.0), blur=False)
+    images = open_images("folder", data, "val")
+    transform = pretrain_recipe(16, aug_plus=False, crop_scale=(0.3, 1.0), blur=False)
     views = loader.AugmentedViews(images, transform, seed=3, views=2)
     pairs = [views[(0, i)] for i in range(15)]
     inputs = {"device": torch.device("cpu"), "mean": ARGS["mean"], "std": ARGS["std"]}
@@ -112,7 +114,7 @@ def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path,
             *(
                 loader.eval_loader(
                     loader.PlainImages(
-                        loader.open_images("folder", data, split), loader.eval_transform(16)
+                        open_images("folder", data, split), eval_transform(16)
                     ),
                     batch_size=8, workers=0, pin_memory=False,
                 )
@@ -190,8 +192,8 @@ def test_timm_models_with_weights_from_a_file(
     config = timm.data.resolve_model_data_config(network)
     size = config["input_size"][-1]
     views = loader.AugmentedViews(
-        loader.open_images("folder", data, "val"),
-        loader.pretrain_transform(size, aug_plus=True),
+        open_images("folder", data, "val"),
+        pretrain_recipe(size, aug_plus=True),
         seed=0,
         views=2,
     )

@@ -14,7 +14,9 @@ from runs import EPOCHS, chaos, finish, start
 
 import main_moco
 from moco import checkpoint, evaluate, loader
+from moco.images import open_images
 from moco.online_knn import open_splits
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
 CPU = torch.device("cpu")
 # 30 images in batches of 8 are three steps an epoch.
@@ -83,8 +85,8 @@ def test_a_run_is_bit_equal_with_and_without_it(processes, data, whole, tmp_path
 def test_it_finds_what_the_saved_encoder_gives(processes, data, whole) -> None:
     """Of two ranks as well, whose batch-norm statistics differ: those of rank 0 are saved."""
     lines = knn_lines(whole[processes])
-    plain = loader.eval_transform(16)
-    splits = [loader.open_images("folder", data, split) for split in ("train", "val")]
+    plain = eval_transform(16)
+    splits = [open_images("folder", data, split) for split in ("train", "val")]
     bank, val = (
         loader.eval_loader(loader.PlainImages(s, plain), batch_size=16, workers=0, pin_memory=False)
         for s in splits
@@ -93,7 +95,7 @@ def test_it_finds_what_the_saved_encoder_gives(processes, data, whole) -> None:
         encoder, _ = checkpoint.load_encoder(path)
         expected = evaluate.knn_accuracy(
             encoder, bank, val, classes=2, device=CPU,
-            mean=loader.IMAGENET_MEAN, std=loader.IMAGENET_STD,
+            mean=IMAGENET_MEAN, std=IMAGENET_STD,
         )  # fmt: skip
         assert {name: line[name] for name in expected} == expected
         assert (line["k"], line["bank"], line["images"]) == (96, 96, 41)
@@ -244,7 +246,7 @@ def test_the_bank_is_balanced_and_capped(tmp_path) -> None:
     folder = tmp_path / "data"
     write_images(folder / "train", {"a": 9, "b": 2, "c": 6})
     write_images(folder / "val", {"a": 1, "c": 3})
-    images = loader.open_images("folder", folder, "pretrain")
+    images = open_images("folder", folder, "pretrain")
     for size, expected in ((12, [4, 2, 4]), (1, [1, 1, 1]), (50000, [9, 2, 6])):
         args = argparse.Namespace(
             dataset="folder", data=str(folder), images_per_class=None, knn_bank=size

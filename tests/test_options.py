@@ -14,7 +14,7 @@ import main_lincls
 import main_moco
 from moco import options
 from moco.checkpoint import CheckpointError
-from moco.loader import DataError
+from moco.images import DataError
 
 MAINS = pytest.mark.parametrize("main", [main_moco, main_lincls], ids=lambda main: main.__name__)
 

@@ -57,12 +57,15 @@ def test_both_kinds_of_file_hold_the_same(tmp_path) -> None:
             "dog",
             "ship",
         ]
-    for figure in ("3", "4", "map"):
-        pictures = [
-            draw(figure, path, tmp_path=tmp_path, name=f"a{i}.png")
-            for i, path in enumerate([npz, tmp_path / "a.safetensors"])
-        ]
-        assert pictures[0] == pictures[1], "the same again from the other file"
+    pictures = [draw("3", path, tmp_path=tmp_path) for path in (npz, tmp_path / "a.safetensors")]
+    assert pictures[0] == pictures[1]
+
+
+def test_figure_4_puts_features_beside_known_distributions(tmp_path) -> None:
+    args = plot_features.build_parser().parse_args(["4", str(make_features(tmp_path / "me.npz")),
+                                                    "--out", "x.png"])  # fmt: skip
+    titles = [axes.get_title() for axes in plot_features.draw(args).axes]
+    assert titles[0].startswith("me\nmean potential ") and any("uniform" in t for t in titles[2:])
 
 
 def test_png_and_svg_in_one_go(tmp_path) -> None:

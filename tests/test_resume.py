@@ -17,6 +17,7 @@ from runs import BATCH, FLAGS, IMAGES, STEPS, Processes, chaos, finish, start, w
 
 import main_moco
 from moco import checkpoint, distributed, loader
+from moco.images import names_digest, open_images
 from moco.log import RunLog
 from moco.run import BackgroundWriter
 
@@ -151,8 +152,8 @@ def refusal(run: Path, data: Path, *flags: object) -> str:
     argv = [*FLAGS, "--save-dir", run, *flags, data]
     args = main_moco.parse_args(list(map(str, argv)))
     saved = main_moco.find_checkpoint(args)
-    images = loader.open_images("folder", args.data, "pretrain", per_class=args.images_per_class)
-    args.images, args.images_digest = len(images), loader.names_digest(images)
+    images = open_images("folder", args.data, "pretrain", per_class=args.images_per_class)
+    args.images, args.images_digest = len(images), names_digest(images)
     try:
         main_moco.refuse_changes(saved, args)
     except checkpoint.CheckpointError as error:
@@ -164,6 +165,7 @@ def refusal(run: Path, data: Path, *flags: object) -> str:
     ("flags", "said"),
     [
         ("--lr 0.05", "lr: 0.1 before, 0.05 now"),
+        ("--views device", "views: 'cpu' before, 'device' now"),
         ("--wd 0.5", "weight_decay: 0.0001 before, 0.5 now"),
         ("--momentum 0.8", "momentum: 0.9 before, 0.8 now"),
         ("--epochs 4", "epochs: 3 before, 4 now"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision.transforms as T
+from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -82,10 +85,9 @@ class Step:
             q = F.normalize(self.encoder_q(im_q), dim=1)
             with torch.no_grad():
                 update_key_encoder(self.encoder_k, self.encoder_q, 0.999)
-                shuffle = torch.randperm(len(im_k), device=im_k.device)
-                everyone = torch.cat([im_k])  # what all_gather hands over, of one process
-                k = F.normalize(self.encoder_k(everyone[shuffle]), dim=1)
-                k = torch.cat([k])[shuffle.argsort()]
+                permutation = torch.randperm(len(im_k), device=im_k.device)
+                k = F.normalize(self.encoder_k(shuffle(im_k, permutation)), dim=1)
+                k = k[permutation.argsort()]
         loss = align_uniform(q.float(), k.float(), self.queue, 3)
         self.enqueue(k)
         self.optimizer.zero_grad()
@@ -95,3 +97,23 @@ class Step:
     def enqueue(self, k: Tensor) -> None:
         self.queue[:, self.pointer : self.pointer + len(k)] = k.T
         self.pointer = (self.pointer + len(k)) % self.queue.shape[1]
+
+
+class PillowBlur:
+    """Gaussian blur of a Pillow image, sigma uniform from 0.1 to 2."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+def v2_transform(image_size: int) -> T.Compose:
+    """MoCo v2's view by torchvision's classes on Pillow images, normalised by the loader."""
+    return T.Compose([
+        T.RandomResizedCrop(image_size, scale=(0.2, 1.0)),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        T.RandomGrayscale(p=0.2),
+        T.RandomApply([PillowBlur()], p=0.5),
+        T.RandomHorizontalFlip(),
+        T.ToTensor(),
+        T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])  # fmt: skip

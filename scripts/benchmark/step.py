@@ -33,9 +33,9 @@ import timing  # noqa: E402
 from moco import encoders, guards  # noqa: E402
 from moco import step as training  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
-from moco.loader import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 from moco.log import Means  # noqa: E402
 from moco.run import BackgroundWriter, Run  # noqa: E402
+from moco.views import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 
 CASES = {
     "cpu": ["resnet18:64:32", "resnet50:224:8"],

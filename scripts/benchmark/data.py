@@ -1,0 +1,165 @@
+#!/usr/bin/env python
+"""Pairs of MoCo v2 views per second and core, from JPEG files, against the ancestors' pipeline.
+
+    python scripts/benchmark/data.py [DIR] [--images 50] [--batch 256] [--out FILE.json]
+
+DIR is a folder with JPEGs of the size they are trained on; without one, smooth random pictures of
+ImageNet's mean size are written and read. One core and one thread, file to uint8 or float tensor,
+variants in turn. `cpu` makes the whole view by Pillow (`--views cpu`), `device` only decodes and
+crops (`--views device`); what is then left to the device is timed apart, per batch. The limit is to
+decode each image once and do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import baseline  # noqa: E402
+import timing  # noqa: E402
+
+from moco import loader, views  # noqa: E402
+from moco.images import ArrayImages, DataError, FolderImages, Subset  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="pairs of views per second and core")
+    parser.add_argument("data", nargs="?", metavar="DIR", help="folder with JPEGs")
+    parser.add_argument("--images", type=int, default=50, help="%(default)s, spread over DIR")
+    parser.add_argument("--image-size", type=int, default=224, help="of a view (%(default)s)")
+    parser.add_argument("--batch", type=int, help="of the device (256 on a GPU, 32 on a CPU)")
+    timing.add_arguments(parser, repeats=7)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data is None:
+            write_jpegs(Path(folder), args.images)
+        try:
+            images = FolderImages(args.data or folder)
+        except DataError as error:
+            parser.error(str(error))
+        step = max(1, len(images) // args.images)
+        measure(args, device, Subset(images, range(0, len(images), step)[: args.images]))
+
+
+def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> None:
+    sizes = np.array([images.load(i).size for i in range(len(images))])
+    table = timing.Table(
+        f"pairs of {args.image_size}-px MoCo v2 views per second and core; {len(images)} "
+        f"{'files of DIR' if args.data else 'synthetic JPEGs'}, {sizes[:, 0].mean():.0f} x "
+        f"{sizes[:, 1].mean():.0f} pixels on average"
+    )
+    recipe = views.pretrain_recipe(args.image_size, aug_plus=True)
+    by_pillow, by_device = (
+        loader.AugmentedViews(images, recipe, seed=0, views=2, unfinished=unfinished)
+        for unfinished in (False, True)
+    )
+    ancestors = baseline.v2_transform(args.image_size)
+    epochs = itertools.count()
+
+    def theirs() -> list:
+        return [(ancestors(image), ancestors(image)) for image in map(images.load, range(count))]
+
+    def ours(data: loader.AugmentedViews) -> list:
+        epoch = next(epochs)
+        return data.__getitems__([(epoch, index) for index in range(count)])
+
+    count = len(images)
+    times = timing.interleaved(
+        {
+            "baseline": theirs,
+            "cpu": lambda: ours(by_pillow),
+            "device": lambda: ours(by_device),
+            "decode": lambda: [images.load(i) for i in range(count)],
+        },
+        repeats=args.repeats,
+        warmup=1,
+    )
+    floor = sorted(times["decode"])[len(times["decode"]) // 2]
+    for name in ("cpu", "device"):
+        table.add(
+            timing.row(
+                f"--views {name}" + (", the CPU's part" if name == "device" else ""),
+                times["baseline"], times[name],
+                items=count, unit="pairs/s", floor=floor, limited_by="decoding",
+            )
+        )  # fmt: skip
+    batch = args.batch or (256 if device.type == "cuda" else 32)
+    finishing = finish_ms(by_device, batch, device, args.repeats)
+    print(
+        f"the device's part on {device}: {finishing:.1f} ms for {batch} pairs "
+        f"({1e3 * batch / finishing:.0f} pairs/s)"
+    )
+    small = small_ms(batch, device, args.repeats)
+    print(
+        f"CIFAR-sized images in memory, whole views on {device}: {small:.1f} ms for {batch} pairs "
+        f"({1e3 * batch / small:.0f} pairs/s)"
+    )
+    table.write(
+        args.out,
+        batch=batch,
+        finish_ms=finishing,
+        small_ms=small,
+        decode_images_per_s=count / floor,
+    )
+
+
+def finish_ms(data: loader.AugmentedViews, batch: int, device: torch.device, repeats: int) -> float:
+    """Milliseconds in which the device finishes both views of a batch."""
+    samples = data.__getitems__([(0, i % len(data)) for i in range(batch)])
+    crops = [torch.stack([sample[view] for sample in samples]).to(device) for view in (0, 1)]
+    tables = torch.stack([sample[-1] for sample in samples]).to(device).unbind(1)
+
+    def both() -> None:
+        for crop, table in zip(crops, tables, strict=True):
+            views.finish(crop, table, data.recipe)
+
+    times = timing.interleaved({"": both}, repeats=repeats, warmup=1, device=device)[""]
+    return 1e3 * sorted(times)[len(times) // 2]
+
+
+def small_ms(batch: int, device: torch.device, repeats: int) -> float:
+    """Milliseconds for a batch of pairs of 32-px images that lie on the device, with drawing."""
+    array = np.random.default_rng(0).integers(0, 256, (2 * batch, 32, 32, 3), dtype=np.uint8)
+    data = loader.AugmentedViews(
+        ArrayImages(array, [0] * len(array), ["noise"]),
+        views.pretrain_recipe(32, aug_plus=True),
+        seed=0, views=2, unfinished=True,
+    )  # fmt: skip
+    batches = loader.EpochBatches(len(array), batch, seed=0)
+    pairs = loader.TrainLoader(data, batches, workers=0, device=device)
+    times = timing.interleaved({"": lambda: list(pairs)}, repeats=repeats, warmup=1, device=device)[
+        ""
+    ]
+    return 1e3 * sorted(times)[len(times) // 2] / len(batches)
+
+
+def write_jpegs(folder: Path, count: int) -> None:
+    """Smooth random pictures with some noise, 468 x 401 like the mean of ImageNet's, at quality 95
+    so that a file has about its 110 kB."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (13, 15, 3), dtype=np.uint8))
+        pixels = np.asarray(small.resize((468, 401), Image.Resampling.BICUBIC)).astype(np.float32)
+        pixels += rng.normal(0, random.Random(i).uniform(0, 14), (401, 468, 1))
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        image.save(folder / f"{i:04d}.jpg", quality=95)
+
+
+if __name__ == "__main__":
+    main()

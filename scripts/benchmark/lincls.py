@@ -1,0 +1,201 @@
+#!/usr/bin/env python
+"""Time of a linear probe: from cached features, and of several learning rates in one pass.
+
+    python scripts/benchmark/lincls.py [--data DIR] [--out FILE.json]
+
+The baseline is the ancestors' way: one run for each learning rate, and in every epoch decoding, a
+random crop as a normalised float image, and the frozen encoder in float32 and NCHW order.
+
+Measured, in turn, are the parts: images to features, `--images` at a time, and training of the
+classifiers, on batches of 256. Times per image are added up from them: a run of 100 epochs is 100
+times (features + training), and from cached features it is features once + 100 times training.
+Passes over the validation images are left out on both sides; so is decoding when the encoder runs
+on a GPU, where loader processes do it. The limit is what the features alone cost: the same encoder
+once in place of 100 times, or once in place of once for each learning rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as T
+from PIL import Image
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import timing  # noqa: E402
+
+from moco import loader, probe  # noqa: E402
+from moco.encoders import build_encoder, feature_dim, set_head  # noqa: E402
+from moco.features import without_batch_norm  # noqa: E402
+from moco.images import FolderImages  # noqa: E402
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, lincls_recipe, normalize  # noqa: E402
+
+BATCH, CLASSES = 256, 1000  # of training the classifiers
+RATES = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="time of a linear probe")
+    parser.add_argument("-a", "--arch", default="resnet50")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--images", type=int, default=16, help="images to features at a time")
+    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--data", type=Path, help="folder of photographs (default: made up)")
+    timing.add_arguments(parser, repeats=7)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data is None:
+            make_photographs(Path(folder), args.images)
+        images = FolderImages(args.data or folder)
+        parts = parts_to_time(args, images)
+        table = timing.Table(
+            f"linear probe, {args.arch}, {args.image_size} px, {CLASSES} classes; milliseconds per "
+            f"image (of {args.epochs} epochs where said)",
+            width=44,
+        )
+        times = timing.interleaved(parts, repeats=args.repeats, warmup=1, device=args.device)
+    for name, seconds in times.items():
+        count = args.images if name.startswith("features") else BATCH
+        times[name] = [each / count for each in seconds]
+    for row in rows(times, args.epochs):
+        table.add(row)
+    medians = {name: 1e3 * statistics.median(each) for name, each in times.items()}
+    print("parts, ms per image: " + "; ".join(f"{n} {ms:.3f}" for n, ms in medians.items()))
+    table.write(args.out, parts_ms_per_image=medians)
+
+
+def rows(times: dict[str, list[float]], epochs: int) -> list[timing.Row]:
+    """Whole runs, added up from the parts of each round."""
+
+    def total(**counts: float) -> list[float]:
+        parts = [times[name.replace("_", " ")] for name in counts]
+        return [
+            sum(n * t for n, t in zip(counts.values(), each, strict=True))
+            for each in zip(*parts, strict=True)
+        ]
+
+    one_epoch = {"features_upstream": 1, "training_upstream": 1}
+    run = total(**{name: epochs for name in one_epoch})
+    many = len(RATES)
+    runs = total(**{name: many for name in one_epoch})
+    cached = total(features_cached=1, training_cached=epochs)
+    sweep = total(features_standard=1, training_together=1)
+    both = total(features_cached=1, training_together=epochs)
+    once = statistics.median(times["features cached"])
+    return [
+        timing.row(f"cached features, {epochs} epochs", run, cached,
+                   floor=once, limited_by="one pass of the encoder"),
+        timing.row(f"{many} learning rates, one epoch, random crops", runs, sweep,
+                   floor=statistics.median(runs) / many, limited_by="one run in place of all"),
+        timing.row(f"{many} learning rates, cached, {epochs} epochs",
+                   [epochs * each for each in runs], both,
+                   floor=once, limited_by="one pass of the encoder"),
+    ]  # fmt: skip
+
+
+def parts_to_time(
+    args: argparse.Namespace, images: FolderImages
+) -> dict[str, Callable[[], object]]:
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    on_gpu = device.type == "cuda"
+    encoder = build_encoder(args.arch, 1)
+    width = feature_dim(encoder)
+    set_head(encoder, nn.Identity())
+    encoder.to(device).eval().requires_grad_(False)
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    crop = [T.RandomResizedCrop(args.image_size), T.RandomHorizontalFlip()]
+    upstream = T.Compose([*crop, T.ToTensor(), T.Normalize(mean, std)])
+    standard = loader.AugmentedViews(images, lincls_recipe(args.image_size), seed=0, views=1)
+    centre = eval_transform(args.image_size)
+    indices = [i % len(images) for i in range(args.images)]
+
+    def loaded(view: Callable[[int], Tensor]) -> Callable[[], Tensor]:
+        def load() -> Tensor:
+            return torch.stack([view(i) for i in indices])
+
+        if on_gpu:
+            pixels = load()
+            return lambda: pixels.to(device)
+        return load
+
+    batches = {
+        "upstream": loaded(lambda i: upstream(images.load(i))),
+        "standard": loaded(lambda i: standard[0, i][0]),
+        "centre": loaded(lambda i: centre(images.load(i))),
+    }
+    amp = probe.default_amp(device)
+    baseline = copy.deepcopy(encoder)  # before the order of the weights is changed
+    plain = probe.Frozen(encoder, amp=amp, channels_last=on_gpu)
+    fast = probe.Frozen(without_batch_norm(copy.deepcopy(encoder)), amp=amp, channels_last=True)
+
+    def features_upstream() -> Tensor:
+        with torch.no_grad():
+            return baseline(batches["upstream"]())
+
+    def features_standard() -> Tensor:
+        return plain(normalize(batches["standard"](), mean, std))
+
+    def features_cached() -> Tensor:
+        return fast(normalize(batches["centre"](), mean, std)).half()
+
+    stored = torch.randn(4 * BATCH, width, device=device).relu().half()
+    floats = stored[:BATCH].float()
+    targets = torch.randint(0, CLASSES, (BATCH,), device=device)
+    chosen = torch.randperm(len(stored), device=device)[:BATCH]
+    classifier = nn.Linear(width, CLASSES).to(device)
+    own = torch.optim.SGD(classifier.parameters(), 1e-3, momentum=0.9)
+
+    def training_upstream() -> None:
+        loss = F.cross_entropy(classifier(floats), targets)
+        own.zero_grad()
+        loss.backward()
+        own.step()
+
+    def training(count: int) -> Callable[[], None]:
+        settings = [probe.Setting(1e-3, 0.0) for _ in range(count)]
+        heads = probe.new_heads(width, CLASSES, count).to(device)
+        optimizer = probe.sgd(heads, settings, 0.9)
+
+        def step() -> None:
+            losses = probe.head_losses(heads(stored[chosen].float()), targets)
+            optimizer.zero_grad()
+            losses.sum().backward()
+            optimizer.step()
+
+        return step
+
+    return {
+        "features upstream": features_upstream,
+        "features standard": features_standard,
+        "features cached": features_cached,
+        "training upstream": training_upstream,
+        "training cached": training(1),
+        "training together": training(len(RATES)),
+    }
+
+
+def make_photographs(folder: Path, count: int) -> None:
+    """JPEG files of ImageNet's mean size, smooth enough to have its mean length of 100 kB."""
+    rng = np.random.default_rng(0)
+    (folder / "photographs").mkdir()
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (134, 156, 3), dtype=np.uint8))
+        image = coarse.resize((468, 401), Image.Resampling.BICUBIC)
+        image.save(folder / "photographs" / f"{i}.jpg", quality=92)
+
+
+if __name__ == "__main__":
+    main()

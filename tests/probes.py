@@ -1,0 +1,52 @@
+"""What the tests of main_lincls.py's variants share: a tiny encoder in a file, and short runs."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import torch
+from helpers import ROOT
+from torch import nn
+
+import main_lincls
+from moco.checkpoint import write_checkpoint
+from moco.encoders import build_encoder, set_head
+
+MAIN = f"import runpy; runpy.run_path({str(ROOT / 'main_lincls.py')!r}, run_name='__main__')"
+LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+# 30 training images in batches of 8 are three steps an epoch.
+TINY = shlex.split("--batch-size 8 -j 0 --device cpu --print-freq 2 --seed 5 --image-size 32")
+
+
+def write_encoder(path: Path, *, seed: int = 0, scale: float = 1.0) -> Path:
+    """A ResNet-8 with random weights and batch-norm averages that are not those of a new one."""
+    torch.manual_seed(seed)
+    encoder = build_encoder("resnet8", 1)
+    set_head(encoder, nn.Identity())
+    for _ in range(3):
+        encoder(torch.randn(16, 3, 32, 32))
+    state = encoder.state_dict()
+    for name in ("bn2.weight", "bn2.bias"):
+        state[f"layer3.0.{name}"] *= scale
+    write_checkpoint(path, {"arch": "resnet8", "epoch": 7, "state_dict": state})
+    return path
+
+
+def evaluate(data: Path, *flags: object) -> None:
+    words = [word for flag in flags for word in shlex.split(str(flag))]
+    main_lincls.main([*TINY, *words, str(data)])
+
+
+def result(folder: Path | str) -> dict:
+    return json.loads((Path(folder) / "lincls.json").read_text())
+
+
+def load(path: Path | str) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def classifier(path: Path | str) -> torch.Tensor:
+    state = load(path)["state_dict"]
+    return torch.cat([state["module.fc.weight"], state["module.fc.bias"].unsqueeze(1)], dim=1)

@@ -1,0 +1,411 @@
+"""Several classifiers trained together, and features that are extracted once: `--cached`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import differences, read_log, refusal, write_images, write_labelled
+from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
+from runs import Processes
+from torch import nn
+
+import main_lincls
+from moco import loader
+from moco.checkpoint import load_encoder
+from moco.encoders import build_encoder
+from moco.features import without_batch_norm
+from moco.images import open_images
+from moco.probe import Frozen, head_losses, new_heads
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
+
+
+@pytest.fixture(scope="module")
+def cache(data, pretrained, tmp_path_factory) -> Path:
+    """Features of the training and validation images."""
+    folder = tmp_path_factory.mktemp("cache")
+    run = tmp_path_factory.mktemp("run") / "r"
+    flags = ["--cached --lr 1 --epochs 1", "--cache-dir", folder / "f", "--save-dir", run]
+    evaluate(data, *flags, "--pretrained", pretrained)
+    return folder / "f"
+
+
+def files(folder: Path | str) -> dict[str, int]:
+    """Feature files and when they were written."""
+    paths = sorted(Path(folder).rglob("view_*.pth.tar"))
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}
+
+
+# ------------------------------------------------------------------------------------------------
+# Together as alone
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["", "--cached"])
+def test_each_head_is_as_if_trained_alone(data, pretrained, mode):
+    flags = ["--epochs 2 --schedule 1 --pretrained", pretrained, mode]
+    evaluate(data, *flags, "--lr 0.1,1,10 --wd 0,0.01 --save-dir all")
+    together, heads = result("all"), load(f"all/{LATEST}")["heads"]
+    assert [(h["lr"], h["weight_decay"]) for h in together["heads"]] == [
+        (lr, wd) for lr in (0.1, 1.0, 10.0) for wd in (0.0, 0.01)
+    ]
+    for number, head in enumerate(together["heads"]):
+        folder = f"alone{number}"
+        setting = f"--lr {head['lr']} --wd {head['weight_decay']} --save-dir {folder}"
+        evaluate(data, *flags, setting)
+        alone = load(f"{folder}/{LATEST}")["state_dict"]
+        for name in ("weight", "bias"):
+            assert torch.equal(heads[f"linear.{number}.{name}"], alone[f"module.fc.{name}"])
+        for key in ("best", "last"):
+            assert head[key] == result(folder)[key]
+
+
+def test_best_and_last_are_those_of_the_leading_heads(data, pretrained, capsys):
+    evaluate(data, "--lr 0.001,1,3 --epochs 3 --pretrained", pretrained, "--save-dir r")
+    found, out = result("r"), capsys.readouterr().out
+    for key in ("best", "last"):
+        leader = max(found["heads"], key=lambda head: head[key]["top1"])
+        assert found[key] == {**leader[key], "lr": leader["lr"], "weight_decay": 0.0}
+    assert "flatters" in out and out.count("best top-1") == 4
+    assert found["protocol"]["lr"] == [0.001, 1.0, 3.0]
+    # What is saved as the network's own classifier is the leading head.
+    for name, key in ((LATEST, "last"), (BEST, "best")):
+        evaluate(data, "-e --pretrained", f"r/{name}", "--save-dir", key)
+        assert result(key)["top1"] == found[key]["top1"]
+    epochs = read_log(Path("r"), "val")
+    assert [line["top1_lr1_wd0"] for line in epochs][-1] == found["heads"][1]["last"]["top1"]
+
+
+def test_a_head_that_diverges_leaves_the_others_as_they_are(data, pretrained, capsys):
+    flags = ["--epochs 3 --pretrained", pretrained]
+    evaluate(data, *flags, "--lr 1,1e38,3 --save-dir r")
+    out = capsys.readouterr().out
+    first, fallen, third = result("r")["heads"]
+    assert fallen["diverged"] is not None and "lr 1e+38, wd 0 has diverged in epoch" in out
+    evaluate(data, *flags, "--lr 1,3 --save-dir two")
+    assert [first, third] == result("two")["heads"]
+    # Nothing that is saved is NaN, and it goes on.
+    evaluate(
+        data, "--lr 1,1e38,3 --epochs 4 --resume auto --pretrained", pretrained, "--save-dir r"
+    )
+    assert result("r")["heads"][1]["diverged"] == fallen["diverged"]
+
+
+def test_when_all_diverge_there_is_no_result(data, pretrained, capsys):
+    argv = [
+        *TINY,
+        "--lr",
+        "9e37,1e38",
+        "--epochs",
+        5,
+        "--pretrained",
+        pretrained,
+        "--save-dir",
+        "r",
+        data,
+    ]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "finite" in message and "9e+37 and 1e+38" in message
+    assert not Path("r/lincls.json").exists()
+
+
+@pytest.mark.parametrize("mode", ["", "--cached"])
+def test_several_heads_resume_exactly(data, pretrained, mode):
+    flags = [mode, "--lr 0.1,1 --pretrained", pretrained]
+    evaluate(data, *flags, "--epochs 3 --save-dir whole")
+    evaluate(data, *flags, "--epochs 1 --save-dir cut")
+    evaluate(data, *flags, "--epochs 3 --save-dir cut --resume auto")
+    for name in (LATEST, BEST):
+        a, b = load(f"whole/{name}"), load(f"cut/{name}")
+        for content in (a, b):
+            content.pop("args")
+        assert differences(a, b) == []
+    assert result("whole")["heads"] == result("cut")["heads"]
+
+
+def test_losses_are_those_of_each_head(pretrained):
+    torch.manual_seed(0)
+    heads = new_heads(5, 4, 3)
+    assert torch.equal(heads.linear[0].weight, heads.linear[2].weight)
+    for head in heads.linear:
+        nn.init.normal_(head.weight)
+    features, targets = torch.randn(6, 5), torch.randint(0, 4, (6,))
+    losses = head_losses(heads(features), targets)
+    losses.sum().backward()
+    for loss, head in zip(losses, heads.linear, strict=True):
+        alone = nn.Linear(5, 4)
+        alone.load_state_dict(head.state_dict())
+        expected = F.cross_entropy(alone(features), targets)
+        expected.backward()
+        assert torch.equal(loss, expected) and torch.equal(head.weight.grad, alone.weight.grad)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_frozen_features_enter_autograd(pretrained, amp):
+    encoder, _ = load_encoder(pretrained)
+    images = torch.randn(4, 3, 32, 32)
+    plain = encoder(images).detach()
+    frozen = Frozen(encoder, amp=amp, channels_last=True)
+    features = frozen(images)
+    assert features.dtype == torch.float32 and not features.requires_grad
+    assert not features.is_inference()
+    near = {"rtol": 1e-4, "atol": 1e-5} if amp == "off" else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(features, plain, **near)
+    head = nn.Linear(64, 3)
+    head(features).sum().backward()
+    assert head.weight.grad is not None
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "densenet121", "vgg11_bn"])
+def test_folding_batch_norm_into_convolutions_changes_nothing(arch):
+    """Neither the features, to rounding, nor the encoder that was given, at all."""
+    torch.manual_seed(0)
+    encoder = build_encoder(arch, 10)
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        for _ in range(2):
+            encoder(images)
+    before = {name: t.clone() for name, t in encoder.eval().state_dict().items()}
+    expected = encoder(images)
+    fast = without_batch_norm(encoder)
+    torch.testing.assert_close(fast(images), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(encoder(images), expected)
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    left = [module for module in fast.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert bool(left) == (arch == "densenet121")  # where it comes before the convolution
+
+
+class Branching(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_network_that_cannot_be_traced_stays_as_it_is():
+    network = Branching()
+    assert without_batch_norm(network) is network
+
+
+# ------------------------------------------------------------------------------------------------
+# Cached features
+# ------------------------------------------------------------------------------------------------
+
+
+def test_training_on_centre_crops_is_that_of_a_loop_by_hand(data, pretrained):
+    evaluate(data, "--cached --lr 1 --epochs 3 --pretrained", pretrained, "--save-dir r")
+    images = open_images("folder", data, "train")
+    transform = eval_transform(32)
+    pixels = torch.stack([transform(images.load(i)) for i in range(len(images))])
+    encoder, _ = load_encoder(pretrained)
+    with torch.no_grad():
+        normal = normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)
+        features = encoder(normal).half().float()
+    batches = loader.EpochBatches(len(images), 8, seed=5)
+    torch.manual_seed(5)
+    head = nn.Linear(64, 3)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD(head.parameters(), 1, momentum=0.9)
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        for keys in batches:
+            rows = [index for _, index in keys]
+            target = torch.tensor([images.targets[i] for i in rows])
+            optimizer.zero_grad()
+            F.cross_entropy(head(features[rows]), target).backward()
+            optimizer.step()
+    mine = torch.cat([head.weight, head.bias.unsqueeze(1)], dim=1).detach()
+    torch.testing.assert_close(classifier(f"r/{LATEST}"), mine, rtol=1e-2, atol=1e-2)
+    found = result("r")
+    assert found["evaluation"] == "cached" and found["protocol"]["cached"] is True
+
+
+def test_with_a_view_for_each_epoch_it_is_the_standard_protocol(data, pretrained):
+    flags = ["--lr 1 --epochs 3 --pretrained", pretrained]
+    evaluate(data, *flags, "--save-dir standard")
+    evaluate(data, *flags, "--cached --cached-views 3 --save-dir cached")
+    evaluate(data, *flags, "--cached --save-dir centre")
+    standard, cached, centre = (
+        classifier(f"{name}/{LATEST}") for name in ("standard", "cached", "centre")
+    )
+    torch.testing.assert_close(cached, standard, rtol=1e-2, atol=1e-2)
+    assert (centre - standard).abs().max() > 10 * (cached - standard).abs().max()
+    assert result("standard")["evaluation"] == "standard"
+    assert "cached" not in result("standard")["protocol"]
+    assert result("cached")["protocol"]["cached_views"] == 3
+
+
+def test_views_are_used_in_turn(data, pretrained, cache):
+    """Two views for four epochs: files of two passes, and other training than with one."""
+    flags = ["--lr 1 --epochs 4 --cached --pretrained", pretrained]
+    for views in (1, 2):
+        evaluate(data, *flags, f"--cached-views {views} --save-dir r{views}")
+    names = [Path(name).name for name in files("r2/features")]
+    assert sum(name.startswith("view_001") for name in names) == 8
+    assert not torch.equal(classifier(f"r1/{LATEST}"), classifier(f"r2/{LATEST}"))
+
+
+def test_files_are_half_precision_and_used_again(data, pretrained, cache, capsys):
+    written = files(cache)
+    for name in written:
+        features = load(cache / name)["features"]
+        assert features.dtype == torch.float16 and features.shape[1] == 64
+    flags = ["--cached --lr 1,3 --epochs 2 --seed 8 --cache-dir", cache]
+    evaluate(data, *flags, "--pretrained", pretrained, "--save-dir r")
+    assert files(cache) == written
+    assert "8 of 8 files are there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut off", "flipped", "another shape"])
+def test_what_is_missing_or_damaged_is_made_again(data, pretrained, cache, capsys, damage):
+    shutil.copytree(cache, "mine")
+    before, name = files("mine"), sorted(files("mine"))[3]
+    path = Path("mine") / name
+    whole = path.read_bytes()
+    if damage == "removed":
+        path.unlink()
+    elif damage == "cut off":
+        path.write_bytes(whole[:-200])
+    elif damage == "flipped":
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    else:
+        torch.save({"features": torch.zeros(1, 64, dtype=torch.float16)}, path)
+    flags = ["--cached --lr 1 --epochs 1 --cache-dir mine --save-dir r --pretrained", pretrained]
+    evaluate(data, *flags)
+    assert "7 of 8 files are there" in capsys.readouterr().out
+    after = files("mine")
+    assert [n for n in before if after[n] != before[n]] == [name]
+    expected = load(cache / name)["features"]
+    torch.testing.assert_close(load(path)["features"], expected, rtol=2e-3, atol=1e-3)
+
+
+def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path):
+    write_images(tmp_path / "data", {f"train/{c}": 80 for c in "ab"} | {"val/a": 2, "val/b": 2})
+    argv = [*TINY, "--cached", "--lr", 1, "--epochs", 5, "--pretrained", pretrained]
+    argv += ["--save-dir", tmp_path / "run", "--cached-views", 5, tmp_path / "data"]
+    first = Processes(tmp_path / "first", *argv, code=MAIN)
+    while len(files(tmp_path / "run")) < 3:
+        assert first.running(), first.output()
+        time.sleep(0.005)
+    first.kill()
+    first.wait()
+    kept = files(tmp_path / "run")
+    assert len(kept) < 40 and not (tmp_path / "run" / "lincls.json").exists()
+    second = Processes(tmp_path / "second", *argv, code=MAIN)
+    assert second.wait() == [0], second.output()
+    assert f"{len(kept)} of 40 files are there" in second.output()
+    assert {name: files(tmp_path / "run")[name] for name in kept} == kept
+    whole = Processes(tmp_path / "third", *argv[:-1], "--save-dir", tmp_path / "whole", argv[-1],
+                      code=MAIN)  # fmt: skip
+    assert whole.wait() == [0], whole.output()
+    assert torch.equal(classifier(f"whole/{LATEST}"), classifier(f"run/{LATEST}"))
+
+
+def other_encoder(data: Path, pretrained: Path) -> tuple[Path, Path, str]:
+    return data, write_encoder(Path("other.pth.tar"), seed=1), ""
+
+
+def other_pixels(data: Path, pretrained: Path) -> tuple[Path, Path, str]:
+    path = data / "train" / "class_0" / "003.png"
+    shutil.copy(data / "train" / "class_1" / "003.png", path)
+    os.utime(path)
+    return data, pretrained, ""
+
+
+def other_image(data: Path, pretrained: Path) -> tuple[Path, Path, str]:
+    (data / "train" / "class_0" / "003.png").rename(data / "train" / "class_0" / "new.png")
+    return data, pretrained, ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [other_encoder, other_pixels, other_image, "--image-size 24", "--mean 0 0 0", "--amp bf16",
+     "--labels 50", "--cached-views 1"],
+)  # fmt: skip
+def test_a_stale_cache_is_never_used(data, pretrained, tmp_path, change):
+    shutil.copytree(data, mine := tmp_path / "data", copy_function=shutil.copy2)
+    flags = "--cached --lr 1 --epochs 2 --cache-dir cache"
+    evaluate(mine, flags, "--save-dir before --pretrained", pretrained)
+    old = files("cache")
+    more = change if isinstance(change, str) else ""
+    if not more:
+        mine, pretrained, _ = change(mine, pretrained)
+    evaluate(mine, flags, more, "--save-dir after --pretrained", pretrained)
+    fresh = "--cached --lr 1 --epochs 2 --save-dir fresh --pretrained"
+    evaluate(mine, fresh, pretrained, more)
+    assert torch.equal(classifier(f"after/{LATEST}"), classifier(f"fresh/{LATEST}"))
+    assert len(files("cache")) > len(old) and old.items() <= files("cache").items()
+
+
+def test_features_that_half_precision_cannot_hold(data, tmp_path, capsys):
+    large = write_encoder(tmp_path / "large.pth.tar", scale=1e6)
+    argv = [*TINY, "--cached", "--pretrained", large, "--save-dir", "r", data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "half precision" in message and "standard protocol" in message
+    assert not files("r")
+
+
+def test_an_image_that_cannot_be_read_is_named(data, pretrained, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    (tmp_path / "data" / "train" / "class_1" / "004.png").write_bytes(b"no image")
+    argv = [*TINY, "--cached", "--pretrained", pretrained, "--save-dir", "r", tmp_path / "data"]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "class_1/004.png" in message
+
+
+def test_workers_and_two_processes_find_the_same_features(data, pretrained, cache, tmp_path):
+    flags = ["--cached", "--lr", 1, "--epochs", 2, "--pretrained", pretrained]
+    argv = [*TINY, *flags, "-j", 2, "--save-dir", tmp_path / "two", data]
+    processes = Processes(tmp_path / "out", *argv, count=2, code=MAIN)
+    assert processes.wait() == [0, 0], processes.output()
+    mine = {Path(name): tmp_path / "two" / "features" / name for name in files("two/features")}
+    assert {name.name for name in mine} == {Path(name).name for name in files(cache)}
+    for name in files(cache):
+        torch.testing.assert_close(
+            load(mine[Path(name)])["features"], load(cache / name)["features"], rtol=2e-3, atol=1e-3
+        )
+    evaluate(data, "--cached --lr 1 --epochs 2 --cache-dir", cache,
+             "--save-dir one --pretrained", pretrained)  # fmt: skip
+    torch.testing.assert_close(
+        classifier(f"two/{LATEST}"), classifier(f"one/{LATEST}"), rtol=1e-2, atol=1e-2
+    )
+    assert result("two")["val_images"] == 15
+
+
+def test_a_cached_probe_is_not_gone_on_with_as_a_standard_one(data, pretrained, capsys):
+    evaluate(data, "--cached --lr 1 --epochs 1 --save-dir r --pretrained", pretrained)
+    argv = [*TINY, "--lr", 1, "--epochs", 2, "--save-dir", "r", "--resume", "auto",
+            "--pretrained", pretrained, data]  # fmt: skip
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "cached: True before, False now" in message
+
+
+def test_start_says_which_protocol_it_is(data, pretrained, capsys):
+    for flags, words in (
+        ("--cached --lr 1,2 --wd 0,0.1", "not the standard protocol), lr 1, 2, wd 0, 0.1"),
+        ("--cached --cached-views 2 --lr 1", "2 random views"),
+        ("--lr 1", "protocol: linear, standard"),
+    ):
+        folder = f"r{len(list(Path().iterdir()))}"
+        evaluate(data, flags, "--epochs 2 --save-dir", folder, "--pretrained", pretrained)
+        assert words in capsys.readouterr().out

@@ -1,0 +1,256 @@
+"""Choosing a learning rate and weight decay by cross-validation on the training set: `--folds`."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import differences, read_log, refusal, write_labelled
+from hypothesis import given
+from hypothesis import strategies as st
+from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
+from runs import Processes
+
+import main_lincls
+from moco.images import open_images
+from moco.labels import stratified_folds
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("data"), train=16)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
+
+
+GRID = "--lr 0.0001,0.3 --wd 0,0.1 --epochs 2 --schedule 1 --folds 3"
+SETTINGS = [(0.0001, 0.0), (0.0001, 0.1), (0.3, 0.0), (0.3, 0.1)]
+
+
+@pytest.fixture(scope="module", params=["", "--cached"])
+def folded(request, data, pretrained, tmp_path_factory) -> tuple[str, Path]:
+    """One run of each mode."""
+    folder = tmp_path_factory.mktemp("folded") / "run"
+    evaluate(data, GRID, request.param, "--pretrained", pretrained, "--save-dir", folder)
+    return request.param, folder
+
+
+# ------------------------------------------------------------------------------------------------
+# Folds
+# ------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(2, 5), st.integers(0, 9))
+def test_every_class_is_shared_out_evenly(targets, folds, seed):
+    parts = stratified_folds(targets, folds, seed)
+    assert sorted(index for part in parts for index in part) == list(range(len(targets)))
+    assert all(part == sorted(part) for part in parts)
+    for chosen in (range(5), *([c] for c in range(5))):
+        sizes = [sum(targets[index] in chosen for index in part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+    assert parts == stratified_folds(targets, folds, seed)
+
+
+def test_another_seed_gives_other_folds():
+    targets = [0, 1] * 30
+    assert stratified_folds(targets, 3, 0) != stratified_folds(targets, 3, 1)
+
+
+def test_accuracies_are_those_of_runs_on_folders_made_of_the_folds(data, pretrained, folded):
+    """Each fold by hand: its images as val/, the others as train/, and a run of its own."""
+    mode, folder = folded
+    images = open_images("folder", data, "train")
+    rows = result(folder)["folds"]["settings"]
+    assert [(row["lr"], row["weight_decay"]) for row in rows] == SETTINGS
+    for number, held_out in enumerate(stratified_folds(images.targets, 3, 5)):
+        root = Path(f"fold{number}")
+        for index, path in enumerate(map(Path, images.paths)):
+            split = "val" if index in held_out else "train"
+            (root / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, root / split / path.parent.name)
+        flags = "--lr 0.0001,0.3 --wd 0,0.1 --epochs 2 --schedule 1"
+        evaluate(root, flags, mode, "--pretrained", pretrained, "--save-dir", f"run{number}")
+        alone = [head["last"]["top1"] for head in result(f"run{number}")["heads"]]
+        assert [row["top1"][number] for row in rows] == alone
+
+
+def test_the_highest_mean_is_chosen_and_trained_on_all(data, pretrained, folded):
+    mode, folder = folded
+    found = result(folder)
+    rows = found["folds"]["settings"]
+    for row in rows:
+        assert row["mean"] == pytest.approx(sum(row["top1"]) / 3)
+        assert row["std"] == pytest.approx(torch.tensor(row["top1"]).double().std().item())
+    chosen = max(rows, key=lambda row: row["mean"])
+    assert chosen["mean"] > min(row["mean"] for row in rows)
+    assert found["folds"]["chosen"] == {k: chosen[k] for k in ("lr", "weight_decay")}
+    setting = f"--lr {chosen['lr']} --wd {chosen['weight_decay']} --epochs 2 --schedule 1"
+    evaluate(data, setting, mode, "--pretrained", pretrained, "--save-dir plain")
+    assert torch.equal(classifier(folder / LATEST), classifier(f"plain/{LATEST}"))
+    assert found["last"] == found["best"] == result("plain")["last"]
+    evaluate(data, "-e --pretrained", folder / BEST, "--save-dir e")
+    assert result("e")["top1"] == found["last"]["top1"]
+
+
+def test_validation_is_evaluated_once_at_the_end(folded):
+    log = [line["kind"] for line in read_log_all(folded[1])]
+    assert log.count("val") == 1 and log.index("val") > max(
+        i for i, kind in enumerate(log) if kind == "lincls"
+    )
+    assert log.count("held_out") == 3
+    steps = [line["step"] for line in read_log(folded[1], "lincls")]
+    assert steps == sorted(set(steps))
+
+
+def read_log_all(folder: Path) -> list[dict]:
+    return [line for kind in ("lincls", "held_out", "val") for line in
+            [{**entry} for entry in read_log(folder, kind)]]  # fmt: skip
+
+
+def test_what_is_in_val_has_no_part_in_the_choice(data, pretrained, folded, tmp_path):
+    mode, folder = folded
+    shutil.copytree(data, other := tmp_path / "other")
+    (other / "val" / "class_0").rename(other / "val" / "x")
+    (other / "val" / "class_1").rename(other / "val" / "class_0")
+    (other / "val" / "x").rename(other / "val" / "class_1")
+    evaluate(other, GRID, mode, "--pretrained", pretrained, "--save-dir r")
+    assert result("r")["folds"] == result(folder)["folds"]
+    assert result("r")["last"]["top1"] != result(folder)["last"]["top1"]
+    assert torch.equal(classifier(f"r/{LATEST}"), classifier(folder / LATEST))
+
+
+def test_output_names_folds_means_and_the_choice(data, pretrained, capsys):
+    evaluate(data, GRID, "--cached --pretrained", pretrained, "--save-dir r")
+    out = capsys.readouterr().out
+    assert "chosen by 3 folds of the training set" in out
+    assert out.count("images held out") == 3 and out.count("<- chosen") == 1
+    assert out.count("evaluated once") == 1 and "flatters" not in out
+
+
+def test_a_setting_that_diverges_in_a_fold_is_never_chosen(data, pretrained):
+    flags = "--lr 1e38,0.3 --epochs 2 --folds 2 --cached --save-dir r --pretrained"
+    evaluate(data, flags, pretrained)
+    fallen, other = result("r")["folds"]["settings"]
+    assert None in fallen["top1"] and fallen["mean"] is None
+    assert result("r")["folds"]["chosen"]["lr"] == other["lr"] == 0.3
+
+
+def test_one_setting_is_cross_validated_too(data, pretrained):
+    evaluate(data, "--lr 0.3 --epochs 1 --folds 2 --pretrained", pretrained, "--save-dir r")
+    assert len(result("r")["folds"]["settings"][0]["top1"]) == 2
+
+
+def test_cached_views_hold_out_centre_crops(data, pretrained):
+    flags = "--cached --cached-views 1 --lr 0.3,1 --epochs 1 --folds 2 --save-dir r --pretrained"
+    evaluate(data, flags, pretrained)
+    kinds = {path.parent for path in Path("r/features").rglob("view_*")}
+    assert len(kinds) == 3  # random views, centre crops for held-out images, validation
+    assert result("r")["protocol"]["folds"] == 2
+
+
+def test_folds_are_of_the_labelled_subset(data, pretrained, capsys):
+    flags = "--labels 50 --lr 0.3 --epochs 1 --folds 2 --save-dir r --pretrained"
+    evaluate(data, flags, pretrained)
+    assert result("r")["train_images"] == 24
+    assert capsys.readouterr().out.count("12 images held out") == 2
+
+
+def test_the_papers_imagenet100_probe_runs(data, pretrained):
+    """B.2.1: 60 epochs, batch 256, lr 10, x0.2 at 30, 40, 50."""
+    line = "--epochs 60 --lr 10,30 --schedule 30 40 50 --schedule-factor 0.2 --folds 3 --cached"
+    evaluate(data, line, "--save-dir r --print-freq 100 --pretrained", pretrained)
+    factors = [line["lr_factor"] for line in read_log(Path("r"), "lincls") if line.get("fold") == 0]
+    assert factors[-1] == pytest.approx(0.2**3) and factors[0] == 1
+    last = [line["lr"] for line in read_log(Path("r"), "lincls") if "fold" not in line][-1]
+    assert last == pytest.approx(result("r")["folds"]["chosen"]["lr"] * 0.2**3)
+    args = main_lincls.parse_args(
+        shlex.split(f"--epochs 60 --batch-size 32 --lr 10 --schedule 30 40 50 --device cpu "
+                    f"--schedule-factor 0.2 --folds 3 --pretrained {pretrained} {data}")
+    )  # fmt: skip
+    assert (args.lr, args.schedule, args.folds) == (10.0, [30, 40, 50], 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Cut off, and refused
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["first fold", "second fold", "last stage"])
+def test_a_run_that_was_killed_ends_like_one_that_was_not(data, pretrained, tmp_path, where):
+    flags = [*TINY, *GRID.split(), "--pretrained", pretrained, "--print-freq", 1]
+    whole = Processes(tmp_path / "o1", *flags, "--save-dir", tmp_path / "whole", data, code=MAIN)
+    again = [*flags, "--save-dir", tmp_path / "cut", "--resume", "auto", data]
+    cut = Processes(tmp_path / "o2", *again, code=MAIN)
+    wanted = {"first fold": 5, "second fold": 13, "last stage": 31}[where]  # steps, 8 in a fold
+    deadline = time.monotonic() + 60
+    while not any(
+        line["step"] >= wanted for line in (safe_log(tmp_path / "cut") if cut.running() else [])
+    ):
+        assert time.monotonic() < deadline and cut.running(), cut.output()
+        time.sleep(0.002)
+    cut.kill()
+    cut.wait()
+    assert not (tmp_path / "cut" / "lincls.json").exists()
+    on = Processes(tmp_path / "o3", *again, code=MAIN)
+    assert on.wait() == [0], on.output()
+    first = "after epoch 0" if where == "last stage" else "resuming"
+    assert first in on.output()
+    assert where == "first fold" or "fold 1 of 3, epoch" not in on.output()
+    assert whole.wait() == [0], whole.output()
+    for name in (LATEST, BEST):
+        a, b = load(f"whole/{name}"), load(f"cut/{name}")
+        for content in (a, b):
+            content.pop("args")
+        assert differences(a, b) == []
+    assert {**result("whole"), "checkpoint": ""} == {**result("cut"), "checkpoint": ""}
+    for kind in ("val", "lincls", "held_out"):
+        mine, theirs = (
+            [line["step"] for line in read_log(tmp_path / name, kind)] for name in ("cut", "whole")
+        )
+        assert mine == theirs, kind
+
+
+def safe_log(folder: Path) -> list[dict]:
+    try:
+        return read_log(folder, "lincls")
+    except (OSError, ValueError):  # not there yet, or a line half written
+        return []
+
+
+def test_folds_go_on_with_as_many(data, pretrained, folded, capsys):
+    mode, folder = folded
+    shutil.copytree(folder, "copy")
+    for change in ("--folds 2", "--lr 0.3,1"):
+        argv = [*TINY, *GRID.split(), *mode.split(), *change.split(), "--resume", "auto",
+                "--save-dir", "copy", "--pretrained", pretrained, data]  # fmt: skip
+        status, message = refusal(main_lincls.main, argv, capsys)
+        assert status == 1 and "before" in message and change.split()[0][2:] in message
+
+
+def test_fewer_images_in_a_fold_than_a_batch(data, pretrained, capsys):
+    argv = [*TINY, "--folds", 2, "--batch-size", 32, "--pretrained", pretrained, data]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "24 images" in message and "lower --batch-size" in message
+
+
+def test_two_processes_choose_alike(data, pretrained, tmp_path):
+    argv = [*TINY, *GRID.split(), "--cached", "--pretrained", pretrained]
+    processes = Processes(
+        tmp_path / "out", *argv, "--save-dir", tmp_path / "two", data, count=2, code=MAIN
+    )
+    assert processes.wait() == [0, 0], processes.output()
+    evaluate(data, GRID, "--cached --pretrained", pretrained, "--save-dir one")
+    one, two = result("one")["folds"], result("two")["folds"]
+    assert one["chosen"] == two["chosen"] and two["count"] == 3

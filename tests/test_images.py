@@ -1,0 +1,327 @@
+"""Images: what is read from disk, in which order, with which labels, and what is refused."""
+
+import hashlib
+import os
+import pickle
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import noise_image, write_images
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import datasets
+
+from moco.images import DataError, FolderImages, in_memory, open_images
+from moco.loader import AugmentedViews
+from moco.views import pretrain_recipe
+
+# ------------------------------------------------------------------------------------------------
+# Folders of images
+# ------------------------------------------------------------------------------------------------
+
+
+def relative(images: FolderImages) -> list[str]:
+    return [os.path.relpath(path, images.root) for path in images.paths]
+
+
+def test_class_folders_are_as_image_folder_has_them(tmp_path):
+    """Paths, labels and classes equal torchvision.datasets.ImageFolder's."""
+    write_images(tmp_path, {"dog": 3, "Cat": 2, "ant/small": 2, "ant/big": 1, "ant": 1, "a-x": 1})
+    write_images(tmp_path, {"dog/more": 1}, suffix=".JPEG")
+    wanted = datasets.ImageFolder(tmp_path)
+    images = FolderImages(tmp_path)
+    assert images.paths == [path for path, _ in wanted.samples]
+    assert images.targets == wanted.targets
+    assert images.classes == wanted.classes == ["Cat", "a-x", "ant", "dog"]
+    for index in range(len(images)):
+        assert np.array_equal(images.load(index), wanted[index][0])
+
+
+def test_folders_within_a_class_are_in_image_folders_order_too(tmp_path):
+    """It sorts whole paths: "b-x" lies before what is in "b/c"."""
+    write_images(tmp_path, {"a/b": 1, "a/b-x": 1, "a/b/c": 1, "a/10": 1, "a/9": 1})
+    wanted = [path for path, _ in datasets.ImageFolder(tmp_path).samples]
+    assert FolderImages(tmp_path).paths == wanted
+
+
+def test_images_directly_in_the_folder_have_no_labels(tmp_path):
+    write_images(tmp_path, {".": 3})
+    images = open_images("folder", tmp_path, "pretrain")
+    assert relative(images) == ["000.png", "001.png", "002.png"]
+    assert images.targets is None and images.classes == []
+    with pytest.raises(DataError, match="because of .*000.png: pretrain images must lie"):
+        open_images("folder", tmp_path, "pretrain", per_class=2)
+
+
+def test_a_mix_of_images_and_folders_has_no_labels(tmp_path):
+    write_images(tmp_path, {".": 1, "deep/down": 2})
+    images = FolderImages(tmp_path)
+    assert relative(images) == ["000.png", "deep/down/000.png", "deep/down/001.png"]
+    assert images.targets is None
+
+
+def test_nested_folders_without_train_are_taken_whole(tmp_path):
+    write_images(tmp_path, {"2019/may": 2, "2020": 1})
+    assert len(open_images("folder", tmp_path, "pretrain")) == 3
+
+
+def test_train_and_val_are_found_in_the_folder(tmp_path):
+    write_images(tmp_path, {"train/a": 2, "train/b": 1, "val/a": 1, "val/b": 1})
+    pretrain, train, val = (
+        open_images("folder", tmp_path, s) for s in ("pretrain", "train", "val")
+    )
+    assert pretrain.paths == train.paths and len(train) == 3 and len(val) == 2
+    assert all(str(tmp_path / "train") in path for path in train.paths)
+    assert all(str(tmp_path / "val") in path for path in val.paths)
+    assert train.targets == [0, 0, 1]
+
+
+def test_hidden_and_other_files_are_skipped(tmp_path):
+    """macOS leaves ._000.png beside images, which are none."""
+    write_images(tmp_path, {"a": 1})
+    for name in ("._000.png", ".hidden.jpg", "notes.txt", "000.png.part", "Thumbs.db"):
+        (tmp_path / "a" / name).write_bytes(b"no image")
+    assert relative(FolderImages(tmp_path)) == ["a/000.png"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".PNG", ".webp", ".bmp", ".tif", ".ppm"])
+def test_image_formats_are_known_by_suffix_whatever_its_case(tmp_path, suffix):
+    write_images(tmp_path, {"a": 1}, suffix=suffix)
+    assert FolderImages(tmp_path).load(0).mode == "RGB"
+
+
+def test_a_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=f"no such data folder: {tmp_path}/nowhere"):
+        open_images("folder", tmp_path / "nowhere", "pretrain")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="no such data folder"):
+        open_images("folder", tmp_path / "file", "pretrain")
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(DataError, match=f"no images in {tmp_path} .*looked for .jpg"):
+        open_images("folder", tmp_path, "pretrain")
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with pytest.raises(DataError, match=f"no images in {tmp_path}/train"):
+        open_images("folder", tmp_path, "pretrain")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_evaluation_needs_its_split_as_a_folder(tmp_path, split):
+    write_images(tmp_path, {"a": 1})
+    with pytest.raises(DataError, match=f"no folder {tmp_path}/{split}: expected"):
+        open_images("folder", tmp_path, split)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_evaluation_needs_labels(tmp_path, split):
+    write_images(tmp_path, {"train": 2, "val": 2})
+    with pytest.raises(
+        DataError, match=f"no labels because of .*{split} images must lie .*{split}/CLASS/IMAGE"
+    ):
+        open_images("folder", tmp_path, split)
+
+
+def test_a_class_that_the_training_set_lacks_is_an_error(tmp_path):
+    write_images(tmp_path, {"train/a": 1, "train/b": 1, "val/b": 1, "val/zebra": 1})
+    train = open_images("folder", tmp_path, "train")
+    with pytest.raises(DataError, match="val has classes that the training set lacks: zebra"):
+        open_images("folder", tmp_path, "val", classes=train.classes)
+
+
+def test_validation_labels_are_the_training_sets_even_if_a_class_is_missing(tmp_path):
+    write_images(tmp_path, {"train/a": 1, "train/b": 1, "val/b": 2})
+    train = open_images("folder", tmp_path, "train")
+    assert open_images("folder", tmp_path, "val", classes=train.classes).targets == [1, 1]
+
+
+def test_per_class_keeps_the_first_images_of_each_class(tmp_path):
+    write_images(tmp_path, {"train/a": 3, "train/b": 1, "train/c": 4})
+    whole = open_images("folder", tmp_path, "train")
+    images = open_images("folder", tmp_path, "train", per_class=2)
+    assert images.targets == [0, 0, 1, 2, 2] and images.classes == ["a", "b", "c"]
+    assert len(images) == 5
+    for i, j in enumerate([0, 1, 3, 4, 5]):
+        assert np.array_equal(images.load(i), whole.load(j))
+
+
+# ------------------------------------------------------------------------------------------------
+# Images that are broken or not RGB
+# ------------------------------------------------------------------------------------------------
+
+
+def broken_files(folder: Path) -> dict[str, Path]:
+    folder.mkdir()
+    noise_image((200, 200)).save(folder / "good.jpg")
+    noise_image((200, 200)).save(folder / "good.png")
+    jpeg, png = ((folder / f"good.{s}").read_bytes() for s in ("jpg", "png"))
+    contents = {
+        "empty.jpg": b"",
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "header_only.jpg": jpeg[:20],
+        "text.jpg": b"<html>404 Not Found</html>",
+        "truncated.png": png[: len(png) // 2],
+        "corrupt.png": png[:60] + bytes(40) + png[100:],
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    return {name: folder / name for name in contents}
+
+
+BROKEN = ["empty.jpg", "truncated.jpg", "header_only.jpg", "text.jpg", "truncated.png",
+          "corrupt.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_image_is_an_error_that_names_the_file(tmp_path, name):
+    path = broken_files(tmp_path / "images")[name]
+    images = FolderImages(path.parent)
+    with pytest.raises(DataError, match=f"cannot read image {path}: .*; replace or remove it"):
+        images.load(images.paths.index(str(path)))
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named_through_a_loader_process_too(tmp_path, workers, unfinished):
+    path = broken_files(tmp_path / "images")["truncated.jpg"]
+    images = FolderImages(path.parent)
+    data = AugmentedViews(images, pretrain_recipe(16), seed=0, views=2, unfinished=unfinished)
+    key = [(0, images.paths.index(str(path)))]
+    pairs = DataLoader(data, batch_sampler=[key], num_workers=workers)
+    with pytest.raises(DataError, match=f"cannot read image {path}"):
+        list(pairs)
+
+
+def gradient(mode: str) -> Image.Image:
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    colours = np.stack([ramp, ramp.T, 255 - ramp], axis=2)
+    match mode:
+        case "I;16":
+            return Image.fromarray(ramp.astype(np.uint16) * 257)
+        case "L":
+            return Image.fromarray(ramp)
+        case _:
+            return Image.fromarray(colours).convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "levels"),
+    [
+        ("L", ".png", 256),
+        ("L", ".jpg", 200),
+        ("LA", ".png", 100),
+        ("P", ".png", 4),
+        ("1", ".png", 2),
+        ("RGBA", ".png", 256),
+        ("CMYK", ".jpg", 200),
+        ("I;16", ".png", 200),
+    ],
+)
+def test_images_of_any_kind_come_out_as_rgb(tmp_path, mode, suffix, levels):
+    """With their content: as many different values as the kind of file can hold."""
+    path = tmp_path / f"image{suffix}"
+    gradient(mode).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = FolderImages(tmp_path).load(0)
+    assert image.mode == "RGB" and image.size == (16, 16)
+    assert len(np.unique(image)) >= levels
+
+
+# ------------------------------------------------------------------------------------------------
+# CIFAR and STL-10 through torchvision
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10"])
+@pytest.mark.parametrize("split", ["pretrain", "train", "val"])
+def test_torchvisions_data_that_are_not_there_are_not_downloaded(tmp_path, dataset, split):
+    with pytest.raises(DataError, match=f"no complete {dataset} in {tmp_path} .*downloaded here"):
+        open_images(dataset, tmp_path, split)
+    assert list(tmp_path.iterdir()) == []
+
+
+def sums(folder: Path, names: list[str]) -> list[list[str]]:
+    return [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()] for name in names]
+
+
+def write_cifar(root: Path, monkeypatch, kind, train: list[str], test: list[str], key: str) -> None:
+    """A few images in the real files' layout, with their checksums where torchvision has them."""
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i, name in enumerate([*train, *test]):
+        data = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        labels = [(i + j) % 10 for j in range(4)]
+        (folder / name).write_bytes(pickle.dumps({"data": data, key: labels}))
+    meta = {kind.meta["key"]: [f"class {i}" for i in range(10)]}
+    (folder / kind.meta["filename"]).write_bytes(pickle.dumps(meta))
+    monkeypatch.setattr(kind, "train_list", sums(folder, train))
+    monkeypatch.setattr(kind, "test_list", sums(folder, test))
+    [[_, md5]] = sums(folder, [kind.meta["filename"]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5})
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch, dataset):
+    if dataset == "cifar10":
+        kind, train, test = datasets.CIFAR10, ["data_batch_1", "data_batch_2"], ["test_batch"]
+        write_cifar(tmp_path, monkeypatch, kind, train, test, "labels")
+    else:
+        kind, train, test = datasets.CIFAR100, ["train"], ["test"]
+        write_cifar(tmp_path, monkeypatch, kind, train, test, "fine_labels")
+    for split, is_train in (("pretrain", True), ("train", True), ("val", False)):
+        images = open_images(dataset, tmp_path, split)
+        wanted = kind(str(tmp_path), train=is_train)
+        assert len(images) == len(wanted) == 4 * len(train if is_train else test)
+        assert images.targets == wanted.targets
+        assert images.classes == [f"class {i}" for i in range(10)]
+        for i in range(len(images)):
+            assert np.array_equal(images.load(i), wanted.data[i])
+            assert images.load(i).mode == "RGB" and images.load(i).size == (32, 32)
+        assert np.array_equal(in_memory(images), wanted.data)
+    whole, some = (open_images(dataset, tmp_path, "train", per_class=n) for n in (None, 1))
+    assert len(some) == len(set(whole.targets))
+    assert np.array_equal(in_memory(some), in_memory(whole)[some.indices])
+
+
+def write_stl10(root: Path, monkeypatch) -> Path:
+    folder = root / "stl10_binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 4), ("test", 3), ("unlabeled", 5)):
+        rng.integers(0, 256, (count, 3, 96, 96), dtype=np.uint8).tofile(folder / f"{name}_X.bin")
+        if name != "unlabeled":
+            (np.arange(count, dtype=np.uint8) % 3 + 1).tofile(folder / f"{name}_y.bin")
+    names = [f"class {i}" for i in range(10)]
+    (folder / "class_names.txt").write_text("\n".join(names) + "\n")
+    train = ["train_X.bin", "train_y.bin", "unlabeled_X.bin"]
+    monkeypatch.setattr(datasets.STL10, "train_list", sums(folder, train))
+    monkeypatch.setattr(datasets.STL10, "test_list", sums(folder, ["test_X.bin", "test_y.bin"]))
+    return folder
+
+
+def test_stl10_is_pretrained_on_with_its_unlabelled_images(tmp_path, monkeypatch):
+    """Which have no labels; training and validation images have (0-based)."""
+    write_stl10(tmp_path, monkeypatch)
+    pretrain, train, val = (open_images("stl10", tmp_path, s) for s in ("pretrain", "train", "val"))
+    assert (len(pretrain), len(train), len(val)) == (9, 4, 3)
+    assert pretrain.targets is None
+    assert train.targets == [0, 1, 2, 0] and val.targets == [0, 1, 2]
+    assert train.classes == [f"class {i}" for i in range(10)]
+    assert np.array_equal(pretrain.load(1), train.load(1))
+    assert train.load(0).size == (96, 96)
+    assert in_memory(pretrain).shape == (9, 96, 96, 3)
+    assert np.array_equal(in_memory(pretrain)[1], train.load(1))
+
+
+def test_stl10_without_its_class_names_is_an_error_that_says_so(tmp_path, monkeypatch):
+    """Torchvision has no checksum for that file and goes on without it."""
+    (write_stl10(tmp_path, monkeypatch) / "class_names.txt").unlink()
+    with pytest.raises(DataError, match="stl10"):
+        open_images("stl10", tmp_path, "train")
