@@ -456,6 +456,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     distributed.barrier()
     print_start(args, moco, device, len(images), steps_per_epoch)
     log = RunLog(args.save_dir, first_step=run.step)
+    at_exit.callback(log.close)
     monitor.begin(log, args)
     if changes:
         log.event("changes", run.step, changes=changes)
