@@ -364,7 +364,7 @@ def check(cases: list[argparse.Namespace], args: argparse.Namespace, device: tor
             memory = sum(memory_bytes(measured, case.batch_size, 1).values())
             rows.append(
                 _compared(f"{name}, 1 process", "MiB", memory / 2**20,
-                          measured["memory"]["bytes"] / 2**20)
+                          step_memory(case, device, Path(folder)) / 2**20)
             )  # fmt: skip
             for processes in counts:
                 link = math.inf
@@ -384,10 +384,10 @@ def check(cases: list[argparse.Namespace], args: argparse.Namespace, device: tor
                     row = _compared(what, "images/s", predicted["images_per_s"], found)
                     rows.append({**row, "prediction": predicted, "cluster": asdict(cluster)})
     print(f"\n{timing.machine_line(timing.machine())}")
-    print(f"{'':<58} {'':<8} {'predicted':>10} {'measured':>10} {'error':>7}")
+    print(f"{'':<66} {'':<8} {'predicted':>10} {'measured':>10} {'error':>7}")
     for row in rows:
         print(
-            f"{row['what']:<58} {row['unit']:<8} {row['predicted']:>10.1f} "
+            f"{row['what']:<66} {row['unit']:<8} {row['predicted']:>10.1f} "
             f"{row['measured']:>10.1f} {row['error']:>+7.1%}"
         )
     return {"rows": rows, "measured": all_measured}
@@ -429,6 +429,28 @@ def _time_all_reduce(device: torch.device, job: SimpleNamespace) -> None:
     )
     if distributed.is_main():
         job.result.write_text(json.dumps(statistics.median(times[""])), encoding="utf-8")
+
+
+def step_memory(case: argparse.Namespace, device: torch.device, folder: Path) -> int:
+    """Most bytes that a model and its steps take in a process of their own: counted by torch on a
+    GPU, else the growth of the process."""
+    result = folder / "memory.json"
+    torch.multiprocessing.spawn(_grow, args=(case, device, result))
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def _grow(_: int, case: argparse.Namespace, device: torch.device, result: Path) -> None:
+    torch.set_num_threads(1)
+    tiny = copy(case)
+    tiny.arch, tiny.image_size, tiny.small_stem, tiny.moco_k = "resnet8", 16, False, 64
+    Step(tiny, 2, device)()  # libraries come into memory with the first step
+    timing.reset_peak_memory(device)
+    before = timing.peak_memory(device)
+    step = Step(case, case.batch_size, device)
+    for _ in range(2):
+        step()
+    timing.synchronize(device)
+    result.write_text(json.dumps(timing.peak_memory(device) - before), encoding="utf-8")
 
 
 def sharing(case: argparse.Namespace, measured: dict, folder: Path) -> float:

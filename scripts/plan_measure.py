@@ -130,7 +130,6 @@ def _storages(nest: object) -> list[torch.UntypedStorage]:
 def activation_bytes(step: Step) -> tuple[int, int]:
     """Bytes that the query's forward pass leaves behind for the backward pass, its input as floats
     and its output included; and most bytes at a time of the key's, which keeps nothing."""
-    step()
     moco, images = step.moco, step.views[0]
     with LiveBytes() as held, training.autocast(step.device, step.options.amp):
         query = moco.encoder_q(moco.prepare(images))
@@ -157,18 +156,15 @@ def measure(
     Returns:
         `settings`, `device` ("cpu" or "cuda"), `device_bytes` (its memory; None on a CPU), `steps`
         (a list of `images`, `seconds` and `backward_seconds`), `parameter_bytes` and `buffer_bytes`
-        of one encoder, `activations` and `key_forward` (bytes, `fixed` and `per_image`), `memory`
-        (`bytes` at most in a step of `images`, counted by torch on a GPU, else the growth of this
-        process) and `pair_seconds` (two views of an image, on one core).
+        of one encoder, `activations` and `key_forward` (bytes, `fixed` and `per_image`) and
+        `pair_seconds` (two views of an image, on one core).
     """
     print(f"measuring on {device}: {timing.machine_line(timing.machine())}", flush=True)
     loading = pair_seconds(data or args.data, args)
     torch.manual_seed(0)
     with training.kernels(deterministic=False):
         try:
-            # First the small ones: what the first step ever brings into memory is not the plan's.
             few, more = (activation_bytes(Step(args, size, device)) for size in (2, 4))
-            memory = step_memory(args, device, sizes[-1])
             steps = {size: Step(args, size, device) for size in sizes}
             times = timing.interleaved(steps, repeats=args.repeats, device=device)
             backward = {
@@ -201,19 +197,8 @@ def measure(
         "buffer_bytes": _bytes(encoder.buffers()),
         "activations": activations,
         "key_forward": key_forward,
-        "memory": memory,
         "pair_seconds": loading,
     }
-
-
-def step_memory(args: argparse.Namespace, device: torch.device, images: int) -> dict:
-    timing.reset_peak_memory(device)
-    before = timing.peak_memory(device)
-    step = Step(args, images, device)
-    for _ in range(2):
-        step()
-    timing.synchronize(device)
-    return {"images": images, "bytes": timing.peak_memory(device) - before}
 
 
 def _line(at_two: int, at_four: int) -> dict:

@@ -42,7 +42,6 @@ MEASURED = {
     "buffer_bytes": 2 * MB,
     "activations": {"fixed": MB, "per_image": 10 * MB},
     "key_forward": {"fixed": 0, "per_image": 2 * MB},
-    "memory": {"images": 64, "bytes": 1},
     "pair_seconds": 0.010,
 }  # fmt: skip
 FLAGS = "-a resnet18 --image-size 100 --mlp".split()
@@ -251,8 +250,9 @@ def test_a_slow_network_or_loader_stops_it_earlier(measured, tmp_path, capsys) -
     found, said = planned(*common, "--cores", 16, **out)
     # 16 cores make 256 pairs in 160 ms: two GPUs take 138, so already they wait.
     assert [row["limit"] for row in found["rows"][:4]] == ["compute", *["loader"] * 3]
-    assert found["stops_paying_at"] == 2 and "loader, 16 given" not in said
-    assert f"{256 * 0.010 / 0.042:.1f} cores per node to keep up, 16 given" in said
+    assert found["stops_paying_at"] == 2
+    # 42 ms of computing, and a little network, for 256 pairs of 10 ms.
+    assert "60.9 cores per node to keep up, 16 given" in said
 
 
 @pytest.mark.parametrize(
@@ -298,9 +298,6 @@ class Fake:
         )
         self.views = [images]
 
-    def __call__(self) -> None:
-        self.moco.encoder_q(self.moco.prepare(self.views[0]))
-
 
 @pytest.mark.parametrize("n", [2, 5])
 def test_activations_of_a_small_network_by_hand(n: int) -> None:
@@ -345,7 +342,8 @@ def test_measure_once_and_plan_often(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [entry["images"] for entry in figures["steps"]] == [2, 4, 8]
     for entry in figures["steps"]:
         assert 0 < entry["backward_seconds"] < entry["seconds"] < 10
-    assert figures["parameter_bytes"] == 4 * 80_272  # counted apart, of resnet8 with 32 outputs
+    # resnet8 with 32 outputs: stem, three stages with their shortcuts, linear layer.
+    assert figures["parameter_bytes"] == 4 * (464 + 4672 + 14528 + 57728 + 2080)
     assert figures["device"] == "cpu" and "every GPU below is one such CPU" in said
     assert 0 < figures["pair_seconds"] < 0.1
     assert first["plan"]["images_per_gpu"] == 4 and not first["plan"]["extrapolated"]
