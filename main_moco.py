@@ -183,9 +183,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         encoders.check_image_size(with_head, args.image_size)
         if args.channels_last is None:
-            args.channels_last = step.channels_last_helps(
-                args.devices[0], args.amp, args.bn_groups
-            )
+            args.channels_last = step.channels_last_helps(args.devices[0], args.amp, args.bn_groups)
         if args.compile:
             _check_compiler(args.devices[0])
     except ValueError as error:
