@@ -416,7 +416,8 @@ def small(seed: int = 0) -> nn.Module:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.",
-                                    "_orig_mod.module.", "module.module."])  # fmt: skip
+                                    "_orig_mod.module.", "module.module.", "model.",
+                                    "module.model._orig_mod."])  # fmt: skip
 def test_wrappers_in_names_are_passed_over(prefix: str, tmp_path: Path) -> None:
     network = small()
     state = prefixed(prefix, network.state_dict())
