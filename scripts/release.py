@@ -271,8 +271,12 @@ def copy_lincls(source: Path, folder: Path, name: str, pretrained: export.Networ
 
 def copy_metrics(source: Path, folder: Path, name: str) -> None:
     said = read_json(source)
-    if not all(isinstance(said.get(name), float) for name in ("alignment", "uniformity")):
-        raise CheckpointError(f"--metrics {source} has no alignment and uniformity")
+    numbers = ("alignment", "uniformity", "alpha", "t", "images")
+    if not all(isinstance(said.get(name), (int, float)) for name in numbers) or "layer" not in said:
+        raise CheckpointError(
+            f"--metrics {source} has no alignment and uniformity, as measure_align_uniform.py "
+            "--out writes them"
+        )
     if Path(str(said.get("checkpoint"))).name != name:
         raise CheckpointError(
             f"--metrics {source} is of {said.get('checkpoint')}, the release of {name}"

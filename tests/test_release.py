@@ -401,6 +401,10 @@ def test_nothing_is_written_of_what_does_not_belong_together(run_of, tmp_path, c
     lone = tmp_path / "lone"
     lone.mkdir()
     shutil.copy(probe, lone / "probe.pth.tar")
+    (lone / "half.json").write_text('{"alignment": 0.1, "uniformity": -1.0, "t": null}')
+    (lone / "k-nn").mkdir()
+    shutil.copy(probe, lone / "k-nn")
+    (lone / "k-nn" / "lincls.json").write_text('{"classes": 3, "top1": 1.0, "top5": 2.0}')
     broken = read_checkpoint(second)
     broken["state_dict"] = {k: v for k, v in broken["state_dict"].items() if "layer4" not in k}
     write_checkpoint(lone / "broken.pth.tar", broken)
@@ -411,6 +415,8 @@ def test_nothing_is_written_of_what_does_not_belong_together(run_of, tmp_path, c
         ([second, "out", "--lincls", lone / "probe.pth.tar"], "beside it"),
         ([first, "out", "--metrics", run_of / "metrics.json"], "checkpoint_0001"),
         ([second, "out", "--metrics", run_of / "run" / "args.json"], "no alignment"),
+        ([second, "out", "--metrics", lone / "half.json"], "no alignment"),
+        ([second, "out", "--lincls", lone / "k-nn" / "checkpoint.pth.tar"], "no best and last"),
         ([lone / "broken.pth.tar", "out"], "no known architecture"),
     ):
         status, message = refusal(release, argv, capsys)
