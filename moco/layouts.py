@@ -43,8 +43,8 @@ def find_encoder(content: dict, path: str | os.PathLike) -> Source:
     if not state:
         names = ", ".join(map(str, list(named)[:5])) or "an empty dict"
         raise CheckpointError(
-            f"{path} holds no tensors by name, only {names}; expected an encoder's state dict, or a "
-            "dict that has one as state_dict"
+            f"{path} holds no tensors by name, only {names}; expected an encoder's state dict, or "
+            "a dict that has one as state_dict"
         )
     if "stem.conv1.norm.weight" in state:
         state, layout = {_from_detectron2(name): t for name, t in state.items()}, "detectron2"
