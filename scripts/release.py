@@ -741,7 +741,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         ValueError: a line of another form, or a path that leads out of the folder.
     """
     sums = {}
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         path = PurePosixPath(match[2]) if match else None
         if path is None or path.is_absolute() or ".." in path.parts:

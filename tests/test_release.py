@@ -311,6 +311,8 @@ def test_sums_that_do_not_fit_the_folder(copy, capsys):
     with open(copy / "SHA256SUMS", "a") as file:
         file.write(f"{'0' * 64}  ../outside\n")
     assert "no sum of a file" in findings(copy, capsys)
+    (copy / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    assert "no sum of a file" in findings(copy, capsys)
     (copy / "SHA256SUMS").unlink()
     assert "no release" in findings(copy, capsys)
 
