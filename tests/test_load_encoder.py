@@ -443,7 +443,7 @@ def test_names_behind_what_is_not_known_are_told_with_a_remedy(tmp_path: Path) -
 def test_what_other_files_are_and_the_remedy(tmp_path: Path) -> None:
     state = small().state_dict()
     torch.save(state, tmp_path / "a.safetensors")
-    write_safetensors(tmp_path / "cut.safetensors", state)
+    write_safetensors(tmp_path / "cut.safetensors", state, {})
     data = (tmp_path / "cut.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
     np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in state.items()})
