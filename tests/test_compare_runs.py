@@ -179,6 +179,14 @@ def test_cross_validation_has_a_column(tmp_path, capsys) -> None:
     assert column(rows, "linear folds") == ["47.00 (of 1)"]
 
 
+def test_only_different_objectives_are_tested(tmp_path, capsys) -> None:
+    for seed in (0, 1):
+        for lr in (0.03, 0.06):
+            make_measure(make_run(tmp_path / f"{lr}-{seed}", NCE, seed, lr=lr), lr, -1.0)
+    _, screen, _ = compare(tmp_path, out=tmp_path / "r.html", capsys=capsys)
+    assert "Paired differences" not in screen
+
+
 @pytest.mark.parametrize("n", range(1, 9))
 def test_sign_flip_test_counts_all_signs(n: int) -> None:
     generator = torch.Generator().manual_seed(n)

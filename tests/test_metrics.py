@@ -335,6 +335,14 @@ def test_float64_path_equals_literal_distances() -> None:
         assert uniformity(x, t) == pytest.approx(reference.uniform(x, t).item(), abs=1e-10)
 
 
+def test_many_float32_features_around_one_point() -> None:
+    """Their products lie within rounding of each other unless the common part is taken out."""
+    x = torch.zeros(4200, 16)
+    x[:, 0] = 1
+    x = F.normalize(x + 3e-4 * torch.randn(x.shape, generator=torch.manual_seed(0)), dim=1)
+    assert uniformity(x) == pytest.approx(uniformity(x.double()), rel=1e-4)
+
+
 def test_features_that_have_all_but_collapsed() -> None:
     """Distances of 1e-6 against lengths of 1: what is near 0 is right to a share of itself."""
     x = F.normalize(unit_rows(1, 64) + 1e-3 * unit_rows(5000, 64, seed=1), dim=1).float()
