@@ -116,8 +116,9 @@ class RunLog:
 
     def close(self) -> None:
         if self.active:
-            self.file.close()
-            self.board.close()
+            with self._full_disk_is_named():
+                self.file.close()
+                self.board.close()
 
 
 def _drop_later_lines(path: Path, step: int) -> set[tuple[str, int]]:

@@ -286,7 +286,7 @@ def print_plan(content: dict) -> None:
         + f" per GPU and step; {row['network_bytes'] / 1e6:.1f} MB over all GPUs",
         "loader": f"{row['cores_per_node']:.1f} cores per node to keep up"
         + (f", {asked['cores']} given" if asked["cores"] is not None else ""),
-        "batch norm": _batch_norm_note(row),
+        "batch norm": _batch_norm_note(row) if measured["buffer_bytes"] else "none in this arch",
         "assumed": f"{asked['intra_gbs']:g} GB/s within a node and {asked['inter_gbs']:g} GB/s "
         "between nodes, per GPU each way; no latency",
     }

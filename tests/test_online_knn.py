@@ -13,9 +13,9 @@ from helpers import read_log, refusal, write_images, write_labelled
 from runs import EPOCHS, chaos, finish, start
 
 import main_moco
-from moco import checkpoint, evaluate, loader
+from moco import checkpoint, encoders, evaluate, loader
 from moco.images import open_images
-from moco.online_knn import open_splits
+from moco.online_knn import frozen_backbone, open_splits
 from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
 CPU = torch.device("cpu")
@@ -260,3 +260,25 @@ def test_the_bank_is_balanced_and_capped(tmp_path) -> None:
 def test_impossible_numbers_are_refused(flags, labelled, capsys) -> None:
     status, said = refusal(main_moco.main, [*TINY, *flags, labelled], capsys)
     assert status == 2 and f"{flags[0]} must be at least {flags[1] + 1}, got {flags[1]}" in said
+
+
+def test_the_copy_is_of_the_plain_backbone_and_leaves_the_encoder_alone() -> None:
+    """Also of a compiled encoder, of parts in eval mode, and of one whose gradients are in use."""
+    torch.manual_seed(0)
+    encoder = encoders.build_encoder("resnet8", 16, bn_splits=2)
+    encoder.compile()
+    encoder.layer1.eval()
+    for parameter in encoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    modes = [module.training for module in encoder.modules()]
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    frozen = frozen_backbone(encoder)
+    features = frozen(torch.randn(4, 3, 32, 32))
+    assert features.shape == (4, encoders.feature_dim(encoder)) and not features.requires_grad
+    assert frozen._compiled_call_impl is None and encoder._compiled_call_impl is not None
+    assert not any(module.training for module in frozen.modules())
+    assert [module.training for module in encoder.modules()] == modes
+    assert all(p.requires_grad and p.grad is not None for p in encoder.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    shared = {t.data_ptr() for t in encoder.state_dict().values()}
+    assert not shared & {t.data_ptr() for t in frozen.state_dict().values()}
