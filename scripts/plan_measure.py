@@ -30,8 +30,10 @@ import timing  # noqa: E402
 from moco import encoders, guards, loader  # noqa: E402
 from moco import step as training  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
+from moco.images import open_images  # noqa: E402
 from moco.log import Means  # noqa: E402
 from moco.run import BackgroundWriter, Run  # noqa: E402
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe  # noqa: E402
 
 # What a measurement depends on: one of other settings is refused.
 SETTINGS = (
@@ -54,7 +56,7 @@ class Step:
         self.options = SimpleNamespace(
             lr=0.03, momentum=0.9, weight_decay=1e-4, accumulate=1, symmetric=False, amp=args.amp,
             contr_w=0.0, align_w=3.0, unif_w=1.0,
-            mean=loader.IMAGENET_MEAN, std=loader.IMAGENET_STD,
+            mean=IMAGENET_MEAN, std=IMAGENET_STD,
             channels_last=training.channels_last_helps(device, args.amp, groups),
         )  # fmt: skip
         self.moco = MoCo(
@@ -217,12 +219,12 @@ def pair_seconds(data: str | None, args: argparse.Namespace) -> float:
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
             write_photos(Path(folder), 16)
-        images = loader.open_images("folder", data or folder, "pretrain")
-        transform = loader.pretrain_transform(args.image_size, aug_plus=args.aug_plus)
-        views = loader.AugmentedViews(images, transform, seed=0, views=2)
+        images = open_images("folder", data or folder, "pretrain")
+        recipe = pretrain_recipe(args.image_size, aug_plus=args.aug_plus)
+        views = loader.AugmentedViews(images, recipe, seed=0, views=2)
         size = min(8, len(images))
         batches = loader.EpochBatches(len(images), size, seed=0)
-        pairs = loader.train_loader(views, batches, workers=0, pin_memory=False)
+        pairs = loader.TrainLoader(views, batches, workers=0, device=torch.device("cpu"))
 
         def endless() -> Iterator:
             for epoch in itertools.count():

@@ -52,7 +52,7 @@ def train(data: Path, run: Path, *flags: object) -> dict:
 def assert_close(a: dict, b: dict, tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # ------------------------------------------------------------------------------------------------
