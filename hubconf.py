@@ -34,7 +34,7 @@ def resnet50_encoder(weights, head="none"):
     return _load_resnet50(weights, head)[0]
 
 
-def imagenet_resnet50_encoder(*, with_linear_clf=False, weights=None):
+def imagenet_resnet50_encoder(with_linear_clf=False, weights=None):
     """ResNet-50 trained on ImageNet with 3 align + uniform, under moco_align_uniform's name for it.
 
     That repository's published weights are licensed CC-BY-NC 4.0 (no commercial use), so nothing is
@@ -52,9 +52,14 @@ def imagenet_resnet50_encoder(*, with_linear_clf=False, weights=None):
         `resnet50_encoder` returns them for every file.
 
     Raises:
-        ValueError: no `weights`: the message says where the published file is. Or as in
-            `resnet50_encoder`.
+        ValueError: no `weights`: the message says where the published file is. Or a
+            `with_linear_clf` that is no bool, or as in `resnet50_encoder`.
     """
+    if not isinstance(with_linear_clf, bool):  # a path in first place would ask for the classifier
+        raise ValueError(
+            f"with_linear_clf must be True or False, got {with_linear_clf!r}; give a checkpoint as "
+            "weights="
+        )
     if weights is None:
         name = "imagenet_align_uniform" + ("_with_linear_clf" if with_linear_clf else "")
         raise ValueError(

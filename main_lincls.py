@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed, encoders, evaluate, guards, labels, loader, options, probe
 from moco.feed import Feed, cached_feed, image_feed, with_features
-from moco.images import Images, Subset, open_images
+from moco.images import DataError, Images, Subset, open_images
 from moco.log import RunLog, StepPrinter, progress, provenance, write_json
 from moco.probe import Frozen, Heads, Setting
 from moco.schedule import learning_rate
@@ -268,6 +268,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
 
     # Data
     train_images, val_images, classes = open_splits(args)
+    saved = load_classifier(source, len(classes)) if args.evaluate else None
     plain = eval_transform(args.image_size)
     eval_loader = functools.partial(
         loader.eval_loader,
@@ -300,7 +301,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         result["knn"] = run_knn(args, source, frozen, bank, val, len(classes), device)
         log.scalars("knn", 0, {name: result["knn"][name] for name in ("top1", "top5")})
     if args.evaluate:
-        heads = Heads([load_classifier(source, len(classes)).to(device)])
+        heads = Heads([saved.to(device)])
         found = probe.head_accuracy(heads, with_features(val, frozen, args, device), device)[0]
         result.update(top1=found["top1"], top5=found["top5"])
         distributed.print_main(
@@ -337,6 +338,11 @@ def open_splits(
             chosen = labels.percent_of_labels(train, args.labels, args.labels_seed)
         train = Subset(train, chosen)
         args.labels_digest = labels.subset_digest(train)
+        if len(train) < args.batch_size and args.epochs and not args.evaluate:
+            raise DataError(
+                f"--labels leaves {len(train)} images to train on, fewer than one batch of "
+                f"{args.batch_size}; lower --batch-size"
+            )
     return train, val, train.classes
 
 

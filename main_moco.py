@@ -26,11 +26,12 @@ from pathlib import Path
 
 import torch
 
-from moco import checkpoint, distributed, encoders, guards, loader, options, step
+from moco import checkpoint, distributed, encoders, guards, loader, monitor, options, step
 from moco import run as runs
 from moco.builder import MoCo, MoCoLosses
 from moco.images import names_digest, open_images
 from moco.log import Means, RunLog, StepPrinter, provenance, write_json
+from moco.online_knn import OnlineKnn
 from moco.profiling import StepProfile
 from moco.run import BackgroundWriter, Run
 from moco.schedule import learning_rate
@@ -135,6 +136,13 @@ def build_parser() -> argparse.ArgumentParser:
                        help="only kernels that give the same bits every time; slower on a GPU")
     speed.add_argument("--profile", action="store_true",
                        help="write a trace of ten steps and print where their time goes")
+    watching = parser.add_argument_group("watching")
+    watching.add_argument("--knn-every", type=int, default=10, metavar="N",
+                          help="k-NN accuracy on val/ every N epochs, and at the end, where images "
+                          "have labels (%(default)s; 0: never)")
+    watching.add_argument("--knn-bank", type=int, default=50000, metavar="N",
+                          help="training images to look for neighbours among, as many of each "
+                          "class (%(default)s)")
     safety = parser.add_argument_group("never lose a run")
     safety.add_argument("--save-steps", type=int, default=0, metavar="N",
                         help="save every N steps too (0: after each epoch only)")
@@ -175,7 +183,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         encoders.check_image_size(with_head, args.image_size)
         if args.channels_last is None:
-            args.channels_last = _channels_last_helps(args)
+            args.channels_last = step.channels_last_helps(args.devices[0], args.amp)
         if args.compile:
             _check_compiler(args.devices[0])
     except ValueError as error:
@@ -240,11 +248,12 @@ def _check_options(args: argparse.Namespace) -> None:
         ("image-size", args.image_size),
         ("keep-last", args.keep_last),
         ("accumulate", args.accumulate),
+        ("knn-bank", args.knn_bank),
     ):
         if value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}")
     for name in ("warmup_epochs", "keep_every", "save_steps", "save_minutes", "max_overflows",
-                 "check_every", "collapse_steps", "max_bad_share"):  # fmt: skip
+                 "check_every", "collapse_steps", "max_bad_share", "knn_every"):  # fmt: skip
         if not 0 <= getattr(args, name) < math.inf:
             flag = name.replace("_", "-")
             raise ValueError(f"--{flag} must be at least 0, got {getattr(args, name)}")
@@ -292,7 +301,7 @@ def _batch_norm_groups(args: argparse.Namespace) -> int:
     """Batch-norm groups per device, of each part of its batch."""
     batch = _part_size(args)
     if args.bn_splits == "auto":
-        return batch // 32 if batch > 32 and batch % 32 == 0 else 1
+        return encoders.automatic_bn_splits(batch)
     try:
         groups = int(args.bn_splits)
     except ValueError:
@@ -305,11 +314,6 @@ def _batch_norm_groups(args: argparse.Namespace) -> int:
     if batch // groups < 2 and groups > 1:
         raise ValueError(f"--bn-splits {groups} leaves groups of one image, which have no variance")
     return groups
-
-
-def _channels_last_helps(args: argparse.Namespace) -> bool:
-    """Measured on a CPU: 1.02 to 1.28 times as fast."""
-    return args.devices[0].type == "cpu" or args.amp != "off"
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -446,12 +450,15 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     distributed.barrier()
     print_start(args, moco, device, len(images), steps_per_epoch)
     log = RunLog(args.save_dir, first_step=run.step)
+    at_exit.callback(log.close)
+    monitor.begin(log, args)
     if changes:
         log.event("changes", run.step, changes=changes)
     writer = BackgroundWriter(args.save_dir, keep_last=args.keep_last, keep_every=args.keep_every)
     bad_images = guards.BadImages(args.save_dir, len(images), args.max_bad_share)
     collapse = guards.CollapseAlarm(args.collapse_steps)
     printer = StepPrinter(total=total_steps, batch_size=args.batch_size, done=run.step)
+    knn = OnlineKnn(images, args, device, total_steps)
     guard = guards.StepGuard(run, writer, args.max_overflows)
     check_freq = guards.steps_between_checks(device, args.print_freq)
     last_save = time.monotonic()
@@ -465,6 +472,8 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
 
     if run.step == 0 and total_steps == 0:  # --max-steps 0: the untrained encoder
         save(run, args, writer)
+    if knn.missed(run, log):
+        knn.measure(run, log, printer, stop)
 
     # Epochs
     for epoch in range(run.epoch, args.epochs if run.step < total_steps else 0):
@@ -482,6 +491,8 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
         model.train()
         batches.set_epoch(epoch, run.step_in_epoch)
         for im_q, im_k, _, replaced in printer.batches(pairs):
+            if run.step == 0:
+                monitor.show_views(log, im_q, im_k)
             bad_images.note(replaced)
             optimizer.zero_grad()
             losses, loss = step.forward_and_backward(model, im_q, im_k, device, args, guard)
@@ -508,10 +519,14 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
                 guards.stop_if_ranks_differ(moco, run.step)
             if run.step_in_epoch == steps_per_epoch:
                 run.epoch, run.step_in_epoch = epoch + 1, 0
+                monitor.epoch_histograms(log, losses, run.step)
             if profile:
                 profile.step_done()
             if saving:
                 save(run, args, writer)
+                if knn.due(run) and not stopping:
+                    stopping = knn.measure(run, log, printer, stop)
+                    ending = ending or stopping
                 last_save = time.monotonic()
             if ending and stopping:
                 guards.finish_saving(writer, device)
@@ -526,7 +541,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
             break
     guards.finish_saving(writer, device)
     printer.close()
-    log.close()
+    log.finished()
     distributed.print_main(
         f"done: {run.step} steps, checkpoints in {args.save_dir} "
         f"(training waited {writer.waited:.1f} s for saving)"
@@ -595,6 +610,8 @@ def report(
     if run.scaler.is_enabled():
         values["overflows"] = run.skipped  # since the start of the run
     log.scalars("train", run.step, {"epoch": epoch, **values})
+    if log.active:
+        log.scalars("metrics", run.step, monitor.batch_metrics(losses), epoch=epoch)
     terms = "  ".join(f"{name} {values[name]:.4f}" for name, _ in losses.items())
     printer.line(
         f"epoch [{epoch}/{args.epochs}] step [{run.step_in_epoch}/{steps_per_epoch}]  "

@@ -101,7 +101,7 @@ class MoCo(nn.Module):
 
         self.shuffle_generator = torch.Generator().manual_seed(0)
         self._pending: list[Tensor] = []  # keys of this step's parts, not yet in the queue
-        self._overwritten: tuple[Tensor, Tensor] | None = None  # see `enqueue`
+        self._overwritten: tuple[Tensor, Tensor] | None = None  # by the keys of the last step
         self._steps = 0  # tells MoCoLosses when the queue it looks at has moved on
 
     def forward(
@@ -201,8 +201,7 @@ class MoCo(nn.Module):
         """Overwrite the oldest columns of the queue with `keys` (n, C), wrapping around its end."""
         rows = self.queue.t()
         positions = (self.queue_ptr + torch.arange(len(keys), device=keys.device)) % self.K
-        if self.contr_tau is not None:  # for the logits of this step, until the next
-            self._overwritten = positions, rows[positions]
+        self._overwritten = positions, rows[positions]  # see `queue_at`
         rows.index_copy_(0, positions, keys.to(rows.dtype))
         self.queue_ptr.add_(len(keys)).remainder_(self.K)
         self._steps += 1
@@ -213,7 +212,8 @@ class MoCo(nn.Module):
             return self.queue
         if self._steps > step + 1:
             raise RuntimeError(
-                "the queue has moved on: read logits_contr or contr_rank before the next step"
+                "the queue has moved on: read logits_contr, contr_rank or features before the next "
+                "step"
             )
         positions, keys = self._overwritten
         return self.queue.t().clone().index_copy_(0, positions, keys).t()
@@ -228,10 +228,9 @@ class MoCo(nn.Module):
             )
 
     def _losses(self, q: Tensor, k: Tensor) -> MoCoLosses:
-        losses = MoCoLosses(_q=q.detach())
+        losses = MoCoLosses(_batches=[_Batch(self, self._steps, q.detach(), k)])
         if self.contr_tau is not None:
             losses.loss_contr = contrastive_loss(q, k, self.queue, self.contr_tau)
-            losses._logits = [_Logits(self, self._steps, q.detach(), k)]
         if self.align_alpha is not None:
             losses.loss_align = align_loss(q, k, self.align_alpha)
         if self.unif_t is not None:
@@ -257,8 +256,7 @@ class MoCoLosses:
     loss_contr: Tensor | None = None
     loss_align: Tensor | None = None
     loss_unif: Tensor | None = None
-    _logits: list[_Logits] = field(default_factory=list, repr=False)
-    _q: Tensor | None = field(default=None, repr=False)
+    _batches: list[_Batch] = field(default_factory=list, repr=False)
 
     @property
     def logits_contr(self) -> Tensor | None:
@@ -268,22 +266,38 @@ class MoCoLosses:
         Made on demand, without gradient: InfoNCE itself never holds this matrix. Must be asked
         for before the next step, which changes the queue: RuntimeError after it.
         """
-        return torch.cat([each.matrix() for each in self._logits]) if self._logits else None
+        if self.loss_contr is None:
+            return None
+        return torch.cat([batch.logits() for batch in self._batches])
 
     def contr_rank(self) -> Tensor | None:
         """(N,) number of queue keys nearer to the query than its own key, of the rows of
         `logits_contr`; None when InfoNCE is off. Top-1 and top-5 accuracy are the shares below 1
         and 5; until the next step only."""
-        return torch.cat([each.rank() for each in self._logits]) if self._logits else None
+        if self.loss_contr is None:
+            return None
+        return torch.cat([batch.rank() for batch in self._batches])
+
+    @property
+    def passes(self) -> int:
+        """Parts of the step times directions, each with rows of its own in `features`."""
+        return len(self._batches)
+
+    def features(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (N, C), their keys (N, C) and the queue (C, K) that they met, without gradient;
+        rows as in `logits_contr`, whatever the objective, and until the next step only. They are
+        those of `passes` passes through the encoders, one after another."""
+        queries = torch.cat([batch.q for batch in self._batches])
+        keys = torch.cat([batch.k for batch in self._batches])
+        return queries, keys, self._batches[0].queue()
 
     @classmethod
     def sum(cls, parts: list[MoCoLosses]) -> MoCoLosses:
         """Each loss summed over `parts`, which have the same terms."""
-        total = cls(_q=torch.cat([part._q for part in parts]))
+        total = cls(_batches=[batch for part in parts for batch in part._batches])
         for name, _ in parts[0].items():
             losses = [getattr(part, f"loss_{name}") for part in parts]
             setattr(total, f"loss_{name}", torch.stack(losses).sum())
-        total._logits = [each for part in parts for each in part._logits]
         return total
 
     @classmethod
@@ -297,7 +311,8 @@ class MoCoLosses:
     def feature_std(self) -> Tensor:
         """Mean over dimensions of the queries' deviation, times sqrt(C): about 1 for features
         spread over the sphere, 0 for collapsed ones."""
-        return self._q.std(dim=0, correction=0).mean() * math.sqrt(self._q.shape[1])
+        queries = torch.cat([batch.q for batch in self._batches])
+        return queries.std(dim=0, correction=0).mean() * math.sqrt(queries.shape[1])
 
     def combine(self, contr_w: float = 1, align_w: float = 1, unif_w: float = 1) -> Tensor:
         """The objective, contr_w * loss_contr + align_w * loss_align + unif_w * loss_unif.
@@ -331,19 +346,22 @@ class MoCoLosses:
 
 
 @dataclass
-class _Logits:
-    """The InfoNCE logits of one step, computed when asked for."""
+class _Batch:
+    """The features of one pass, and what is computed of them when asked for."""
 
     moco: MoCo
     step: int
     q: Tensor
     k: Tensor
 
-    def matrix(self) -> Tensor:
+    def queue(self) -> Tensor:
+        return self.moco.queue_at(self.step)
+
+    def logits(self) -> Tensor:
         with torch.no_grad():
             positive = (self.q * self.k).sum(dim=1, keepdim=True)  # (N, 1)
-            negatives = self.q @ self.moco.queue_at(self.step)  # (N, K)
+            negatives = self.q @ self.queue()  # (N, K)
             return torch.cat([positive, negatives], dim=1) / self.moco.contr_tau
 
     def rank(self) -> Tensor:
-        return contrastive_rank(self.q, self.k, self.moco.queue_at(self.step))
+        return contrastive_rank(self.q, self.k, self.queue())

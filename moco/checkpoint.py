@@ -269,6 +269,11 @@ def _fit_arch(state: dict[str, Tensor], arch: object, path: str | os.PathLike) -
             shared = len(wanted.items() & found.items()) / len(wanted.keys() | found.keys())
             nearest = max(nearest, ((name in named, shared), _misfit(name, wanted, found)))
     said = f"; it says arch {arch!r}" if arch else ""
+    if not (named or rest):
+        said += (
+            "; expected torchvision's names, as conv1.weight and layer1.0.conv1.weight, which may "
+            "stand behind module., model. or encoder_q.: take what else stands before them away"
+        )
     raise CheckpointError(
         f"{path}: no known architecture has these {len(state)} tensors (first "
         f"{next(iter(state))}){said}{nearest[1]}"

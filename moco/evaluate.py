@@ -115,14 +115,35 @@ def knn_accuracy(
     """Weighted k-NN accuracy in percent; loaders give this rank's share of bank and validation set.
 
     Returns:
-        {"top1", "top5" (top-min(5, classes)), "k" as used, "images"}.
+        {"top1", "top5" (top-min(5, classes)), "k" as used, "images", "bank" (its size)}.
     """
     inputs = {"device": device, "mean": mean, "std": std, "progress": progress}
     bank, bank_labels = extract_features(encoder, bank_loader, **inputs)
-    bank = distributed.gather_uneven(bank)
-    bank_labels = distributed.gather_uneven(bank_labels)
     features, labels = extract_features(encoder, val_loader, **inputs)
-    counts = torch.zeros(3, dtype=torch.float64, device=device)  # top-1, top-5, images
+    return knn_scores(
+        features, labels, bank, bank_labels, classes=classes, k=k, temperature=temperature
+    )
+
+
+def knn_scores(
+    features: Tensor,
+    labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    *,
+    classes: int,
+    k: int = 200,
+    temperature: float = 0.07,
+) -> dict[str, float]:
+    """Weighted k-NN accuracy in percent, from what `extract_features` gives on this rank.
+
+    Every rank classifies its share of the features by the banks of all ranks.
+
+    Returns:
+        As `knn_accuracy`.
+    """
+    bank, bank_labels = distributed.gather_uneven(bank), distributed.gather_uneven(bank_labels)
+    counts = torch.zeros(3, dtype=torch.float64, device=bank.device)  # top-1, top-5, images
     if len(labels):
         ranked = knn_predict(
             features, bank, bank_labels, classes=classes, k=k, temperature=temperature
@@ -135,4 +156,5 @@ def knn_accuracy(
         "top5": 100 * top5 / images,
         "k": min(k, len(bank)),
         "images": int(images),
+        "bank": len(bank),
     }

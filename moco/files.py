@@ -252,7 +252,8 @@ def _unsafe_or_damaged(path: Path, message: str) -> CheckpointError:
         f"{path} is not a checkpoint that can be read safely, and nothing in it was run: it asks "
         f"for {asked_for[1]}, and tensors and plain values are all that was expected (or it is "
         "damaged there). If you trust its author, take the tensors out in a session of your own: "
-        'torch.save(torch.load(FILE, weights_only=False)["state_dict"], NEW)'
+        "content = torch.load(FILE, weights_only=False), and "
+        'torch.save(content["state_dict"], NEW), or content.state_dict() of a whole network'
     )
 
 
@@ -260,12 +261,14 @@ _ZIP = b"PK\x03\x04"  # torch.load decides by this too; an archive can also hang
 _OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # the first pickle in it
 _HTML = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<script")
 _UNPACK = "Unpack it and give the file inside"
+_FROM_NUMPY = "Save a dict of them as tensors, by torch.from_numpy, with torch.save"
 _RESAVE = "Save a dict of tensors, such as module.state_dict()"
 # First bytes of files that lie where a checkpoint should be: what it is, what to do.
 _OTHER_KINDS = (
     (b"version https://git-lfs.github.com/spec", "is a git-lfs pointer", "Run `git lfs pull`"),
     (b"\xff\xd8\xff", "is a JPEG image", "Check the path"),
     (b"\x89PNG", "is a PNG image", "Check the path"),
+    (b"\x93NUMPY", "is a NumPy array", "Check the path"),
     (b"\x89HDF", "is an HDF5 file, as Keras writes it", "Convert its weights with h5py"),
     (b"\x1f\x8b", "is compressed by gzip", _UNPACK),
     (b"BZh", "is compressed by bzip2", _UNPACK),
@@ -297,6 +300,8 @@ def _other_kind(head: bytes, size: int, suffix: str) -> tuple[str, str] | None:
         if head.startswith(start):
             return what, remedy
     if suffix == ".safetensors":
+        if head[8:9] != b"{" and head.startswith((_ZIP, b"\x80")):
+            return "is no safetensors file, but one of torch.save", "Rename it to end in .pth"
         return None
     if head[8:10] == b'{"':
         return "seems to be a safetensors file", "Rename it to end in .safetensors"
@@ -314,6 +319,8 @@ def _read_zip(path: Path) -> object:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
         if not any(name.endswith("/data.pkl") for name in names):
+            if names and all(name.endswith(".npy") for name in names):
+                raise _not_a_checkpoint(path, "is an archive of NumPy arrays", _FROM_NUMPY)
             what = f"is a zip archive of other things ({', '.join(names[:3]) or 'none'})"
             raise _not_a_checkpoint(path, what, _UNPACK)
         if any(name.endswith("/constants.pkl") for name in names):
@@ -401,7 +408,10 @@ def _read_safetensors(path: Path) -> dict:
             state = {name: file.get_tensor(name) for name in file.keys()}
             said = (file.metadata() or {}).get(_ABOUT)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {error}. Copy or download it again and "
+            f"compare its size ({path.stat().st_size} bytes here)"
+        ) from error
     if said is None:
         return state
     about = json.loads(said)

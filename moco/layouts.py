@@ -37,13 +37,14 @@ def find_encoder(content: dict, path: str | os.PathLike) -> Source:
     for key, value in named.items():
         name = _bare(str(key))
         if name in state:
-            raise CheckpointError(f"{path} holds {name} twice, with and without module.")
+            raise CheckpointError(f"{path} holds {name} twice, with and without module. or model.")
         if isinstance(value, Tensor):
             state[name] = value
     if not state:
+        names = ", ".join(map(str, list(named)[:5])) or "an empty dict"
         raise CheckpointError(
-            f"{path} holds no tensors by name, only {', '.join(map(str, list(named)[:5]))}; "
-            "expected an encoder's state dict, or a dict that has one as state_dict"
+            f"{path} holds no tensors by name, only {names}; expected an encoder's state dict, or "
+            "a dict that has one as state_dict"
         )
     if "stem.conv1.norm.weight" in state:
         state, layout = {_from_detectron2(name): t for name, t in state.items()}, "detectron2"
@@ -78,9 +79,10 @@ def _is_state_dict(value: object) -> bool:
 
 
 def _bare(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put before and into names."""
+    """Without what DistributedDataParallel, torch.compile and trainers that hold the network as
+    their `model` put before and into names."""
     parts = [part for part in name.split(".") if part != "_orig_mod"]
-    while parts[:1] == ["module"]:
+    while parts[:1] in (["module"], ["model"]):
         del parts[0]
     return ".".join(parts)
 

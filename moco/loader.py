@@ -311,14 +311,16 @@ def eval_loader(
     workers: int,
     pin_memory: bool,
     persistent: bool = False,
+    outlive_stop: bool = False,
 ) -> DataLoader:
     """This rank's share of the images (perhaps none), each once over all ranks. `persistent`
-    workers wait for the next pass."""
+    workers wait for the next pass; those that `outlive_stop` have to be ended by the caller."""
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=RankShare(len(dataset)),
         num_workers=workers,
+        worker_init_fn=_ignore_stop_signals if outlive_stop else None,
         generator=torch.Generator(),
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,

@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import torchvision
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from moco import distributed
@@ -32,9 +33,11 @@ class RunLog:
                 that was cut off wrote after its last checkpoint, are dropped: they come again.
         """
         self.active = distributed.is_main()
+        self.kept: set[tuple[str, int]] = set()  # kind and step of the lines that were there
+        self.session_end = None
         if self.active:
             path = Path(folder) / "log.jsonl"
-            _drop_later_lines(path, first_step)
+            self.kept = _drop_later_lines(path, first_step)
             self.file = open(path, "a", encoding="utf-8")
             self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
@@ -46,15 +49,62 @@ class RunLog:
                 self.file.write(json.dumps(line) + "\n")
                 self.file.flush()
 
-    def scalars(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Append one line {"kind", "step", "time", **values} and one TensorBoard point for each
-        value under "kind/name"."""
+    def scalars(self, kind: str, step: int, values: dict[str, float], **facts: object) -> None:
+        """Append one line {"kind", "step", "time", **values, **facts} and one TensorBoard point for
+        each value under "kind/name"."""
         if not self.active:
             return
-        self.event(kind, step, **values)
+        self.event(kind, step, **values, **facts)
         with self._full_disk_is_named():
             for name, value in values.items():
                 self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def picture(self, tag: str, step: int, pixels: Tensor) -> None:
+        """Show (3, H, W) uint8 in TensorBoard."""
+        if self.active:
+            with self._full_disk_is_named():
+                self.board.add_image(tag, pixels, step)
+
+    def histograms(self, step: int, values: dict[str, tuple[Tensor, float, float]]) -> None:
+        """Distributions, name -> (values, least, most): in TensorBoard under "features/name", and
+        as one line {"kind": "histograms", ..., name: {"least", "most", "counts"}} of 40 equal bins.
+        """
+        if not self.active:
+            return
+        counts = {}
+        for name, (drawn, least, most) in values.items():
+            drawn = drawn.float().clamp(least, most).cpu()  # rounding may have led out of the range
+            with self._full_disk_is_named():
+                self.board.add_histogram(f"features/{name}", drawn, step)
+            binned = torch.histc(drawn, bins=40, min=least, max=most).int().tolist()
+            counts[name] = {"least": least, "most": most, "counts": binned}
+        self.event("histograms", step, **counts)
+
+    def one_chart(self, charts: dict[str, list[str]]) -> None:
+        """In TensorBoard's tab Custom Scalars: title of a chart -> tags, drawn over each other."""
+        if self.active:
+            layout = {title: ["Multiline", [f"^{tag}$" for tag in tags]]
+                      for title, tags in charts.items()}  # fmt: skip
+            with self._full_disk_is_named():
+                self.board.add_custom_scalars({"alignment and uniformity": layout})
+
+    def hyperparameters(self, values: dict[str, object], metrics: Sequence[str]) -> None:
+        """The run's line in TensorBoard's tab HParams: settings and the last value of each tag in
+        `metrics`. (`SummaryWriter.add_hparams` would put it into a folder of its own.)"""
+        if self.active:
+            simple = {
+                name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
+                for name, value in values.items()
+            }
+            *beginning, self.session_end = hparams(simple, dict.fromkeys(metrics, 0))
+            with self._full_disk_is_named():
+                for summary in beginning:
+                    self.board.file_writer.add_summary(summary)
+
+    def finished(self) -> None:
+        """The run has come to its end: the tab HParams says so."""
+        if self.session_end is not None:
+            self.board.file_writer.add_summary(self.session_end)
 
     @contextlib.contextmanager
     def _full_disk_is_named(self) -> Iterator[None]:
@@ -66,23 +116,29 @@ class RunLog:
 
     def close(self) -> None:
         if self.active:
-            self.file.close()
-            self.board.close()
+            with self._full_disk_is_named():
+                self.file.close()
+                self.board.close()
 
 
-def _drop_later_lines(path: Path, step: int) -> None:
+def _drop_later_lines(path: Path, step: int) -> set[tuple[str, int]]:
+    """Kind and step of the lines that stay."""
+    known: set[tuple[str, int]] = set()
     if not path.is_file():
-        return
+        return known
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            if json.loads(line)["step"] <= step:
+            fields = json.loads(line)
+            if fields["step"] <= step:
+                known.add((fields["kind"], fields["step"]))
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):  # cut off within a line
             break
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+    return known
 
 
 class Means:
@@ -168,6 +224,25 @@ class StepPrinter:
         pace = (time.perf_counter() - self.start) / max(1, self.step - self.first)
         left = round(pace * (self.total - self.step))
         distributed.print_main(f"{text}  left {left // 3600}:{left % 3600 // 60:02}:{left % 60:02}")
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within is no training: neither images/s nor the time left count it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.start += spent
+            self.last_print += spent
+            if self.bar is not None:
+                self.bar.start_t += spent
+                self.bar.last_print_t += spent
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        with tqdm.external_write_mode():
+            distributed.print_main(text)
 
     def close(self) -> None:
         if self.bar is not None:

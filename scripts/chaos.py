@@ -48,7 +48,8 @@ FLAGS = (
     f"-a resnet8 --image-size 16 --batch-size {BATCH} --moco-k 64 --bn-splits 2 --mlp --cos "
     f"--aug-plus --epochs {EPOCHS} --lr 0.1 --seed 1 -p 1 --check-every 5 --resume auto"
 ).split()
-TIMES = ("time", "images_per_s", "data_share")  # what may differ between two lines of a log
+# What may differ between two lines of a log.
+TIMES = ("time", "images_per_s", "data_share", "seconds")
 LIMIT = 120  # seconds for one run
 
 

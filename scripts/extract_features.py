@@ -3,16 +3,20 @@
 
     python scripts/extract_features.py RUN/checkpoint_0199.pth.tar DIR features.npz
     python scripts/extract_features.py CHECKPOINT DIR features.safetensors --split train --normalize
+    python scripts/extract_features.py CHECKPOINT DIR pairs.npz --views 2
 
 DIR has val/ (taken when --split is not given) or train/, or is any folder of images; CHECKPOINT is
 whatever `load_encoder` reads, a URL too. The images come in sorted order, seen as in linear
-evaluation: centre crop, the checkpoint's size, mean and standard deviation. OUT holds
+evaluation: centre crop, the checkpoint's size, mean and standard deviation; or, with --views 2, as
+two random views by the augmentation that the checkpoint was trained with (MoCo v2's where the file
+does not say), the same for the same --seed. OUT holds
 
-    features  (N, C) float32
-    labels    (N,) int64, positions in `classes`; -1 where images lie in no class folder
-    paths     N names relative to DIR; of torchvision's data sets the positions
-    classes   names of the classes in the order of their labels
-    about     JSON: what the features are of
+    features    (N, C) float32, with --views 2 of the first views
+    features_2  (N, C) float32, of the second views; not there otherwise
+    labels      (N,) int64, positions in `classes`; -1 where images lie in no class folder
+    paths       N names relative to DIR; of torchvision's data sets the positions
+    classes     names of the classes in the order of their labels
+    about       JSON: what the features are of
 
 as arrays in .npz (np.load reads it, nothing is pickled), or in .safetensors with `paths` and
 `classes` as JSON in the metadata.
@@ -39,7 +43,7 @@ from moco import checkpoint, distributed, encoders, export, loader, options  # n
 from moco.checkpoint import CheckpointError  # noqa: E402
 from moco.images import DATASETS, FolderImages, Images, Subset, open_images, split_folder  # noqa: E402
 from moco.log import progress  # noqa: E402
-from moco.views import eval_transform, normalize  # noqa: E402
+from moco.views import eval_transform, normalize, pretrain_recipe  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--layer", choices=("projection", "backbone"), default="backbone",
                         help="%(default)s")
     parser.add_argument("--normalize", action="store_true", help="features of unit length")
+    parser.add_argument("--views", type=int, choices=(1, 2), default=1,
+                        help="1: centre crops (default); 2: two random views of each image")
+    parser.add_argument("--seed", type=int, default=0, help="of --views 2 (%(default)s)")
     parser.add_argument("--image-size", type=int, metavar="PX", help="default: the checkpoint's")
     parser.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
                         help="default: the checkpoint's, else ImageNet's")
@@ -81,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not Path(args.data).is_dir():
         parser.error(f"no such data folder: {args.data}")
     for name, least in (("images_per_class", 1), ("image_size", 1), ("batch_size", 1),
-                        ("workers", 0)):  # fmt: skip
+                        ("workers", 0), ("seed", 0)):  # fmt: skip
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -97,13 +104,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with options.one_line_errors():
         images, split = chosen_images(args)
-        features, labels, about = extract(args, images)
+        arrays, about = extract(args, images)
         about["split"] = split
         WRITERS[args.out.suffix](
-            args.out, features, labels, image_names(images, args.data), images.classes, about
+            args.out, arrays, image_names(images, args.data), images.classes, about
         )
+        count, width = arrays["features"].shape
         print(
-            f"wrote {args.out}: {len(features)} x {features.shape[1]} features of {args.layer}, "
+            f"wrote {args.out}: {count} x {width} features of {args.layer}, "
+            f"{'two random views, ' if args.views == 2 else ''}"
             f"{'unit length' if args.normalize else 'as they are'}; "
             f"{f'{len(images.classes)} classes' if images.targets else 'no labels'}; "
             f"{args.data} ({split})"
@@ -131,8 +140,9 @@ def chosen_images(args: argparse.Namespace) -> tuple[Images, str]:
 
 
 @torch.no_grad()
-def extract(args: argparse.Namespace, images: Images) -> tuple[Tensor, Tensor, dict]:
-    """Features (N, C) float32 and labels (N,) int64 in the order of the images, and what they are.
+def extract(args: argparse.Namespace, images: Images) -> tuple[dict[str, Tensor], dict]:
+    """Features (N, C) float32 and labels (N,) int64 in the order of the images, by their names in
+    the file, and what they are.
 
     Raises:
         CheckpointError, DataError: no such encoder or head, an image that cannot be read.
@@ -146,30 +156,45 @@ def extract(args: argparse.Namespace, images: Images) -> tuple[Tensor, Tensor, d
     except ValueError as error:
         raise CheckpointError(f"{args.checkpoint}: {error}; give --image-size") from None
     encoder.to(args.device)
-    batches = loader.eval_loader(
-        loader.PlainImages(images, eval_transform(size)),
-        batch_size=args.batch_size,
-        workers=args.workers,
+    trained = {name: info["args"][name] for name in AUGMENTATION if name in info["args"]}
+    augmentation = {**AUGMENTATION, **trained}
+    if args.views == 1:
+        dataset, keys = loader.PlainImages(images, eval_transform(size)), range(len(images))
+    else:
+        recipe = pretrain_recipe(size, **augmentation)
+        dataset = loader.AugmentedViews(images, recipe, seed=args.seed, views=2)
+        keys = [(0, index) for index in range(len(images))]
+    batches = torch.utils.data.DataLoader(
+        dataset, args.batch_size, sampler=keys, num_workers=args.workers,
         pin_memory=args.device.type == "cuda",
-    )
-    features, labels, done = torch.zeros(0), [], 0
-    for pixels, targets in progress(batches, "features"):
-        batch = normalize(pixels.to(args.device, non_blocking=True), mean, std)
-        out = encoder(batch).float()
-        if args.normalize:
-            out = F.normalize(out, dim=1)
-        if not done:  # ImageNet's are 10 GB: not gathered in a list first
-            features = torch.empty(len(images), out.shape[1])
-        features[done : done + len(out)] = out
-        labels.append(targets)
-        done += len(out)
+    )  # fmt: skip
+    arrays = {"labels": torch.empty(len(images), dtype=torch.int64)}
+    done = 0
+    for batch in progress(batches, "features"):
+        targets = batch[args.views]
+        here = slice(done, done + len(targets))
+        for name, pixels in zip(("features", "features_2")[: args.views], batch, strict=False):
+            out = encoder(normalize(pixels.to(args.device, non_blocking=True), mean, std)).float()
+            if args.normalize:
+                out = F.normalize(out, dim=1)
+            if not done:  # ImageNet's are 10 GB: not gathered in a list first
+                arrays[name] = torch.empty(len(images), out.shape[1])
+            arrays[name][here] = out
+        arrays["labels"][here] = targets
+        done += len(targets)
     about = {
         "checkpoint": os.path.basename(args.checkpoint), "arch": info["arch"],
         "epoch": info["epoch"], "objective": info["objective"], "layer": args.layer,
         "normalized": args.normalize, "dataset": args.dataset, "image_size": size,
         "mean": mean, "std": std,
     }  # fmt: skip
-    return features, torch.cat(labels), about
+    if args.views == 2:
+        about |= {"views": 2, "seed": args.seed, **augmentation}
+    return arrays, about
+
+
+# Arguments of the views, and what stands for those that a file does not have: MoCo v2's.
+AUGMENTATION = {"aug_plus": True, "crop_scale": (0.2, 1.0), "blur": True}
 
 
 def image_names(images: Images, data: str) -> list[str]:
@@ -189,26 +214,25 @@ def image_names(images: Images, data: str) -> list[str]:
 
 
 def write_npz(
-    path: Path, features: Tensor, labels: Tensor, paths: list[str], classes: list[str], about: dict
+    path: Path, arrays: dict[str, Tensor], paths: list[str], classes: list[str], about: dict
 ) -> None:
-    arrays = {
-        "features": features.numpy(),
-        "labels": labels.numpy(),
+    said = {
         "paths": np.array(paths, dtype=np.str_),
         "classes": np.array(classes, dtype=np.str_),
         "about": np.array(json.dumps(about)),
     }
-    checkpoint.write_atomically(path, lambda file: np.savez(file, **arrays))
+    whole = {**{name: tensor.numpy() for name, tensor in arrays.items()}, **said}
+    checkpoint.write_atomically(path, lambda file: np.savez(file, **whole))
 
 
 def write_safetensors(
-    path: Path, features: Tensor, labels: Tensor, paths: list[str], classes: list[str], about: dict
+    path: Path, arrays: dict[str, Tensor], paths: list[str], classes: list[str], about: dict
 ) -> None:
     from safetensors.torch import save
 
     said = {"paths": paths, "classes": classes, "about": about}
     metadata = {name: json.dumps(value) for name, value in said.items()}
-    data = save({"features": features, "labels": labels}, metadata)
+    data = save(arrays, metadata)
     checkpoint.write_atomically(path, lambda file: file.write(data))
 
 

@@ -154,11 +154,7 @@ def build(folder: Path, args: argparse.Namespace) -> None:
 
     write_weights(folder, f"{args.name}-full", write_full, state)
 
-    config = export.timm_config(network, args.licence)
-    if network.info["small_stem"]:
-        config["small_stem"] = True
-    config["pretrained_cfg"]["hf_hub_filename"] = next(folder.glob("*-backbone-*.safetensors")).name
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config_of(folder, network, args.licence))
     copy_run(Path(args.checkpoint).parent, folder, about["args"], content.get("step"))
     if args.lincls:
         copy_lincls(Path(args.lincls), folder, args.name, network)
@@ -168,6 +164,15 @@ def build(folder: Path, args: argparse.Namespace) -> None:
     (folder / CARD).write_text(text, encoding="utf-8")
     sums = "".join(f"{sha256(folder / path)}  {path}\n" for path in listed(folder))
     (folder / SUMS).write_text(sums, encoding="utf-8")
+
+
+def config_of(folder: Path, network: export.Network, licence: str | None) -> dict:
+    """config.json as timm reads it, of the release's backbone."""
+    config = export.timm_config(network, licence)
+    if network.info["small_stem"]:
+        config["small_stem"] = True
+    config["pretrained_cfg"]["hf_hub_filename"] = weights_of(folder, "backbone", "safetensors").name
+    return config
 
 
 def write_weights(
@@ -198,20 +203,26 @@ def copy_run(run: Path, folder: Path, said: dict, step: int | None) -> None:
 
 def copy_log(source: Path, out: Path, *, said_with_paths: dict, last_step: int | None) -> None:
     """The lines up to `last_step`, with paths cut."""
-    places = {key: said_with_paths[key] for key in export.PLACES if key in said_with_paths}
-    lines = []
-    for line in read_log(source):
-        if last_step is None or line.get("step", 0) <= last_step:
-            kept = export.without_paths({**places, **line})
-            lines.append(json.dumps({key: kept[key] for key in line if key in kept}) + "\n")
+    lines = [
+        json.dumps(cut_paths(line, said_with_paths)) + "\n"
+        for line in read_log(source)
+        if last_step is None or line.get("step", 0) <= last_step
+    ]
     out.write_text("".join(lines), encoding="utf-8")
+
+
+def cut_paths(said: dict, args: dict) -> dict:
+    """`export.without_paths` of what a run has written, by the places in its arguments too."""
+    places = {key: args[key] for key in export.PLACES if key in args}
+    kept = export.without_paths({**places, **said})
+    return {key: kept[key] for key in said if key in kept}
 
 
 def copy_lincls(source: Path, folder: Path, name: str, pretrained: export.Network) -> None:
     """The classifier, arguments, log and result of a linear evaluation of this very encoder.
 
     Raises:
-        CheckpointError: it is of another encoder, or its result is not beside it.
+        CheckpointError: it is of another encoder or of fine-tuning, or its result is not beside it.
     """
     result = source.parent / options.LINCLS_RESULT
     if source.name == result.name:  # the result stands for its run
@@ -219,6 +230,17 @@ def copy_lincls(source: Path, folder: Path, name: str, pretrained: export.Networ
     for path in (result, source):
         if not path.is_file():
             raise CheckpointError(f"--lincls {source}: there is no {path.name} beside it")
+    said = read_json(result)
+    if said.get("evaluation") == "finetune":
+        raise CheckpointError(
+            f"--lincls {source} is of fine-tuning, which has changed the encoder: its accuracy is "
+            "none of this one; give a linear evaluation (main_lincls.py without --finetune)"
+        )
+    if not {"best", "last"} <= said.keys():
+        raise CheckpointError(
+            f"--lincls {source}: {result.name} beside it has no best and last accuracy, as a "
+            "training of main_lincls.py leaves them there"
+        )
     network = export.load_network(source)
     if not network.classifier:
         raise CheckpointError(f"--lincls {source} holds no linear classifier")
@@ -229,18 +251,18 @@ def copy_lincls(source: Path, folder: Path, name: str, pretrained: export.Networ
         )
     content = checkpoint.read_checkpoint(source)
     args = checkpoint.saved_args(content)
-    said = {**network.about(), "classifier_epoch": content.get("epoch", 0) - 1}
+    about = {**network.about(), "classifier_epoch": content.get("epoch", 0) - 1}
 
     def write(path: Path, network: export.Network) -> None:
         if path.suffix == ".safetensors":
-            checkpoint.write_safetensors(path, network.state(), said)
+            checkpoint.write_safetensors(path, network.state(), about)
         else:
             export.write_torchvision(path, network)
 
     write_weights(folder, f"{name}-linear", write, network)
     out = folder / LINCLS
     out.mkdir()
-    write_json(out / result.name, export.without_paths(read_json(result)))
+    write_json(out / result.name, cut_paths(said, args))
     if (source.parent / ARGS).is_file():
         write_json(out / ARGS, export.without_paths(read_json(source.parent / ARGS)))
     if (source.parent / LOG).is_file():
@@ -249,8 +271,12 @@ def copy_lincls(source: Path, folder: Path, name: str, pretrained: export.Networ
 
 def copy_metrics(source: Path, folder: Path, name: str) -> None:
     said = read_json(source)
-    if not isinstance(said, dict) or "alignment" not in said or "uniformity" not in said:
-        raise CheckpointError(f"--metrics {source} has no alignment and uniformity")
+    numbers = ("alignment", "uniformity", "alpha", "t", "images")
+    if not all(isinstance(said.get(name), (int, float)) for name in numbers) or "layer" not in said:
+        raise CheckpointError(
+            f"--metrics {source} has no alignment and uniformity, as measure_align_uniform.py "
+            "--out writes them"
+        )
     if Path(str(said.get("checkpoint"))).name != name:
         raise CheckpointError(
             f"--metrics {source} is of {said.get('checkpoint')}, the release of {name}"
@@ -394,13 +420,30 @@ def recipe(info: dict, args: dict, step: int | None) -> Iterator[tuple[str, str]
 def accuracy(folder: Path) -> Iterator[tuple[str, str]]:
     result = read_json(folder / LINCLS / options.LINCLS_RESULT)
     top5 = f"top-{min(5, result['classes'])}"
+    protocol = result.get("protocol", {})
+    # What sets a figure apart from those of the standard protocol stands in its own row.
+    part = labels_used(result)
+    apart = part + (", cached features" if result.get("evaluation") == "cached" else "")
     for which in ("last", "best"):
-        if which in result:
-            at = result[which]
-            yield (
-                f"{which.capitalize()} epoch ({at['epoch']})",
-                f"top-1 {at['top1']:.2f}, {top5} {at['top5']:.2f}",
-            )
+        at = result[which]
+        setting = f" (lr {at['lr']:g}, weight decay {at['weight_decay']:g})" if "lr" in at else ""
+        yield (
+            f"{which.capitalize()} epoch ({at['epoch']}){apart}",
+            f"top-1 {at['top1']:.2f}, {top5} {at['top5']:.2f}{setting}",
+        )
+    if "folds" in result:
+        chosen = result["folds"]["chosen"]
+        yield (
+            "Chosen among",
+            f"{len(result['folds']['settings'])} settings by {result['folds']['count']} folds of "
+            f"the training images: lr {chosen['lr']:g}, weight decay {chosen['weight_decay']:g}",
+        )
+    elif "heads" in result:
+        yield (
+            "Chosen among",
+            f"{len(result['heads'])} settings by their accuracy on the validation images, which "
+            "flatters",
+        )
     said = checkpoint.read_checkpoint(weights_of(folder, "linear", "safetensors"))
     yield "Classifier in the file", f"that of epoch {said['classifier_epoch']}"
     yield (
@@ -408,15 +451,23 @@ def accuracy(folder: Path) -> Iterator[tuple[str, str]]:
         f"{result['train_images']} for training, {result['val_images']} for validation, "
         f"{result['classes']} classes",
     )
-    protocol = result.get("protocol", {})
     if protocol:
         yield "Protocol", ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in protocol.items())
     knn = result.get("knn")
     if knn:
         yield (
-            f"k-NN (k {knn['k']}, temperature {knn['temperature']}, {knn['layer']})",
+            f"k-NN (k {knn['k']}, temperature {knn['temperature']}, {knn['layer']}){part}",
             f"top-1 {knn['top1']:.2f}, {top5} {knn['top5']:.2f}",
         )
+
+
+def labels_used(result: dict) -> str:
+    """Which of the labels, in words that follow others; "" for all of them."""
+    if "labels" in result:
+        of = result["labels"]["of"]
+        return f", {of:g} % of the labels" if not isinstance(of, str) else f", labels of {of} alone"
+    per_class = result.get("protocol", {}).get("images_per_class")
+    return f", {per_class} images of each class" if per_class else ""
 
 
 def measured(said: dict) -> Iterator[tuple[str, str]]:
@@ -600,11 +651,7 @@ def check_weights(folder: Path) -> list[str]:
 def check_config(folder: Path) -> list[str]:
     said = read_json(folder / CONFIG)
     network = export.load_network(weights_of(folder, "full", "pth"), keep="none")
-    wanted = export.timm_config(network, said["pretrained_cfg"].get("license"))
-    backbone = weights_of(folder, "backbone", "safetensors")
-    wanted["pretrained_cfg"]["hf_hub_filename"] = backbone.name
-    if network.info["small_stem"]:
-        wanted["small_stem"] = True
+    wanted = config_of(folder, network, said["pretrained_cfg"].get("license"))
     found = []
     for where, a, b in (
         ("", said, wanted), ("pretrained_cfg.", said["pretrained_cfg"], wanted["pretrained_cfg"]),
@@ -626,6 +673,14 @@ def check_lincls(folder: Path) -> list[str]:
         return []
     epochs = {line["epoch"]: line for line in read_log(log) if line.get("kind") == "val"}
     found, said = [], read_json(result)
+    args = read_json(folder / LINCLS / ARGS) if (folder / LINCLS / ARGS).is_file() else {}
+    of = {**said.get("protocol", {}), "labels": said.get("labels", {}).get("of")}
+    of |= {way: said.get("evaluation") == way for way in ("finetune", "cached")}
+    found += [
+        f"{LINCLS}/{result.name}: {name} is {value!r}, {LINCLS}/{ARGS} says {args[name]!r}"
+        for name, value in of.items()
+        if name in args and args[name] != value
+    ]
     for which in ("last", "best"):
         if which in said and epochs:
             logged = epochs.get(said[which]["epoch"], {})
@@ -686,7 +741,7 @@ def read_sums(folder: Path) -> dict[str, str]:
         ValueError: a line of another form, or a path that leads out of the folder.
     """
     sums = {}
-    for line in (folder / SUMS).read_text(encoding="utf-8").splitlines():
+    for line in (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines():
         match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         path = PurePosixPath(match[2]) if match else None
         if path is None or path.is_absolute() or ".." in path.parts:

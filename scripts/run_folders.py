@@ -24,6 +24,9 @@ from moco.run import science
 # Arguments, beside those that decide what is learned, without which a run is not understood.
 _NEEDED = {"objective": str, "seed": int, "epochs": int, "batch_size": int, "images": int,
            "processes": int, "arch": str, "lr": (int, float)}  # fmt: skip
+# Numbers in the log beside what changes while training.
+_NO_CURVES = ("kind", "step", "time", "epoch", "uniformity_infimum", "seconds", "k", "bank",
+              "images")  # fmt: skip
 _LARGEST_JSON = 2**20  # bytes; a larger file is no result of a measurement
 
 
@@ -71,9 +74,9 @@ class Run:
         """Everything that was logged while training: name -> (epochs, values)."""
         found: dict[str, tuple[list[float], list[float]]] = {}
         for line in self.log:
-            prefix = "" if line["kind"] == "train" else f"{line['kind']} "
+            prefix = "" if line["kind"] in ("train", "metrics") else f"{line['kind']} "
             for name, value in line.items():
-                if name in ("kind", "step", "time", "epoch") or number(value) is None:
+                if name in _NO_CURVES or number(value) is None:
                     continue
                 xs, ys = found.setdefault(prefix + name, ([], []))
                 xs.append(line["step"] / self.steps_per_epoch)

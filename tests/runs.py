@@ -9,6 +9,7 @@ whatever threads the tests before have left.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import multiprocessing.util
@@ -57,6 +58,8 @@ def serve() -> None:
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
             answer = os.fork() or child(order)
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.setpgid(answer, order["group"])  # before the next one wants to join the group
         print(json.dumps(answer), flush=True)
 
 

@@ -174,7 +174,7 @@ def test_knn_accuracy_in_percent_of_a_case_worked_by_hand():
     bank = coloured([red, green, blue], [0, 1, 2])
     val = coloured([(200, 20, 20), (20, 200, 20), (20, 20, 200), (190, 30, 30)], [0, 1, 2, 2])
     got = knn_accuracy(Colour(), bank, val, classes=3, device=CPU, mean=(0, 0, 0), std=(1, 1, 1))
-    assert got == {"top1": 75.0, "top5": 100.0, "k": 3, "images": 4}
+    assert got == {"top1": 75.0, "top5": 100.0, "k": 3, "images": 4, "bank": 3}
 
 
 def test_top5_of_knn_is_within_the_first_five_of_many_classes():

@@ -19,6 +19,9 @@ from safetensors import safe_open
 
 from moco import encoders
 from moco.checkpoint import load_encoder, write_checkpoint
+from moco.images import FolderImages
+from moco.loader import AugmentedViews
+from moco.views import normalize, pretrain_recipe
 
 extract = runpy.run_path(str(ROOT / "scripts" / "extract_features.py"))["main"]
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
@@ -98,6 +101,41 @@ def test_safetensors_holds_the_same(pretrained, data):
     np.testing.assert_allclose(wanted["features"], F.normalize(raw, dim=1), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_two_views_by_the_augmentation_of_the_checkpoint(pretrained, data):
+    """Of MoCo v2 where the file does not say; one seed gives the same, whatever the batches."""
+    flags = ["--views", 2, "--layer", "projection", "--normalize"]
+    run(pretrained, data, "a.npz", *flags)
+    run(pretrained, data, "b.safetensors", *flags, "--batch-size", 4)
+    run(pretrained, data, "c.npz", *flags, "--seed", 1)
+    content = torch.load(pretrained, weights_only=True)
+    del content["checksum"]
+    content["args"] |= {"aug_plus": False, "crop_scale": [0.9, 1.0]}
+    write_checkpoint(Path("v1.pth.tar"), content)
+    run("v1.pth.tar", data, "d.npz", *flags)
+    found, v1 = load("a.npz"), load("d.npz")
+    encoder = load_encoder(pretrained, head="projection")[0]
+    images = FolderImages(data / "val")
+    for arrays, recipe in (
+        (found, pretrain_recipe(32, aug_plus=True)),
+        (v1, pretrain_recipe(32, crop_scale=(0.9, 1.0))),
+    ):
+        made = AugmentedViews(images, recipe, seed=0, views=2)
+        rows = [made[0, index] for index in range(len(images))]
+        for view, name in enumerate(("features", "features_2")):
+            pixels = normalize(torch.stack([row[view] for row in rows]), MEAN, STD)
+            wanted = F.normalize(encoder(pixels), dim=1)
+            np.testing.assert_allclose(arrays[name], wanted, rtol=1e-4, atol=1e-5)
+    with safe_open("b.safetensors", framework="np") as file:
+        for name in ("features", "features_2"):
+            np.testing.assert_allclose(file.get_tensor(name), found[name], rtol=1e-4, atol=1e-5)
+            assert np.abs(load("c.npz")[name] - found[name]).max() > 1e-3
+    assert np.abs(found["features"] - found["features_2"]).max() > 1e-3
+    assert found["labels"].tolist() == [0] * 5 + [1] * 5 + [2] * 5 and len(found["paths"]) == 15
+    about = json.loads(v1["about"].item())
+    assert (about["views"], about["seed"], about["crop_scale"]) == (2, 0, [0.9, 1.0])
+
+
 @pytest.mark.parametrize("flags", ["--batch-size 1", "--batch-size 4", "--batch-size 7 -j 2"])
 def test_order_is_that_of_the_names_whatever_the_batches(flags, pretrained, data):
     run(pretrained, data, "a.npz")
@@ -155,6 +193,8 @@ def test_size_mean_and_std_can_be_given_and_images_per_class(pretrained, data):
         ("CHECKPOINT DATA there.npz", "--overwrite"),
         ("CHECKPOINT DATA a.npz --batch-size 0", "--batch-size must be at least 1"),
         ("CHECKPOINT DATA a.npz --std 1 0 1", "--std"),
+        ("CHECKPOINT DATA a.npz --views 3", "--views"),
+        ("CHECKPOINT DATA a.npz --views 2 --seed -1", "--seed must be at least 0"),
         ("CHECKPOINT DATA a.npz --split test", "--split"),
     ],
 )

@@ -103,6 +103,21 @@ def test_the_saved_file_evaluates_as_it_was_and_loads(data, tuned):
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 3) and info["epoch"] == 7
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--labels 1 --batch-size 8 --epochs 1", "3 images to train on, fewer than one batch of 8"),
+        ("-e", "linear was asked for"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_there_is_a_run_folder(
+    flags, said, data, pretrained, capsys
+):
+    argv = [*flags.split(), *"--device cpu -j 0 --save-dir r --pretrained".split(), pretrained]
+    status, message = refusal(main_lincls.main, [*argv, data], capsys)
+    assert status == 1 and said in message and not Path("r").exists()
+
+
 @pytest.mark.parametrize("source", ["pretrained", "resume alone"])
 def test_a_resumed_run_ends_like_one_that_was_not_cut_off(data, pretrained, tuned, source):
     flags = ["--finetune", RATES, "--save-dir cut"]

@@ -13,7 +13,7 @@ import torch
 from runs import Processes, chaos, finish, start
 
 from moco import checkpoint, guards
-from moco.builder import MoCoLosses
+from moco.builder import MoCoLosses, _Batch
 from moco.log import Means, RunLog
 from moco.run import BackgroundWriter, Run
 from moco.step import fused_sgd
@@ -209,12 +209,16 @@ def test_a_rank_with_other_weights_or_another_queue_is_named(tmp_path) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
+def losses_of(q: torch.Tensor) -> MoCoLosses:
+    return MoCoLosses(_batches=[_Batch(None, 0, q, q)])
+
+
 def test_the_collapse_alarm_warns_after_as_many_steps(tmp_path, capsys) -> None:
     """In the log (which TensorBoard gets as well) and on the screen, and again as many steps later;
     features that spread for one moment start the count anew."""
     torch.manual_seed(0)
-    spread = MoCoLosses(_q=torch.nn.functional.normalize(torch.randn(64, 16), dim=1))
-    collapsed = MoCoLosses(_q=torch.ones(64, 16) / 4 + 1e-4 * torch.randn(64, 16))
+    spread = losses_of(torch.nn.functional.normalize(torch.randn(64, 16), dim=1))
+    collapsed = losses_of(torch.ones(64, 16) / 4 + 1e-4 * torch.randn(64, 16))
     assert spread.feature_std() > 0.9 and collapsed.feature_std() < 0.01
     log, alarm = RunLog(tmp_path), guards.CollapseAlarm(steps=50)
     for step in range(10, 301, 10):

@@ -75,6 +75,17 @@ def test_the_reference_repositorys_entry_point(files) -> None:
         load(entry, with_linear_clf=True, weights=str(folder / "pretrained.pth.tar"))
 
 
+@torch.no_grad()
+def test_the_reference_repositorys_arguments_by_position(files) -> None:
+    folder, networks = files
+    encoder = torch.hub.load(
+        str(ROOT), "imagenet_resnet50_encoder", True, str(folder / "probe.pth.tar"), source="local"
+    )
+    assert torch.equal(encoder(IMAGES), networks["probe"](IMAGES))
+    with pytest.raises(ValueError, match="with_linear_clf must be True or False, got 'a.pth'"):
+        torch.hub.load(str(ROOT), "imagenet_resnet50_encoder", "a.pth", source="local")
+
+
 @pytest.mark.parametrize("with_linear_clf", [False, True])
 def test_nothing_is_downloaded_unasked(
     with_linear_clf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

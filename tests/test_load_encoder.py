@@ -416,7 +416,8 @@ def small(seed: int = 0) -> nn.Module:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.",
-                                    "_orig_mod.module.", "module.module."])  # fmt: skip
+                                    "_orig_mod.module.", "module.module.", "model.",
+                                    "module.model._orig_mod."])  # fmt: skip
 def test_wrappers_in_names_are_passed_over(prefix: str, tmp_path: Path) -> None:
     network = small()
     state = prefixed(prefix, network.state_dict())
@@ -428,6 +429,38 @@ def test_wrappers_in_names_are_passed_over(prefix: str, tmp_path: Path) -> None:
     moco = prefixed(prefix, prefixed("encoder_q._orig_mod.", network.state_dict()))
     torch.save({"state_dict": moco}, path)
     assert_gives(path, network, "projection", layout="moco", encoder="encoder_q")
+
+
+def test_names_behind_what_is_not_known_are_told_with_a_remedy(tmp_path: Path) -> None:
+    torch.save(prefixed("backbone.", small().state_dict()), path := tmp_path / "a.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(path)
+    message = str(caught.value)
+    assert "(first backbone.conv1.weight); expected torchvision's names" in message
+    assert "behind module., model. or encoder_q.: take" in message and "\n" not in message
+
+
+def test_what_other_files_are_and_the_remedy(tmp_path: Path) -> None:
+    state = small().state_dict()
+    torch.save(state, tmp_path / "a.safetensors")
+    write_safetensors(tmp_path / "cut.safetensors", state, {})
+    data = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in state.items()})
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    torch.save({"state_dict": {}}, tmp_path / "none.pth")
+    torch.save(small(), tmp_path / "module.pth")
+    for name, said in (
+        ("a.safetensors", "no safetensors file, but one of torch.save; .*Rename it to end in .pth"),
+        ("cut.safetensors", "not a whole safetensors file: .*download it again"),
+        ("a.npz", "an archive of NumPy arrays; .*from_numpy"),
+        ("a.npy", "a NumPy array; "),
+        ("none.pth", "only an empty dict; expected an encoder's state dict"),
+        ("module.pth", r"content.state_dict\(\) of a whole network"),
+    ):
+        with pytest.raises(CheckpointError, match=said) as caught:
+            load_encoder(tmp_path / name)
+        assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
 
 
 def test_real_compiled_and_parallel_modules(tmp_path: Path) -> None:

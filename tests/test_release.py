@@ -212,6 +212,54 @@ def test_the_python_of_the_card_runs(published, monkeypatch):
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
+def test_accuracies_of_other_protocols_say_so(run_of, tmp_path, capsys):
+    """Fewer labels, several settings and folds stand in the rows of the figures; what fine-tuning
+    has reached is no figure of this encoder."""
+    pretrained = run_of / "run" / "checkpoint_0001.pth.tar"
+    names = tmp_path / "some.txt"
+    names.write_text("".join(f"class_{c}/00{i}.png\n" for c in range(3) for i in range(4)))
+    for name, flags in (
+        ("part", f"--labels {names} --knn --lr 0.9 --epochs 2"),
+        ("folds", "--labels 50 --folds 2 --lr 0.1,0.5 --epochs 1"),
+        ("heads", "--images-per-class 8 --lr 0.1,0.5 --epochs 1 --cached"),
+        ("tuned", "--finetune --epochs 1"),
+    ):
+        probe = tmp_path / name
+        main_lincls.main(
+            [*flags.split(), *"--batch-size 8 -j 0 --device cpu --seed 5 --schedule 1".split(),
+             "--pretrained", str(pretrained), "--save-dir", str(probe), str(run_of / "toy images")]
+        )  # fmt: skip
+        argv = [str(pretrained), f"{name}-out", "--lincls", str(probe / "checkpoint.pth.tar")]
+        if name == "tuned":
+            status, message = refusal(release, argv, capsys)
+            assert status == 1 and "fine-tuning" in message and not Path(argv[1]).exists()
+            continue
+        release(argv)
+        card = Path(argv[1], "README.md").read_text()
+        last = json.loads((probe / "lincls.json").read_text())["last"]
+        epoch, figures = last["epoch"], f"top-1 {last['top1']:.2f}, top-3 {last['top5']:.2f}"
+        wanted = {
+            "part": [f"| Last epoch (1), labels of some.txt alone | {figures} |",
+                     "| k-NN (k 12, temperature 0.07, backbone), labels of some.txt alone |"],
+            "folds": [f"| Last epoch (0), 50 % of the labels | {figures} |",
+                      "| Chosen among | 2 settings by 2 folds of the training images: lr 0."],
+            "heads": ["| Last epoch (0), 8 images of each class, cached features "
+                      f"| {figures} (lr {last.get('lr')}, weight decay 0) |",
+                      "| Chosen among | 2 settings by their accuracy on the validation images"],
+        }[name]  # fmt: skip
+        assert all(row in card for row in wanted), (epoch, card)
+        assert str(tmp_path) not in card
+    # A forger who drops the labels from result and card is told by the arguments.
+    folder = Path("folds-out")
+    result = json.loads((folder / "lincls" / "lincls.json").read_text())
+    del result["labels"]
+    (folder / "lincls" / "lincls.json").write_text(json.dumps(result))
+    edit(folder / "README.md", ", 50 % of the labels", "")
+    edit(folder / "README.md", ", 50 % of the labels", "")
+    sum_again(folder)
+    assert "labels is None, lincls/args.json says 50.0" in findings(folder, capsys)
+
+
 def test_without_probe_metrics_or_licence_the_card_has_no_such_figures(run_of, tmp_path):
     release([str(run_of / "run" / "checkpoint_0001.pth.tar"), "plain v1.0"])
     assert list(Path("plain v1.0").glob("plain-v1-0-backbone-*.pth")), "no dot before the hash"
@@ -262,6 +310,8 @@ def test_sums_that_do_not_fit_the_folder(copy, capsys):
     (copy.parent / "log.jsonl").rename(copy / "lincls" / "log.jsonl")
     with open(copy / "SHA256SUMS", "a") as file:
         file.write(f"{'0' * 64}  ../outside\n")
+    assert "no sum of a file" in findings(copy, capsys)
+    (copy / "SHA256SUMS").write_bytes(b"\xff\xfe")
     assert "no sum of a file" in findings(copy, capsys)
     (copy / "SHA256SUMS").unlink()
     assert "no release" in findings(copy, capsys)
@@ -353,6 +403,10 @@ def test_nothing_is_written_of_what_does_not_belong_together(run_of, tmp_path, c
     lone = tmp_path / "lone"
     lone.mkdir()
     shutil.copy(probe, lone / "probe.pth.tar")
+    (lone / "half.json").write_text('{"alignment": 0.1, "uniformity": -1.0, "t": null}')
+    (lone / "k-nn").mkdir()
+    shutil.copy(probe, lone / "k-nn")
+    (lone / "k-nn" / "lincls.json").write_text('{"classes": 3, "top1": 1.0, "top5": 2.0}')
     broken = read_checkpoint(second)
     broken["state_dict"] = {k: v for k, v in broken["state_dict"].items() if "layer4" not in k}
     write_checkpoint(lone / "broken.pth.tar", broken)
@@ -363,6 +417,8 @@ def test_nothing_is_written_of_what_does_not_belong_together(run_of, tmp_path, c
         ([second, "out", "--lincls", lone / "probe.pth.tar"], "beside it"),
         ([first, "out", "--metrics", run_of / "metrics.json"], "checkpoint_0001"),
         ([second, "out", "--metrics", run_of / "run" / "args.json"], "no alignment"),
+        ([second, "out", "--metrics", lone / "half.json"], "no alignment"),
+        ([second, "out", "--lincls", lone / "k-nn" / "checkpoint.pth.tar"], "no best and last"),
         ([lone / "broken.pth.tar", "out"], "no known architecture"),
     ):
         status, message = refusal(release, argv, capsys)

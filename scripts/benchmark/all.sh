@@ -14,8 +14,9 @@ if [ "${1:-}" = "--gpu" ]; then gpu=yes; shift; fi
 case "${1:-}" in "" | -*) usage ;; esac
 [ $# -le 2 ] || usage
 out=$1 images=${2:-}
-python=${PYTHON:-python}
 here=$(cd "$(dirname "$0")" && pwd) || exit 1
+[ -x "$here/../../.venv/bin/python" ] && PYTHON=${PYTHON:-$here/../../.venv/bin/python}
+python=${PYTHON:-python3}
 mkdir -p "$out" || exit 1
 failed=""
 

@@ -1,0 +1,183 @@
+"""k-NN accuracy of the query encoder while it trains, without a trace in what is trained."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from moco import distributed, encoders, evaluate, loader
+from moco.guards import StopRequest
+from moco.images import DataError, Images, Subset, first_per_class, open_images, split_folder
+from moco.log import RunLog, StepPrinter, progress
+from moco.run import Run
+from moco.views import eval_transform
+
+K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
+
+
+class OnlineKnn:
+    """Classifies the validation images by the labels of their neighbours among training images.
+
+    The bank of neighbours is class-balanced: the first images of each class, equally many where
+    there are, `--knn-bank` in all (at least one of each class). Validation images are all used.
+    Features are those of the backbone in eval mode; each rank extracts its share of both sets, has
+    all of the bank (4 bytes x feature dimension x images) and classifies its own share exactly.
+
+    The encoder is a copy, with rank 0's batch-norm statistics, and nothing here draws from a
+    generator of the training process: training goes on as if nothing had been. Where there are no
+    labels, or an image cannot be read, k-NN is left out with a line that says so.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        args: argparse.Namespace,
+        device: torch.device,
+        total_steps: int,
+    ) -> None:
+        """
+        Args:
+            images: those that the run trains on.
+            args: of main_moco.py.
+            total_steps: at which step the run ends.
+        """
+        self.args, self.device, self.total_steps = args, device, total_steps
+        self.enabled = args.knn_every > 0
+        if not self.enabled:
+            return
+        reason = None
+        try:
+            self.bank, self.val, self.classes = open_splits(images, args)
+        except (DataError, OSError) as error:
+            reason = str(error)
+        if distributed.any_rank(reason is not None, device=device)[0]:
+            self._leave_out(reason, "")
+            return
+        distributed.print_main(
+            f"{'k-NN':>10}: every {args.knn_every} epoch(s) and at the end, a bank of "
+            f"{len(self.bank)} training images, {len(self.val)} to classify, "
+            f"{self.classes} classes"
+        )
+
+    def due(self, run: Run) -> bool:
+        """After every --knn-every-th epoch, and at the end."""
+        whole_epoch = run.epoch > 0 and run.step_in_epoch == 0
+        return self.enabled and (
+            run.step >= self.total_steps
+            or (whole_epoch and run.epoch % self.args.knn_every == 0)
+        )  # fmt: skip
+
+    def missed(self, run: Run, log: RunLog) -> bool:
+        """Whether a run that goes on was cut off between its checkpoint and the k-NN due then."""
+        return self.due(run) and not distributed.broadcast_object(("knn", run.step) in log.kept)
+
+    def measure(self, run: Run, log: RunLog, printer: StepPrinter, stop: StopRequest) -> bool:
+        """Measure and log, on all ranks together; given up when any is asked to stop.
+
+        Returns:
+            Whether any rank was asked to stop.
+        """
+        with printer.paused():
+            return self._measure(run, log, printer, stop)
+
+    def _measure(self, run: Run, log: RunLog, printer: StepPrinter, stop: StopRequest) -> bool:
+        started = time.perf_counter()
+        encoder = frozen_backbone(run.moco.encoder_q)
+        reason, found = None, []
+        try:
+            for images in (self.bank, self.val):
+                with self._batches(images, stop) as batches:
+                    found += evaluate.extract_features(
+                        encoder, batches,
+                        device=self.device, mean=self.args.mean, std=self.args.std,
+                    )  # fmt: skip
+        except (DataError, torch.OutOfMemoryError) as error:
+            reason = str(error)
+        failed, stopping = distributed.any_rank(
+            reason is not None, stop.requested, device=self.device
+        )
+        if failed:
+            self._leave_out(reason, f" from step {run.step} on")
+        if failed or stopping:
+            return stopping
+        bank, bank_labels, features, labels = found
+        scores = evaluate.knn_scores(
+            features, labels, bank, bank_labels,
+            classes=self.classes, k=K, temperature=TEMPERATURE,
+        )  # fmt: skip
+        seconds = time.perf_counter() - started
+        values = {"top1": scores.pop("top1"), "top5": scores.pop("top5"), "seconds": seconds}
+        log.scalars("knn", run.step, values, epoch=run.epoch, **scores)
+        printer.note(
+            f"k-NN after {run.epoch} epoch(s): top-1 {values['top1']:.2f}, "
+            f"top-{min(5, self.classes)} {values['top5']:.2f} (k {scores['k']}, bank of "
+            f"{scores['bank']}, {scores['images']} images, {seconds:.1f} s)"
+        )
+        return False
+
+    @contextlib.contextmanager
+    def _batches(self, images: Images, stop: StopRequest) -> Iterator[Iterator]:
+        """This rank's share of the images, until it is asked to stop."""
+        args = self.args
+        batches = loader.eval_loader(
+            loader.PlainImages(images, eval_transform(args.image_size)),
+            batch_size=args.batch_size // args.processes // args.accumulate,
+            workers=args.workers,
+            pin_memory=self.device.type == "cuda",
+            persistent=True,  # so that they can be ended, whatever happens
+            outlive_stop=True,
+        )
+        try:
+            yield _until(stop, batches)
+        finally:
+            if batches.num_workers and batches._iterator is not None:
+                batches._iterator._shutdown_workers()
+
+    def _leave_out(self, reason: str | None, since: str) -> None:
+        """On all ranks; those that know why say so."""
+        self.enabled = False
+        if reason is not None:
+            # What a loader process raised arrives with that process's trace in front.
+            reason = re.sub(r"^[\w.]*Error: ", "", reason.strip().splitlines()[-1])
+            print(f"{'k-NN':>10}: left out{since}: {reason}", flush=True)
+
+
+def _until(stop: StopRequest, batches: DataLoader) -> Iterator:
+    for batch in progress(batches, "k-NN features"):
+        if stop.requested:
+            return
+        yield batch
+
+
+def open_splits(images: Images, args: argparse.Namespace) -> tuple[Images, Images, int]:
+    """Bank and validation images, and the number of their classes.
+
+    Raises:
+        DataError: no labels, no validation images, or such of other classes.
+    """
+    if args.dataset == "folder":
+        split_folder(Path(args.data), "train")  # else `images` may hold validation images
+    per_class = args.images_per_class
+    if images.targets is None:  # of STL-10 only some of the images have labels
+        images = open_images(args.dataset, args.data, "train", per_class=per_class)
+    val = open_images(args.dataset, args.data, "val", per_class=per_class, classes=images.classes)
+    share = max(1, args.knn_bank // len(images.classes))
+    bank = Subset(images, first_per_class(images.targets, share))
+    return bank, val, len(images.classes)
+
+
+def frozen_backbone(encoder: nn.Module) -> nn.Module:
+    """A copy without its head, in eval mode, with the batch-norm statistics of rank 0."""
+    frozen = copy.deepcopy(encoder).eval().requires_grad_(False)
+    encoders.set_head(frozen, nn.Identity())
+    distributed.broadcast_buffers(frozen)
+    return frozen

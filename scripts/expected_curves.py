@@ -1,0 +1,152 @@
+#!/usr/bin/env python
+"""What a run should look like, and how it looks when something is wrong: four small runs, drawn.
+
+    python scripts/expected_curves.py [--data DIR] [--out FOLDER]
+
+A healthy run, one that collapses (no uniformity term), one without alignment, one with a learning
+rate of nearly nothing: each by the command that is printed, about a minute on one CPU core. Loss,
+alignment, uniformity and k-NN accuracy of all of them, and the healthy one's first steps, while the
+queue still holds the random keys that it starts with, go to FOLDER/expected_curves.{png,svg}.
+What has been finished in FOLDER is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from matplotlib import rc_context  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from align_uniform.bounds import uniformity_infimum  # noqa: E402
+from align_uniform.figures import COLOURS, DASHES, save  # noqa: E402
+from moco.monitor import ALPHA, T  # noqa: E402
+
+BATCH, QUEUE, DIM, EPOCHS = 64, 1024, 128, 16
+SHARED = (
+    f"-a resnet8x2s2 --image-size 32 --batch-size {BATCH} --bn-splits 8 --moco-k {QUEUE} "
+    f"--moco-m 0.99 --moco-dim {DIM} --wd 1e-4 --mlp --aug-plus --cos --seed 0 "
+    f"--epochs {EPOCHS} --print-freq 1 --knn-every 1 --check-every 0 --keep-last 1 --keep-every 0"
+)
+HEALTHY = "healthy"
+RUNS = {
+    HEALTHY: "--lr 0.03 --moco-align-w 2 --moco-unif-w 1 --moco-unif-t 2",
+    "collapse: --moco-unif-w 0": "--lr 0.03 --moco-align-w 2 --moco-unif-w 0",
+    "no alignment: --moco-align-w 0": "--lr 0.03 --moco-align-w 0 --moco-unif-w 1 --moco-unif-t 2",
+    "dead: --lr 1e-6": "--lr 1e-6 --moco-align-w 2 --moco-unif-w 1 --moco-unif-t 2",
+}
+PANELS = ("loss", "alignment", "uniformity", "top1")
+TITLES = {
+    "loss": "loss (of each objective)",
+    "alignment": f"alignment (alpha {ALPHA:g}; 0 is best)",
+    "uniformity": f"uniformity (t {T:g}; dotted: its infimum)",
+    "top1": "k-NN top-1 (%)",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="draw what healthy and failing runs look like")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="DIR/{train,val}/CLASS/IMAGE (default: the toy dataset, made in data/toy)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "expected-curves")
+    args = parser.parse_args()
+    if args.data is not None and not args.data.is_dir():
+        parser.error(f"no such data folder: {args.data}")
+    data = args.data
+    if data is None:
+        data = ROOT / "data" / "toy"
+        call([str(ROOT / "scripts" / "make_toy_dataset.py"), str(data)])
+    curves = {}
+    for i, (name, flags) in enumerate(RUNS.items()):
+        run = args.out / f"run-{i}"
+        if not (run / f"checkpoint_{EPOCHS - 1:04d}.pth.tar").is_file():
+            argv = shlex.split(f"{SHARED} {flags}")
+            folder = ["--save-dir", str(run), "--resume", "auto", str(data)]
+            call([str(ROOT / "main_moco.py"), *argv, *folder])
+        curves[name] = read_curves(run)
+    figure = draw(curves)
+    for suffix in ("png", "svg"):
+        save(figure, args.out / f"expected_curves.{suffix}")
+    print_table(curves)
+    print(f"{args.out / 'expected_curves.png'} and .svg")
+
+
+def call(command: list[str]) -> None:
+    """Run one of this project's programs, showing the command; stop where it stops."""
+    print("$ python " + shlex.join(command), flush=True)
+    status = subprocess.run([sys.executable, *command], check=False).returncode
+    if status:
+        sys.exit(status)
+
+
+def read_curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """Name of each panel -> (steps, values) as logged."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
+    curves = {}
+    for name in PANELS:
+        found = [(line["step"], line[name]) for line in lines if name in line]
+        curves[name] = [step for step, _ in found], [value for _, value in found]
+    return curves
+
+
+def draw(curves: dict[str, dict]) -> Figure:
+    """All runs above, the first steps of the healthy one below."""
+    style = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False,
+             "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "x"}  # fmt: skip
+    filled = QUEUE // BATCH
+    with rc_context(style):
+        figure = Figure(figsize=(12, 5.2), layout="constrained")
+        whole, beginning = figure.subplots(2, 4)
+        for axes, name in zip(whole, PANELS, strict=True):
+            axes.set_title(TITLES[name])
+            axes.set_xlabel("epoch")
+            for i, (run, of_run) in enumerate(curves.items()):
+                steps, values = of_run[name]
+                per_epoch = max(of_run["loss"][0]) / EPOCHS
+                axes.plot([step / per_epoch for step in steps], values, label=run,
+                          color=COLOURS[i], linestyle=DASHES[i], linewidth=1.2,
+                          marker="o" if name == "top1" else "", markersize=3)  # fmt: skip
+        for axes, name in zip(beginning, PANELS[:3], strict=False):
+            axes.set_title(f"healthy, first steps: {name}")
+            axes.set_xlabel("step")
+            steps, values = curves[HEALTHY][name]
+            axes.plot(steps[: 4 * filled], values[: 4 * filled], color=COLOURS[0], linewidth=1.2)
+            axes.axvline(filled, color="0.4", linewidth=0.8)
+        beginning[0].annotate(f"queue of {QUEUE}\nfilled once", (filled, 0.1),
+                              xycoords=("data", "axes fraction"), xytext=(4, 0),
+                              textcoords="offset points", fontsize=8)  # fmt: skip
+        for axes in (whole[2], beginning[2]):
+            draw_bound(axes)
+        beginning[3].axis("off")
+        handles, labels = whole[0].get_legend_handles_labels()
+        bound, bound_label = whole[2].get_legend_handles_labels()
+        beginning[3].legend([*handles, bound[-1]], [*labels, bound_label[-1]], loc="center",
+                            frameon=False)  # fmt: skip
+    return figure
+
+
+def draw_bound(axes: Axes) -> None:
+    label = f"infimum of uniformity, {DIM} dimensions"
+    axes.axhline(uniformity_infimum(DIM, T), color="0.4", linestyle=":", label=label)
+
+
+def print_table(curves: dict[str, dict]) -> None:
+    wide = max(map(len, curves))
+    print(f"\n{'':{wide}}  " + "  ".join(f"{name:>10}" for name in PANELS))
+    for run, of_run in curves.items():
+        last = (of_run[name][1][-1] for name in PANELS)
+        print(f"{run:{wide}}  " + "  ".join(f"{value:10.3f}" for value in last))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""k-NN accuracy while training: right, on time, and without a trace in what is trained."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import read_log, refusal, write_images, write_labelled
+from runs import EPOCHS, chaos, finish, start
+
+import main_moco
+from moco import checkpoint, encoders, evaluate, loader
+from moco.images import open_images
+from moco.online_knn import frozen_backbone, open_splits
+from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+
+CPU = torch.device("cpu")
+# 30 images in batches of 8 are three steps an epoch.
+TINY = shlex.split(
+    "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu -p 1 --seed 1"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """What the runs of tests/runs.py train on, and 41 images to classify: an odd share."""
+    folder = tmp_path_factory.mktemp("images")
+    chaos()["write_images"](folder)
+    write_images(folder / "val", {"class_0": 20, "class_1": 21}, size=24, seed=5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> dict[int, Path]:
+    """Runs with k-NN after each epoch, by number of processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    for processes in (1, 2):
+        finish(folder / f"{processes}", data, "--knn-every", 1, processes=processes, workers=1)
+    return {processes: folder / f"{processes}" for processes in (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    return write_labelled(tmp_path_factory.mktemp("labelled"))
+
+
+def train(data: Path, run: Path, *flags: object) -> None:
+    main_moco.main([*TINY, *map(str, flags), "--save-dir", str(run), str(data)])
+
+
+def without_knn(run: Path) -> dict:
+    state = chaos()["final_state"](run)
+    state["log"] = [line for line in state["log"] if line["kind"] != "knn"]
+    return state
+
+
+def knn_lines(run: Path) -> list[dict]:
+    return [
+        {name: value for name, value in line.items() if name not in ("time", "seconds")}
+        for line in read_log(run, "knn")
+    ]
+
+
+# ------------------------------------------------------------------------------------------------
+# What it finds, and what it leaves alone
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_is_bit_equal_with_and_without_it(processes, data, whole, tmp_path) -> None:
+    """Weights, queue, optimizer, generators of all ranks, and all that is logged but times."""
+    said = finish(tmp_path / "run", data, "--knn-every", 0, processes=processes)
+    assert "k-NN" not in said and read_log(tmp_path / "run", "knn") == []
+    assert len(read_log(whole[processes], "knn")) == EPOCHS
+    assert (
+        chaos()["differences"](without_knn(whole[processes]), without_knn(tmp_path / "run")) == []
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_it_finds_what_the_saved_encoder_gives(processes, data, whole) -> None:
+    """Of two ranks as well, whose batch-norm statistics differ: those of rank 0 are saved."""
+    lines = knn_lines(whole[processes])
+    plain = eval_transform(16)
+    splits = [open_images("folder", data, split) for split in ("train", "val")]
+    bank, val = (
+        loader.eval_loader(loader.PlainImages(s, plain), batch_size=16, workers=0, pin_memory=False)
+        for s in splits
+    )
+    for line, path in zip(lines, checkpoint.run_checkpoints(whole[processes]), strict=True):
+        encoder, _ = checkpoint.load_encoder(path)
+        expected = evaluate.knn_accuracy(
+            encoder, bank, val, classes=2, device=CPU,
+            mean=IMAGENET_MEAN, std=IMAGENET_STD,
+        )  # fmt: skip
+        assert {name: line[name] for name in expected} == expected
+        assert (line["k"], line["bank"], line["images"]) == (96, 96, 41)
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 6), (2, 12), (3, 18)]
+
+
+# ------------------------------------------------------------------------------------------------
+# When
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ("--epochs 5 --knn-every 2", [6, 12, 15]),
+        ("--epochs 3", [9]),  # by default every ten epochs
+        ("--epochs 3 --max-steps 4 --knn-every 1", [3, 4]),
+        ("--max-steps 0", [0]),  # the untrained encoder
+        ("--epochs 2 --knn-every 0", []),
+    ],
+)
+def test_it_comes_every_so_many_epochs_and_at_the_end(flags, steps, labelled, tmp_path) -> None:
+    train(labelled, tmp_path / "run", *flags.split())
+    assert [line["step"] for line in read_log(tmp_path / "run", "knn")] == steps
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_in_it_does_it_again(processes, data, whole, tmp_path) -> None:
+    killed_in_the_second = """
+import os, time
+from moco.online_knn import OnlineKnn
+measure = OnlineKnn.measure
+def dies(self, run, *more):
+    if run.epoch == 2:
+        time.sleep(0.5)  # the checkpoint is being written
+        os._exit(9)
+    return measure(self, run, *more)
+OnlineKnn.measure = dies
+"""
+    run = tmp_path / "run"
+    killed = start(run, data, "--knn-every", 1, processes=processes, before=killed_in_the_second)
+    assert killed.wait() == [9] * processes, killed.output()
+    assert [line["epoch"] for line in read_log(run, "knn")] == [1]
+    finish(run, data, "--knn-every", 1, processes=processes)
+    assert knn_lines(run) == knn_lines(whole[processes])
+    assert chaos()["differences"](without_knn(whole[processes]), without_knn(run)) == []
+    said = finish(run, data, "--knn-every", 1, processes=processes)  # nothing is left to do
+    assert said.count("k-NN after") == EPOCHS == len(knn_lines(run))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_request_to_stop_within_it_is_heard_at_once(processes, data, whole, tmp_path) -> None:
+    """It reaches all processes of the job, loader workers too, while the second k-NN runs; of two
+    ranks one is at its bank, the other at its end."""
+    stops_in_the_second = """
+import os, signal, time
+from moco import evaluate
+extract, calls = evaluate.extract_features, []
+def stopping(encoder, batches, **more):
+    calls.append(1)
+    if len(calls) == 3 and os.environ.get("RANK", "0") == "0":
+        def first_of(batches):
+            for batch in batches:
+                yield batch
+                os.killpg(0, signal.SIGTERM)
+                time.sleep(0.3)
+        batches = first_of(batches)
+    return extract(encoder, batches, **more)
+evaluate.extract_features = stopping
+"""
+    run = tmp_path / "run"
+    stopped = start(
+        run, data, "--knn-every", 1, processes=processes, workers=1, before=stops_in_the_second
+    )
+    assert stopped.wait() == [75] * processes, stopped.output()
+    assert "after step 12; go on with" in stopped.output(0)
+    assert [line["epoch"] for line in read_log(run, "knn")] == [1]
+    finish(run, data, "--knn-every", 1, processes=processes)
+    assert knn_lines(run) == knn_lines(whole[processes])
+
+
+# ------------------------------------------------------------------------------------------------
+# What it cannot use
+# ------------------------------------------------------------------------------------------------
+
+
+def no_val(folder: Path) -> str:
+    shutil.rmtree(folder / "val")
+    return "no folder"
+
+
+def no_labels(folder: Path) -> str:
+    for path in list((folder / "train").glob("*/*.png")):
+        path.rename(folder / "train" / f"{path.parent.name}-{path.name}")
+    return "has no labels because of"
+
+
+def other_classes(folder: Path) -> str:
+    (folder / "val" / "class_0").rename(folder / "val" / "another")
+    return "has classes that the training set lacks: another"
+
+
+def no_train_folder(folder: Path) -> str:
+    """Then all images are trained on, those of val/ too."""
+    for path in list((folder / "train").iterdir()):
+        path.rename(folder / path.name)
+    (folder / "train").rmdir()
+    return "no folder"
+
+
+def empty_val(folder: Path) -> str:
+    for path in (folder / "val").glob("*/*"):
+        path.unlink()
+    return "no images in"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [no_val, no_labels, other_classes, no_train_folder, empty_val],
+    ids=lambda f: f.__name__,
+)
+def test_without_labels_one_line_says_why_and_training_goes_on(
+    spoil, labelled, tmp_path, capsys
+) -> None:
+    folder = Path(shutil.copytree(labelled, tmp_path / "data"))
+    reason = spoil(folder)
+    train(folder, tmp_path / "run", "--epochs", 1, "--knn-every", 1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "k-NN" in line]
+    assert len(lines) == 1 and "k-NN: left out: " in lines[0] and reason in lines[0]
+    assert read_log(tmp_path / "run", "knn") == [] and len(read_log(tmp_path / "run")) >= 3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(processes, data, tmp_path) -> None:
+    """One rank comes upon it, in a loader process."""
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    bad = sorted((folder / "val" / "class_0").iterdir())[1]
+    bad.write_bytes(b"no image")
+    run = tmp_path / "run"
+    said = finish(run, folder, "--knn-every", 1, processes=processes, workers=1)
+    lines = [line for line in said.splitlines() if "left out" in line]
+    assert len(lines) == 1 and "k-NN: left out from step 6 on: cannot read image" in lines[0]
+    assert str(bad) in lines[0] and "Traceback" not in said
+    assert read_log(run, "knn") == [] and read_log(run)[-1]["step"] == 18
+
+
+def test_the_bank_is_balanced_and_capped(tmp_path) -> None:
+    folder = tmp_path / "data"
+    write_images(folder / "train", {"a": 9, "b": 2, "c": 6})
+    write_images(folder / "val", {"a": 1, "c": 3})
+    images = open_images("folder", folder, "pretrain")
+    for size, expected in ((12, [4, 2, 4]), (1, [1, 1, 1]), (50000, [9, 2, 6])):
+        args = argparse.Namespace(
+            dataset="folder", data=str(folder), images_per_class=None, knn_bank=size
+        )
+        bank, val, classes = open_splits(images, args)
+        assert [bank.targets.count(label) for label in range(3)] == expected
+        assert val.targets == [0, 2, 2, 2] and classes == 3
+
+
+@pytest.mark.parametrize("flags", [["--knn-every", -1], ["--knn-bank", 0]])
+def test_impossible_numbers_are_refused(flags, labelled, capsys) -> None:
+    status, said = refusal(main_moco.main, [*TINY, *flags, labelled], capsys)
+    assert status == 2 and f"{flags[0]} must be at least {flags[1] + 1}, got {flags[1]}" in said
+
+
+def test_the_copy_is_of_the_plain_backbone_and_leaves_the_encoder_alone() -> None:
+    """Also of a compiled encoder, of parts in eval mode, and of one whose gradients are in use."""
+    torch.manual_seed(0)
+    encoder = encoders.build_encoder("resnet8", 16, bn_splits=2)
+    encoder.compile()
+    encoder.layer1.eval()
+    for parameter in encoder.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    modes = [module.training for module in encoder.modules()]
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    frozen = frozen_backbone(encoder)
+    features = frozen(torch.randn(4, 3, 32, 32))
+    assert features.shape == (4, encoders.feature_dim(encoder)) and not features.requires_grad
+    assert frozen._compiled_call_impl is None and encoder._compiled_call_impl is not None
+    assert not any(module.training for module in frozen.modules())
+    assert [module.training for module in encoder.modules()] == modes
+    assert all(p.requires_grad and p.grad is not None for p in encoder.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    shared = {t.data_ptr() for t in encoder.state_dict().values()}
+    assert not shared & {t.data_ptr() for t in frozen.state_dict().values()}
