@@ -128,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         "began with, but not bit for bit"
     )
     speed.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=None,
-                       help="weights and images in NHWC order (default: with one batch-norm "
-                       "group, on the CPU and with --amp)")
+                       help="weights and images in NHWC order (default: on the CPU and "
+                       "with --amp)")
     speed.add_argument("--compile", action="store_true",
                        help="compile both encoders by torch.compile: minutes at the start")
     speed.add_argument("--deterministic", action="store_true",
@@ -183,7 +183,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         encoders.check_image_size(with_head, args.image_size)
         if args.channels_last is None:
-            args.channels_last = step.channels_last_helps(args.devices[0], args.amp, args.bn_groups)
+            args.channels_last = step.channels_last_helps(args.devices[0], args.amp)
         if args.compile:
             _check_compiler(args.devices[0])
     except ValueError as error:

@@ -200,8 +200,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics come from `splits` groups of the batch, each its own.
 
     One device then sees the statistics that `splits` devices see, each with its share of the
-    batch. Sample i is in group i mod splits. The running statistics are the mean over groups and
-    have the usual size C, so weights load into plain BatchNorm2d and back; eval mode is the same.
+    batch. Groups are consecutive samples, as the shares of devices are; so they stay contiguous in
+    either memory format. The running statistics are the mean over groups and have the usual size C,
+    so weights load into plain BatchNorm2d and back; eval mode is the same.
 
     Raises:
         ValueError: in training, a batch that is not a multiple of `splits`.
@@ -214,27 +215,24 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        n, c, h, w = x.shape
-        s = self.splits
-        if n % s:
-            raise ValueError(f"a batch of {n} cannot be split into {s} equal batch-norm groups")
+        if len(x) % self.splits:
+            raise ValueError(
+                f"a batch of {len(x)} cannot be split into {self.splits} equal batch-norm groups"
+            )
         self.num_batches_tracked.add_(1)
-        mean, var = self.running_mean.repeat(s), self.running_var.repeat(s)
-        # Groups side by side as channels. For channels_last input this reshape is a copy.
-        out = F.batch_norm(
-            x.reshape(n // s, s * c, h, w),
-            mean,
-            var,
-            self.weight.repeat(s) if self.affine else None,
-            self.bias.repeat(s) if self.affine else None,
-            training=True,
-            momentum=self.momentum,
-            eps=self.eps,
+        means, variances = (  # (splits, C), what each group makes of the running statistics
+            running.repeat(self.splits, 1) for running in (self.running_mean, self.running_var)
         )
+        groups = [
+            F.batch_norm(
+                group, mean, variance, self.weight, self.bias, True, self.momentum, self.eps
+            )
+            for group, mean, variance in zip(x.chunk(self.splits), means, variances, strict=True)
+        ]
         with torch.no_grad():
-            self.running_mean.copy_(mean.view(s, c).mean(dim=0))
-            self.running_var.copy_(var.view(s, c).mean(dim=0))
-        return out.reshape(n, c, h, w)
+            self.running_mean.copy_(means.mean(dim=0))
+            self.running_var.copy_(variances.mean(dim=0))
+        return torch.cat(groups)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, splits={self.splits}"

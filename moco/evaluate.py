@@ -34,7 +34,7 @@ def extract_features(
         for images, targets in progress(loader):
             images = normalize(images.to(device, non_blocking=True), mean, std)
             features.append(F.normalize(encoder(images).float(), dim=1))
-            labels.append(targets.to(device))
+            labels.append(targets.to(device, non_blocking=True))
     finally:
         encoder.train(was_training)
     if not features:  # more ranks than images

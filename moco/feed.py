@@ -111,7 +111,8 @@ def cached_feed(
         def inputs(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
             chosen = rows[[index for _, index in batch]]
             view = train[batch[0][0] % len(train)]
-            return view[chosen.to(view.device)].to(device).float(), targets[chosen].to(device)
+            features = view[distributed.to_device(chosen, view.device)].to(device).float()
+            return features, distributed.to_device(targets[chosen], device)
 
         def own_share() -> Iterator[tuple[Tensor, Tensor]]:
             mine = torch.tensor(list(RankShare(len(held_out))), dtype=torch.int64)

@@ -280,18 +280,13 @@ class TrainLoader:
             sizes = np.full(len(keys), height), np.full(len(keys), width)
             # All views as one batch: small kernels cost the time that it takes to start them.
             tables = torch.cat([params.table() for params in self.data.draw(keys, *sizes)])
-            tables, pixels = self._sent(tables), self.pixels[self._sent(torch.tensor(indices))]
-            pixels = pixels.repeat(self.data.views, 1, 1, 1)
+            tables = distributed.to_device(tables, self.device)
+            chosen = distributed.to_device(torch.tensor(indices), self.device)
+            pixels = self.pixels[chosen].repeat(self.data.views, 1, 1, 1)
             crops = views.crop_all(pixels, tables, self.data.recipe.image_size)
             made = self.finish(crops, tables, self.data.recipe).chunk(self.data.views)
             target = torch.tensor([self.data.target(index) for index in indices])
             yield (*made, target, ("",) * len(keys))
-
-    def _sent(self, tensor: Tensor) -> Tensor:
-        """On the device, without waiting for it."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
 
     def end(self) -> None:
         """End the loader processes. They ignore SIGTERM, by which Python ends its children at exit:

@@ -8,6 +8,7 @@ blur and flip of a whole batch on the device, with the rounding of Pillow's 8-bi
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -82,9 +83,14 @@ def eval_transform(image_size: int = 224) -> T.Compose:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(N, 3, H, W) uint8 -> float32, (pixel/255 - mean) / std per channel."""
-    mean_t = torch.tensor(mean, device=images.device).view(3, 1, 1)
-    std_t = torch.tensor(std, device=images.device).view(3, 1, 1)
-    return images.float().div_(255).sub_(mean_t).div_(std_t)
+    mean, std = (_per_channel(tuple(values), images.device) for values in (mean, std))
+    return images.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1), sent to the device once: sending makes it wait."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ class Step:
             lr=0.03, momentum=0.9, weight_decay=1e-4, accumulate=1, symmetric=False, amp=args.amp,
             contr_w=0.0, align_w=3.0, unif_w=1.0,
             mean=IMAGENET_MEAN, std=IMAGENET_STD,
-            channels_last=training.channels_last_helps(device, args.amp, groups),
+            channels_last=training.channels_last_helps(device, args.amp),
         )  # fmt: skip
         self.moco = MoCo(
             lambda num_classes: encoders.build_encoder(

@@ -150,7 +150,7 @@ def our_step(
     """The step of main_moco.py, by its own functions."""
     options = SimpleNamespace(
         lr=0.03, momentum=0.9, weight_decay=1e-4, accumulate=1, symmetric=False, amp=args.amp,
-        contr_w=0.0, align_w=1.0, unif_w=1.0, channels_last=args.bn_splits == 1,
+        contr_w=0.0, align_w=1.0, unif_w=1.0, channels_last=True,
         mean=IMAGENET_MEAN, std=IMAGENET_STD,
     )  # fmt: skip
     moco = MoCo(
