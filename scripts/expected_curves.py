@@ -4,7 +4,7 @@
     python scripts/expected_curves.py [--data DIR] [--out FOLDER]
 
 A healthy run, one that collapses (no uniformity term), one without alignment, one with a learning
-rate of nearly nothing: each by the command that is printed, about a minute on one CPU core. Loss,
+rate of nearly nothing: each by the command that is printed, some minutes on one CPU core. Loss,
 alignment, uniformity and k-NN accuracy of all of them, and the healthy one's first steps, while the
 queue still holds the random keys that it starts with, go to FOLDER/expected_curves.{png,svg}.
 What has been finished in FOLDER is not run again.
