@@ -8,4 +8,5 @@ set -euo pipefail
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-exec "$PYTHON" -m pytest "$@"
+# Whole files go to one of two workers, so that what a file prepares is prepared once.
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
