@@ -177,7 +177,7 @@ def open_splits(images: Images, args: argparse.Namespace) -> tuple[Images, Image
 
 def frozen_backbone(encoder: nn.Module) -> nn.Module:
     """A copy without its head, in eval mode, with the batch-norm statistics of rank 0."""
-    frozen = copy.deepcopy(encoder).eval().requires_grad_(False)
+    frozen = copy.deepcopy(encoder).requires_grad_(False)
     encoders.set_head(frozen, nn.Identity())
     distributed.broadcast_buffers(frozen)
-    return frozen
+    return frozen.eval()

@@ -466,5 +466,3 @@ def test_predictions_are_held_against_runs(tmp_path: Path) -> None:
     assert (one["images_per_gpu"], two["images_per_gpu"]) == (8, 4)
     assert sum(two["network_seconds"].values()) > 0 == sum(one["network_seconds"].values())
     assert rows[2]["measured"] == rows[3]["measured"]
-    # A machine that is busy with other things may disturb either side.
-    assert 1 / 4 < rows[1]["predicted"] / rows[1]["measured"] < 4

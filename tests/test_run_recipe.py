@@ -214,7 +214,8 @@ def test_results_of_other_flags_are_not_taken_for_these(
 def test_a_tiny_run_ends_with_published_beside_measured(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", classes=6, train=24, val=5)
     words = [sys.executable, str(SCRIPT), "table10:32", str(data), "--run", "--scale", "tiny",
-             "--out", str(tmp_path / "out"), "--pretrain=-j 0", "--lincls=-j 0"]  # fmt: skip
+             "--out", str(tmp_path / "out"), "--pretrain=--epochs 2 -j 0 --knn-every 0",
+             "--lincls=--epochs 2 --schedule 1 -j 0"]  # fmt: skip
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "lincls" / "lincls.json").read_text())

@@ -28,7 +28,7 @@ recipe = "table10:32"
 [grid]
 moco-align-w = [1, 3]
 """
-FAST = ["--scale", "tiny", "--pretrain=--epochs 1 -j 0 --device cpu",
+FAST = ["--scale", "tiny", "--pretrain=--epochs 1 -j 0 --device cpu --knn-every 0",
         "--lincls=--epochs 1 --schedule 1 -j 0 --device cpu"]  # fmt: skip
 
 
