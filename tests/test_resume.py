@@ -453,7 +453,7 @@ write, saves = checkpoint.write_checkpoint, []
 def limited(path, content):
     saves.append(path)
     if len(saves) == 3:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
     write(path, content)
 checkpoint.write_checkpoint = limited
 """
