@@ -8,7 +8,7 @@ file and loads any architecture.
 
 import torch
 
-from moco import checkpoint
+from moco import checkpoint, errors
 
 dependencies = ["torch", "torchvision"]
 
@@ -85,7 +85,7 @@ class _UnitLength(torch.nn.Module):
 def _load_resnet50(weights, head):
     encoder, info = checkpoint.load_encoder(weights, head)
     if info["arch"] != "resnet50":
-        raise checkpoint.CheckpointError(
+        raise errors.CheckpointError(
             f"{weights} is a {info['arch']}, expected a resnet50; load it with "
             f"moco.checkpoint.load_encoder({str(weights)!r}, head={head!r})"
         )

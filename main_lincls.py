@@ -32,13 +32,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from moco import checkpoint, distributed, encoders, evaluate, guards, labels, loader, options, probe
-from moco.feed import Feed, cached_feed, image_feed, with_features
-from moco.images import DataError, Images, Subset, open_images
+from moco import checkpoint, distributed, encoders
+from moco import cli as options
+from moco.data import loader
+from moco.data import subsets as labels
+from moco.data.images import Images, Subset, open_images
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from moco.errors import CheckpointError, DataError, TrainingError
+from moco.evaluate import heads as probe
+from moco.evaluate import knn as evaluate
+from moco.evaluate.feed import Feed, cached_feed, image_feed, with_features
+from moco.evaluate.heads import Frozen, Heads, Setting
 from moco.log import RunLog, StepPrinter, progress, provenance, write_json
-from moco.probe import Frozen, Heads, Setting
 from moco.schedule import learning_rate
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
 
 LATEST, RESULT = options.LINCLS_LATEST, options.LINCLS_RESULT
 BEST = "model_best.pth.tar"
@@ -251,7 +257,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         args.seed = before.get("args", {}).get("seed", args.seed)
     torch.manual_seed(args.seed)
     if args.arch is not None and args.arch != info["arch"]:
-        raise checkpoint.CheckpointError(f"{source} is of arch {info['arch']}, got -a {args.arch}")
+        raise CheckpointError(f"{source} is of arch {info['arch']}, got -a {args.arch}")
     trained = info["args"]
     args.arch = info["arch"]
     args.image_size = args.image_size or trained.get("image_size", 224)
@@ -261,7 +267,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
     try:
         encoders.check_image_size(encoder, args.image_size)
     except ValueError as error:
-        raise checkpoint.CheckpointError(f"{source}: {error}; give --image-size") from None
+        raise CheckpointError(f"{source}: {error}; give --image-size") from None
     encoder.to(device).requires_grad_(args.finetune)
     # On a CPU the order stays as it always was, and with it every bit of the standard protocol.
     frozen = Frozen(encoder, amp=args.amp, channels_last=device.type == "cuda")
@@ -426,7 +432,7 @@ def train_and_choose(run: Probe, targets: list[int], before: dict) -> dict:
             name for name, tensor in originally.items() if not torch.equal(tensor, now[name])
         ]
         if changed:
-            raise guards.TrainingError(f"the frozen encoder has changed: {', '.join(changed[:5])}")
+            raise TrainingError(f"the frozen encoder has changed: {', '.join(changed[:5])}")
     fate = "fine-tuned" if args.finetune else "unchanged"
     fate = f"all {len(originally)} tensors of the encoder are {fate}"
     protocol = {name: getattr(args, name) for name in PROTOCOL}
@@ -493,7 +499,7 @@ def cross_validate(
         })  # fmt: skip
     usable = [row for row in summary if row["mean"] is not None]
     if not usable:
-        raise guards.TrainingError("each setting has diverged in some fold; give a lower --lr")
+        raise TrainingError("each setting has diverged in some fold; give a lower --lr")
     chosen = max(usable, key=lambda row: row["mean"])
     for row in summary:
         mean = "diverged" if row["mean"] is None else f"{row['mean']:.2f} +- {row['std']:.2f}"
@@ -647,7 +653,7 @@ def end_diverged(
                 distributed.print_main(f"{one} has diverged in epoch {epoch}, step {step}")
     if all(one.diverged is not None for one in settings):
         rates = " and ".join(f"{one.lr:g}" for one in settings)
-        raise guards.TrainingError(
+        raise TrainingError(
             f"the loss is not finite in epoch {epoch}, step {step} (on rank "
             f"{distributed.rank()}: {losses[0]:g}); lower --lr {rates}"
             + (f" or --lr-backbone {run.args.lr_backbone:g}" if run.args.finetune else "")
@@ -784,7 +790,7 @@ def restore(
         run.frozen.encoder.load_state_dict(before["encoder"])
     optimizer.load_state_dict(before["optimizer"])
     if before["epoch"] > args.epochs:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{args.resume} has {before['epoch']} epochs done, more than --epochs {args.epochs}"
         )
     distributed.print_main(f"resuming {args.resume} after epoch {before['epoch'] - 1}")
@@ -796,7 +802,7 @@ def load_classifier(path: str, classes: int) -> nn.Linear:
     network, _ = checkpoint.load_encoder(path, head="linear")
     classifier = encoders.get_head(network)
     if classifier.out_features != classes:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{path} classifies {classifier.out_features} classes, the data has {classes}; use the "
             "data that it was trained for, or train a new classifier with --pretrained"
         )
@@ -812,7 +818,7 @@ def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
     content = checkpoint.read_checkpoint(args.resume)
     for key in ("epoch", "optimizer"):
         if key not in content:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{args.resume} has no {key!r}, so it is no checkpoint of main_lincls.py; give it "
                 "as --pretrained"
             )
@@ -824,7 +830,7 @@ def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
     else:
         same = mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
     if not same:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{args.resume} is a probe of another encoder than --pretrained {args.pretrained}; "
             "choose another --save-dir"
         )
@@ -844,7 +850,7 @@ def refuse_changes(before: dict, args: argparse.Namespace) -> None:
         and was[name] != now[name]
     ]
     if changes:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{args.resume} was trained with other arguments ({'; '.join(changes)}); use those, or "
             "another --save-dir"
         )

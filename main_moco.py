@@ -26,16 +26,20 @@ from pathlib import Path
 
 import torch
 
-from moco import checkpoint, distributed, encoders, guards, loader, monitor, options, step
-from moco import run as runs
+from moco import checkpoint, distributed, encoders
+from moco import cli as options
 from moco.builder import MoCo, MoCoLosses
-from moco.images import names_digest, open_images
+from moco.data import loader
+from moco.data.images import names_digest, open_images
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe
+from moco.errors import CheckpointError, TrainingError
 from moco.log import Means, RunLog, StepPrinter, provenance, write_json
-from moco.online_knn import OnlineKnn
 from moco.profiling import StepProfile
-from moco.run import BackgroundWriter, Run
 from moco.schedule import learning_rate
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe
+from moco.tasks.online_knn import OnlineKnn
+from moco.train import guards, monitor, step
+from moco.train import state as runs
+from moco.train.state import BackgroundWriter, Run
 
 # Exit status of a run that was asked to stop by SIGTERM or SIGUSR1 and has saved: "try again".
 EXIT_PREEMPTED = 75
@@ -577,7 +581,7 @@ def initial_weights(moco: MoCo, args: argparse.Namespace) -> str:
     if distributed.is_main():
         try:
             found = runs.init_from(moco, args.init_from, args.arch)
-        except (checkpoint.CheckpointError, OSError) as caught:
+        except (CheckpointError, OSError) as caught:
             error = caught
     found, error = distributed.broadcast_object((found, error))
     if error:
@@ -698,7 +702,7 @@ def find_checkpoint(args: argparse.Namespace) -> dict | None:
                 found = checkpoint.newest_valid(args.save_dir, distributed.print_main)
             else:
                 found = args.checkpoint, checkpoint.read_checkpoint(args.checkpoint)
-        except (checkpoint.CheckpointError, OSError) as caught:
+        except (CheckpointError, OSError) as caught:
             error = caught
     found, error = distributed.broadcast_object((found, error))
     if error:
@@ -714,18 +718,18 @@ _ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_class"
 def refuse_changes(saved: dict, args: argparse.Namespace) -> list[str]:
     """Refuse to go on with arguments under which something else is learned."""
     if saved.get("arch", args.arch) != args.arch:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{args.checkpoint} is of arch {saved['arch']}, this run is of {args.arch}"
         )
     changes = runs.differences(checkpoint.saved_args(saved), args)
     if changes and not args.allow_changes:
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{args.checkpoint} was trained with other arguments ({'; '.join(changes)}); use "
             "those, or go on with --allow-changes"
         )
     in_epoch = [change for change in changes if change.split(":")[0] in _ORDER]
     if in_epoch and saved.get("step_in_epoch"):
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"{args.checkpoint} stands within an epoch, and with {'; '.join(in_epoch)} the rest of "
             "it would be other samples: go on from a checkpoint_*.pth.tar at the end of an epoch"
         )
@@ -742,7 +746,7 @@ def prepare_folder(args: argparse.Namespace) -> None:
         facts = {**options.plain_values(args), "provenance": provenance()}
         write_json(args.save_dir / "args.json", facts)
     except OSError as error:
-        raise guards.TrainingError(f"cannot write to the run folder: {error}") from error
+        raise TrainingError(f"cannot write to the run folder: {error}") from error
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from typing import NoReturn
 import torch
 from torch.multiprocessing import ProcessExitedException
 
-from moco import distributed
-from moco.checkpoint import CheckpointError, run_checkpoints
+from moco.checkpoint import run_checkpoints
+from moco.data.images import DATASETS, image_paths, split_folder
 from moco.encoders import arch_names
-from moco.guards import TrainingError
-from moco.images import DATASETS, DataError, image_paths, split_folder
+from moco.errors import CheckpointError, DataError, TrainingError
+from moco.launch import launch, planned_world_size, started_by_torchrun, visible_devices
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
 _LIST_FLAGS = ("--gpus", "--schedule")
@@ -182,9 +182,9 @@ def check_shared_options(parser: argparse.ArgumentParser, args: argparse.Namespa
         if args.gpus == []:
             raise ValueError("--gpus needs at least one number; use --device cpu for the CPU")
         gpus = args.gpus if args.gpu is None else [args.gpu]
-        args.devices = distributed.visible_devices(args.device, gpus)
+        args.devices = visible_devices(args.device, gpus)
         _check_nodes(args)
-        args.processes = distributed.planned_world_size(args.devices, args.nodes)
+        args.processes = planned_world_size(args.devices, args.nodes)
         _check_numbers(args)
         if not 0 < args.timeout_minutes < 60 * 24 * 365:
             raise ValueError(f"--timeout-minutes must be positive, got {args.timeout_minutes:g}")
@@ -206,7 +206,7 @@ def check_shared_options(parser: argparse.ArgumentParser, args: argparse.Namespa
 
 
 def _check_nodes(args: argparse.Namespace) -> None:
-    if distributed.started_by_torchrun():
+    if started_by_torchrun():
         args.nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
         args.node_rank = int(os.environ.get("GROUP_RANK", 0))
         on_each_node = int(os.environ["WORLD_SIZE"]) // args.nodes
@@ -358,7 +358,7 @@ def run_worker(
     Exit status 1 for those; others raise.
     """
     try:
-        distributed.launch(
+        launch(
             worker,
             args,
             devices=args.devices,

@@ -1,4 +1,4 @@
-"""Processes and what they say to each other: the only file that names a collective.
+"""Collectives: the exchange between processes. They and moco.launch alone name torch.distributed.
 
 Every function here is a no-op (or the identity) without a process group, so that all other code
 runs unchanged in a single process.
@@ -12,22 +12,20 @@ import contextlib
 import inspect
 import os
 import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 # What clusters send before they take a job's machines away.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-_timeout = timedelta(minutes=30)  # of all that ranks do together; set by `launch`
+_timeout = timedelta(minutes=30)  # of all that ranks do together; see `set_timeout`
 
 # ------------------------------------------------------------------------------------------------
 # Who am I
@@ -51,173 +49,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def set_timeout(timeout: timedelta) -> None:
+    """How long a rank waits for the others before it gives up."""
+    global _timeout
+    _timeout = timeout
+
+
 def print_main(*values: object) -> None:
     """print() on rank 0 only."""
     if is_main():
         print(*values, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# Launch
-# ------------------------------------------------------------------------------------------------
-
-
-def visible_devices(device: str, gpus: list[int] | None) -> list[torch.device]:
-    """Devices that this node contributes, one per process.
-
-    Args:
-        device: "auto" (all visible GPUs, else the CPU), "cpu" or "cuda".
-        gpus: indices of the GPUs to use; None for all.
-
-    Raises:
-        ValueError: a GPU that does not exist, or GPUs named together with the CPU.
-    """
-    count = torch.cuda.device_count()
-    if device == "cpu":
-        if gpus:
-            raise ValueError(f"--device cpu was asked for together with --gpus {gpus}")
-        return [torch.device("cpu")]
-    if gpus is None:
-        if device == "cuda" and count == 0:
-            raise ValueError("--device cuda was asked for, but no GPU is visible; use --device cpu")
-        gpus = list(range(count))
-    missing = [index for index in gpus if not 0 <= index < count]
-    if missing:
-        raise ValueError(
-            f"GPU {', '.join(map(str, missing))} does not exist: {count} visible on this machine"
-            + (f" (0 to {count - 1})" if count else "; leave out --gpu/--gpus to run on the CPU")
-        )
-    if len(set(gpus)) < len(gpus):
-        raise ValueError(f"a GPU is named twice in {gpus}")
-    return [torch.device("cuda", index) for index in gpus] or [torch.device("cpu")]
-
-
-def started_by_torchrun() -> bool:
-    """torchrun (or anything alike) has started one process per device and numbered them."""
-    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-
-
-def planned_world_size(devices: list[torch.device], nodes: int) -> int:
-    """Number of processes that `launch` will run, over all nodes."""
-    if started_by_torchrun():
-        return int(os.environ["WORLD_SIZE"])
-    return len(devices) * nodes
-
-
-def launch(
-    worker: Callable[..., None],
-    args: object,
-    *,
-    devices: list[torch.device],
-    nodes: int = 1,
-    node_rank: int = 0,
-    dist_url: str | None = None,
-    backend: str | None = None,
-    timeout_minutes: float = 30,
-) -> None:
-    """Run `worker(device, args)` once per process, with a process group when there are several.
-
-    Three forms: under torchrun this process is one of those already started; otherwise one process
-    per entry of `devices` is started here, on this node of `nodes`; a single one runs in place.
-
-    Args:
-        devices: this node's devices, from `visible_devices`.
-        nodes, node_rank: upstream's --world-size and --rank.
-        dist_url: where rank 0 listens, tcp://HOST:PORT or env:// (MASTER_ADDR and MASTER_PORT);
-            None takes a free port on this machine, which several nodes cannot.
-        backend: None takes nccl on GPUs and gloo on CPUs.
-        timeout_minutes: how long a rank waits for the others before it gives up.
-    """
-    timeout = timedelta(minutes=timeout_minutes)
-    if started_by_torchrun():
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if devices[0].type == "cuda" and local_rank >= len(devices):
-            raise ValueError(
-                f"local rank {local_rank} has no GPU: {len(devices)} usable on this node; start "
-                f"torchrun with --nproc-per-node {len(devices)}"
-            )
-        device = devices[local_rank] if devices[0].type == "cuda" else devices[0]
-        _run(
-            int(os.environ["RANK"]),
-            int(os.environ["WORLD_SIZE"]),
-            "env://",
-            backend,
-            timeout,
-            worker,
-            device,
-            args,
-        )
-        return
-    world = len(devices) * nodes
-    if world == 1:
-        _set_device(devices[0])
-        worker(devices[0], args)
-        return
-    if dist_url is None:
-        if nodes > 1:
-            raise ValueError(f"{nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    first_rank = node_rank * len(devices)
-    if len(devices) == 1:
-        _run(first_rank, world, dist_url, backend, timeout, worker, devices[0], args)
-        return
-    processes = torch.multiprocessing.spawn(
-        _spawned,
-        args=(first_rank, world, dist_url, backend, timeout, worker, devices, args),
-        nprocs=len(devices),
-        join=False,
-    )
-    # A request to stop is sent to this process; those that train have to hear of it.
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda received, _: _send_to_all(processes.pids(), received))
-    while not processes.join(grace_period=60):
-        pass
-
-
-def _send_to_all(pids: Sequence[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
-            os.kill(pid, number)
-
-
-def _spawned(local_rank, first_rank, world, url, backend, timeout, worker, devices, args) -> None:
-    rank = first_rank + local_rank
-    _run(rank, world, url, backend, timeout, worker, devices[local_rank], args)
-
-
-def _run(rank, world, dist_url, backend, timeout, worker, device, args) -> None:
-    global _timeout
-    _timeout = timeout
-    _set_device(device)
-    meeting = {"init_method": dist_url}
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if dist_url == "env://" and attempt != "0":
-        # torchrun's store still holds the addresses of the processes that it has replaced: without
-        # a prefix of its own, gloo would try to reach those, until the time-out.
-        store, _, _ = next(rendezvous(dist_url, rank, world, timeout=timeout))
-        meeting = {"store": dist.PrefixStore(f"restart_{attempt}", store)}
-    dist.init_process_group(
-        backend or ("nccl" if device.type == "cuda" else "gloo"),
-        **meeting,
-        world_size=world,
-        rank=rank,
-        timeout=timeout,
-    )
-    try:
-        worker(device, args)
-    finally:
-        dist.destroy_process_group()
-
-
-def _set_device(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 # ------------------------------------------------------------------------------------------------

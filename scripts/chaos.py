@@ -40,7 +40,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moco import checkpoint, guards, options  # noqa: E402, F401  (loaded once for all runs)
+from moco import checkpoint  # noqa: E402
 
 IMAGES, BATCH, EPOCHS = 96, 16, 3
 STEPS = IMAGES // BATCH * EPOCHS

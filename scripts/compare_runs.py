@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from align_uniform import figures  # noqa: E402
-from moco.options import one_line_errors  # noqa: E402
+from moco.cli import one_line_errors  # noqa: E402
 from scripts.run_folders import Run, common_accuracy, mean, read_runs  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.csv")

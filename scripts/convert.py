@@ -32,8 +32,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco import checkpoint, download, export, options  # noqa: E402
-from moco.checkpoint import CheckpointError  # noqa: E402
+from moco import checkpoint  # noqa: E402
+from moco import cli as options
+from moco.checkpoint import download  # noqa: E402
+from moco.errors import CheckpointError  # noqa: E402
+from moco.publish import export  # noqa: E402
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 HEADS = {"projection": "its projection head", "linear": "its linear classifier"}

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from align_uniform.bounds import uniformity_infimum  # noqa: E402
 from align_uniform.figures import COLOURS, DASHES, save  # noqa: E402
-from moco.monitor import ALPHA, T  # noqa: E402
+from moco.train.monitor import ALPHA, T  # noqa: E402
 
 BATCH, QUEUE, DIM, EPOCHS = 64, 1024, 128, 16
 SHARED = (

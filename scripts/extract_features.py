@@ -39,11 +39,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco import checkpoint, distributed, encoders, export, loader, options  # noqa: E402
-from moco.checkpoint import CheckpointError  # noqa: E402
-from moco.images import DATASETS, FolderImages, Images, Subset, open_images, split_folder  # noqa: E402
+from moco import checkpoint, encoders  # noqa: E402
+from moco import cli as options
+from moco.data import loader  # noqa: E402
+from moco.data.images import DATASETS, FolderImages, Images, Subset, open_images, split_folder  # noqa: E402
+from moco.data.views import eval_transform, normalize, pretrain_recipe  # noqa: E402
+from moco.errors import CheckpointError  # noqa: E402
+from moco.launch import visible_devices  # noqa: E402
 from moco.log import progress  # noqa: E402
-from moco.views import eval_transform, normalize, pretrain_recipe  # noqa: E402
+from moco.publish import export  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     try:
         options.check_image_statistics(args.mean or (), args.std or ())
-        args.device = distributed.visible_devices(args.device, None)[0]
+        args.device = visible_devices(args.device, None)[0]
     except ValueError as error:
         parser.error(str(error))
     return args

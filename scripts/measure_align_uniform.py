@@ -39,19 +39,15 @@ from align_uniform.metrics import (  # noqa: E402
     effective_rank,
     uniformity_curve,
 )
-from moco import checkpoint, distributed, encoders, evaluate, loader, options  # noqa: E402
-from moco.checkpoint import CheckpointError  # noqa: E402
-from moco.images import (  # noqa: E402
-    DATASETS,
-    DataError,
-    FolderImages,
-    Images,
-    Subset,
-    first_per_class,
-    open_images,
-)
+from moco import checkpoint, encoders  # noqa: E402
+from moco import cli as options
+from moco.data import loader  # noqa: E402
+from moco.data.images import DATASETS, FolderImages, Images, Subset, first_per_class, open_images
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize, pretrain_recipe  # noqa: E402
+from moco.errors import CheckpointError, DataError  # noqa: E402
+from moco.evaluate import knn as evaluate  # noqa: E402
+from moco.launch import visible_devices  # noqa: E402
 from moco.log import progress, write_json  # noqa: E402
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize, pretrain_recipe  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -118,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check(parser, args)
     try:
-        device = distributed.visible_devices(args.device, None)[0]
+        device = visible_devices(args.device, None)[0]
     except ValueError as error:
         parser.error(str(error))
     with options.one_line_errors():

@@ -40,7 +40,10 @@ import timing  # noqa: E402
 from plan_measure import Step, measure, read_measured, write_photos  # noqa: E402
 from plan_model import PAYS, Cluster, fit, memory_bytes, plan, predict  # noqa: E402
 
-from moco import distributed, encoders, guards, options  # noqa: E402
+from moco import cli as options  # noqa: E402
+from moco import distributed, encoders  # noqa: E402
+from moco.errors import TrainingError  # noqa: E402
+from moco.launch import launch, visible_devices  # noqa: E402
 from moco.log import write_json  # noqa: E402
 
 PUBLISHED_GROUP = 32  # images that batch norm sees together in the published runs
@@ -413,9 +416,9 @@ def link_photos(folder: Path, count: int) -> None:
 
 def link_rate(size: int, device: torch.device, folder: Path) -> float:
     """Bytes/s each way between two processes, averaging gradients of `size` bytes."""
-    devices = (distributed.visible_devices(device.type, None) * 2)[:2]
+    devices = (visible_devices(device.type, None) * 2)[:2]
     job = SimpleNamespace(size=size, result=folder / "link.json")
-    distributed.launch(_time_all_reduce, job, devices=devices)
+    launch(_time_all_reduce, job, devices=devices)
     seconds = json.loads(job.result.read_text(encoding="utf-8"))
     return size / seconds  # 2 (W-1)/W is 1
 
@@ -515,7 +518,7 @@ def run_training(
     )  # fmt: skip
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()
-        raise guards.TrainingError(
+        raise TrainingError(
             f"main_moco.py with {processes} process(es) ended with status {done.returncode}: "
             + next((line for line in said if "error" in line.lower()), said[-1])
         )

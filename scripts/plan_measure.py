@@ -27,13 +27,16 @@ sys.path.insert(0, str(ROOT / "scripts" / "benchmark"))
 
 import timing  # noqa: E402
 
-from moco import encoders, guards, loader  # noqa: E402
-from moco import step as training  # noqa: E402
+from moco import encoders  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
-from moco.images import open_images  # noqa: E402
+from moco.data import loader  # noqa: E402
+from moco.data.images import open_images  # noqa: E402
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe  # noqa: E402
+from moco.errors import TrainingError  # noqa: E402
 from moco.log import Means  # noqa: E402
-from moco.run import BackgroundWriter, Run  # noqa: E402
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe  # noqa: E402
+from moco.train import guards  # noqa: E402
+from moco.train import step as training  # noqa: E402
+from moco.train.state import BackgroundWriter, Run  # noqa: E402
 
 # What a measurement depends on: one of other settings is refused.
 SETTINGS = (
@@ -174,7 +177,7 @@ def measure(
                 for size, each in steps.items()
             }
         except torch.OutOfMemoryError:
-            raise guards.TrainingError(
+            raise TrainingError(
                 f"a step of {sizes[-1]} images does not fit the memory of {device}; give smaller "
                 "--measure-batches"
             ) from None

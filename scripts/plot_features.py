@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from align_uniform import figures  # noqa: E402
 from align_uniform.figures import Features, Point  # noqa: E402
-from moco.images import DataError  # noqa: E402
-from moco.options import one_line_errors  # noqa: E402
+from moco.cli import one_line_errors  # noqa: E402
+from moco.errors import DataError  # noqa: E402
 from scripts.run_folders import Run, common_accuracy, number, read_runs, short_names  # noqa: E402
 
 FIGURES = ("3", "4", "5", "7", "8", "10", "11", "map")

@@ -29,9 +29,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco import checkpoint, export, options  # noqa: E402
-from moco.checkpoint import CheckpointError  # noqa: E402
+from moco import checkpoint  # noqa: E402
+from moco import cli as options
+from moco.errors import CheckpointError  # noqa: E402
 from moco.log import write_json  # noqa: E402
+from moco.publish import export  # noqa: E402
 
 SUMS, CARD, CONFIG, ARGS, LOG = "SHA256SUMS", "README.md", "config.json", "args.json", "log.jsonl"
 LINCLS, METRICS = "lincls", "align_uniform.json"

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from moco.checkpoint import FORMAT_VERSION, run_checkpoints
-from moco.options import LINCLS_RESULT
-from moco.run import science
+from moco.cli import LINCLS_RESULT
+from moco.train.state import science
 
 # Arguments, beside those that decide what is learned, without which a run is not understood.
 _NEEDED = {"objective": str, "seed": int, "epochs": int, "batch_size": int, "images": int,

@@ -47,8 +47,7 @@ def serve() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
 
-    import moco.guards
-    import moco.options  # noqa: F401
+    import moco.cli  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -1,7 +1,7 @@
 """Checkpoints from http(s) addresses, kept in torch's cache.
 
 torch.hub.load_state_dict_from_url unpickles without restriction and knows no safetensors, so only
-its download is used; what comes is read by `moco.files` before it is given a name in the cache.
+its download is used; `moco.checkpoint.files` reads the file before it gets a name in the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from urllib.parse import unquote, urlsplit
 import torch.hub
 
 from moco import distributed
-from moco.files import CheckpointError, read_unwarned, warn_of_old_format
+from moco.checkpoint.files import read_unwarned, warn_of_old_format
+from moco.errors import CheckpointError
 
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # as torch.hub writes and checks it
 _SILENCE = 60.0  # seconds without a byte until a server counts as gone

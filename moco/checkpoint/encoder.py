@@ -1,17 +1,18 @@
-"""Checkpoints of a run folder, and encoders from checkpoints of any origin."""
+"""Encoders from checkpoint files of any origin."""
 
 from __future__ import annotations
 
 import functools
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from moco.download import check_hash, checked_digits, is_url, read_url
+from moco.checkpoint.download import check_hash, checked_digits, is_url, read_url
+from moco.checkpoint.files import read_checkpoint, saved_args
+from moco.checkpoint.layouts import PRETRAINING, find_encoder
 from moco.encoders import (
     arch_names,
     build_encoder,
@@ -20,107 +21,7 @@ from moco.encoders import (
     head_name,
     set_head,
 )
-from moco.files import (  # noqa: F401  (callers know one module for checkpoints)
-    FORMAT_VERSION,
-    CheckpointError,
-    checksum,
-    read_checkpoint,
-    require_keys,
-    to_host,
-    write_atomically,
-    write_checkpoint,
-    write_safetensors,
-)
-from moco.layouts import PRETRAINING, find_encoder
-
-# ------------------------------------------------------------------------------------------------
-# Run folders
-# ------------------------------------------------------------------------------------------------
-
-_EPOCH_NAME = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
-_STEP_NAME = re.compile(r"step_(\d{8,})\.pth\.tar")
-
-
-def epoch_path(folder: Path, epoch: int) -> Path:
-    """File of the 0-based finished `epoch`."""
-    return folder / f"checkpoint_{epoch:04d}.pth.tar"
-
-
-def step_path(folder: Path, step: int) -> Path:
-    """File of a save within an epoch, after `step` optimizer steps."""
-    return folder / f"step_{step:08d}.pth.tar"
-
-
-def run_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """Checkpoints of a run folder, the oldest first, by how far the run had come."""
-    paths = [
-        path
-        for path in Path(folder).glob("*.pth.tar")
-        if _EPOCH_NAME.fullmatch(path.name) or _STEP_NAME.fullmatch(path.name)
-    ]
-    return sorted(paths, key=_position)
-
-
-def _position(path: Path) -> tuple[float, int]:
-    """(finished epochs, steps). Times of files are no guide: a copied folder has new ones."""
-    epoch = _EPOCH_NAME.fullmatch(path.name)
-    if epoch:
-        return int(epoch[1]) + 1, 0
-    step = int(_STEP_NAME.fullmatch(path.name)[1])
-    try:
-        # Of a save within an epoch only the content tells the epoch; its tensors stay on disk.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(content["epoch"]), step
-    except Exception:  # damaged in whatever way: tried first by `newest_valid`, which says so
-        return float("inf"), step
-
-
-def newest_valid(folder: str | os.PathLike, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest checkpoint of a run folder that can be read whole; None when there is none.
-
-    Damaged ones are passed over and named by `say`.
-
-    Raises:
-        CheckpointError: there are checkpoints, and none can be read.
-    """
-    paths = run_checkpoints(folder)
-    for path in reversed(paths):
-        try:
-            return path, read_checkpoint(path)
-        except CheckpointError as error:
-            say(f"passing over a checkpoint: {error}")
-    if paths:
-        raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
-    return None
-
-
-def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` and those of every `keep_every`-th epoch (0: none).
-
-    Saves within an epoch that cannot be read stay where they are, and take no other's place.
-    """
-    readable = [path for path in run_checkpoints(folder) if _position(path)[0] < float("inf")]
-    for path in readable[:-keep_last]:
-        epoch = _EPOCH_NAME.fullmatch(path.name)
-        if not (epoch and keep_every and (int(epoch[1]) + 1) % keep_every == 0):
-            path.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a process that was killed while writing has left behind."""
-    for path in folder.glob(".*.pth.tar.*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def saved_args(content: dict) -> dict:
-    """The arguments in a checkpoint; {} for files of others."""
-    args = content.get("args")
-    return args if isinstance(args, dict) else {}
-
-
-# ------------------------------------------------------------------------------------------------
-# Encoders from files of any origin
-# ------------------------------------------------------------------------------------------------
+from moco.errors import CheckpointError
 
 
 def load_encoder(
@@ -136,7 +37,7 @@ def load_encoder(
 
     Args:
         path: a file, a folder with a model.safetensors as Hugging Face has them, or an http(s)
-            address, which is downloaded once into torch's cache; see `moco.download.read_url`.
+            address, which is downloaded once into torch's cache; see `moco.checkpoint.read_url`.
         head: "none" for features (N, feature_dim) with Identity as last layer; "projection" for
             the linear or MLP head of contrastive training; "linear" for a trained linear
             classifier.

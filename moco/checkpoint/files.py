@@ -32,13 +32,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from moco.unpickle import OtherPickle, read_arrays
+from moco.checkpoint.unpickle import OtherPickle, read_arrays
+from moco.errors import CheckpointError
 
 FORMAT_VERSION = 1
-
-
-class CheckpointError(ValueError):
-    """A file that is not what it should be; the message names the file and what was expected."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -471,3 +468,9 @@ def require_keys(content: dict, keys: Sequence[str], path: str | os.PathLike) ->
     for key in keys:
         if key not in content:
             raise CheckpointError(f"{path} has no {key!r}, so it is no pretraining checkpoint")
+
+
+def saved_args(content: dict) -> dict:
+    """The arguments in a checkpoint; {} for files of others."""
+    args = content.get("args")
+    return args if isinstance(args, dict) else {}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moco.files import CheckpointError
+from moco.errors import CheckpointError
 
 # What a file calls the encoder that gradients trained, beside momentum encoders, queues and
 # predictors: facebookresearch/moco, facebookresearch/moco-v3, facebookresearch/simsiam.

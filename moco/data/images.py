@@ -14,11 +14,9 @@ from PIL import Image, ImageFile
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moco.errors import DataError
+
 DATASETS = ("folder", "cifar10", "cifar100", "stl10")
-
-
-class DataError(ValueError):
-    """The data on disk cannot be used; the message says what was found and what to do."""
 
 
 # ------------------------------------------------------------------------------------------------

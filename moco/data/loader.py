@@ -16,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from moco import distributed, views
-from moco.images import DataError, Images, in_memory
+from moco import distributed
+from moco.data import views
+from moco.data.images import Images, in_memory
+from moco.errors import DataError
 
 # ------------------------------------------------------------------------------------------------
 # Random views of images

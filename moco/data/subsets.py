@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from moco.images import DataError, FolderImages, Images, Subset
+from moco.data.images import FolderImages, Images, Subset
+from moco.errors import DataError
 
 
 def image_names(images: Images) -> list[str]:

@@ -24,12 +24,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed
-from moco.images import DataError, FolderImages, Images, Subset
-from moco.labels import image_names
-from moco.loader import AugmentedViews, PlainImages, TrainLoader
+from moco.data.images import FolderImages, Images, Subset
+from moco.data.loader import AugmentedViews, PlainImages, TrainLoader
+from moco.data.subsets import image_names
+from moco.data.views import eval_transform, lincls_recipe, normalize
+from moco.errors import CheckpointError, DataError
+from moco.evaluate.heads import Frozen
 from moco.log import write_json
-from moco.probe import Frozen
-from moco.views import eval_transform, lincls_recipe, normalize
 
 SHARD = 1024  # images per file; a small data set is cut into 8
 
@@ -181,7 +182,7 @@ def _read(path: Path, shape: torch.Size, say: Callable[[str], None]) -> Tensor |
         return None
     try:
         features = checkpoint.read_checkpoint(path).get("features")
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         say(f"  features: made again, because {error}")
         return None
     fits = isinstance(features, Tensor) and features.dtype == torch.float16

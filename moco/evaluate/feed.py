@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco import distributed
-from moco.features import cached_features
-from moco.images import Images, Subset
-from moco.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
-from moco.probe import Frozen
-from moco.views import eval_transform, lincls_recipe, normalize
+from moco.data.images import Images, Subset
+from moco.data.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
+from moco.data.views import eval_transform, lincls_recipe, normalize
+from moco.evaluate.feature_cache import cached_features
+from moco.evaluate.heads import Frozen
 
 
 @dataclass

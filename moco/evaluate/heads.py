@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moco import distributed
-from moco.evaluate import count_correct
+from moco.evaluate.knn import count_correct
 
 
 @dataclass

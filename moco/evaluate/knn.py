@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco import distributed
-from moco.views import normalize
+from moco.data.views import normalize
 
 
 @torch.no_grad()

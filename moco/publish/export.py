@@ -23,14 +23,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from moco.checkpoint import (
-    CheckpointError,
-    load_encoder,
-    write_atomically,
-    write_safetensors,
-)
+from moco.checkpoint import load_encoder, write_atomically, write_safetensors
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD
 from moco.encoders import CifarResNet, check_image_size, get_head, head_name
-from moco.views import IMAGENET_MEAN, IMAGENET_STD
+from moco.errors import CheckpointError
 
 AUTHOR = "moco-align-uniform"
 

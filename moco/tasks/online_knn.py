@@ -14,12 +14,15 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from moco import distributed, encoders, evaluate, loader
-from moco.guards import StopRequest
-from moco.images import DataError, Images, Subset, first_per_class, open_images, split_folder
+from moco import distributed, encoders
+from moco.data import loader
+from moco.data.images import Images, Subset, first_per_class, open_images, split_folder
+from moco.data.views import eval_transform
+from moco.errors import DataError
+from moco.evaluate import knn as evaluate
 from moco.log import RunLog, StepPrinter, progress
-from moco.run import Run
-from moco.views import eval_transform
+from moco.train.guards import StopRequest
+from moco.train.state import Run
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
 

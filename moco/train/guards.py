@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 from moco import checkpoint, distributed
 from moco.builder import MoCo, MoCoLosses
+from moco.errors import CheckpointError, TrainingError
 from moco.log import RunLog
 from moco.profiling import label
-from moco.run import BackgroundWriter, Run
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what is left on disk."""
+from moco.train.state import BackgroundWriter, Run
 
 
 class StopRequest:
@@ -63,7 +60,7 @@ def finish_saving(writer: BackgroundWriter, device: torch.device) -> None:
     error = None
     try:
         writer.finish()
-    except checkpoint.CheckpointError as caught:
+    except CheckpointError as caught:
         error = caught
     (failed,) = distributed.any_rank(error is not None, device=device)
     if failed:

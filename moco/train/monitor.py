@@ -18,7 +18,7 @@ from align_uniform import align_loss, uniform_loss
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCoLosses
 from moco.log import RunLog
-from moco.run import science
+from moco.train.state import science
 
 # Of alignment and uniformity as they are compared between runs; the paper's evaluation has them.
 ALPHA, T = 2.0, 2.0

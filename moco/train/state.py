@@ -20,8 +20,9 @@ import torch
 from moco import checkpoint, distributed
 from moco.builder import MoCo
 from moco.encoders import head_name
+from moco.errors import CheckpointError
 from moco.log import Means
-from moco.step import fill_momentum
+from moco.train.step import fill_momentum
 
 # Arguments that decide what is learned: to resume under others is refused. (The world size and the
 # number of workers are not among them: the samples of a step depend on neither.)
@@ -113,14 +114,12 @@ class Run:
             self.skipped_in_a_row = int(content.get("skipped_in_a_row", 0))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
-            raise checkpoint.CheckpointError(
-                f"{path} does not fit these arguments: {reason[:400]}"
-            ) from error
+            raise CheckpointError(f"{path} does not fit these arguments: {reason[:400]}") from error
         distributed.print_main(
             f"resuming {path}: {self.epoch} epochs and {self.step_in_epoch} steps done"
         )
         if not 0 <= self.step_in_epoch < max(1, steps_per_epoch):
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{path} stands at step {self.step_in_epoch} of an epoch, which has "
                 f"{steps_per_epoch} steps with these arguments"
             )
@@ -206,7 +205,7 @@ def init_from(moco: MoCo, path: str, arch: str) -> str:
     if _shapes({name: t for name, t in found.items() if not name.startswith(last)}) != _shapes(
         wanted
     ):
-        raise checkpoint.CheckpointError(
+        raise CheckpointError(
             f"--init-from: {path} holds a {info['arch']}"
             + (" with the small stem" if info["small_stem"] else "")
             + f", whose weights do not fit this run's {arch}; give the --arch, stem and image size "
@@ -263,7 +262,7 @@ class BackgroundWriter:
             self.thread = None
         if self.error is not None:
             left = checkpoint.run_checkpoints(self.folder)
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"could not save in {self.folder}: {self.error}; training stops, the last good "
                 f"checkpoint is {left[-1].name if left else 'none'}"
             ) from self.error

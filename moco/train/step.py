@@ -19,7 +19,7 @@ from moco.builder import MoCo, MoCoLosses
 from moco.profiling import label
 
 if TYPE_CHECKING:
-    from moco.guards import StepGuard
+    from moco.train.guards import StepGuard
 
 # ------------------------------------------------------------------------------------------------
 # Images and gradients

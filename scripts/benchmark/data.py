@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import baseline  # noqa: E402
 import timing  # noqa: E402
 
-from moco import loader, views  # noqa: E402
-from moco.images import ArrayImages, DataError, FolderImages, Subset  # noqa: E402
+from moco.data import loader, views  # noqa: E402
+from moco.data.images import ArrayImages, FolderImages, Subset  # noqa: E402
+from moco.errors import DataError  # noqa: E402
 
 
 def main() -> None:

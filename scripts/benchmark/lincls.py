@@ -36,11 +36,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import timing  # noqa: E402
 
-from moco import loader, probe  # noqa: E402
+from moco.data import loader  # noqa: E402
+from moco.data.images import FolderImages  # noqa: E402
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, lincls_recipe, normalize  # noqa: E402
 from moco.encoders import build_encoder, feature_dim, set_head  # noqa: E402
-from moco.features import without_batch_norm  # noqa: E402
-from moco.images import FolderImages  # noqa: E402
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, lincls_recipe, normalize  # noqa: E402
+from moco.evaluate import heads as probe  # noqa: E402
+from moco.evaluate.feature_cache import without_batch_norm  # noqa: E402
 
 BATCH, CLASSES = 256, 1000  # of training the classifiers
 RATES = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]

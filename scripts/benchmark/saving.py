@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from moco import checkpoint, encoders  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
 from moco.log import Means  # noqa: E402
-from moco.run import BackgroundWriter, Run  # noqa: E402
+from moco.train.state import BackgroundWriter, Run  # noqa: E402
 
 STEPS, BATCH = 5004, 256  # one epoch of ImageNet
 

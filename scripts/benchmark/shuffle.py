@@ -26,6 +26,7 @@ import baseline  # noqa: E402
 import timing  # noqa: E402
 
 from moco import distributed  # noqa: E402
+from moco.launch import launch, visible_devices  # noqa: E402
 
 
 def main() -> None:
@@ -40,13 +41,13 @@ def main() -> None:
     if args.device.startswith("cuda"):
         args.device = "cuda" if torch.cuda.device_count() >= args.ranks else "cpu"
     try:
-        devices = distributed.visible_devices(args.device, None)
+        devices = visible_devices(args.device, None)
     except ValueError as error:
         parser.error(str(error))
     devices = (devices * args.ranks)[: args.ranks]
     with tempfile.TemporaryDirectory() as folder:
         args.result = f"{folder}/seen.pt"
-        distributed.launch(measure, args, devices=devices)
+        launch(measure, args, devices=devices)
         seen = torch.load(args.result, weights_only=True)
 
     table = timing.Table(

@@ -30,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import baseline  # noqa: E402
 import timing  # noqa: E402
 
-from moco import encoders, guards  # noqa: E402
-from moco import step as training  # noqa: E402
+from moco import encoders  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
 from moco.log import Means  # noqa: E402
-from moco.run import BackgroundWriter, Run  # noqa: E402
-from moco.views import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
+from moco.train import guards  # noqa: E402
+from moco.train import step as training  # noqa: E402
+from moco.train.state import BackgroundWriter, Run  # noqa: E402
 
 CASES = {
     "cpu": ["resnet18:64:32", "resnet50:224:8"],

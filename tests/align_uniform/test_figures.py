@@ -17,7 +17,7 @@ from scipy import special, stats
 from align_uniform import figures
 from align_uniform.figures import Features, Point
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def unit(n: int, dim: int = 2, seed: int = 0) -> torch.Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from moco.builder import MoCo
 from moco.checkpoint import (
-    CheckpointError,
     epoch_path,
     load_encoder,
     newest_valid,
@@ -28,6 +27,7 @@ from moco.checkpoint import (
     write_checkpoint,
 )
 from moco.encoders import SplitBatchNorm2d, add_mlp_head, build_encoder, get_head, set_head
+from moco.errors import CheckpointError
 
 CONTENT = {
     "epoch": 3,

@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import harness
 import pytest
-import runs
 import torch
 from helpers import free_port
 
-from moco import download, encoders
-from moco.checkpoint import CheckpointError, is_url, load_encoder, write_safetensors
-from moco.files import write_checkpoint
+from moco import encoders
+from moco.checkpoint import download, is_url, load_encoder, write_safetensors
+from moco.checkpoint.files import write_checkpoint
+from moco.errors import CheckpointError
 
 
 class Server:
@@ -320,7 +321,7 @@ os.environ["TORCH_HOME"] = {str(cache.parents[1])!r}
 from moco import checkpoint
 print(checkpoint.load_encoder("{server.address}/slow/{name}")[1]["arch"])
 """
-    started = runs.Processes(tmp_path / "out", count=3, code=code)
+    started = harness.Processes(tmp_path / "out", count=3, code=code)
     assert started.wait() == [0, 0, 0], started.output()
     assert started.output().split() == ["resnet8"] * 3  # and no progress bar
     assert len(server.asked) == 3 and left(cache) == [name]

@@ -26,19 +26,20 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # for `python tests/test_fuzz.py`
 
 from moco import checkpoint, encoders  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
-from moco.images import DataError, load_rgb  # noqa: E402
+from moco.data.images import load_rgb  # noqa: E402
+from moco.errors import CheckpointError, DataError  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
 MOST_SECONDS = 5.0  # of CPU, so that a busy machine does not fail the test
 PATIENCE = 60.0  # seconds until a process that does not answer is taken for hung
 # Used where it lies beside the checkout.
-IMAGENET = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_samples.tar.xz"
+IMAGENET = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_samples.tar.xz"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def run_checkpoint(originals: Originals, kind: str, seed: int) -> tuple[str, str
         warnings.simplefilter("always")
         try:
             found = output(path, kind)
-        except (checkpoint.CheckpointError, FileNotFoundError) as error:
+        except (CheckpointError, FileNotFoundError) as error:
             said = str(error)
             assert str(path) in said and "\n" not in said and len(said) < 1500, said
             return "refused", f"{done}: {said}"

@@ -8,16 +8,17 @@ import pickle
 import warnings
 from pathlib import Path
 
+import harness
 import numpy as np
 import pytest
-import runs
 import torch
 import torchvision
 from helpers import write_images
 from torch import Tensor, nn
 
-from moco import checkpoint, encoders, layouts
-from moco.checkpoint import CheckpointError, load_encoder, write_checkpoint, write_safetensors
+from moco import checkpoint, encoders
+from moco.checkpoint import layouts, load_encoder, write_checkpoint, write_safetensors
+from moco.errors import CheckpointError
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -643,8 +644,8 @@ def test_resuming_by_version(tmp_path: Path) -> None:
     ).split()
 
     def train(name: str, *more: object) -> tuple[int, str]:
-        run = runs.Processes(tmp_path / f"{name}.out", *flags, "--save-dir", tmp_path / name, *more,
-                             tmp_path / "data")  # fmt: skip
+        words = [*flags, "--save-dir", tmp_path / name, *more, tmp_path / "data"]
+        run = harness.Processes(tmp_path / f"{name}.out", *words)
         return run.wait()[0], run.output()
 
     status, output = train("first", "--epochs", 1)

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from moco import checkpoint, encoders
-from moco.checkpoint import CheckpointError, load_encoder, read_checkpoint, write_checkpoint
+from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint
+from moco.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +395,8 @@ def test_names_and_shapes_that_do_not_fit_are_named(
 def test_tensors_of_no_known_network_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "build_encoder", lambda *_, **__: pytest.fail("it was tried"))
+    build = "moco.checkpoint.encoder.build_encoder"
+    monkeypatch.setattr(build, lambda *_, **__: pytest.fail("it was tried"))
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "nested.pth")
     torch.save({"blocks.0.weight": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="holds no tensors by name, only model"):

@@ -1,4 +1,4 @@
-"""Two real gloo processes, started once by `distributed.launch`, and what a single one does.
+"""Two real gloo processes, started once by `launch`, and what a single one does.
 
 Each process writes what it saw to a file; the tests read both files and compare with the plain
 single-process answer, for training with the float64 reference.
@@ -16,10 +16,12 @@ from helpers import OBJECTIVES, TinyNet, two_views
 from reference import ReferenceMoCo
 from torch import nn
 
-from moco import distributed, evaluate
+from moco import distributed
 from moco.builder import MoCo
+from moco.data.loader import EpochBatches, RankShare
 from moco.encoders import split_batch_norm
-from moco.loader import EpochBatches, RankShare
+from moco.evaluate import knn as evaluate
+from moco.launch import launch, planned_world_size, started_by_torchrun, visible_devices
 
 W, N, C, K = 2, 4, 6, 18  # ranks, batch on each, features, queue: not a multiple of the batch of 8
 STEPS = 4
@@ -227,7 +229,7 @@ def knn() -> dict[str, float]:
 def ranks(tmp_path_factory) -> list[dict]:
     """What rank 0 and rank 1 saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    distributed.launch(in_process, str(folder), devices=[CPU] * W)
+    launch(in_process, str(folder), devices=[CPU] * W)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(W)]
 
 
@@ -495,58 +497,58 @@ def torchrun(monkeypatch):
 
 
 def test_cpu_is_one_device():
-    assert distributed.visible_devices("cpu", None) == [CPU]
-    assert distributed.visible_devices("cpu", []) == [CPU]
+    assert visible_devices("cpu", None) == [CPU]
+    assert visible_devices("cpu", []) == [CPU]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
 def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
-    assert distributed.visible_devices("auto", None) == [CPU]
+    assert visible_devices("auto", None) == [CPU]
     with pytest.raises(ValueError, match="no GPU is visible; use --device cpu"):
-        distributed.visible_devices("cuda", None)
+        visible_devices("cuda", None)
     with pytest.raises(ValueError, match="GPU 0 does not exist: 0 visible.*run on the CPU"):
-        distributed.visible_devices("auto", [0])
+        visible_devices("auto", [0])
 
 
 def test_gpus_that_do_not_exist_are_refused():
     count = torch.cuda.device_count()
     for device in ("auto", "cuda"):
         with pytest.raises(ValueError, match=f"GPU {count}, {count + 3} does not exist: {count} "):
-            distributed.visible_devices(device, [count, count + 3])
+            visible_devices(device, [count, count + 3])
     with pytest.raises(ValueError, match="GPU -1 does not exist"):
-        distributed.visible_devices("auto", [-1])
+        visible_devices("auto", [-1])
 
 
 def test_gpus_together_with_the_cpu_are_refused():
     with pytest.raises(ValueError, match=r"--device cpu .* together with --gpus \[0, 1\]"):
-        distributed.visible_devices("cpu", [0, 1])
+        visible_devices("cpu", [0, 1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_visible_gpus_are_devices_one_each():
     count = torch.cuda.device_count()
     wanted = [torch.device("cuda", i) for i in range(count)]
-    assert distributed.visible_devices("auto", None) == wanted
-    assert distributed.visible_devices("cuda", [0]) == wanted[:1]
+    assert visible_devices("auto", None) == wanted
+    assert visible_devices("cuda", [0]) == wanted[:1]
     with pytest.raises(ValueError, match="named twice"):
-        distributed.visible_devices("auto", [0, 0])
+        visible_devices("auto", [0, 0])
 
 
 def test_planned_world_size_is_devices_times_nodes(not_torchrun):
-    assert not distributed.started_by_torchrun()
-    assert distributed.planned_world_size([CPU], 1) == 1
-    assert distributed.planned_world_size([CPU] * 4, 2) == 8
+    assert not started_by_torchrun()
+    assert planned_world_size([CPU], 1) == 1
+    assert planned_world_size([CPU] * 4, 2) == 8
 
 
 def test_planned_world_size_is_torchruns_where_it_started_us(torchrun, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "6")
-    assert distributed.started_by_torchrun()
-    assert distributed.planned_world_size([CPU], 1) == 6
+    assert started_by_torchrun()
+    assert planned_world_size([CPU], 1) == 6
 
 
 def test_one_device_runs_in_place_without_a_process_group(not_torchrun):
     seen = []
-    distributed.launch(
+    launch(
         lambda device, args: seen.append((os.getpid(), device, args, distributed.is_active())),
         "arguments",
         devices=[CPU],
@@ -556,7 +558,7 @@ def test_one_device_runs_in_place_without_a_process_group(not_torchrun):
 
 def test_several_nodes_without_an_address_are_refused(not_torchrun):
     with pytest.raises(ValueError, match="2 nodes need --dist-url tcp://HOST:PORT"):
-        distributed.launch(print, None, devices=[CPU], nodes=2)
+        launch(print, None, devices=[CPU], nodes=2)
 
 
 def test_under_torchrun_this_process_joins_its_group_and_leaves_it_after_an_error(torchrun):
@@ -567,6 +569,6 @@ def test_under_torchrun_this_process_joins_its_group_and_leaves_it_after_an_erro
         raise KeyError("from the worker")
 
     with pytest.raises(KeyError, match="from the worker"):
-        distributed.launch(worker, 7, devices=[CPU])
+        launch(worker, 7, devices=[CPU])
     assert seen == [(os.getpid(), True, 0, CPU, 7)]
     assert not distributed.is_active()

@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import main_lincls
 import main_moco
-from moco import options
-from moco.checkpoint import CheckpointError
-from moco.images import DataError
+from moco import cli as options
+from moco.errors import CheckpointError, DataError
 
 MAINS = pytest.mark.parametrize("main", [main_moco, main_lincls], ids=lambda main: main.__name__)
 

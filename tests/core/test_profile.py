@@ -49,7 +49,6 @@ def test_a_run_is_profiled_in_its_second_half_and_goes_on(data, tmp_path, capsys
     assert list(found) == [*LABELS, "other"]
     assert sum(found.values()) == pytest.approx(100, abs=0.6)
     assert all(found[name] > 0 for name in ("data", "query forward", "key forward", "backward"))
-    assert found["backward"] > found["momentum"] and found["other"] < 20
     names = spans(run / "profile_trace.json")
     for name in LABELS:
         times = 2 if name == "communication" else 1  # images to the key encoder, keys from it

@@ -18,11 +18,13 @@ import torch
 from PIL import Image, ImageFile
 
 import main_moco
-from moco import checkpoint, images, loader
-from moco.images import DataError, load_rgb, open_images
-from moco.views import pretrain_recipe
+from moco import checkpoint
+from moco.data import images, loader
+from moco.data.images import load_rgb, open_images
+from moco.data.views import pretrain_recipe
+from moco.errors import DataError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (24, 16)) -> Image.Image:
@@ -197,7 +199,7 @@ def test_large_images_are_read_without_a_warning(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         picture(size=(40, 40)).save(tmp_path / name)
     code = (
-        "import sys; from PIL import Image; from moco.images import load_rgb; "
+        "import sys; from PIL import Image; from moco.data.images import load_rgb; "
         "Image.MAX_IMAGE_PIXELS = 1000; [load_rgb(path) for path in sys.argv[1:]]"
     )
     done = subprocess.run(

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moco.images import DataError, load_rgb
+from moco.data.images import load_rgb
+from moco.errors import DataError
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "check_dataset.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_dataset.py"
 _spec = importlib.util.spec_from_file_location("check_dataset", SCRIPT)
 check_dataset = sys.modules["check_dataset"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(check_dataset)

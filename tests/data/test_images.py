@@ -13,9 +13,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets
 
-from moco.images import DataError, FolderImages, in_memory, open_images
-from moco.loader import AugmentedViews
-from moco.views import pretrain_recipe
+from moco.data.images import FolderImages, in_memory, open_images
+from moco.data.loader import AugmentedViews
+from moco.data.views import pretrain_recipe
+from moco.errors import DataError
 
 # ------------------------------------------------------------------------------------------------
 # Folders of images

@@ -11,10 +11,12 @@ from test_images import write_cifar
 from torchvision import datasets
 
 import main_moco
-from moco import checkpoint, distributed, loader
-from moco.images import ArrayImages, DataError, FolderImages, Subset
-from moco.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
-from moco.views import eval_transform, pretrain_recipe
+from moco import checkpoint, distributed
+from moco.data import loader
+from moco.data.images import ArrayImages, FolderImages, Subset
+from moco.data.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
+from moco.data.views import eval_transform, pretrain_recipe
+from moco.errors import DataError
 
 CPU = torch.device("cpu")
 V1, V2 = pretrain_recipe(16), pretrain_recipe(16, aug_plus=True)

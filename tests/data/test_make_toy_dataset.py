@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "make_toy_dataset.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_toy_dataset.py"
 
 
 def load_script():

@@ -14,8 +14,8 @@ from helpers import noise_image
 from PIL import Image, ImageFilter
 from scipy import stats
 
-from moco import views
-from moco.views import (
+from moco.data import views
+from moco.data.views import (
     BRIGHTNESS,
     CONTRAST,
     HUE,

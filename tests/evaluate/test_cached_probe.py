@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import Processes
 from helpers import differences, read_log, refusal, write_images, write_labelled
 from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
-from runs import Processes
 from torch import nn
 
 import main_lincls
-from moco import loader
 from moco.checkpoint import load_encoder
+from moco.data import loader
+from moco.data.images import open_images
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from moco.encoders import build_encoder
-from moco.features import without_batch_norm
-from moco.images import open_images
-from moco.probe import Frozen, head_losses, new_heads
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
+from moco.evaluate.feature_cache import without_batch_norm
+from moco.evaluate.heads import Frozen, head_losses, new_heads
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from helpers import TinyNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from moco.evaluate import count_correct, extract_features, knn_accuracy, knn_predict
-from moco.views import normalize
+from moco.data.views import normalize
+from moco.evaluate.knn import count_correct, extract_features, knn_accuracy, knn_predict
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)

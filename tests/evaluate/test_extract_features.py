@@ -19,9 +19,9 @@ from safetensors import safe_open
 
 from moco import encoders
 from moco.checkpoint import load_encoder, write_checkpoint
-from moco.images import FolderImages
-from moco.loader import AugmentedViews
-from moco.views import normalize, pretrain_recipe
+from moco.data.images import FolderImages
+from moco.data.loader import AugmentedViews
+from moco.data.views import normalize, pretrain_recipe
 
 extract = runpy.run_path(str(ROOT / "scripts" / "extract_features.py"))["main"]
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import Processes
 from helpers import differences, read_log, refusal, write_labelled
 from probes import BEST, LATEST, MAIN, TINY, evaluate, load, result, write_encoder
-from runs import Processes
 from torch import nn
 
 import main_lincls
-from moco import labels, loader
 from moco.checkpoint import load_encoder
-from moco.images import DataError, FolderImages, Subset, open_images
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, lincls_recipe, normalize
+from moco.data import loader
+from moco.data import subsets as labels
+from moco.data.images import FolderImages, Subset, open_images
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, lincls_recipe, normalize
+from moco.errors import DataError
 
 
 @pytest.fixture(autouse=True)

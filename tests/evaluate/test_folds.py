@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import Processes
 from helpers import differences, read_log, refusal, write_labelled
 from hypothesis import given
 from hypothesis import strategies as st
 from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
-from runs import Processes
 
 import main_lincls
-from moco.images import open_images
-from moco.labels import stratified_folds
+from moco.data.images import open_images
+from moco.data.subsets import stratified_folds
 
 
 @pytest.fixture(autouse=True)

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from align_uniform.bounds import uniformity_infimum
 from align_uniform.metrics import alignment, effective_rank, uniformity
-from moco import encoders, evaluate, loader
+from moco import encoders
 from moco.checkpoint import load_encoder, write_checkpoint
-from moco.images import open_images
-from moco.views import eval_transform, pretrain_recipe
+from moco.data import loader
+from moco.data.images import open_images
+from moco.data.views import eval_transform, pretrain_recipe
+from moco.evaluate import knn as evaluate
 
 SCRIPT = ROOT / "scripts" / "measure_align_uniform.py"
 _spec = importlib.util.spec_from_file_location("measure_align_uniform", SCRIPT)

@@ -17,9 +17,9 @@ import runpy
 import threading
 from pathlib import Path
 
+import harness
 import numpy as np
 import pytest
-import runs
 import torch
 import torchvision
 from helpers import ROOT, refusal
@@ -439,7 +439,7 @@ def test_nothing_is_left_when_the_disk_is_full(to, pretrained, tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     (work / "x").with_suffix(".pth.tar").symlink_to(pretrained)
-    process = runs.Processes(
+    process = harness.Processes(
         tmp_path / "out", work / "x.pth.tar", "--to", to, before=limit,
         code=f"import runpy; runpy.run_path({script!r}, run_name='__main__')",
     )  # fmt: skip

@@ -11,7 +11,7 @@ import torchvision
 from helpers import ROOT, finish, start_python
 
 from moco import encoders
-from moco.checkpoint import CheckpointError
+from moco.errors import CheckpointError
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

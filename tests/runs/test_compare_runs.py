@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import Processes
 from helpers import refusal, write_labelled
-from runs import Processes
 from scipy import stats
 
 from scripts import compare_runs

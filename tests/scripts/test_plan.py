@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from harness import Processes
 from helpers import ROOT, refusal, write_images
-from runs import Processes
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -93,8 +93,9 @@ from types import SimpleNamespace
 import torch, torch.distributed as dist
 sys.path.insert(0, {str(ROOT / "scripts")!r})
 import plan_measure
+from moco.launch import launch
 from moco import distributed
-from moco import step as training
+from moco.train import step as training
 
 out = sys.argv[1]
 received = {{"shuffle": 0, "gather": 0, "all_reduce": 0}}
@@ -127,7 +128,7 @@ def worker(device, _):
         size = sum(p.numel() * 4 for p in step.moco.encoder_q.parameters())
         json.dump([received, size], open(out, "w"))
 
-distributed.launch(worker, None, devices=[torch.device("cpu")])
+launch(worker, None, devices=[torch.device("cpu")])
 """.replace("STEPS", "30")
 
 

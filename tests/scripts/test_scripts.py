@@ -15,7 +15,7 @@ import pytest
 import main_lincls
 import main_moco
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHELL_SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 
 

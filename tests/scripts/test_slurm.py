@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from harness import ROOT
 
 import main_moco
 

@@ -17,11 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from align_uniform import align_loss, contrastive_loss, contrastive_rank, uniform_loss_with_queue
-from moco import encoders, evaluate, guards, loader, step, views
+from moco import encoders
 from moco.builder import MoCo
-from moco.images import ArrayImages
+from moco.data import loader, views
+from moco.data.images import ArrayImages
+from moco.evaluate import knn as evaluate
 from moco.log import Means
-from moco.run import BackgroundWriter, Run
+from moco.train import guards, step
+from moco.train.state import BackgroundWriter, Run
 
 GPU = torch.device("cuda", 0)
 

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import Processes, chaos, finish, start
+from harness import Processes, chaos, finish, start
 
-from moco import checkpoint, guards
+from moco import checkpoint
 from moco.builder import MoCoLosses, _Batch
+from moco.errors import TrainingError
 from moco.log import Means, RunLog
-from moco.run import BackgroundWriter, Run
-from moco.step import fused_sgd
+from moco.train import guards
+from moco.train.state import BackgroundWriter, Run
+from moco.train.step import fused_sgd
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,7 @@ def test_an_overflow_of_the_scaler_leaves_the_step_out_and_is_counted(every, tmp
 def test_too_many_overflows_in_a_row_stop(tmp_path) -> None:
     checkpoint.write_checkpoint(checkpoint.step_path(tmp_path, 2), {"step": 2})
     guarded = overflowing_run(tmp_path, scale=2.0**127, max_overflows=3)
-    with pytest.raises(guards.TrainingError) as error:
+    with pytest.raises(TrainingError) as error:
         for _ in range(9):
             one_step(guarded, 1e3)
     assert guarded.run.skipped == 4 and guarded.run.moco.weight.tolist() == [1.0, 1.0]
@@ -133,7 +135,7 @@ def test_too_many_overflows_in_a_row_stop(tmp_path) -> None:
 
 def test_a_loss_that_is_not_finite_is_no_overflow(tmp_path) -> None:
     guarded = overflowing_run(tmp_path, scale=2.0, max_overflows=5)
-    with pytest.raises(guards.TrainingError, match="align nan on rank 0"):
+    with pytest.raises(TrainingError, match="align nan on rank 0"):
         one_step(guarded, math.nan)
     assert guarded.run.skipped == 0
 
@@ -153,7 +155,7 @@ def test_no_step_after_one_that_is_not_finite_changes_the_weights(scaled, tmp_pa
         one_step(guarded, factor, check=False)
         assert torch.equal(run.moco.weight.detach(), weight)
         assert torch.equal(run.optimizer.state[run.moco.weight]["momentum_buffer"], momentum)
-    with pytest.raises(guards.TrainingError, match="epoch 0, step 4: align inf on rank 0"):
+    with pytest.raises(TrainingError, match="epoch 0, step 4: align inf on rank 0"):
         guarded.guard.check(False, False)
 
 
@@ -163,8 +165,11 @@ def test_no_step_after_one_that_is_not_finite_changes_the_weights(scaled, tmp_pa
 
 DRIFT = """
 import torch
-from moco import distributed, guards
+from moco import distributed
 from moco.builder import MoCo
+from moco.errors import TrainingError
+from moco.launch import launch
+from moco.train import guards
 def work(device, args):
     torch.manual_seed(0)
     moco = MoCo(lambda num_classes: torch.nn.Linear(4, num_classes), 8, 16, align_alpha=2)
@@ -178,15 +183,15 @@ def work(device, args):
             tensor[where] = tensor[where] + 1 if name == "queue_ptr" else -tensor[where]
         try:
             guards.stop_if_ranks_differ(moco, 5)
-        except guards.TrainingError as error:
+        except TrainingError as error:
             print(name, error, flush=True)
         tensor.copy_(before)
     swapped = moco.queue.t()[[1, 0]] if distributed.rank() == 1 else moco.queue.t()[[0, 1]]
     moco.queue.t()[:2] = swapped
     guards.stop_if_ranks_differ(moco, 6)
 try:
-    distributed.launch(work, None, devices=[torch.device("cpu")])
-except guards.TrainingError as error:
+    launch(work, None, devices=[torch.device("cpu")])
+except TrainingError as error:
     print("swapped", error, flush=True)
 """
 

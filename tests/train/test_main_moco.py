@@ -26,7 +26,7 @@ from helpers import (
 )
 
 import main_moco
-from moco import options
+from moco import cli as options
 
 # 30 images in batches of 8 are three steps an epoch; six images are left out of each.
 TINY = shlex.split(

@@ -22,9 +22,9 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 import main_moco
 from align_uniform.bounds import uniformity_infimum
-from moco import monitor
 from moco.builder import MoCo, MoCoLosses
 from moco.log import RunLog
+from moco.train import monitor
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from run_folders import read_runs  # noqa: E402

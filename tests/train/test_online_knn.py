@@ -9,14 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import EPOCHS, chaos, finish, start
 from helpers import read_log, refusal, write_images, write_labelled
-from runs import EPOCHS, chaos, finish, start
 
 import main_moco
-from moco import checkpoint, encoders, evaluate, loader
-from moco.images import open_images
-from moco.online_knn import frozen_backbone, open_splits
-from moco.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from moco import checkpoint, encoders
+from moco.data import loader
+from moco.data.images import open_images
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from moco.evaluate import knn as evaluate
+from moco.tasks.online_knn import frozen_backbone, open_splits
 
 CPU = torch.device("cpu")
 # 30 images in batches of 8 are three steps an epoch.
@@ -27,7 +29,7 @@ TINY = shlex.split(
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """What the runs of tests/runs.py train on, and 41 images to classify: an odd share."""
+    """What the runs of tests/harness.py train on, and 41 images to classify: an odd share."""
     folder = tmp_path_factory.mktemp("images")
     chaos()["write_images"](folder)
     write_images(folder / "val", {"class_0": 20, "class_1": 21}, size=24, seed=5)
@@ -126,7 +128,7 @@ def test_it_comes_every_so_many_epochs_and_at_the_end(flags, steps, labelled, tm
 def test_a_run_that_is_killed_in_it_does_it_again(processes, data, whole, tmp_path) -> None:
     killed_in_the_second = """
 import os, time
-from moco.online_knn import OnlineKnn
+from moco.tasks.online_knn import OnlineKnn
 measure = OnlineKnn.measure
 def dies(self, run, *more):
     if run.epoch == 2:
@@ -152,7 +154,7 @@ def test_a_request_to_stop_within_it_is_heard_at_once(processes, data, whole, tm
     ranks one is at its bank, the other at its end."""
     stops_in_the_second = """
 import os, signal, time
-from moco import evaluate
+from moco.evaluate import knn as evaluate
 extract, calls = evaluate.extract_features, []
 def stopping(encoder, batches, **more):
     calls.append(1)

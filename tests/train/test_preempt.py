@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import (
+from harness import (
     EPOCHS,
     FLAGS,
     PROGRAM,
@@ -225,6 +225,7 @@ def test_the_barrier_names_the_ranks_that_do_not_come(tmp_path) -> None:
     code = """
 import time, torch
 from moco import distributed
+from moco.launch import launch
 def work(device, args):
     if distributed.rank() == 1:
         time.sleep(6)
@@ -234,7 +235,7 @@ def work(device, args):
         distributed.barrier()
     except RuntimeError as error:
         print(f"after {time.monotonic() - began:.0f} s: {error}", flush=True)
-distributed.launch(work, None, devices=[torch.device("cpu")], timeout_minutes=0.05)
+launch(work, None, devices=[torch.device("cpu")], timeout_minutes=0.05)
 """
     waiting = Processes(tmp_path / "out", count=3, code=code)
     waiting.wait(limit=40)
@@ -248,7 +249,8 @@ def test_launch_hands_a_request_to_stop_to_the_processes_it_started(tmp_path) ->
         "import sys, time\n"
         f"sys.path.insert(0, {str(Path(PROGRAM).parent)!r})\n"
         "import torch\n"
-        "from moco import distributed, guards, options\n"
+        "from moco.launch import launch\n"
+        "from moco.train import guards\n"
         "def work(device, args):\n"
         "    stop = guards.StopRequest()\n"
         "    print('ready\\n', end='', flush=True)\n"
@@ -259,7 +261,7 @@ def test_launch_hands_a_request_to_stop_to_the_processes_it_started(tmp_path) ->
         "        time.sleep(0.05)\n"
         "if __name__ == '__main__':\n"
         "    try:\n"
-        "        distributed.launch(work, None, devices=[torch.device('cpu')] * 2)\n"
+        "        launch(work, None, devices=[torch.device('cpu')] * 2)\n"
         "    except torch.multiprocessing.ProcessExitedException as error:\n"
         "        sys.exit(error.exit_code)\n"
     )

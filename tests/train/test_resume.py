@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import BATCH, FLAGS, IMAGES, STEPS, Processes, chaos, finish, start, wait_for_step
+from harness import BATCH, FLAGS, IMAGES, STEPS, Processes, chaos, finish, start, wait_for_step
 
 import main_moco
-from moco import checkpoint, distributed, loader
-from moco.images import names_digest, open_images
+from moco import checkpoint, distributed
+from moco.data import loader
+from moco.data.images import names_digest, open_images
+from moco.errors import CheckpointError
 from moco.log import RunLog
-from moco.run import BackgroundWriter
+from moco.train.state import BackgroundWriter
 
 PER_EPOCH = IMAGES // BATCH
 
@@ -156,7 +158,7 @@ def refusal(run: Path, data: Path, *flags: object) -> str:
     args.images, args.images_digest = len(images), names_digest(images)
     try:
         main_moco.refuse_changes(saved, args)
-    except checkpoint.CheckpointError as error:
+    except CheckpointError as error:
         return str(error)
     return ""
 
@@ -431,7 +433,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(error, tmp_path, monk
     writer.thread.join()
     assert writer.failed()
     for call in (writer.finish, lambda: writer.write(tmp_path / "x", {})):
-        with pytest.raises(checkpoint.CheckpointError, match="last good checkpoint is step_0+1"):
+        with pytest.raises(CheckpointError, match="last good checkpoint is step_0+1"):
             call()
 
 
@@ -441,7 +443,7 @@ def test_a_folder_that_vanishes_is_an_error(tmp_path) -> None:
     writer = writer_of(folder)
     folder.rmdir()
     writer.write(checkpoint.step_path(folder, 1), {"a": 1})
-    with pytest.raises(checkpoint.CheckpointError, match="could not save"):
+    with pytest.raises(CheckpointError, match="could not save"):
         writer.finish()
 
 
@@ -556,7 +558,7 @@ def test_a_checkpoint_truncated_anywhere_is_refused_and_the_older_one_is_used(
     for position in sorted(positions):
         newer.write_bytes(whole_file[:position])
         os.utime(newer, (2e9, 2e9))
-        with pytest.raises(checkpoint.CheckpointError, match="step_00000008"):
+        with pytest.raises(CheckpointError, match="step_00000008"):
             checkpoint.read_checkpoint(newer)
         said: list[str] = []
         path, content = checkpoint.newest_valid(tmp_path, said.append)
@@ -572,7 +574,7 @@ def test_the_checksum_sees_one_changed_element(name, half, tmp_path) -> None:
     checkpoint.read_checkpoint(tmp_path / "same.pth.tar")
     content["state_dict"][name][3, 1] += 1e-3
     torch.save(content, tmp_path / "changed.pth.tar")
-    with pytest.raises(checkpoint.CheckpointError, match="checksum"):
+    with pytest.raises(CheckpointError, match="checksum"):
         checkpoint.read_checkpoint(tmp_path / "changed.pth.tar")
 
 
@@ -580,7 +582,7 @@ def test_the_checksum_covers_what_is_no_tensor(half, tmp_path) -> None:
     for change in ({"step": 9}, {"args": {}}, {"extra": 1}):
         content = torch.load(half / "step_00000008.pth.tar", weights_only=True)
         torch.save({**content, **change}, tmp_path / "changed.pth.tar")
-        with pytest.raises(checkpoint.CheckpointError, match="checksum"):
+        with pytest.raises(CheckpointError, match="checksum"):
             checkpoint.read_checkpoint(tmp_path / "changed.pth.tar")
 
 
@@ -591,7 +593,7 @@ def test_the_checksum_covers_what_is_no_tensor(half, tmp_path) -> None:
 
 def test_an_unexpected_error_ends_a_run_that_has_loader_workers(data, tmp_path) -> None:
     """Workers ignore SIGTERM, by which Python ends its children: it would wait for ever."""
-    before = "from moco import guards\nguards.CollapseAlarm.check = lambda *_: 1 / 0"
+    before = "from moco.train import guards\nguards.CollapseAlarm.check = lambda *_: 1 / 0"
     failed = start(tmp_path / "run", data, workers=2, before=before)
     assert failed.wait(limit=30) == [1]
     assert "ZeroDivisionError" in failed.output()

@@ -10,19 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import FLAGS, Processes, chaos, finish, start
 from helpers import ROOT, TinyNet, read_log, two_views, write_labelled
-from runs import FLAGS, Processes, chaos, finish, start
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import main_moco
-from moco import checkpoint, guards
-from moco import step as step_module
+from moco import checkpoint
 from moco.builder import MoCo
 from moco.checkpoint import load_encoder
 from moco.log import Means
-from moco.run import BackgroundWriter, Run
-from moco.step import fill_momentum, fused_sgd
+from moco.train import guards
+from moco.train import step as step_module
+from moco.train.state import BackgroundWriter, Run
+from moco.train.step import fill_momentum, fused_sgd
 
 TINY = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu --print-freq 1 "
@@ -37,7 +38,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """What the runs of tests/runs.py train on."""
+    """What the runs of tests/harness.py train on."""
     folder = tmp_path_factory.mktemp("images")
     chaos()["write_images"](folder)
     return folder
@@ -260,7 +261,7 @@ def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatc
 
 # As on a GPU: the host looks every fifth step, and at the end of an epoch (of six steps).
 LATE = """
-from moco import guards
+from moco.train import guards
 guards.steps_between_checks = lambda device, print_freq: 5
 """
 POISON = """
@@ -276,7 +277,7 @@ MoCo._losses = poisoned
 """
 # Prints a digest of the query encoder's weights after each optimizer step.
 DIGESTS = """
-from moco import guards
+from moco.train import guards
 step_of = guards.StepGuard.step
 def step(self, losses, loss, epoch):
     step_of(self, losses, loss, epoch)

@@ -1,0 +1,46 @@
+"""Checkpoint files, the checkpoints of a run folder, and encoders from files of any origin."""
+
+from moco.checkpoint.download import is_url, read_url
+from moco.checkpoint.encoder import load_encoder
+from moco.checkpoint.files import (
+    FORMAT_VERSION,
+    checksum,
+    read_checkpoint,
+    require_keys,
+    saved_args,
+    to_host,
+    write_atomically,
+    write_checkpoint,
+    write_safetensors,
+)
+from moco.checkpoint.run_folder import (
+    epoch_path,
+    newest_valid,
+    prune_checkpoints,
+    remove_unfinished,
+    run_checkpoints,
+    step_path,
+)
+from moco.errors import CheckpointError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "CheckpointError",
+    "checksum",
+    "epoch_path",
+    "is_url",
+    "load_encoder",
+    "newest_valid",
+    "prune_checkpoints",
+    "read_checkpoint",
+    "read_url",
+    "remove_unfinished",
+    "require_keys",
+    "run_checkpoints",
+    "saved_args",
+    "step_path",
+    "to_host",
+    "write_atomically",
+    "write_checkpoint",
+    "write_safetensors",
+]

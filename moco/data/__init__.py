@@ -1,0 +1,1 @@
+"""Images, random views of them, and the loader that brings both to the device."""

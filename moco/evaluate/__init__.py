@@ -1,0 +1,1 @@
+"""Evaluation of encoders: k-NN, linear classifiers, fine-tuning, alignment and uniformity."""

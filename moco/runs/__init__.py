@@ -1,0 +1,1 @@
+"""Run folders: reading, comparison, recipes and sweeps, without torch."""

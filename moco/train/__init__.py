@@ -1,0 +1,1 @@
+"""The training engine: state, step, guards, saving; it knows no method."""
