@@ -43,11 +43,9 @@ from moco.evaluate import heads as probe
 from moco.evaluate import knn as evaluate
 from moco.evaluate.feed import Feed, cached_feed, image_feed, with_features
 from moco.evaluate.heads import Frozen, Heads, Setting
-from moco.log import RunLog, StepPrinter, progress, provenance, write_json
+from moco.log import RunLog, StepPrinter, progress, provenance
+from moco.run_files import LINCLS_BEST, LINCLS_LATEST, LINCLS_RESULT, write_json
 from moco.schedule import learning_rate
-
-LATEST, RESULT = options.LINCLS_LATEST, options.LINCLS_RESULT
-BEST = "model_best.pth.tar"
 
 # What the accuracy of a probe depends on; further down what it depends on beside these, and the
 # value that stands for an argument that a file does not have.
@@ -152,7 +150,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.check_shared_options(parser, args)
     options.check_run_folder(parser, args, pretraining=False)
     if args.resume == "auto":
-        latest = args.save_dir / LATEST
+        latest = args.save_dir / LINCLS_LATEST
         args.resume = str(latest) if latest.is_file() else None
     source = args.pretrained or args.resume
     if source is None:
@@ -324,8 +322,8 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         result.update(train_and_choose(run, train_images.targets, before))
     log.close()
     if distributed.is_main():
-        write_json(args.save_dir / RESULT, result)
-        print(f"done: {args.save_dir / RESULT}")
+        write_json(args.save_dir / LINCLS_RESULT, result)
+        print(f"done: {args.save_dir / LINCLS_RESULT}")
 
 
 def open_splits(
@@ -735,8 +733,8 @@ class Writer:
             folder = self.run.args.save_dir
             latest = self.content(epochs, steps, probe.leading(self.settings, "last"))
             if self.best is not None:
-                checkpoint.write_checkpoint(folder / BEST, self.best)
-            checkpoint.write_checkpoint(folder / LATEST, latest)
+                checkpoint.write_checkpoint(folder / LINCLS_BEST, self.best)
+            checkpoint.write_checkpoint(folder / LINCLS_LATEST, latest)
             self.best, self.written = None, time.monotonic()
 
     def content(self, epochs: int, steps: int, chosen: Setting) -> dict:

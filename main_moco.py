@@ -33,8 +33,9 @@ from moco.data import loader
 from moco.data.images import names_digest, open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe
 from moco.errors import CheckpointError, TrainingError
-from moco.log import Means, RunLog, StepPrinter, provenance, write_json
+from moco.log import Means, RunLog, StepPrinter, provenance
 from moco.profiling import StepProfile
+from moco.run_files import write_json
 from moco.schedule import learning_rate
 from moco.tasks.online_knn import OnlineKnn
 from moco.train import guards, monitor, step

@@ -21,6 +21,7 @@ from moco.data.images import DATASETS, image_paths, split_folder
 from moco.encoders import arch_names
 from moco.errors import CheckpointError, DataError, TrainingError
 from moco.launch import launch, planned_world_size, started_by_torchrun, visible_devices
+from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
 _LIST_FLAGS = ("--gpus", "--schedule")
@@ -276,10 +277,6 @@ def check_image_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
         raise ValueError(f"--std must be three positive numbers, got {list(std)}")
 
 
-# What shows that a folder belongs to a run of main_lincls.py.
-LINCLS_LATEST, LINCLS_RESULT = "checkpoint.pth.tar", "lincls.json"
-
-
 def check_run_folder(
     parser: argparse.ArgumentParser, args: argparse.Namespace, *, pretraining: bool
 ) -> None:
@@ -292,8 +289,8 @@ def check_run_folder(
     continued = args.resume == "auto" or (
         args.resume and Path(args.resume).resolve().parent == args.save_dir.resolve()
     )
-    if pretraining and not own and (args.save_dir / "args.json").exists():
-        own = ["args.json"]  # that run may be in its first epoch
+    if pretraining and not own and (args.save_dir / ARGS).exists():
+        own = [ARGS]  # that run may be in its first epoch
     if other or (own and not continued):
         parser.error(
             f"{args.save_dir} already holds a run ({(other or own)[-1]}): "

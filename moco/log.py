@@ -261,14 +261,6 @@ def progress(iterable: Iterable, description: str) -> Iterable:
     return tqdm(iterable, desc=description, leave=False, dynamic_ncols=True, disable=not shown)
 
 
-def write_json(path: str | Path, content: dict) -> None:
-    """Write a small JSON file in one piece."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def provenance() -> dict[str, str]:
     """What code ran: git revision (with "+changes" for a modified tree) and library versions."""
     return {

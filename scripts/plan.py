@@ -44,7 +44,7 @@ from moco import cli as options  # noqa: E402
 from moco import distributed, encoders  # noqa: E402
 from moco.errors import TrainingError  # noqa: E402
 from moco.launch import launch, visible_devices  # noqa: E402
-from moco.log import write_json  # noqa: E402
+from moco.run_files import write_json  # noqa: E402
 
 PUBLISHED_GROUP = 32  # images that batch norm sees together in the published runs
 CASES = {

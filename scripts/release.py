@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moco import checkpoint  # noqa: E402
 from moco import cli as options
 from moco.errors import CheckpointError  # noqa: E402
-from moco.log import write_json  # noqa: E402
 from moco.publish import export  # noqa: E402
+from moco.run_files import LINCLS_LATEST, LINCLS_RESULT, write_json  # noqa: E402
 
 SUMS, CARD, CONFIG, ARGS, LOG = "SHA256SUMS", "README.md", "config.json", "args.json", "log.jsonl"
 LINCLS, METRICS = "lincls", "align_uniform.json"
@@ -226,9 +226,9 @@ def copy_lincls(source: Path, folder: Path, name: str, pretrained: export.Networ
     Raises:
         CheckpointError: it is of another encoder or of fine-tuning, or its result is not beside it.
     """
-    result = source.parent / options.LINCLS_RESULT
+    result = source.parent / LINCLS_RESULT
     if source.name == result.name:  # the result stands for its run
-        source = source.with_name(options.LINCLS_LATEST)
+        source = source.with_name(LINCLS_LATEST)
     for path in (result, source):
         if not path.is_file():
             raise CheckpointError(f"--lincls {source}: there is no {path.name} beside it")
@@ -355,7 +355,7 @@ def figures(folder: Path) -> dict[str, list[tuple[str, str]]]:
     info = checkpoint.load_encoder(full)[1]
     args = read_json(folder / ARGS) if (folder / ARGS).is_file() else {}
     log = read_log(folder / LOG) if (folder / LOG).is_file() else []
-    probe = folder / LINCLS / options.LINCLS_RESULT
+    probe = folder / LINCLS / LINCLS_RESULT
     metrics = folder / METRICS
     tables = {
         "Recipe": recipe(info, args, checkpoint.read_checkpoint(full).get("step")),
@@ -420,7 +420,7 @@ def recipe(info: dict, args: dict, step: int | None) -> Iterator[tuple[str, str]
 
 
 def accuracy(folder: Path) -> Iterator[tuple[str, str]]:
-    result = read_json(folder / LINCLS / options.LINCLS_RESULT)
+    result = read_json(folder / LINCLS / LINCLS_RESULT)
     top5 = f"top-{min(5, result['classes'])}"
     protocol = result.get("protocol", {})
     # What sets a figure apart from those of the standard protocol stands in its own row.
@@ -668,7 +668,7 @@ def check_config(folder: Path) -> list[str]:
 
 def check_lincls(folder: Path) -> list[str]:
     """The accuracies are those of its log, and the classifier is in the release."""
-    result, log = folder / LINCLS / options.LINCLS_RESULT, folder / LINCLS / LOG
+    result, log = folder / LINCLS / LINCLS_RESULT, folder / LINCLS / LOG
     if result.is_file() != bool(weights_in(folder, "linear", "pth")):
         return [f"{LINCLS}/{result.name} and the file with the classifier belong together"]
     if not (result.is_file() and log.is_file()):

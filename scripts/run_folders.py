@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from moco.checkpoint import FORMAT_VERSION, run_checkpoints
-from moco.cli import LINCLS_RESULT
+from moco.run_files import LINCLS_RESULT
 from moco.train.state import science
 
 # Arguments, beside those that decide what is learned, without which a run is not understood.

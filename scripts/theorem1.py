@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from align_uniform.bounds import log_hyp0f1, uniformity_infimum  # noqa: E402
-from moco.log import write_json  # noqa: E402
+from moco.run_files import write_json  # noqa: E402
 
 ANCHORS = 64  # per repeat; they share its negatives
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import torch
 
 from moco.checkpoint.files import read_checkpoint
 from moco.errors import CheckpointError
-
-_EPOCH_NAME = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
-_STEP_NAME = re.compile(r"step_(\d{8,})\.pth\.tar")
+from moco.run_files import EPOCH_CHECKPOINT, STEP_CHECKPOINT, checkpoint_files
 
 
 def epoch_path(folder: Path, epoch: int) -> Path:
@@ -28,20 +25,15 @@ def step_path(folder: Path, step: int) -> Path:
 
 def run_checkpoints(folder: str | os.PathLike) -> list[Path]:
     """Checkpoints of a run folder, the oldest first, by how far the run had come."""
-    paths = [
-        path
-        for path in Path(folder).glob("*.pth.tar")
-        if _EPOCH_NAME.fullmatch(path.name) or _STEP_NAME.fullmatch(path.name)
-    ]
-    return sorted(paths, key=_position)
+    return sorted(checkpoint_files(folder), key=_position)
 
 
 def _position(path: Path) -> tuple[float, int]:
     """(finished epochs, steps). Times of files are no guide: a copied folder has new ones."""
-    epoch = _EPOCH_NAME.fullmatch(path.name)
+    epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
     if epoch:
         return int(epoch[1]) + 1, 0
-    step = int(_STEP_NAME.fullmatch(path.name)[1])
+    step = int(STEP_CHECKPOINT.fullmatch(path.name)[1])
     try:
         # Of a save within an epoch only the content tells the epoch; its tensors stay on disk.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -76,7 +68,7 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int) -> None:
     """
     readable = [path for path in run_checkpoints(folder) if _position(path)[0] < float("inf")]
     for path in readable[:-keep_last]:
-        epoch = _EPOCH_NAME.fullmatch(path.name)
+        epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
         if not (epoch and keep_every and (int(epoch[1]) + 1) % keep_every == 0):
             path.unlink(missing_ok=True)
 

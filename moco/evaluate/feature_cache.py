@@ -30,7 +30,7 @@ from moco.data.subsets import image_names
 from moco.data.views import eval_transform, lincls_recipe, normalize
 from moco.errors import CheckpointError, DataError
 from moco.evaluate.heads import Frozen
-from moco.log import write_json
+from moco.run_files import write_json
 
 SHARD = 1024  # images per file; a small data set is cut into 8
 

@@ -1,0 +1,72 @@
+"""Names of the files in a run folder; reading and writing the small ones. Needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+ARGS = "args.json"
+LOG = "log.jsonl"
+# Written by main_lincls.py: the newest state, the best classifier so far, the result.
+LINCLS_LATEST, LINCLS_BEST, LINCLS_RESULT = (
+    "checkpoint.pth.tar",
+    "model_best.pth.tar",
+    "lincls.json",
+)
+# Written by main_moco.py: after an epoch (0-based), and within one (steps since the start).
+EPOCH_CHECKPOINT = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
+STEP_CHECKPOINT = re.compile(r"step_(\d{8,})\.pth\.tar")
+
+
+def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
+    """Pretraining checkpoints of a run folder, by name."""
+    names = (EPOCH_CHECKPOINT, STEP_CHECKPOINT)
+    found = Path(folder).glob("*.pth.tar")
+    return sorted(path for path in found if any(name.fullmatch(path.name) for name in names))
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write a small JSON file in one piece."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_log(path: str | os.PathLike) -> tuple[list[dict], list[bytes]]:
+    """Lines of a log.jsonl, in order, and the lines that are none.
+
+    A line counts when it is a JSON object with a text "kind" and a whole number "step". A run that
+    was killed leaves a torn last line; other damage comes from disks and editors. Nothing in the
+    file raises an error.
+
+    Returns:
+        (lines, bad): dicts as they were logged; the bytes of every other line that is not blank.
+    """
+    lines: list[dict] = []
+    bad: list[bytes] = []
+    for raw in Path(path).read_bytes().split(b"\n"):
+        if not raw.strip():
+            continue
+        try:
+            fields = json.loads(raw.decode("utf-8"))
+        except (ValueError, RecursionError):
+            fields = None
+        if (
+            isinstance(fields, dict)
+            and isinstance(fields.get("kind"), str)
+            and type(fields.get("step")) is int
+        ):
+            lines.append(fields)
+        else:
+            bad.append(raw)
+    return lines, bad
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
