@@ -32,8 +32,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from moco import checkpoint, distributed, encoders
-from moco import cli as options
+from moco import checkpoint, cli, distributed, encoders
 from moco.data import loader
 from moco.data import subsets as labels
 from moco.data.images import Images, Subset, open_images
@@ -66,13 +65,13 @@ FINETUNE_RATES = {"10 %": (0.2, 0.01), "1 %": (5.0, 0.02)}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.Parser(description="linear evaluation of a frozen encoder", allow_abbrev=False)
-    options.add_shared_options(
-        parser, lr=30.0, weight_decay=0.0, epochs=100, schedule=[60, 80], rate=options.rates
+    parser = cli.Parser(description="linear evaluation of a frozen encoder", allow_abbrev=False)
+    cli.add_shared_options(
+        parser, lr=30.0, weight_decay=0.0, epochs=100, schedule=[60, 80], rate=cli.rates
     )
     # fmt: off
     what = parser.add_argument_group("what is evaluated, and how")
-    what.add_argument("--pretrained", type=options.non_empty, metavar="CHECKPOINT",
+    what.add_argument("--pretrained", type=cli.non_empty, metavar="CHECKPOINT",
                       help="ours, upstream MoCo's, or a torchvision state dict")
     what.add_argument("-e", "--evaluate", action="store_true",
                       help="only evaluate the linear classifier that the checkpoint holds")
@@ -104,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     several.add_argument("--cached-views", type=int, default=0, metavar="A",
                          help="extract A random views of each image instead; epoch e has view e "
                               "modulo A")
-    several.add_argument("--cache-dir", type=options.folder, metavar="DIR",
+    several.add_argument("--cache-dir", type=cli.folder, metavar="DIR",
                          help="where features are kept, for other runs too (RUN/features)")
 
     transfer = parser.add_argument_group("transfer")
@@ -129,7 +128,7 @@ def label_source(text: str) -> float | str:
     try:
         percent = float(text.removesuffix("%"))
     except ValueError:
-        if Path(options.non_empty(text)).is_file():
+        if Path(cli.non_empty(text)).is_file():
             return text
         raise argparse.ArgumentTypeError(
             f"expected percent, as 1 or 10, or a file that lists images, got {text!r}"
@@ -147,8 +146,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         lr, lr_backbone = FINETUNE_RATES["1 %" if args.labels == 1 else "10 %"]
         parser.set_defaults(**FINETUNE, lr=lr, lr_backbone=lr_backbone)
         args = parser.parse_args(argv)
-    options.check_shared_options(parser, args)
-    options.check_run_folder(parser, args, pretraining=False)
+    cli.check_shared_options(parser, args)
+    cli.check_run_folder(parser, args, pretraining=False)
     if args.resume == "auto":
         latest = args.save_dir / LINCLS_LATEST
         args.resume = str(latest) if latest.is_file() else None
@@ -167,12 +166,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.image_size is not None and args.image_size < 1:
         parser.error(f"--image-size must be at least 1, got {args.image_size}")
     try:
-        options.check_image_statistics(args.mean or (), args.std or ())
+        cli.check_image_statistics(args.mean or (), args.std or ())
         check_variant(args)
     except ValueError as error:
         parser.error(str(error))
     trains = args.epochs > 0 and not args.evaluate
-    options.check_data_folder(parser, args, {"train": args.batch_size if trains else 1, "val": 1})
+    cli.check_data_folder(parser, args, {"train": args.batch_size if trains else 1, "val": 1})
     if args.save_dir is None:
         source = source.split("?")[0]  # of an address
         stem = Path(source).name.removesuffix(".tar").removesuffix(".pth")
@@ -235,12 +234,12 @@ def listed(value: float | list[float]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options.run_worker(work, parse_args(argv))
+    cli.run_worker(work, parse_args(argv))
 
 
 def work(device: torch.device, args: argparse.Namespace) -> None:
     """The whole evaluation in this process, one of `args.processes`."""
-    with options.one_line_errors():
+    with cli.report_user_errors():
         _work(device, args)
 
 
@@ -292,7 +291,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         result["labels"] = {"of": args.labels, "digest": args.labels_digest}
     if distributed.is_main():
         args.save_dir.mkdir(parents=True, exist_ok=True)
-        facts = {**options.plain_values(args), "provenance": provenance()}
+        facts = {**cli.plain_values(args), "provenance": provenance()}
         write_json(args.save_dir / "args.json", facts)
     distributed.barrier()
     print_start(args, info, device, result)
@@ -760,7 +759,7 @@ class Writer:
             "pretrained_digest": info["digest"],
             "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
             "optimizer": self.optimizer.state_dict(),
-            "args": {**options.plain_values(args), **kept, "steps_done": steps},
+            "args": {**cli.plain_values(args), **kept, "steps_done": steps},
             **several,
             **self.of_folds,
         }
@@ -838,7 +837,7 @@ def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
 
 def refuse_changes(before: dict, args: argparse.Namespace) -> None:
     """A probe that goes on under other arguments would be no known protocol."""
-    now = options.plain_values(args)
+    now = cli.plain_values(args)
     was = {**VARIANTS, **before["args"]}  # what a file does not name was as usual
     changes = [
         f"{name}: {was[name]!r} before, {now[name]!r} now"

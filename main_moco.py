@@ -26,8 +26,7 @@ from pathlib import Path
 
 import torch
 
-from moco import checkpoint, distributed, encoders
-from moco import cli as options
+from moco import checkpoint, cli, distributed, encoders
 from moco.builder import MoCo, MoCoLosses
 from moco.data import loader
 from moco.data.images import names_digest, open_images
@@ -61,10 +60,10 @@ _OBJECTIVE_DEFAULTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.Parser(
+    parser = cli.Parser(
         description="MoCo pretraining with alignment + uniformity", allow_abbrev=False
     )
-    options.add_shared_options(parser, lr=0.03, weight_decay=1e-4, epochs=200, schedule=[120, 160])
+    cli.add_shared_options(parser, lr=0.03, weight_decay=1e-4, epochs=200, schedule=[120, 160])
     parser.set_defaults(arch="resnet50")
 
     # fmt: off
@@ -116,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
                           help="stop after N steps of the run; 0 saves the untrained encoder")
     training.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off",
                           help="mixed precision of the encoders (%(default)s)")
-    training.add_argument("--init-from", type=options.non_empty, metavar="CHECKPOINT",
+    training.add_argument("--init-from", type=cli.non_empty, metavar="CHECKPOINT",
                           help="start from the encoder in this file (weights, not a run: queue, "
                           "optimizer and epoch are new)")
     training.add_argument("--accumulate", type=int, default=1, metavar="N",
@@ -177,7 +176,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         _resolve_objective(args)
     except ValueError as error:
         parser.error(str(error))
-    options.check_shared_options(parser, args)
+    cli.check_shared_options(parser, args)
     try:
         _check_options(args)
         args.bn_groups = _batch_norm_groups(args)
@@ -193,7 +192,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             _check_compiler(args.devices[0])
     except ValueError as error:
         parser.error(str(error))
-    options.check_data_folder(parser, args, {"pretrain": args.batch_size})
+    cli.check_data_folder(parser, args, {"pretrain": args.batch_size})
     _check_run_folder(parser, args)
     return args
 
@@ -292,7 +291,7 @@ def _check_options(args: argparse.Namespace) -> None:
     least, most = args.crop_scale
     if not 0 < least <= most <= 1:
         raise ValueError(f"--crop-scale must be 0 < MIN <= MAX <= 1, got {least:g} {most:g}")
-    options.check_image_statistics(args.mean, args.std)
+    cli.check_image_statistics(args.mean, args.std)
     if args.amp == "fp16" and args.devices[0].type == "cpu":
         raise ValueError("--amp fp16 needs a GPU; use bf16 or off on the CPU")
 
@@ -338,7 +337,7 @@ def _check_compiler(device: torch.device) -> None:
 
 def _check_run_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Settle the run folder and the checkpoint to go on from: a path, "auto" or None."""
-    options.check_run_folder(parser, args, pretraining=True)
+    cli.check_run_folder(parser, args, pretraining=True)
     args.checkpoint = args.resume
     if args.resume == "auto":
         if not checkpoint.run_checkpoints(args.save_dir):
@@ -377,12 +376,12 @@ def _objective_slug(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    options.run_worker(train, parse_args(argv))
+    cli.run_worker(train, parse_args(argv))
 
 
 def train(device: torch.device, args: argparse.Namespace) -> None:
     """The whole run in this process, one of `args.processes`."""
-    with options.one_line_errors(), contextlib.ExitStack() as at_exit:
+    with cli.report_user_errors(), contextlib.ExitStack() as at_exit:
         _train(device, args, at_exit)
 
 
@@ -684,7 +683,7 @@ def _device_name(device: torch.device) -> str:
 
 def save(run: Run, args: argparse.Namespace, writer: BackgroundWriter) -> None:
     """Save on rank 0 in the background; after an epoch under the epoch's name, else the step's."""
-    content = run.state(options.plain_values(args))
+    content = run.state(cli.plain_values(args))
     if distributed.is_main():
         if run.step and run.step_in_epoch == 0:
             path = checkpoint.epoch_path(args.save_dir, run.epoch - 1)
@@ -744,7 +743,7 @@ def prepare_folder(args: argparse.Namespace) -> None:
     try:
         args.save_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_unfinished(args.save_dir)
-        facts = {**options.plain_values(args), "provenance": provenance()}
+        facts = {**cli.plain_values(args), "provenance": provenance()}
         write_json(args.save_dir / "args.json", facts)
     except OSError as error:
         raise TrainingError(f"cannot write to the run folder: {error}") from error

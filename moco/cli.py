@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +21,13 @@ from moco.checkpoint import run_checkpoints
 from moco.data.images import DATASETS, image_paths, split_folder
 from moco.encoders import arch_names
 from moco.errors import CheckpointError, DataError, TrainingError
-from moco.launch import launch, planned_world_size, started_by_torchrun, visible_devices
+from moco.launch import (
+    launch,
+    planned_world_size,
+    started_by_torchrun,
+    usable_cores,
+    visible_devices,
+)
 from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
@@ -329,12 +336,6 @@ def check_data_folder(
             )
 
 
-def usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # what this process may use: fewer under SLURM, docker
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def plain_values(args: argparse.Namespace) -> dict:
     """The arguments as JSON and `weights_only` can hold them: derived objects left out."""
     plain = {}
@@ -369,18 +370,16 @@ def run_worker(
         sys.exit(error.exit_code or 1)
 
 
-class one_line_errors:
-    """Context that turns errors for the user into one line and exit status 1."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, (DataError, CheckpointError, TrainingError, OSError)):
-            lines = str(error).strip().splitlines()
-            if any(line.startswith("Original Traceback") for line in lines):
-                # What a loader process raised arrives with that process's trace in front.
-                lines = [re.sub(r"^[\w.]*Error: ", "", lines[-1])]
-            message = " ".join(line.strip() for line in lines)
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-            sys.exit(1)
+@contextlib.contextmanager
+def report_user_errors() -> Iterator[None]:
+    """Print an error that the user can act on in one line, and exit with status 1; others raise."""
+    try:
+        yield
+    except (DataError, CheckpointError, TrainingError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        if any(line.startswith("Original Traceback") for line in lines):
+            # A loader process puts its own trace in front of the error that it raised.
+            lines = [re.sub(r"^[\w.]*Error: ", "", lines[-1])]
+        message = " ".join(line.strip() for line in lines)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(1)

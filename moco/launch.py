@@ -47,6 +47,13 @@ def visible_devices(device: str, gpus: list[int] | None) -> list[torch.device]:
     return [torch.device("cuda", index) for index in gpus] or [torch.device("cpu")]
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # what this process may use: fewer under SLURM, docker
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def started_by_torchrun() -> bool:
     """torchrun (or anything alike) has started one process per device and numbered them."""
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))

@@ -29,9 +29,9 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from moco.cli import usable_cores  # noqa: E402
 from moco.data.images import IMG_EXTENSIONS, MAX_PIXELS, image_paths, load_rgb  # noqa: E402
 from moco.errors import DataError  # noqa: E402
+from moco.launch import usable_cores  # noqa: E402
 
 # kind: what happens in training. The first group stops it (or is replaced: --skip-bad-images).
 REFUSED = {

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from align_uniform import figures  # noqa: E402
-from moco.cli import one_line_errors  # noqa: E402
+from moco.cli import report_user_errors  # noqa: E402
 from scripts.run_folders import Run, common_accuracy, mean, read_runs  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         more = f"; and {len(left_out) - 4} more" if len(left_out) > 4 else ""
         parser.exit(2, f"{parser.prog}: error: no finished run to compare: {reasons}{more}\n")
     comparison = Comparison(runs, left_out)
-    with one_line_errors():
+    with report_user_errors():
         args.out.write_text(report(comparison), encoding="utf-8")
     print(markdown(comparison))
     print(f"wrote {args.out}", file=sys.stderr)

@@ -32,8 +32,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco import checkpoint  # noqa: E402
-from moco import cli as options
+from moco import (
+    checkpoint,  # noqa: E402
+    cli,
+)
 from moco.checkpoint import download  # noqa: E402
 from moco.errors import CheckpointError  # noqa: E402
 from moco.publish import export  # noqa: E402
@@ -47,9 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="convert a checkpoint for another tool", allow_abbrev=False
     )
-    parser.add_argument("source", type=options.non_empty, metavar="IN",
+    parser.add_argument("source", type=cli.non_empty, metavar="IN",
                         help="file or URL of any kind that load_encoder reads")  # fmt: skip
-    parser.add_argument("out", type=options.non_empty, nargs="?", metavar="OUT",
+    parser.add_argument("out", type=cli.non_empty, nargs="?", metavar="OUT",
                         help="default: beside IN (of a URL: here), under IN's name and the "
                         "format's")  # fmt: skip
     parser.add_argument("--to", choices=export.FORMATS, required=True)
@@ -105,7 +107,7 @@ def _stem(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    with options.one_line_errors():
+    with cli.report_user_errors():
         convert(args.source, args.out, args.to, args.head)
 
 

@@ -39,13 +39,12 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco import checkpoint, encoders  # noqa: E402
-from moco import cli as options
+from moco import checkpoint, cli, encoders  # noqa: E402
 from moco.data import loader  # noqa: E402
 from moco.data.images import DATASETS, FolderImages, Images, Subset, open_images, split_folder  # noqa: E402
 from moco.data.views import eval_transform, normalize, pretrain_recipe  # noqa: E402
 from moco.errors import CheckpointError  # noqa: E402
-from moco.launch import visible_devices  # noqa: E402
+from moco.launch import usable_cores, visible_devices  # noqa: E402
 from moco.log import progress  # noqa: E402
 from moco.publish import export  # noqa: E402
 
@@ -53,9 +52,9 @@ from moco.publish import export  # noqa: E402
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="features of images", allow_abbrev=False)
     # fmt: off
-    parser.add_argument("checkpoint", type=options.non_empty, metavar="CHECKPOINT")
-    parser.add_argument("data", type=options.non_empty, metavar="DIR")
-    parser.add_argument("out", type=options.non_empty, metavar="OUT", help=".npz or .safetensors")
+    parser.add_argument("checkpoint", type=cli.non_empty, metavar="CHECKPOINT")
+    parser.add_argument("data", type=cli.non_empty, metavar="DIR")
+    parser.add_argument("out", type=cli.non_empty, metavar="OUT", help=".npz or .safetensors")
     parser.add_argument("--dataset", choices=DATASETS, default="folder",
                         help="folder of images, or one that torchvision has put into DIR")
     parser.add_argument("--split", choices=("train", "val"),
@@ -72,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="default: the checkpoint's, else ImageNet's")
     parser.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="%(default)s")
-    parser.add_argument("-j", "--workers", type=int, default=options.usable_cores(), metavar="N")
+    parser.add_argument("-j", "--workers", type=int, default=usable_cores(), metavar="N")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--overwrite", action="store_true", help="replace the file OUT")
     # fmt: on
@@ -97,7 +96,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     try:
-        options.check_image_statistics(args.mean or (), args.std or ())
+        cli.check_image_statistics(args.mean or (), args.std or ())
         args.device = visible_devices(args.device, None)[0]
     except ValueError as error:
         parser.error(str(error))
@@ -106,7 +105,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    with options.one_line_errors():
+    with cli.report_user_errors():
         images, split = chosen_images(args)
         arrays, about = extract(args, images)
         about["split"] = split

@@ -39,24 +39,21 @@ from align_uniform.metrics import (  # noqa: E402
     effective_rank,
     uniformity_curve,
 )
-from moco import checkpoint, encoders  # noqa: E402
-from moco import cli as options
+from moco import checkpoint, cli, encoders  # noqa: E402
 from moco.data import loader  # noqa: E402
 from moco.data.images import DATASETS, FolderImages, Images, Subset, first_per_class, open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize, pretrain_recipe  # noqa: E402
 from moco.errors import CheckpointError, DataError  # noqa: E402
 from moco.evaluate import knn as evaluate  # noqa: E402
-from moco.launch import visible_devices  # noqa: E402
+from moco.launch import usable_cores, visible_devices  # noqa: E402
 from moco.log import progress  # noqa: E402
 from moco.run_files import write_json  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", type=options.non_empty)
-    parser.add_argument("data", metavar="DIR", nargs="?", type=options.non_empty)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", type=cli.non_empty)
+    parser.add_argument("data", metavar="DIR", nargs="?", type=cli.non_empty)
     parser.add_argument("--timm", metavar="NAME", help="CHECKPOINT has weights of this timm model")
     parser.add_argument("--features", type=Path, metavar="FILE", help="measure these instead")
     parser.add_argument("--bank", type=Path, metavar="FILE", help="with --features: for k-NN")
@@ -85,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
     parser.add_argument("--seed", type=int, default=0, help="of the views (%(default)s)")
     parser.add_argument("--batch-size", type=count, default=256)
-    parser.add_argument("-j", "--workers", type=int, default=options.usable_cores())
+    parser.add_argument("-j", "--workers", type=int, default=usable_cores())
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -118,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = visible_devices(args.device, None)[0]
     except ValueError as error:
         parser.error(str(error))
-    with options.one_line_errors():
+    with cli.report_user_errors():
         result = measure_file(args, device) if args.features else measure_encoder(args, device)
         print(json.dumps(result) if args.json else table(result))
         if args.out:
@@ -143,7 +140,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"no such folder for --out: {args.out.parent}")
     if args.mean or args.std:
         try:
-            options.check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
+            cli.check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
         except ValueError as error:
             parser.error(str(error))
 

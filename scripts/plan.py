@@ -40,10 +40,13 @@ import timing  # noqa: E402
 from plan_measure import Step, measure, read_measured, write_photos  # noqa: E402
 from plan_model import PAYS, Cluster, fit, memory_bytes, plan, predict  # noqa: E402
 
-from moco import cli as options  # noqa: E402
-from moco import distributed, encoders  # noqa: E402
+from moco import (  # noqa: E402
+    cli,  # noqa: E402
+    distributed,
+    encoders,
+)
 from moco.errors import TrainingError  # noqa: E402
-from moco.launch import launch, visible_devices  # noqa: E402
+from moco.launch import launch, usable_cores, visible_devices  # noqa: E402
 from moco.run_files import write_json  # noqa: E402
 
 PUBLISHED_GROUP = 32  # images that batch norm sees together in the published runs
@@ -55,9 +58,9 @@ CHECK_STEPS, PRINT_FREQ, WARM_UP = 24, 2, 4  # of the runs that --check holds pr
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = options.Parser(description="plan a pretraining run", allow_abbrev=False)
+    parser = cli.Parser(description="plan a pretraining run", allow_abbrev=False)
     # fmt: off
-    parser.add_argument("data", nargs="?", type=options.non_empty, metavar="DIR",
+    parser.add_argument("data", nargs="?", type=cli.non_empty, metavar="DIR",
                         help="images that the loader is timed on (default: synthetic JPEGs of "
                         "ImageNet's mean size)")
     run = parser.add_argument_group("the run, as for main_moco.py")
@@ -119,8 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     if args.data is not None:
         args.dataset = "folder"
-        options.check_data_folder(parser, args, {"pretrain": 1})
-    with options.one_line_errors():
+        cli.check_data_folder(parser, args, {"pretrain": 1})
+    with cli.report_user_errors():
         if args.check is not None:
             content = {"check": check(cases, args, device)}
         else:
@@ -354,7 +357,7 @@ def check(cases: list[argparse.Namespace], args: argparse.Namespace, device: tor
     if device.type == "cpu":
         torch.set_num_threads(1)  # of each process, so that two of them find it as one does
     else:
-        counts, cores = counts[: torch.cuda.device_count()], options.usable_cores()
+        counts, cores = counts[: torch.cuda.device_count()], usable_cores()
     rows, all_measured = [], []
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:

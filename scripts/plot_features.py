@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from align_uniform import figures  # noqa: E402
 from align_uniform.figures import Features, Point  # noqa: E402
-from moco.cli import one_line_errors  # noqa: E402
+from moco.cli import report_user_errors  # noqa: E402
 from moco.errors import DataError  # noqa: E402
 from scripts.run_folders import Run, common_accuracy, number, read_runs, short_names  # noqa: E402
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse(f"--most must be at least 2, got {args.most}")
     if not 0 <= args.seed < 2**32:
         refuse(f"--seed must be in [0, 2^32), got {args.seed}")
-    with one_line_errors():
+    with report_user_errors():
         try:
             figure = draw(args)
         except ValueError as error:  # of the library, about the numbers in a file

@@ -29,8 +29,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco import checkpoint  # noqa: E402
-from moco import cli as options
+from moco import (
+    checkpoint,  # noqa: E402
+    cli,
+)
 from moco.errors import CheckpointError  # noqa: E402
 from moco.publish import export  # noqa: E402
 from moco.run_files import LINCLS_LATEST, LINCLS_RESULT, write_json  # noqa: E402
@@ -47,19 +49,19 @@ WEIGHTS = re.compile(r"([A-Za-z0-9_-]+)-(backbone|full|linear)-([0-9a-f]{8})\.(p
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="make or verify a release", allow_abbrev=False)
     # fmt: off
-    parser.add_argument("checkpoint", type=options.non_empty, nargs="?", metavar="CHECKPOINT",
+    parser.add_argument("checkpoint", type=cli.non_empty, nargs="?", metavar="CHECKPOINT",
                         help="of pretraining, in its run folder")
-    parser.add_argument("out", type=options.non_empty, nargs="?", metavar="OUT",
+    parser.add_argument("out", type=cli.non_empty, nargs="?", metavar="OUT",
                         help="folder to make")
-    parser.add_argument("--lincls", type=options.non_empty, metavar="FILE",
+    parser.add_argument("--lincls", type=cli.non_empty, metavar="FILE",
                         help="checkpoint of main_lincls.py on CHECKPOINT, in its run folder")
-    parser.add_argument("--metrics", type=options.non_empty, metavar="FILE",
+    parser.add_argument("--metrics", type=cli.non_empty, metavar="FILE",
                         help="what measure_align_uniform.py --out has written of CHECKPOINT")
     parser.add_argument("--name", help="of the files (default: that of OUT)")
     parser.add_argument("--licence", "--license", metavar="ID",
                         help="of the weights, such as mit or cc-by-nc-4.0, which is for you to "
                              "decide (default: the card says that none is stated)")
-    parser.add_argument("--verify", type=options.non_empty, metavar="FOLDER",
+    parser.add_argument("--verify", type=cli.non_empty, metavar="FOLDER",
                         help="check a release instead: sums, names, weights, config, card")
     # fmt: on
     return parser
@@ -96,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    with options.one_line_errors():
+    with cli.report_user_errors():
         if not args.verify:
             release(args)
             return

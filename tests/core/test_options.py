@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import main_lincls
 import main_moco
-from moco import cli as options
-from moco.errors import CheckpointError, DataError
+from moco import cli
+from moco.errors import CheckpointError, DataError, TrainingError
+from moco.launch import usable_cores
 
 MAINS = pytest.mark.parametrize("main", [main_moco, main_lincls], ids=lambda main: main.__name__)
 
@@ -33,7 +34,7 @@ def checked(*flags: str) -> argparse.Namespace:
     """Shared flags after their check, without a data folder's."""
     parser = main_moco.build_parser()
     args = parser.parse_args([*flags, "--device", "cpu", "DIR"])
-    options.check_shared_options(parser, args)
+    cli.check_shared_options(parser, args)
     return args
 
 
@@ -61,7 +62,7 @@ def checked(*flags: str) -> argparse.Namespace:
     ],
 )
 def test_lists_end_where_the_numbers_end(line, joined):
-    assert options._join_lists(line.split()) == joined.split()
+    assert cli._join_lists(line.split()) == joined.split()
 
 
 @MAINS
@@ -80,11 +81,11 @@ def test_lists_are_parsed_wherever_the_folder_stands(main):
 
 
 def test_numbers():
-    assert options.numbers("") == []
-    assert options.numbers("7") == [7]
-    assert options.numbers("1,2,30,") == [1, 2, 30]
+    assert cli.numbers("") == []
+    assert cli.numbers("7") == [7]
+    assert cli.numbers("1,2,30,") == [1, 2, 30]
     with pytest.raises(argparse.ArgumentTypeError, match="whole numbers, got '1;2'"):
-        options.numbers("1;2")
+        cli.numbers("1;2")
 
 
 @MAINS
@@ -114,7 +115,7 @@ def test_help_shows_every_default(main, capsys):
 def test_plain_values_fit_json_and_weights_only(tmp_path):
     args = checked("--save-dir", "run", "--schedule", "1", "2")
     args.pair, args.nothing, args.device_object = (1.5, 2.5), None, torch.device("cpu")
-    plain = options.plain_values(args)
+    plain = cli.plain_values(args)
     assert json.loads(json.dumps(plain)) == plain
     assert (plain["save_dir"], plain["schedule"], plain["pair"]) == ("run", [1, 2], [1.5, 2.5])
     assert plain["nothing"] is None
@@ -137,7 +138,7 @@ def test_workers_of_two_nodes_are_shared_on_each(monkeypatch):
 
 
 def test_workers_default_to_the_cores_that_may_be_used():
-    assert checked().workers == options.usable_cores() >= 1
+    assert checked().workers == usable_cores() >= 1
 
 
 def test_torchrun_overrules_world_size_and_rank(monkeypatch):
@@ -179,23 +180,23 @@ def test_a_seed_that_is_not_given_is_drawn_within_31_bits():
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [DataError, CheckpointError, options.TrainingError])
+@pytest.mark.parametrize("kind", [DataError, CheckpointError, TrainingError])
 def test_errors_that_the_user_can_mend_end_in_one_line(kind, capsys):
-    with pytest.raises(SystemExit) as stop, options.one_line_errors():
+    with pytest.raises(SystemExit) as stop, cli.report_user_errors():
         raise kind("no such thing: mend it")
     assert stop.value.code == 1
     assert capsys.readouterr().err.endswith("error: no such thing: mend it\n")
 
 
 def test_a_missing_file_ends_in_one_line(capsys):
-    with pytest.raises(SystemExit), options.one_line_errors():
+    with pytest.raises(SystemExit), cli.report_user_errors():
         Path("/no/such/file").read_text()
     assert "/no/such/file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyboardInterrupt])
 def test_other_errors_keep_their_trace(kind):
-    with pytest.raises(kind, match="ours"), options.one_line_errors():
+    with pytest.raises(kind, match="ours"), cli.report_user_errors():
         raise kind("ours")
 
 
@@ -209,13 +210,13 @@ class Unreadable(Dataset):
 
 def test_an_error_in_a_loader_process_ends_in_the_same_line(capsys):
     loader = DataLoader(Unreadable(), num_workers=1)
-    with pytest.raises(SystemExit), options.one_line_errors():
+    with pytest.raises(SystemExit), cli.report_user_errors():
         next(iter(loader))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("error: cannot read image a.png: it is cut off")
 
 
 def test_a_message_of_several_lines_is_shown_whole(capsys):
-    with pytest.raises(SystemExit), options.one_line_errors():
+    with pytest.raises(SystemExit), cli.report_user_errors():
         raise DataError("cannot read image a.png: broken\nat byte 7; replace it")
     assert "a.png" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from helpers import (
 )
 
 import main_moco
-from moco import cli as options
+from moco import cli
 
 # 30 images in batches of 8 are three steps an epoch; six images are left out of each.
 TINY = shlex.split(
@@ -944,7 +944,7 @@ def test_an_error_in_a_spawned_rank_ends_in_one_line(data, tmp_path, capfd):
     args = main_moco.parse_args([*TINY, "--save-dir", "run", str(tmp_path / "data")])
     args.devices, args.processes = [torch.device("cpu")] * 2, 2
     with pytest.raises(SystemExit) as stop:
-        options.run_worker(main_moco.train, args)
+        cli.run_worker(main_moco.train, args)
     assert stop.value.code == 1
     err = capfd.readouterr().err
     assert "error: cannot read image" in err
