@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from moco import checkpoint, cli, distributed, encoders
+from moco import batch_norm, checkpoint, cli, distributed, encoders
 from moco.builder import MoCo, MoCoLosses
 from moco.data import loader
 from moco.data.images import names_digest, open_images
@@ -305,7 +305,7 @@ def _batch_norm_groups(args: argparse.Namespace) -> int:
     """Batch-norm groups per device, of each part of its batch."""
     batch = _part_size(args)
     if args.bn_splits == "auto":
-        return encoders.automatic_bn_splits(batch)
+        return batch_norm.automatic_bn_splits(batch)
     try:
         groups = int(args.bn_splits)
     except ValueError:
@@ -639,7 +639,7 @@ def print_start(
             f", in {args.accumulate} parts of {part}; optimizer, key encoder and queue advance "
             "once per step"
         )
-    if not encoders.has_batch_norm(moco.encoder_q):
+    if not batch_norm.has_batch_norm(moco.encoder_q):
         norm = "none in this arch"
     elif groups > 1:
         norm = f"{groups} groups of {part // groups} {where}"

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT / "scripts" / "benchmark"))
 
 import timing  # noqa: E402
 
-from moco import encoders  # noqa: E402
+from moco import batch_norm, encoders  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
 from moco.data import loader  # noqa: E402
 from moco.data.images import open_images  # noqa: E402
@@ -55,7 +55,7 @@ class Step:
 
     def __init__(self, args: argparse.Namespace, images: int, device: torch.device) -> None:
         self.device = device
-        groups = encoders.automatic_bn_splits(images)
+        groups = batch_norm.automatic_bn_splits(images)
         self.options = SimpleNamespace(
             lr=0.03, momentum=0.9, weight_decay=1e-4, accumulate=1, symmetric=False, amp=args.amp,
             contr_w=0.0, align_w=3.0, unif_w=1.0,

@@ -29,7 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco.encoders import automatic_bn_splits  # noqa: E402
+from moco.batch_norm import automatic_bn_splits  # noqa: E402
 
 PAYS = 1.25  # twice as many GPUs should be at least so many times as fast
 
