@@ -395,7 +395,7 @@ def test_names_and_shapes_that_do_not_fit_are_named(
 def test_tensors_of_no_known_network_are_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = "moco.checkpoint.encoder.build_encoder"
+    build = "moco.checkpoint.architectures.build_encoder"
     monkeypatch.setattr(build, lambda *_, **__: pytest.fail("it was tried"))
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "nested.pth")
     torch.save({"blocks.0.weight": torch.ones(1)}, tmp_path / "other.pth")
