@@ -12,7 +12,7 @@ from moco.checkpoint.architectures import fit_arch
 from moco.checkpoint.content import saved_args
 from moco.checkpoint.download import check_hash, checked_digits, is_url, read_url
 from moco.checkpoint.files import read_checkpoint
-from moco.checkpoint.layouts import PRETRAINING, find_encoder
+from moco.checkpoint.layouts import PRETRAINING, Source, find_encoder
 from moco.encoders import (
     build_head,
     get_head,
@@ -63,45 +63,102 @@ def load_encoder(
     """
     if head not in ("none", "projection", "linear"):
         raise ValueError(f'head must be "none", "projection" or "linear", got {head!r}')
-    sha256 = checked_digits(sha256)
-    if is_url(path):
-        content = read_url(path, sha256)
-    else:
-        path = Path(path)
-        if (path / "model.safetensors").is_file():
-            path = path / "model.safetensors"
-        content = read_checkpoint(path)
-        check_hash(path, sha256, path)
+    content = _read(path, checked_digits(sha256))
     source = find_encoder(content, path)
-    state, layout, args = source.state, source.layout, saved_args(content)
-    if all(name.startswith(_HEADS) for name in state):
+    if all(name.startswith(_HEADS) for name in source.state):
         raise CheckpointError(
-            f"{path} holds a head only ({', '.join(sorted(state)[:3])}), no backbone; expected the "
-            "state dict of a whole network, as main_lincls.py writes it, or of its encoder"
+            f"{path} holds a head only ({', '.join(sorted(source.state)[:3])}), no backbone; "
+            "expected the state dict of a whole network, as main_lincls.py writes it, or of its "
+            "encoder"
         )
-    encoder = fit_arch(state, content.get("arch"), path)
+    encoder = fit_arch(source.state, content.get("arch"), path)
+    kind, use = _attach_head(encoder, source, head, path)
+    matched = _fill(encoder, source.state, path)
+    encoder.eval()
+    args = saved_args(content)
+    info = {
+        "arch": encoder.arch,
+        "small_stem": encoder.small_stem,
+        "epoch": content.get("pretrained_epochs", content.get("epoch")),
+        "objective": args.get("objective", content.get("objective")),
+        "layout": "plain" if source.layout == "lincls" and kind != "linear" else source.layout,
+        "encoder": source.encoder,
+        "head": kind,
+        "head_use": use,
+        "feature_dim": encoder.feature_dim,
+        "matched": len(matched),
+        "ignored": sorted(source.state.keys() - matched),
+        "beside": source.beside,
+        "args": args,
+    }
+    return encoder, info
 
+
+def _read(path: str | os.PathLike, sha256: str | None) -> dict:
+    """The content of a file, of a folder as Hugging Face has them, or at an address."""
+    if is_url(path):
+        return read_url(path, sha256)
+    path = Path(path)
+    if (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
+    content = read_checkpoint(path)
+    check_hash(path, sha256, path)
+    return content
+
+
+# ------------------------------------------------------------------------------------------------
+# Heads
+# ------------------------------------------------------------------------------------------------
+
+# Beginnings of names in the last parts of torchvision's networks.
+_HEADS = ("fc.", "classifier.", "heads.", "head.")
+_IN_MLP = re.compile(r"[0-9]{1,3}\.(weight|bias|running_mean|running_var|num_batches_tracked)")
+
+
+def _attach_head(
+    encoder: nn.Module, source: Source, head: str, path: str | os.PathLike
+) -> tuple[str, str]:
+    """Give the encoder the head that is asked for; what the file has at its end, and the argument
+    `head` that gives it.
+
+    Raises:
+        CheckpointError: there is no such head in the file, or it does not fit.
+    """
     name = head_name(encoder)
     in_file = {
         key.removeprefix(f"{name}."): value
-        for key, value in state.items()
+        for key, value in source.state.items()
         if key.startswith(f"{name}.")
     }
     kind = _head_kind(in_file, bias=get_head(encoder).bias is not None)
-    if layout == "lincls" and kind != "linear":
-        layout = "plain"
-    use = _head_use(kind, layout)
+    # One linear layer is a projection in pretraining files, a classifier in the others.
+    is_linear = kind == "linear" and source.layout not in PRETRAINING
+    use = "none" if kind == "none" else "linear" if is_linear else "projection"
     if head == "none":
         set_head(encoder, nn.Identity())
-    else:
-        if head != use:
-            has = "no head" if use == "none" else f"a {use} head"
-            remedy = '(head="none" gives features)'
-            raise CheckpointError(f"{path} has {has}, {head} was asked for {remedy}")
-        try:
-            set_head(encoder, build_head(in_file, encoder.feature_dim))
-        except ValueError as error:
-            raise CheckpointError(f"{path}: in its head {name}, {error}") from error
+        return kind, use
+    if head != use:
+        has = "no head" if use == "none" else f"a {use} head"
+        remedy = '(head="none" gives features)'
+        raise CheckpointError(f"{path} has {has}, {head} was asked for {remedy}")
+    try:
+        set_head(encoder, build_head(in_file, encoder.feature_dim))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: in its head {name}, {error}") from error
+    return kind, use
+
+
+def _head_kind(head: dict[str, Tensor], bias: bool) -> str:
+    """What the file has at the end; `bias`: whether the last layer of this arch has one."""
+    if head.keys() == ({"weight", "bias"} if bias else {"weight"}):
+        return "linear"
+    if head and all(_IN_MLP.fullmatch(name) for name in head):
+        return "mlp"
+    return "none"
+
+
+def _fill(encoder: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> set[str]:
+    """Load every tensor of the encoder from `state`; their names."""
     wanted = encoder.state_dict()
     for key, tensor in wanted.items():
         if key not in state or state[key].shape != tensor.shape:
@@ -114,43 +171,4 @@ def load_encoder(
     for key in wanted:  # in place of a new dict: this one knows the versions of its modules
         wanted[key] = state[key]
     encoder.load_state_dict(wanted)
-    encoder.eval()
-    info = {
-        "arch": encoder.arch,
-        "small_stem": encoder.small_stem,
-        "epoch": content.get("pretrained_epochs", content.get("epoch")),
-        "objective": args.get("objective", content.get("objective")),
-        "layout": layout,
-        "encoder": source.encoder,
-        "head": kind,
-        "head_use": use,
-        "feature_dim": encoder.feature_dim,
-        "matched": len(wanted),
-        "ignored": sorted(set(state) - set(wanted)),
-        "beside": source.beside,
-        "args": args,
-    }
-    return encoder, info
-
-
-# Beginnings of names in the last parts of torchvision's networks.
-_HEADS = ("fc.", "classifier.", "heads.", "head.")
-
-
-def _head_kind(head: dict[str, Tensor], bias: bool) -> str:
-    """What the file has at the end; `bias`: whether the last layer of this arch has one."""
-    if head.keys() == ({"weight", "bias"} if bias else {"weight"}):
-        return "linear"
-    if head and all(_IN_MLP.fullmatch(name) for name in head):
-        return "mlp"
-    return "none"
-
-
-_IN_MLP = re.compile(r"[0-9]{1,3}\.(weight|bias|running_mean|running_var|num_batches_tracked)")
-
-
-def _head_use(kind: str, layout: str) -> str:
-    """One linear layer is a projection in pretraining files, a classifier in the others."""
-    if kind == "linear" and layout not in PRETRAINING:
-        return "linear"
-    return "none" if kind == "none" else "projection"
+    return set(wanted)

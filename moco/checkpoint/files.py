@@ -32,14 +32,13 @@ from torch import Tensor
 
 from moco.checkpoint.content import check_content, checksum
 from moco.checkpoint.refusals import (
-    FROM_NUMPY,
     RESAVE,
     UNPACK,
     ZIP,
     damaged,
     first_sentence,
     not_a_checkpoint,
-    other_kind,
+    refuse_other_files,
     unsafe_or_damaged,
 )
 from moco.checkpoint.unpickle import OtherPickle, read_arrays
@@ -183,9 +182,7 @@ def read_unwarned(path: Path) -> tuple[dict, bool]:
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
         head, size = _head(path), path.stat().st_size
-        other = other_kind(head, size, path.suffix)
-        if other:
-            raise not_a_checkpoint(path, *other)
+        refuse_other_files(path, head)
         is_old = False
         if path.suffix == ".safetensors":
             content = _read_safetensors(path)
@@ -249,8 +246,6 @@ def _read_zip(path: Path) -> object:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
         if not any(name.endswith("/data.pkl") for name in names):
-            if names and all(name.endswith(".npy") for name in names):
-                raise not_a_checkpoint(path, "is an archive of NumPy arrays", FROM_NUMPY)
             what = f"is a zip archive of other things ({', '.join(names[:3]) or 'none'})"
             raise not_a_checkpoint(path, what, UNPACK)
         if any(name.endswith("/constants.pkl") for name in names):

@@ -7,6 +7,11 @@ from pathlib import Path
 
 from moco.errors import CheckpointError
 
+ZIP = b"PK\x03\x04"  # begins what torch.save writes since 1.6
+PICKLE = b"\x80"  # begins a pickle, and what torch.save wrote before
+RESAVE = "Save a dict of tensors, such as module.state_dict()"
+UNPACK = "Unpack it and give the file inside"
+
 
 def not_a_checkpoint(path: Path, what: str, remedy: str) -> CheckpointError:
     return CheckpointError(
@@ -37,52 +42,31 @@ def unsafe_or_damaged(path: Path, message: str) -> CheckpointError:
     )
 
 
-ZIP = b"PK\x03\x04"  # torch.load decides by this too; an archive can also hang behind a pickle
-_HTML = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<script")
-UNPACK = "Unpack it and give the file inside"
-FROM_NUMPY = "Save a dict of them as tensors, by torch.from_numpy, with torch.save"
-RESAVE = "Save a dict of tensors, such as module.state_dict()"
-# First bytes of files that lie where a checkpoint should be: what it is, what to do.
-_OTHER_KINDS = (
-    (b"version https://git-lfs.github.com/spec", "is a git-lfs pointer", "Run `git lfs pull`"),
-    (b"\xff\xd8\xff", "is a JPEG image", "Check the path"),
-    (b"\x89PNG", "is a PNG image", "Check the path"),
-    (b"\x93NUMPY", "is a NumPy array", "Check the path"),
-    (b"\x89HDF", "is an HDF5 file, as Keras writes it", "Convert its weights with h5py"),
-    (b"\x1f\x8b", "is compressed by gzip", UNPACK),
-    (b"BZh", "is compressed by bzip2", UNPACK),
-    (b"\xfd7zXZ", "is compressed by xz", UNPACK),
-    (b"\x28\xb5\x2f\xfd", "is compressed by zstd", UNPACK),
-    (b"7z\xbc\xaf", "is a 7z archive", UNPACK),
-)
-
-
-def other_kind(head: bytes, size: int, suffix: str) -> tuple[str, str] | None:
-    """What a file is that is certainly no checkpoint, and what to do; None when it may be one."""
-    if not size:
-        return "is empty", "Copy or download it again; perhaps the disk was full"
-    if not head.strip(b"\0"):
-        return "begins with nothing but zeros", "Copy or download it again"
-    if head.lstrip().lower().startswith(_HTML):
-        return (
-            "is a web page (HTML or XML), perhaps an error or log-in page",
-            "Download it again, from the link of the file itself",
-        )
-    if head[257:262] == b"ustar":
-        return "is a tar archive (which checkpoints named .pth.tar are not)", UNPACK
-    for start, what, remedy in _OTHER_KINDS:
-        if head.startswith(start):
-            return what, remedy
-    if suffix == ".safetensors":
-        if head[8:9] != b"{" and head.startswith((ZIP, b"\x80")):
-            return "is no safetensors file, but one of torch.save", "Rename it to end in .pth"
-        return None
-    if head[8:10] == b'{"':
-        return "seems to be a safetensors file", "Rename it to end in .safetensors"
-    if head.startswith((ZIP, b"\x80")):  # b"\x80" begins a pickle
-        return None
-    kind = "a text file" if head.isascii() and b"\0" not in head else "of an unknown kind"
-    return f"is {kind} (it begins with {head[:20]!r})", "Check the path, or download it again"
+def refuse_other_files(path: Path, head: bytes) -> None:
+    """Raise CheckpointError when a file that begins with `head` is certainly no checkpoint."""
+    is_text = head.isascii() and b"\0" not in head
+    if not head:
+        what, remedy = "is empty", "Copy or download it again; perhaps the disk was full"
+    elif not head.strip(b"\0"):
+        what, remedy = "begins with nothing but zeros", "Copy or download it again"
+    elif head.startswith(b"version https://git-lfs"):
+        what, remedy = "is a git-lfs pointer", "Run `git lfs pull`"
+    elif head.lstrip().startswith(b"<"):
+        what = "is a web page (HTML or XML), perhaps an error or log-in page"
+        remedy = "Download it again, from the link of the file itself"
+    elif path.suffix == ".safetensors":
+        if head[8:9] == b"{" or not head.startswith((ZIP, PICKLE)):
+            return
+        what, remedy = "is no safetensors file, but one of torch.save", "Rename it to end in .pth"
+    elif head[8:10] == b'{"':
+        what, remedy = "seems to be a safetensors file", "Rename it to end in .safetensors"
+    elif head.startswith((ZIP, PICKLE)):
+        return
+    else:
+        kind = "a text file" if is_text else "of an unknown kind"
+        what = f"is {kind} (it begins with {head[:20]!r})"
+        remedy = "Check the path, unpack it if it is an archive, or download it again"
+    raise not_a_checkpoint(path, what, remedy)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -454,8 +454,8 @@ def test_what_other_files_are_and_the_remedy(tmp_path: Path) -> None:
     for name, said in (
         ("a.safetensors", "no safetensors file, but one of torch.save; .*Rename it to end in .pth"),
         ("cut.safetensors", "not a whole safetensors file: .*download it again"),
-        ("a.npz", "an archive of NumPy arrays; .*from_numpy"),
-        ("a.npy", "a NumPy array; "),
+        ("a.npz", "a zip archive of other things .*conv1.weight.npy.*Unpack it"),
+        ("a.npy", "of an unknown kind .*NUMPY.*Check the path"),
         ("none.pth", "only an empty dict; expected an encoder's state dict"),
         ("module.pth", r"content.state_dict\(\) of a whole network"),
     ):
