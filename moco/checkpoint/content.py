@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moco.checkpoint.refusals import RESAVE, damaged, not_a_checkpoint
+from moco.checkpoint.refusals import damaged
 from moco.errors import CheckpointError
 
 
@@ -64,45 +64,50 @@ def saved_args(content: dict) -> dict:
     return args if isinstance(args, dict) else {}
 
 
-_PLAIN = (str, int, float, bytes, type(None), torch.device, torch.dtype)
-_MOST_VALUES, _DEEPEST = 200_000, 50  # far above any checkpoint's
-
-
-def check_content(content: object, size: int, path: Path) -> None:
-    """Refuse what would break later: other than tensors and plain values, tensors larger than the
-    file, endless nesting, and numbers that are not finite in what is trained."""
-    if not isinstance(content, dict):
-        what = f"holds a {type(content).__name__} instead of a dict"
-        raise not_a_checkpoint(path, what, RESAVE)
+def check_content(content: dict, path: Path) -> None:
+    """Refuse tensors that are larger than the file, and numbers that are not finite in what is
+    trained."""
+    size = path.stat().st_size
     trained = content
     if "state_dict" in content:
         trained = ("state_dict", "state_dict_ema", "optimizer")
-    count = 0
-    todo: list[tuple[tuple, object]] = [((), content)]  # (keys that lead there, value)
-    while todo:
-        where, value = todo.pop()
-        count += 1
-        if count > _MOST_VALUES or len(where) > _DEEPEST:
-            raise CheckpointError(f"{path} is refused: it has no end of nested values")
-        if isinstance(value, dict):
-            todo += [((*where, "key"), key) for key in value]
-            todo += [((*where, key), item) for key, item in value.items()]
-        elif isinstance(value, (list, tuple, set)):
-            todo += [((*where, index), item) for index, item in enumerate(value)]
-        elif isinstance(value, Tensor):
-            name = ".".join(map(str, where))
-            ordinary = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
-            if not ordinary or value.device.type != "cpu" or value.is_quantized:
-                raise CheckpointError(f"{path}: {name} is no ordinary tensor of numbers")
-            if value.numel() * value.element_size() > size:
-                raise damaged(path, f"{name} declares more numbers than the file holds")
-            if where[0] in trained and not value.isfinite().all():
-                raise CheckpointError(
-                    f"{path} holds NaN or infinity in {name}: its training had failed, or it is "
-                    "damaged. Use an earlier checkpoint"
-                )
-        elif not isinstance(value, _PLAIN):
+    total = 0
+    for keys, tensor in _tensors(content):
+        name = ".".join(map(str, keys))
+        total += tensor.nbytes
+        if tensor.nbytes > size:
+            raise damaged(path, f"{name} declares more numbers than the file holds")
+        if total > _MOST_SHARING * size:
+            raise damaged(path, "its tensors together declare more numbers than the file holds")
+        if keys[0] in trained and not _is_finite(tensor):
             raise CheckpointError(
-                f"{path}: {'.'.join(map(str, where))} is a {type(value).__name__}, expected "
-                "tensors and plain values"
+                f"{path} holds NaN or infinity in {name}: its training had failed, or it is "
+                "damaged. Use an earlier checkpoint"
             )
+
+
+_MOST_SHARING = 4  # tied weights lie in a file once; so do tensors made to fill the memory
+
+
+def _tensors(value: object, keys: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
+    """Every tensor in nested dicts and lists, with the keys that lead there."""
+    if isinstance(value, Tensor):
+        yield keys, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, (*keys, key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _tensors(item, (*keys, index))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.dtype not in _WITH_RANGE:
+        return bool(tensor.to(torch.complex64).isfinite().all())
+    lowest, highest = torch.aminmax(tensor)  # in one pass, and NaN where there is one
+    return bool(lowest.isfinite() and highest.isfinite())
+
+
+_WITH_RANGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

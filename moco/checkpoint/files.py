@@ -31,18 +31,18 @@ import torch
 from torch import Tensor
 
 from moco.checkpoint.content import check_content, checksum
+from moco.checkpoint.formats import ABOUT, read_arrays, read_old, read_safetensors, read_zip
 from moco.checkpoint.refusals import (
     RESAVE,
-    UNPACK,
     ZIP,
     damaged,
     first_sentence,
     not_a_checkpoint,
     refuse_other_files,
-    unsafe_or_damaged,
+    unsafe,
 )
-from moco.checkpoint.unpickle import OtherPickle, read_arrays
 from moco.errors import CheckpointError
+from moco.pickles import Inert, Refused
 
 FORMAT_VERSION = 1
 _OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # the first pickle in it
@@ -89,10 +89,6 @@ def write_checkpoint(path: str | os.PathLike, content: dict) -> None:
     write_atomically(path, write)
 
 
-# In a safetensors file of this project: JSON of what a checkpoint says beside its tensors.
-_ABOUT = "moco_align_uniform"
-
-
 def write_safetensors(path: str | os.PathLike, state: dict[str, Tensor], about: dict) -> None:
     """Write tensors by name as safetensors, atomically and the same bytes each time.
 
@@ -112,7 +108,7 @@ def write_safetensors(path: str | os.PathLike, state: dict[str, Tensor], about: 
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in state.items()
     }
-    data = memoryview(save(copies, {"format": "pt", _ABOUT: said}))
+    data = memoryview(save(copies, {"format": "pt", ABOUT: said}))
     # The package leaves the order of the metadata to chance, and a file's name carries its hash.
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:start]))
@@ -181,36 +177,50 @@ def read_unwarned(path: Path) -> tuple[dict, bool]:
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
-        head, size = _head(path), path.stat().st_size
-        refuse_other_files(path, head)
-        is_old = False
-        if path.suffix == ".safetensors":
-            content = _read_safetensors(path)
-        elif head.startswith(ZIP):
-            content = _read_zip(path)
-        elif _OLD in head:
-            content, is_old = _read_old(path), True
-        else:
-            content = read_arrays(path)
-        if isinstance(content, dict):
-            _check_version(content, path)
-        check_content(content, size, path)
+        content, is_old = _read(path)
+        check_content(content, path)
         expected = content.pop("checksum", None)
         if expected is not None and expected != checksum(content):
             raise damaged(path, "its content does not match its checksum")
     except CheckpointError:
         raise
-    except OtherPickle as error:
-        raise not_a_checkpoint(path, f"is a pickle that holds {error}", RESAVE) from error
+    except Refused as error:
+        raise CheckpointError(f"{path} is refused: {error}") from error
     except pickle.UnpicklingError as error:
-        raise unsafe_or_damaged(path, str(error)) from error
+        asked_for = str(error).removeprefix("GLOBAL ")
+        if asked_for != str(error):
+            raise unsafe(path, asked_for) from error
+        raise damaged(path, str(error)) from error
     except zipfile.BadZipFile as error:
         raise damaged(path, f"its zip archive is not whole ({error})") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged pickle can make the reader fail in any way
+    except Exception as error:  # a damaged file can make the reader fail in any way
         raise damaged(path, f"{type(error).__name__}: {first_sentence(error)}") from error
     return content, is_old and expected is None
+
+
+def _read(path: Path) -> tuple[dict, bool]:
+    """The content, of a version that this code knows; whether it is in torch's old format."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    refuse_other_files(path, head)
+    is_old = False
+    if path.suffix == ".safetensors":
+        content = read_safetensors(path)
+    elif head.startswith(ZIP):
+        content = read_zip(path)
+    elif _OLD in head[:32]:
+        content, is_old = read_old(path), True
+    else:
+        content = read_arrays(path)
+    if isinstance(content, Inert):
+        raise unsafe(path, content.strip("<>"))
+    if not isinstance(content, dict):
+        what = f"holds a {type(content).__name__} instead of a dict"
+        raise not_a_checkpoint(path, what, RESAVE)
+    _check_version(content, path)
+    return content, is_old
 
 
 def warn_of_old_format(name: object) -> None:
@@ -231,71 +241,3 @@ def _check_version(content: dict, path: Path) -> None:
             f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: it was "
             "written by a newer version of this project; update this one (git pull)"
         )
-
-
-def _head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(512)
-
-
-def _read_zip(path: Path) -> object:
-    """Looks at what `torch.load` does not: the CRCs, and before unpacking anything whether the
-    directory declares more than the file can hold."""
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        names = [entry.filename for entry in entries]
-        if not any(name.endswith("/data.pkl") for name in names):
-            what = f"is a zip archive of other things ({', '.join(names[:3]) or 'none'})"
-            raise not_a_checkpoint(path, what, UNPACK)
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise not_a_checkpoint(
-                path,
-                "is a TorchScript program, which is code",
-                "If you trust its author: torch.save(torch.jit.load(FILE).state_dict(), NEW)",
-            )
-        declared = sum(entry.file_size for entry in entries)
-        if declared > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise not_a_checkpoint(
-                path,
-                f"is a compressed zip archive, which torch.save never writes: {size} bytes that "
-                f"would become {declared}, perhaps to fill the memory",
-                "If you trust its author: unpack it, and pack it again with zip -0 -r",
-            )
-        if len(set(names)) < len(names) or min(entry.header_offset for entry in entries):
-            raise damaged(path, "its zip directory is not one that torch.save writes")
-        changed = archive.testzip()
-        if changed:
-            raise damaged(path, f"wrong checksum in {changed}")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _read_old(path: Path) -> object:
-    with open(path, "rb") as file:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-        if file.read(1):
-            raise damaged(path, "something follows its last tensor")
-    return content
-
-
-def _read_safetensors(path: Path) -> dict:
-    """The tensors by name; of a file of `write_safetensors`, a checkpoint's dict."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise CheckpointError(f"{path} needs the package safetensors: pip install it") from None
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}
-            said = (file.metadata() or {}).get(_ABOUT)
-    except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file: {error}. Copy or download it again and "
-            f"compare its size ({path.stat().st_size} bytes here)"
-        ) from error
-    if said is None:
-        return state
-    about = json.loads(said)
-    if not isinstance(about, dict):
-        raise CheckpointError(f"{path}: its metadata {_ABOUT} is no JSON object")
-    return {**about, "state_dict": state}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from moco.errors import CheckpointError
@@ -27,15 +26,10 @@ def damaged(path: Path, how: str) -> CheckpointError:
     )
 
 
-def unsafe_or_damaged(path: Path, message: str) -> CheckpointError:
-    """The unpickler stops at anything but tensors and plain values, before it is used."""
-    asked_for = re.search(r"GLOBAL ([\w.]+)", message)
-    if asked_for is None:
-        reason = re.search(r"WeightsUnpickler error: (.+)", message)
-        return damaged(path, reason[1] if reason else "its pickle cannot be read")
+def unsafe(path: Path, asked_for: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a checkpoint that can be read safely, and nothing in it was run: it asks "
-        f"for {asked_for[1]}, and tensors and plain values are all that was expected (or it is "
+        f"for {asked_for}, and tensors and plain values are all that was expected (or it is "
         "damaged there). If you trust its author, take the tensors out in a session of your own: "
         "content = torch.load(FILE, weights_only=False), and "
         'torch.save(content["state_dict"], NEW), or content.state_dict() of a whole network'
