@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from moco.checkpoint.architectures import fit_arch
 from moco.checkpoint.content import saved_args
 from moco.checkpoint.download import check_hash, checked_digits, is_url, read_url
 from moco.checkpoint.files import read_checkpoint
@@ -30,8 +29,11 @@ def load_encoder(
     Reads pretraining checkpoints of this project, of MoCo v1/v2 and of moco_align_uniform (of the
     two encoders the query encoder), of MoCo v3 (the base encoder) and SimSiam; linear-evaluation
     checkpoints; state dicts of torchvision and timm, alone or in a training checkpoint; all of them
-    also as safetensors; and detectron2's pickles. Architecture, stem and head are found from the
-    tensors. Nothing in the file is run.
+    also as safetensors; and detectron2's pickles. Of other projects (lightly, solo-learn,
+    mmselfsup, Barlow Twins, DINO, lightning, ...) the encoder is what a whole backbone stands
+    behind: one prefix, or numbers in place of the names of its children. Averages of an encoder
+    are passed over; several that differ are refused. Architecture, stem and head are found from
+    the tensors. Nothing in the file is run.
 
     Args:
         path: a file, a folder with a model.safetensors as Hugging Face has them, or an http(s)
@@ -47,7 +49,8 @@ def load_encoder(
         `epoch` and `objective`: None where the file does not say;
         `layout`: "moco", "moco-v3", "simsiam", "lincls", "timm", "detectron2" or "plain";
         `encoder`: which of the file's encoders this is, by its name there: "encoder_q" of MoCo,
-            "base_encoder" of MoCo v3, "encoder" of SimSiam, else None;
+            "base_encoder" of MoCo v3, "encoder" of SimSiam; of other projects what stands before
+            its names; None where nothing does;
         `head`: what the file has at its end: "none", "linear" or "mlp"; `head_use`: the argument
             `head` that gives it: "none", "linear" or "projection";
         `matched`: tensors of the encoder that the file filled, which is all of them;
@@ -65,15 +68,10 @@ def load_encoder(
         raise ValueError(f'head must be "none", "projection" or "linear", got {head!r}')
     content = _read(path, checked_digits(sha256))
     source = find_encoder(content, path)
-    if all(name.startswith(_HEADS) for name in source.state):
-        raise CheckpointError(
-            f"{path} holds a head only ({', '.join(sorted(source.state)[:3])}), no backbone; "
-            "expected the state dict of a whole network, as main_lincls.py writes it, or of its "
-            "encoder"
-        )
-    encoder = fit_arch(source.state, content.get("arch"), path)
+    state = source.fit.state
+    encoder = source.fit.build()
     kind, use = _attach_head(encoder, source, head, path)
-    matched = _fill(encoder, source.state, path)
+    matched = _fill(encoder, state, path)
     encoder.eval()
     args = saved_args(content)
     info = {
@@ -87,7 +85,7 @@ def load_encoder(
         "head_use": use,
         "feature_dim": encoder.feature_dim,
         "matched": len(matched),
-        "ignored": sorted(source.state.keys() - matched),
+        "ignored": sorted(state.keys() - matched),
         "beside": source.beside,
         "args": args,
     }
@@ -110,8 +108,6 @@ def _read(path: str | os.PathLike, sha256: str | None) -> dict:
 # Heads
 # ------------------------------------------------------------------------------------------------
 
-# Beginnings of names in the last parts of torchvision's networks.
-_HEADS = ("fc.", "classifier.", "heads.", "head.")
 _IN_MLP = re.compile(r"[0-9]{1,3}\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 
@@ -127,7 +123,7 @@ def _attach_head(
     name = head_name(encoder)
     in_file = {
         key.removeprefix(f"{name}."): value
-        for key, value in source.state.items()
+        for key, value in source.fit.state.items()
         if key.startswith(f"{name}.")
     }
     kind = _head_kind(in_file, bias=get_head(encoder).bias is not None)

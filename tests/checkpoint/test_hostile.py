@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import io
 import pickle
+import resource
 import struct
 import tracemalloc
 import warnings
@@ -18,6 +19,7 @@ import torch
 
 from moco import pickles
 from moco.checkpoint import load_encoder, newest_valid, read_checkpoint, run_checkpoints
+from moco.encoders import build_encoder
 from moco.errors import CheckpointError
 
 
@@ -212,6 +214,29 @@ def test_many_views_of_one_storage_are_refused(tmp_path: Path) -> None:
         read_checkpoint(path)
     torch.save({"a": one, "b": one}, path)  # tied weights
     assert torch.equal(read_checkpoint(path)["b"], one)
+
+
+@pytest.mark.parametrize("claim", ["regnet_y_128gf", "vit_h_14", "vgg19"])
+def test_a_large_architecture_that_is_only_claimed_costs_nothing(
+    claim: str, tmp_path: Path
+) -> None:
+    state = build_encoder("resnet8", 3).state_dict()
+    torch.save({"arch": claim, "state_dict": state}, path := tmp_path / "a.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert load_encoder(path)[1]["arch"] == "resnet8"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+def test_a_large_architecture_that_nearly_fits_costs_nothing(tmp_path: Path) -> None:
+    """All names are there, with tensors of one number."""
+    with torch.device("meta"):
+        names = build_encoder("vit_b_16", 3).state_dict()
+    state = {key: torch.ones(1) for key in names}
+    torch.save({"arch": "vit_h_14", "state_dict": state}, path := tmp_path / "a.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="no known architecture"):
+        load_encoder(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
 # ------------------------------------------------------------------------------------------------
