@@ -36,6 +36,7 @@ from moco.checkpoint.hashes import check_hash, check_name, checked_digits
 from moco.checkpoint.refusals import (
     RESAVE,
     ZIP,
+    MaybeGood,
     damaged,
     first_sentence,
     not_a_checkpoint,
@@ -231,7 +232,7 @@ def read_unwarned(path: Path) -> tuple[dict, str | None]:
     except zipfile.BadZipFile as error:
         raise damaged(path, f"its zip archive is not whole ({error})") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise MaybeGood(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise damaged(path, f"{type(error).__name__}: {first_sentence(error)}") from error
     return content, unchecked if expected is None else None
@@ -264,7 +265,7 @@ def _check_version(content: dict, path: Path) -> None:
     version = content.get("version")
     of_timm = "metric" in content or "state_dict_ema" in content  # has versions of its own
     if isinstance(version, (int, float)) and version > FORMAT_VERSION and not of_timm:
-        raise CheckpointError(
+        raise MaybeGood(
             f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: it was "
             "written by a newer version of this project; update this one (git pull)"
         )

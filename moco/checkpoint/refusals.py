@@ -12,6 +12,10 @@ RESAVE = "Save a dict of tensors, such as module.state_dict()"
 UNPACK = "Unpack it and give the file inside"
 
 
+class MaybeGood(CheckpointError):
+    """The file may be good: it is of a newer version, or the disk did not give it."""
+
+
 def not_a_checkpoint(path: Path, what: str, remedy: str) -> CheckpointError:
     return CheckpointError(
         f"{path} {what}; expected a checkpoint as torch.save writes it, or a .safetensors file. "

@@ -271,7 +271,7 @@ class BackgroundWriter:
         try:
             checkpoint.write_checkpoint(path, content)
             checkpoint.prune_checkpoints(
-                self.folder, keep_last=self.keep_last, keep_every=self.keep_every
+                self.folder, keep_last=self.keep_last, keep_every=self.keep_every, keep=[path]
             )
         except Exception as error:  # whatever it is, training must hear of it
             self.error = error

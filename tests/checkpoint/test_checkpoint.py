@@ -18,13 +18,8 @@ from torch import Tensor, nn
 from moco.batch_norm import SplitBatchNorm2d
 from moco.builder import MoCo
 from moco.checkpoint import (
-    epoch_path,
     load_encoder,
-    newest_valid,
-    prune_checkpoints,
     read_checkpoint,
-    run_checkpoints,
-    step_path,
     write_checkpoint,
 )
 from moco.encoders import add_mlp_head, build_encoder, get_head, set_head
@@ -252,91 +247,6 @@ def test_content_that_is_no_dict_is_refused_by_name(tmp_path, content):
     path = write(tmp_path, saved(content))
     with pytest.raises(CheckpointError, match=str(path)):
         read_checkpoint(path)
-
-
-# ------------------------------------------------------------------------------------------------
-# Run folders
-# ------------------------------------------------------------------------------------------------
-
-
-def make_run(folder: Path, names: list[str]) -> None:
-    """Empty checkpoints in the order of their writing."""
-    for second, name in enumerate(names):
-        (folder / name).touch()
-        os.utime(folder / name, (1000 + second, 1000 + second))
-
-
-def names(folder: Path) -> list[str]:
-    return [path.name for path in run_checkpoints(folder)]
-
-
-def epochs(*numbers: int) -> list[str]:
-    return [f"checkpoint_{number:04d}.pth.tar" for number in numbers]
-
-
-def test_file_names_are_the_published_ones(tmp_path):
-    assert epoch_path(tmp_path, 0) == tmp_path / "checkpoint_0000.pth.tar"
-    assert epoch_path(tmp_path, 199).name == "checkpoint_0199.pth.tar"
-    assert epoch_path(tmp_path, 12345).name == "checkpoint_12345.pth.tar"
-    assert step_path(tmp_path, 70).name == "step_00000070.pth.tar"
-
-
-def test_checkpoints_of_a_run_are_ordered_by_how_far_it_had_come(tmp_path):
-    """Not by the times of the files, which a copied folder has anew. Seven steps make an epoch."""
-    order = ["step_00000003.pth.tar", *epochs(0), "step_00000009.pth.tar", *epochs(1, 9, 12345)]
-    for name in reversed(order):
-        step = name.startswith("step") and int(name[5:13])
-        write_checkpoint(tmp_path / name, {"epoch": step // 7, "step": step})
-    assert names(tmp_path) == order
-    # One that cannot be read may be the newest: it is tried first, and passed over with a word.
-    (tmp_path / "step_00000009.pth.tar").write_bytes(b"cut off")
-    assert names(tmp_path)[-1] == "step_00000009.pth.tar"
-    said = []
-    path, content = newest_valid(tmp_path, said.append)
-    assert path.name == "checkpoint_12345.pth.tar" and content["epoch"] == 0
-    assert len(said) == 1 and "step_00000009.pth.tar" in said[0]
-
-
-def test_other_files_are_no_checkpoints_of_the_run(tmp_path):
-    others = [
-        "model_best.pth.tar",
-        ".checkpoint_0001.pth.tar.77.tmp",
-        "args.json",
-        "checkpoint_1.pth.tar",
-        "checkpoint_0001.pth",
-        "old_checkpoint_0001.pth.tar",
-    ]
-    make_run(tmp_path, [*others, *epochs(2)])
-    assert names(tmp_path) == epochs(2)
-    assert run_checkpoints(tmp_path / "nowhere") == []
-
-
-def test_prune_keeps_the_newest_and_every_mth_epoch(tmp_path):
-    """Epoch 4 is the fifth: its number is 0-based. Steps are never kept for their number."""
-    make_run(tmp_path, epochs(0, 1, 2, 3, 4, 5, 6, 7))
-    write_checkpoint(tmp_path / "step_00000038.pth.tar", {"epoch": 5, "step": 38})
-    (tmp_path / "model_best.pth.tar").touch()
-    prune_checkpoints(tmp_path, keep_last=2, keep_every=5)
-    assert names(tmp_path) == epochs(4, 6, 7)
-    assert (tmp_path / "model_best.pth.tar").exists()
-
-
-def test_prune_passes_over_what_cannot_be_read(tmp_path):
-    """A damaged save within an epoch takes no good one's place, and is left to be looked at."""
-    make_run(tmp_path, epochs(0, 1, 2))
-    (tmp_path / "step_00000003.pth.tar").write_bytes(b"cut off")
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=0)
-    assert names(tmp_path) == [*epochs(2), "step_00000003.pth.tar"]
-
-
-def test_prune_by_age_alone(tmp_path):
-    make_run(tmp_path, epochs(*range(8)))
-    prune_checkpoints(tmp_path, keep_last=3, keep_every=0)
-    assert names(tmp_path) == epochs(5, 6, 7)
-    prune_checkpoints(tmp_path, keep_last=5, keep_every=0)
-    assert names(tmp_path) == epochs(5, 6, 7)
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=1)
-    assert names(tmp_path) == epochs(5, 6, 7)
 
 
 # ------------------------------------------------------------------------------------------------

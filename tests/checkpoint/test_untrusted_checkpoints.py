@@ -338,17 +338,6 @@ def test_running_means_of_the_log_may_be_infinite(tmp_path: Path, state: dict) -
     assert load_encoder(path)[1]["arch"] == "resnet8"
 
 
-def test_the_newest_checkpoint_with_finite_weights_is_resumed(tmp_path: Path) -> None:
-    for epoch, value in enumerate((1.0, 2.0, float("nan"))):
-        path = checkpoint.epoch_path(tmp_path, epoch)
-        write_checkpoint(path, {"state_dict": {"a": torch.tensor([value])}})
-        os.utime(path, (epoch, epoch))
-    said: list[str] = []
-    path, content = checkpoint.newest_valid(tmp_path, said.append)
-    assert path.name == "checkpoint_0001.pth.tar" and content["state_dict"]["a"] == 2
-    assert len(said) == 1 and "checkpoint_0002.pth.tar holds NaN" in said[0]
-
-
 def altered(state: dict, how: str) -> dict:
     new = dict(state)
     name = "layer2.0.conv1.weight"
