@@ -1,7 +1,7 @@
 """Checkpoint files, the checkpoints of a run folder, and encoders from files of any origin."""
 
 from moco.checkpoint.content import checksum, require_keys, saved_args, to_host
-from moco.checkpoint.download import is_url, read_url
+from moco.checkpoint.download import is_url, read_url, without_secrets
 from moco.checkpoint.encoder import load_encoder
 from moco.checkpoint.files import (
     FORMAT_VERSION,
@@ -37,6 +37,7 @@ __all__ = [
     "saved_args",
     "step_path",
     "to_host",
+    "without_secrets",
     "write_atomically",
     "write_checkpoint",
     "write_safetensors",

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from moco.checkpoint.content import saved_args, warn_of_numbers
-from moco.checkpoint.download import is_url, read_url
+from moco.checkpoint.download import is_url, read_url, without_secrets
 from moco.checkpoint.files import read_checkpoint
 from moco.checkpoint.hashes import checked_digits
 from moco.checkpoint.layouts import PRETRAINING, Source, find_encoder
@@ -68,6 +68,7 @@ def load_encoder(
     if head not in ("none", "projection", "linear"):
         raise ValueError(f'head must be "none", "projection" or "linear", got {head!r}')
     content = _read(path, checked_digits(sha256))
+    path = without_secrets(path)  # as messages have it
     source = find_encoder(content, path)
     state = source.fit.state
     encoder = source.fit.build()

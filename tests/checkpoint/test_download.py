@@ -18,24 +18,27 @@ import torch
 from helpers import free_port
 
 from moco import encoders
-from moco.checkpoint import download, is_url, load_encoder, write_safetensors
+from moco.checkpoint import download, is_url, load_encoder, without_secrets, write_safetensors
 from moco.checkpoint.files import write_checkpoint
 from moco.errors import CheckpointError
 
 
 class Server:
     """Answers with `files`; behind /cut/ it sends half and hangs up, /code/N answers with N, /move/
-    sends on to the rest of the path, and /slow/ waits until several have asked."""
+    sends on to the rest of the path, /slow/ waits until several have asked, /endless/ has no end,
+    /trickle/ sends a byte at a time, and /huge/ says that it will send 2^40."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.headers: list[dict] = []
         self.together = threading.Barrier(3)
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 server.asked.append(self.path)
+                server.headers.append(dict(self.headers))
                 _, how, *_ = self.path.split("/")
                 name = unquote(urlsplit(self.path).path).rpartition("/")[2]
                 if how == "move":
@@ -48,16 +51,32 @@ class Server:
                     return
                 data = server.files[name]
                 self.send_response(200)
+                if how == "endless":
+                    self.end_headers()
+                    while self.sent(data):
+                        pass
+                    return
                 if how == "chunks":
                     self.send_header("Transfer-Encoding", "chunked")
                     self.end_headers()
                     self.wfile.write(b"%x\r\n" % len(data) + data[: len(data) // 2])
                     return
-                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Content-Length", str(2**40 if how == "huge" else len(data)))
                 self.end_headers()
+                if how == "trickle":
+                    all(self.sent(data[i : i + 1]) for i in range(len(data)))
+                    return
                 if how == "slow":
                     server.together.wait(60)
                 self.wfile.write(data[: len(data) // 2] if how == "cut" else data)
+
+            def sent(self, data: bytes) -> bool:
+                """Whether the other side still listens."""
+                try:
+                    self.wfile.write(data)
+                except OSError:
+                    return False
+                return True
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -199,10 +218,8 @@ def test_a_cut_connection(how: str, name: str, server, cache, weights, tmp_path)
     message = refusal(f"{server.address}/{how}/{name}", cache)
     if how == "chunks":
         assert "cannot be downloaded: IncompleteRead" in message
-    elif "-" in name:
-        assert f"did not arrive whole ({len(data) // 2} bytes)" in message
     else:
-        assert "damaged" in message or "not a whole safetensors file" in message
+        assert f"did not arrive whole ({len(data) // 2} bytes of {len(data)})" in message
 
 
 def _file(path: Path, data: bytes) -> Path:
@@ -225,11 +242,83 @@ def test_no_server(cache) -> None:
 
 
 def test_a_server_that_falls_silent(cache, monkeypatch) -> None:
-    monkeypatch.setattr(download, "_SILENCE", 0.3)
+    monkeypatch.setattr(download, "SILENCE", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # takes the call, says nothing
         message = refusal(f"http://127.0.0.1:{listener.getsockname()[1]}/a.pth", cache)
     assert "timed out" in message
     assert socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("how", ["endless", "huge"])
+def test_a_file_larger_than_any_checkpoint(how, server, cache, weights, monkeypatch) -> None:
+    """Whether the server says so or not: no more than the bound is written."""
+    monkeypatch.setattr(download, "MOST_BYTES", 3 * len(weights["a.pth"]))
+    server.files["a.pth"] = weights["a.pth"]
+    message = refusal(f"{server.address}/{how}/a.pth", cache)
+    assert "is larger than" in message and "check the address" in message
+
+
+@pytest.mark.parametrize("how", ["endless", "trickle"])
+def test_a_server_that_takes_longer_than_anybody_waits(
+    how, server, cache, weights, monkeypatch
+) -> None:
+    """It is never silent."""
+    monkeypatch.setattr(download, "MOST_SECONDS", 0.3)
+    monkeypatch.setattr(download, "MOST_BYTES", 2**50)
+    server.files["a.pth"] = weights["a.pth"] if how == "endless" else bytes(10**7)
+    message = refusal(f"{server.address}/{how}/a.pth", cache)
+    assert "bytes came in 0 seconds; try again, or download" in message
+
+
+@pytest.mark.parametrize("how", ["code/403", "cut", "endless", "move/code/500", "slow.x"])
+def test_no_secret_is_in_a_message(how, server, cache, weights, monkeypatch) -> None:
+    """User and password, and tokens behind the question mark."""
+    monkeypatch.setattr(download, "MOST_BYTES", 10**6)
+    server.files["a.pth"] = weights["a.pth"] if how != "slow.x" else b"no checkpoint"
+    address = server.address.replace("//", "//eva:s3cret@")
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(f"{address}/{how}/a.pth?token=t0ken#s3cret")
+    error: BaseException | None = caught.value
+    assert f"{server.address}/{how}/a.pth?..." in str(error)
+    assert "s3cret" not in str(error) and "t0ken" not in str(error) and "eva" not in str(error)
+    assert left(cache) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://eva:s3cret@host/a.pth",
+        "http://eva:s3cret@/a.pth",
+        "http://eva:s3cret@host:x/a.pth",
+        "http://eva:s3cret@[::1/a.pth",
+        "http://eva:s3/cret@host/",
+        "http://eva:s3cret@host/",
+    ],
+)
+def test_no_password_of_a_bad_address_is_in_a_message(url, cache) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(url)
+    assert "cret" not in str(caught.value) and "s3" not in str(caught.value)
+
+
+def test_user_and_password_are_sent_to_their_host_alone(server, cache, weights) -> None:
+    server.files["a.pth"] = weights["a.pth"]
+    address = server.address.replace("//", "//eva:s3%20cret@")
+    assert load_encoder(f"{address}/move/a.pth")[1]["arch"] == "resnet8"
+    first, second = server.headers
+    assert first["Authorization"] == "Basic ZXZhOnMzIGNyZXQ="
+    assert "Authorization" not in second and "cret" not in server.asked[0]
+
+
+@pytest.mark.parametrize("digits", [8, 64])
+def test_a_hash_of_capitals_is_a_hash(digits, server, cache, weights) -> None:
+    name = f"a-{digest(weights['a.pth'])[:digits].upper()}.pth"
+    server.files[name] = weights["a.pth"]
+    load_encoder(f"{server.address}/{name}")
+    assert left(cache) == [name]
+    wrong = f"a-{'0123ABCD' * (digits // 8)}.pth"
+    server.files[wrong] = weights["a.pth"]
+    assert "expected 0123abcd" in refusal(f"{server.address}/{wrong}", cache)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +389,8 @@ def test_other_addresses_are_refused(cache) -> None:
                 "http://127.0.0.1:x/a.pth", "http://127.0.0.1/a b.pth"):  # fmt: skip
         refusal(url, cache)
     assert not is_url("a.pth") and not is_url(Path("http:/a")) and not is_url("C:\\a.pth")
+    assert without_secrets("http://h:80/a@2x/b.pth") == "http://h:80/a@2x/b.pth"
+    assert without_secrets("a@b/c?d.pth") == "a@b/c?d.pth"
     assert is_url("https://a/b.pth") and is_url("HTTP://a/b.pth")
 
 
