@@ -181,6 +181,16 @@ def _checked_folder(archive: zipfile.ZipFile, path: Path) -> str:
     return pickles[0].removesuffix("data.pkl")
 
 
+def is_whole_zip(path: Path) -> bool:
+    """Whether every part of a file of torch.save has the CRC that the archive's directory says."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _checked_folder(archive, path)
+            return archive.testzip() is None
+    except (CheckpointError, zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
 def read_old(path: Path) -> object:
     """What torch.save wrote before: five pickles, then the numbers of each storage."""
     size = path.stat().st_size

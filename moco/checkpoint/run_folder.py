@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from moco.checkpoint.files import read_checkpoint
+from moco.checkpoint.formats import is_whole_zip
 from moco.checkpoint.refusals import MaybeGood
 from moco.errors import CheckpointError
 from moco.pickles import peek
@@ -51,38 +51,49 @@ def newest_valid(folder: str | os.PathLike, say: Callable[[str], None]) -> tuple
             passed_over.append((path, error))
     for path, error in passed_over:
         aside = _set_aside(path) if found and not isinstance(error, MaybeGood) else None
-        say(f"passing over a checkpoint: {error}" + (f". It is now {aside.name}" if aside else ""))
+        say(f"passing over a checkpoint: {error}" + (f"; it is now {aside.name}" if aside else ""))
     if paths and found is None:
         raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
     return found
 
 
-def prune_checkpoints(
-    folder: Path, *, keep_last: int, keep_every: int, keep: Collection[Path] = ()
-) -> None:
-    """Delete all but the newest `keep_last` and those of every `keep_every`-th epoch (0: none).
+class Retention:
+    """Deletes old checkpoints of a run folder: all but the newest `keep_last`, and those of every
+    `keep_every`-th epoch (0: none).
 
-    Files that cannot be read stay where they are, and take no good one's place. Of each file the
-    directory and the values beside its tensors are read, once; not the tensors.
+    Only files that are known to be whole count. A file that is not stays where it is.
 
-    Args:
-        folder: of the run.
-        keep_last: how many, at least one.
-        keep_every: number of epochs.
-        keep: files that stay whatever their names: the one just written and the one that the run
-            was resumed from. Nothing is deleted while one of them cannot be read.
+    Attributes:
+        keep: files that are never deleted, such as the one that the run was resumed from.
     """
-    kept = {Path(path).resolve() for path in keep}
-    here = [path for path in kept if path.parent == Path(folder).resolve() and path.exists()]
-    if not all(_is_whole(path) for path in here):
-        return
-    readable = [path for path in run_checkpoints(folder) if _is_whole(path)]
-    for path in readable[:-keep_last]:
-        epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
-        if epoch and keep_every and (int(epoch[1]) + 1) % keep_every == 0:
-            continue
-        if path.resolve() not in kept:
-            path.unlink(missing_ok=True)
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.keep: set[Path] = set()
+        self._whole: dict[Path, bool] = {}  # each file is looked through once
+
+    def written(self, path: Path) -> None:
+        """Note that `path` has just been written, or read, whole."""
+        self._whole[path] = True
+
+    def prune(self, newest: Path) -> None:
+        """Delete what is not to be kept; `newest` has just been written, and stays. If that was a
+        lie of the disk, nothing is deleted."""
+        if not _has_values(newest):
+            return
+        keep = {path.resolve() for path in (*self.keep, newest)}
+        whole = [path for path in run_checkpoints(self.folder) if self._is_whole(path)]
+        for path in whole[: -self.keep_last]:
+            epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
+            of_an_epoch = epoch and self.keep_every and (int(epoch[1]) + 1) % self.keep_every == 0
+            if not of_an_epoch and path.resolve() not in keep:
+                path.unlink(missing_ok=True)
+                self._whole.pop(path, None)
+
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._whole:
+            self._whole[path] = is_whole_zip(path) and _has_values(path)
+        return self._whole[path]
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -96,30 +107,20 @@ def _position(path: Path) -> tuple[float, int]:
     epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
     if epoch:
         return int(epoch[1]) + 1, 0
-    # Of a save within an epoch only the content tells the epoch. Damaged ones are tried first by
-    # `newest_valid`, which says so.
-    found = _saved_epoch(path)
-    return float("inf") if found is None else found, int(STEP_CHECKPOINT.fullmatch(path.name)[1])
-
-
-def _is_whole(path: Path) -> bool:
-    return _saved_epoch(path) is not None
-
-
-def _saved_epoch(path: Path) -> int | None:
-    """The finished epochs that a file says; None when it is not whole, as far as that shows without
-    reading its tensors."""
+    step = int(STEP_CHECKPOINT.fullmatch(path.name)[1])
     try:
-        facts = path.stat()
-        return _read_epoch(path, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        # Of a save within an epoch only the content tells the epoch; its tensors stay on disk.
+        return int(peek(path)["epoch"]), step
+    except Exception:  # damaged in whatever way: tried first by `newest_valid`, which says so
+        return float("inf"), step
+
+
+def _has_values(path: Path) -> bool:
+    """Whether the archive's directory is there, which is at its end, and a checkpoint's values are."""
+    try:
+        return "epoch" in peek(path)
     except Exception:  # damaged in whatever way
-        return None
-
-
-@functools.lru_cache(maxsize=1024)
-def _read_epoch(path: Path, *_facts: int) -> int:
-    """Once for each file as it is; `_facts` tell one that was written anew."""
-    return int(peek(path)["epoch"])
+        return False
 
 
 def _set_aside(path: Path) -> Path | None:

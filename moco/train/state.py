@@ -233,7 +233,8 @@ class BackgroundWriter:
     """
 
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
-        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.folder = folder
+        self.retention = checkpoint.Retention(folder, keep_last=keep_last, keep_every=keep_every)
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.waited = 0.0  # seconds that training has spent here
@@ -270,8 +271,7 @@ class BackgroundWriter:
     def _write(self, path: Path, content: dict) -> None:
         try:
             checkpoint.write_checkpoint(path, content)
-            checkpoint.prune_checkpoints(
-                self.folder, keep_last=self.keep_last, keep_every=self.keep_every, keep=[path]
-            )
+            self.retention.written(path)
+            self.retention.prune(path)
         except Exception as error:  # whatever it is, training must hear of it
             self.error = error

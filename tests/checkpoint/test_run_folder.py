@@ -9,9 +9,9 @@ import torch
 
 from moco import checkpoint
 from moco.checkpoint import (
+    Retention,
     epoch_path,
     newest_valid,
-    prune_checkpoints,
     run_checkpoints,
     step_path,
     write_checkpoint,
@@ -32,6 +32,13 @@ def make_run(folder: Path, names: list[str]) -> None:
 
 def names(folder: Path) -> list[str]:
     return [path.name for path in run_checkpoints(folder)]
+
+
+def prune(folder: Path, newest: str, *, keep_last: int, keep_every: int = 0) -> None:
+    """As after a save of `newest`."""
+    retention = Retention(folder, keep_last=keep_last, keep_every=keep_every)
+    retention.written(folder / newest)
+    retention.prune(folder / newest)
 
 
 def epochs(*numbers: int) -> list[str]:
@@ -80,26 +87,18 @@ def test_prune_keeps_the_newest_and_every_mth_epoch(tmp_path):
     make_run(tmp_path, epochs(0, 1, 2, 3, 4, 5, 6, 7))
     write_checkpoint(tmp_path / "step_00000038.pth.tar", {"epoch": 5, "step": 38})
     (tmp_path / "model_best.pth.tar").touch()
-    prune_checkpoints(tmp_path, keep_last=2, keep_every=5)
+    prune(tmp_path, *epochs(7), keep_last=2, keep_every=5)
     assert names(tmp_path) == epochs(4, 6, 7)
     assert (tmp_path / "model_best.pth.tar").exists()
 
 
-def test_prune_passes_over_what_cannot_be_read(tmp_path):
-    """A damaged save within an epoch takes no good one's place, and is left to be looked at."""
-    make_run(tmp_path, epochs(0, 1, 2))
-    (tmp_path / "step_00000003.pth.tar").write_bytes(b"cut off")
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=0)
-    assert names(tmp_path) == [*epochs(2), "step_00000003.pth.tar"]
-
-
 def test_prune_by_age_alone(tmp_path):
     make_run(tmp_path, epochs(*range(8)))
-    prune_checkpoints(tmp_path, keep_last=3, keep_every=0)
+    prune(tmp_path, *epochs(7), keep_last=3)
     assert names(tmp_path) == epochs(5, 6, 7)
-    prune_checkpoints(tmp_path, keep_last=5, keep_every=0)
+    prune(tmp_path, *epochs(7), keep_last=5)
     assert names(tmp_path) == epochs(5, 6, 7)
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=1)
+    prune(tmp_path, *epochs(7), keep_last=1, keep_every=1)
     assert names(tmp_path) == epochs(5, 6, 7)
 
 
@@ -159,46 +158,45 @@ def test_no_good_checkpoint_is_lost_to_damaged_ones(
     assert len(said) == count
     for line, path in zip(said, reversed(broken), strict=True):
         assert line.startswith(f"passing over a checkpoint: {path}") and "\n" not in line
-        assert f"It is now {path.name}.damaged" in line
+        assert f"it is now {path.name}.damaged" in line
         assert Path(f"{path}.damaged").read_bytes() == before[path.name]
     written = []
+    retention = Retention(tmp_path, keep_last=keep_last, keep_every=0)
+    retention.keep.add(resumed)
     for number in (2, 3, 4):
         path = step_path(tmp_path, 10 * number) if steps else epoch_path(tmp_path, number)
         write_checkpoint(path, {"epoch": number, "state_dict": {"a": torch.ones(2)}})
         written.append(path)
-        prune_checkpoints(tmp_path, keep_last=keep_last, keep_every=0, keep=[path, resumed])
+        retention.written(path)
+        retention.prune(path)
         assert path.exists() and resumed.exists()
         assert resume(tmp_path) == (path, [])
     left = {resumed, *written[-keep_last:]}
     assert set(run_checkpoints(tmp_path)) == left
 
 
-def test_a_damaged_file_that_nobody_passed_over_takes_no_good_ones_place(tmp_path: Path) -> None:
-    """Without `keep` too: it is neither counted nor deleted."""
-    make_run(tmp_path, epochs(0, 1, 2, 3))
-    tear(epoch_path(tmp_path, 3))
-    prune_checkpoints(tmp_path, keep_last=2, keep_every=0)
-    assert names(tmp_path) == epochs(1, 2, 3)
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "not finite"])
+@pytest.mark.parametrize("steps", [False, True], ids=["epochs", "steps"])
+def test_a_damaged_file_that_nobody_passed_over_takes_no_good_ones_place(
+    steps: bool, damage: str, tmp_path: Path
+) -> None:
+    """It is neither counted nor deleted."""
+    make_run(tmp_path, epochs(0, 1, 2, 3, 7))
+    path = epoch_path(tmp_path, 7)
+    DAMAGES[damage](path)
+    if steps:
+        path = path.rename(step_path(tmp_path, 99))
+    prune(tmp_path, *epochs(3), keep_last=2)
+    left = set(epochs(2, 3))
+    assert set(names(tmp_path)) == left | {path.name}
 
 
 def test_nothing_is_deleted_when_the_new_file_is_torn(tmp_path: Path) -> None:
     """As on a disk that says that all was written."""
     make_run(tmp_path, epochs(0, 1, 2))
-    tear(new := epoch_path(tmp_path, 2))
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=0, keep=[new])
+    tear(epoch_path(tmp_path, 2))
+    prune(tmp_path, *epochs(2), keep_last=1)
     assert names(tmp_path) == epochs(0, 1, 2)
-
-
-def test_a_file_that_is_written_anew_is_looked_at_anew(tmp_path: Path) -> None:
-    make_run(tmp_path, epochs(0, 1))
-    path = epoch_path(tmp_path, 1)
-    whole = path.read_bytes()
-    tear(path)
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=0)
-    assert names(tmp_path) == epochs(0, 1)
-    path.write_bytes(whole)
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=0)
-    assert names(tmp_path) == epochs(1)
 
 
 def test_where_none_can_be_read_none_is_renamed(tmp_path: Path) -> None:
@@ -219,7 +217,7 @@ def test_a_newer_version_is_passed_over_and_keeps_its_name(tmp_path: Path) -> No
     write_checkpoint(epoch_path(tmp_path, 1), newer)
     path, said = resume(tmp_path)
     assert path.name == epochs(0)[0] and names(tmp_path) == epochs(0, 1)
-    assert "has format version" in said[0] and "It is now" not in said[0]
+    assert "has format version" in said[0] and "it is now" not in said[0]
 
 
 def test_a_disk_that_does_not_answer_renames_nothing(
