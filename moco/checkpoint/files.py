@@ -18,6 +18,7 @@ A pretraining checkpoint is a plain dict of tensors, numbers, strings, lists and
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -55,6 +56,9 @@ _OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # the first pick
 # ------------------------------------------------------------------------------------------------
 
 
+_NO_FSYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # network and FUSE file systems
+
+
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Have `write(file)` make a file: after a crash at any moment it is whole or not there."""
     path = Path(path)
@@ -70,6 +74,9 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name itself
+    except OSError as error:
+        if error.errno not in _NO_FSYNC_OF_FOLDERS:
+            raise
     finally:
         os.close(folder)
 

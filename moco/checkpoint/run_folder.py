@@ -116,7 +116,7 @@ def _position(path: Path) -> tuple[float, int]:
 
 
 def _has_values(path: Path) -> bool:
-    """Whether the archive's directory is there, which is at its end, and a checkpoint's values are."""
+    """Whether the archive's directory, which is at its end, and a checkpoint's values are there."""
     try:
         return "epoch" in peek(path)
     except Exception:  # damaged in whatever way

@@ -1,10 +1,12 @@
 """Checkpoint files: whole or absent, read without running code, understood whoever wrote them."""
 
 import copy
+import errno
 import functools
 import io
 import os
 import pickle
+import stat
 import sys
 import tarfile
 import zipfile
@@ -98,6 +100,23 @@ def test_a_write_that_cannot_take_its_name_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["taken.pth.tar"]
     with pytest.raises(FileNotFoundError):
         write_checkpoint(tmp_path / "nowhere" / "a.pth.tar", CONTENT)
+
+
+def test_a_file_system_without_fsync_of_folders_is_no_failure(tmp_path, monkeypatch):
+    """As network and FUSE file systems answer; any other error is one."""
+    real, said = os.fsync, [errno.EINVAL]
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(said[0], "from the folder")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_checkpoint(path := tmp_path / "a.pth.tar", CONTENT)
+    assert_same(read_checkpoint(path), CONTENT)
+    said[0] = errno.EIO
+    with pytest.raises(OSError, match="from the folder"):
+        write_checkpoint(path, CONTENT)
 
 
 # ------------------------------------------------------------------------------------------------
