@@ -31,6 +31,19 @@ def run_checkpoints(folder: str | os.PathLike) -> list[Path]:
     return sorted(checkpoint_files(folder), key=_position)
 
 
+def _position(path: Path) -> tuple[float, int]:
+    """(finished epochs, steps). Times of files are no guide: a copied folder has new ones."""
+    epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
+    if epoch:
+        return int(epoch[1]) + 1, 0
+    step = int(STEP_CHECKPOINT.fullmatch(path.name)[1])
+    try:
+        # Of a save within an epoch only the content tells the epoch; its tensors stay on disk.
+        return int(peek(path)["epoch"]), step
+    except Exception:  # damaged in whatever way: tried first by `newest_valid`, which says so
+        return float("inf"), step
+
+
 def newest_valid(folder: str | os.PathLike, say: Callable[[str], None]) -> tuple[Path, dict] | None:
     """The newest checkpoint of a run folder that can be read whole; None when there is none.
 
@@ -55,6 +68,17 @@ def newest_valid(folder: str | os.PathLike, say: Callable[[str], None]) -> tuple
     if paths and found is None:
         raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
     return found
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Rename a file to NAME.damaged, or with a number behind it; None where that cannot be."""
+    for number in itertools.count(1):
+        aside = path.with_name(f"{path.name}.damaged{number if number > 1 else ''}")
+        if not aside.exists():
+            with contextlib.suppress(OSError):
+                return path.rename(aside)
+            return None
+    return None
 
 
 class Retention:
@@ -96,25 +120,6 @@ class Retention:
         return self._whole[path]
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a process that was killed while writing has left behind."""
-    for path in folder.glob(".*.pth.tar.*.tmp"):
-        path.unlink(missing_ok=True)
-
-
-def _position(path: Path) -> tuple[float, int]:
-    """(finished epochs, steps). Times of files are no guide: a copied folder has new ones."""
-    epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
-    if epoch:
-        return int(epoch[1]) + 1, 0
-    step = int(STEP_CHECKPOINT.fullmatch(path.name)[1])
-    try:
-        # Of a save within an epoch only the content tells the epoch; its tensors stay on disk.
-        return int(peek(path)["epoch"]), step
-    except Exception:  # damaged in whatever way: tried first by `newest_valid`, which says so
-        return float("inf"), step
-
-
 def _has_values(path: Path) -> bool:
     """Whether the archive's directory, which is at its end, and a checkpoint's values are there."""
     try:
@@ -123,12 +128,8 @@ def _has_values(path: Path) -> bool:
         return False
 
 
-def _set_aside(path: Path) -> Path | None:
-    """Rename a file to NAME.damaged, or with a number behind it; None where that cannot be."""
-    for number in itertools.count(1):
-        aside = path.with_name(f"{path.name}.damaged{number if number > 1 else ''}")
-        if not aside.exists():
-            with contextlib.suppress(OSError):
-                return path.rename(aside)
-            return None
-    return None
+def remove_unfinished(folder: Path) -> None:
+    """Delete what processes that were killed while writing have left behind. The caller knows that
+    nobody writes into the folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
