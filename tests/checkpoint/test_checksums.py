@@ -14,14 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint, write_safetensors
-from moco.encoders import build_encoder
 from moco.errors import CheckpointError
-
-
-@pytest.fixture
-def state() -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return {name: t.clone() for name, t in build_encoder("resnet8", 10).state_dict().items()}
 
 
 def write_arrays(path: Path, state: dict[str, Tensor]) -> None:
@@ -168,3 +161,16 @@ def test_ordinary_numbers_are_not_warned_of(state: dict, tmp_path: Path) -> None
     torch.save(state, path := tmp_path / "a.pth")
     with warnings.catch_warnings(action="error"):
         load_encoder(path)
+
+
+def test_a_hash_is_checked_for_files_too(state: dict, tmp_path: Path) -> None:
+    torch.save(state, path := tmp_path / "a.pth")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for right in (digest, digest[:8], digest.upper()):
+        load_encoder(path, sha256=right)
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(path, sha256="0123456789")
+    assert f"{path} has SHA-256 {digest}, expected 0123456789" in str(caught.value)
+    for wrong in ("0123", "xyz" * 4, "", digest + "0"):
+        with pytest.raises(ValueError, match="sha256 must be 8 to 64 hexadecimal digits, got"):
+            load_encoder(path, sha256=wrong)

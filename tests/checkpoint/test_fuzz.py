@@ -1,7 +1,7 @@
 """Damaged files have two outcomes, the right result or a documented error: never a crash, a hang or
 a silent wrong load. Mutations are functions of (kind, seed); to repeat one that failed:
 
-    python tests/test_fuzz.py KIND SEED
+    python tests/checkpoint/test_fuzz.py KIND SEED
 
 They run in a process of their own, so that a crash or a hang is caught and named too.
 """
@@ -19,22 +19,23 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for `python tests/test_fuzz.py`
+sys.path.insert(0, str(ROOT))  # for `python tests/checkpoint/test_fuzz.py`
 
 from moco import checkpoint, encoders  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
 from moco.data.images import load_rgb  # noqa: E402
 from moco.errors import CheckpointError, DataError  # noqa: E402
-
-pytestmark = pytest.mark.slow
 
 MOST_SECONDS = 5.0  # of CPU, so that a busy machine does not fail the test
 PATIENCE = 60.0  # seconds until a process that does not answer is taken for hung
@@ -120,14 +121,44 @@ def write_legacy(path: Path, content: dict) -> None:
             )
 
 
-# kind: content, how it is written, the head that is asked for
+def state_dict() -> dict:
+    return dict(encoder().state_dict())
+
+
+def save(path: Path, content: dict) -> None:
+    torch.save(content, path)
+
+
+def write_safetensors(path: Path, state: dict) -> None:
+    checkpoint.write_safetensors(path, state, {"arch": "resnet8", "args": {"lr": 0.1}})
+
+
+def write_arrays(path: Path, state: dict) -> None:
+    names = {name: f"stem.{name.replace('bn1.', 'conv1.norm.')}" for name in state}
+    arrays = {names[name]: tensor.numpy() for name, tensor in state.items()}
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
+
+
+class Kind(NamedTuple):
+    content: Callable[[], dict]
+    write: Callable[[Path, dict], object]
+    head: str = "none"  # that is asked for
+    suffix: str = ".pth.tar"
+    by_value: bool = True  # values are mutated too, and saved by torch
+    announced: bool = False  # no checksums: other numbers can be read, and the load says so
+
+
 CHECKPOINTS = {
-    "ours": (pretraining, checkpoint.write_checkpoint, "none"),
-    "upstream": (pretraining, lambda path, content: torch.save(content, path), "projection"),
-    "lincls": (lincls, checkpoint.write_checkpoint, "linear"),
-    "plain": (lambda: dict(encoder().state_dict()), lambda p, c: torch.save(c, p), "none"),
-    "legacy": (pretraining, write_legacy, "none"),
-}
+    "ours": Kind(pretraining, checkpoint.write_checkpoint),
+    "upstream": Kind(pretraining, save, head="projection"),
+    "lincls": Kind(lincls, checkpoint.write_checkpoint, head="linear"),
+    "plain": Kind(state_dict, save),
+    "legacy": Kind(pretraining, write_legacy, announced=True),
+    "safetensors": Kind(state_dict, write_safetensors, suffix=".safetensors", by_value=False),
+    "foreign": Kind(state_dict, lambda path, state: save_file(state, path), suffix=".safetensors",
+                    by_value=False, announced=True),
+    "arrays": Kind(state_dict, write_arrays, suffix=".pkl", by_value=False, announced=True),
+}  # fmt: skip
 
 
 def jpegs() -> list[bytes]:
@@ -165,18 +196,18 @@ class Originals:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.contents, self.bytes, self.outputs = {}, {}, {}
-        for kind, (make, write, _) in CHECKPOINTS.items():
-            write(folder / "original", make())
-            self.contents[kind] = make()
-            self.bytes[kind] = (folder / "original").read_bytes()
-            self.outputs[kind] = output(folder / "original", kind)
+        self.bytes, self.outputs = {}, {}
+        for name, kind in CHECKPOINTS.items():
+            path = folder / f"original{kind.suffix}"
+            kind.write(path, kind.content())
+            self.bytes[name] = path.read_bytes()
+            self.outputs[name] = output(path, name)
         self.jpegs = jpegs()
 
 
 def output(path: Path, kind: str) -> torch.Tensor:
     """What the encoder in a file makes of a fixed input."""
-    net, _ = checkpoint.load_encoder(path, head=CHECKPOINTS[kind][2])
+    net, _ = checkpoint.load_encoder(path, head=CHECKPOINTS[kind].head)
     images = torch.linspace(-2, 2, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
     with torch.no_grad():
         return net(images)
@@ -273,8 +304,8 @@ def mutate_values(content: dict, rng: random.Random) -> str:
 def run_checkpoint(originals: Originals, kind: str, seed: int) -> tuple[str, str]:
     """(outcome, what was done) for a mutated checkpoint."""
     rng = random.Random(f"{kind} {seed}")
-    path = originals.folder / "mutated.pth.tar"
-    by_bytes = rng.random() < 0.5
+    path = originals.folder / f"mutated{CHECKPOINTS[kind].suffix}"
+    by_bytes = rng.random() < 0.5 or not CHECKPOINTS[kind].by_value
     kept_checksum = False
     if by_bytes:
         done, data = mutate_bytes(originals.bytes[kind], rng)
@@ -296,9 +327,8 @@ def run_checkpoint(originals: Originals, kind: str, seed: int) -> tuple[str, str
             return "refused", f"{done}: {said}"
     if torch.equal(found, originals.outputs[kind]):
         return "right", done
-    # The old format has no checksums: only its structure can be checked, and the load says so.
     said_so = any("only its structure" in str(warning.message) for warning in warned)
-    if kind == "legacy" and by_bytes and said_so:
+    if CHECKPOINTS[kind].announced and by_bytes and said_so:
         return "other numbers, announced", done
     return "WRONG", f"{done}, checksum kept: {kept_checksum}"
 
@@ -385,22 +415,34 @@ def server(tmp_path_factory):
 ALLOWED = {"right", "refused", "other numbers, announced"}
 
 
+MANY = {"ours": 160, "upstream": 160, "lincls": 80, "plain": 100, "legacy": 100,
+        "safetensors": 200, "foreign": 200, "arrays": 200, "jpeg": 600}  # fmt: skip
+FEW = 60
+
+
 @pytest.mark.parametrize(
-    ("kind", "count"),
-    [("ours", 160), ("upstream", 160), ("lincls", 80), ("plain", 100), ("legacy", 100),
-     ("jpeg", 600)],
-)  # fmt: skip
-def test_mutations_are_refused_or_read_right(server: Server, kind: str, count: int) -> None:
+    ("kind", "seeds"),
+    [
+        *(pytest.param(kind, range(FEW), id=kind) for kind in MANY),
+        *(
+            pytest.param(kind, range(FEW, count), id=f"more {kind}", marks=pytest.mark.long)
+            for kind, count in MANY.items()
+        ),
+    ],
+)
+def test_mutations_are_refused_or_read_right(server: Server, kind: str, seeds: range) -> None:
     outcomes: Counter = Counter()
     failed = []
-    for seed in range(count):
+    for seed in seeds:
         outcome, done = server.run(kind, seed)
         outcomes[outcome] += 1
         if outcome not in ALLOWED:
-            failed.append(f"python tests/test_fuzz.py {kind} {seed}   {outcome}: {done}")
+            failed.append(f"python tests/checkpoint/test_fuzz.py {kind} {seed}   {outcome}: {done}")
     print(f"{kind}: {dict(outcomes)}")
-    assert not failed, "\n".join([f"{len(failed)} of {count} mutations:", *failed[:20]])
-    assert outcomes["refused"] >= count // 10, "the mutations do no harm"
+    assert not failed, "\n".join([f"{len(failed)} of {len(seeds)} mutations:", *failed[:20]])
+    assert outcomes["refused"] >= len(seeds) // 20, "the mutations do no harm"
+        "the mutations do no harm"
+    )
 
 
 def main() -> None:

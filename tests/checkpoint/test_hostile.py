@@ -1,9 +1,12 @@
-"""Files made to take time or memory, or to reach into this program: refused at once, by name."""
+"""Files made to run code, to take time or memory, or to reach into this program: refused."""
 
 from __future__ import annotations
 
+import builtins
+import collections
 import faulthandler
 import io
+import os
 import pickle
 import resource
 import struct
@@ -16,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import OLD
 
 from moco import pickles
 from moco.checkpoint import load_encoder, newest_valid, read_checkpoint, run_checkpoints
@@ -29,6 +33,104 @@ def no_hang() -> Iterator[None]:
     faulthandler.dump_traceback_later(120, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
+
+
+# ------------------------------------------------------------------------------------------------
+# Code
+# ------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """Pickles to a call."""
+
+    def __init__(self, function, *arguments) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def attacks(marker: Path) -> dict[str, object]:
+    touch = f"open({str(marker)!r}, 'w')"
+    return {
+        "os.system": Runs(os.system, f"touch {marker}"),
+        "eval": Runs(eval, touch),
+        "exec": Runs(exec, touch),
+        "open": Runs(builtins.open, str(marker), "w"),
+        "nested": collections.OrderedDict(a=[{"b": Runs(eval, touch)}]),
+        "state": Runs(torch.storage._load_from_bytes, pickle.dumps(Runs(eval, touch))),
+        "getattr": Runs(getattr, Runs(__import__, "os"), "system"),
+    }
+
+
+@pytest.mark.parametrize("name", attacks(Path()))
+@pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "old"])
+def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(
+    refusal, name: str, options, tmp_path: Path, state: dict
+) -> None:
+    marker = tmp_path / "it-ran"
+    content = {**state, "extra": attacks(marker)[name]}
+    torch.save(content, path := tmp_path / "a.pth", **options)
+    message = refusal(path)
+    assert "can be read safely, and nothing in it was run: it asks for" in message
+    assert "If you trust its author" in message
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if name == "eval" else None
+    assert marker.exists() == (name == "eval"), "the attack itself works"
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_bare_pickle_is_refused_and_runs_nothing(refusal, protocol: int, tmp_path: Path) -> None:
+    marker = tmp_path / "it-ran"
+    path = tmp_path / "a.pth"
+    path.write_bytes(pickle.dumps(attacks(marker)["os.system"], protocol))
+    assert refusal(path)
+    assert not marker.exists()
+
+
+def test_environment_cannot_switch_safety_off(
+    refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    torch.save({**state, "extra": attacks(tmp_path / "it-ran")["eval"]}, tmp_path / "a.pth")
+    assert "nothing in it was run" in refusal(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (eval, ("open('{}', 'w')",), "eval"),
+        (open, ("{}", "w"), "open"),
+        (np.fromfile, ("{}",), "fromfile"),
+        (np.memmap, ("{}", "uint8", "w+", 0, (4,)), "memmap"),
+        (getattr, (np, "save"), "getattr"),
+        (torch.storage._load_from_bytes, (b"{}",), "_load_from_bytes"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_pickle_of_arrays_may_ask_for_nothing_else(
+    function, arguments: tuple, name: str, protocol: int, tmp_path: Path
+) -> None:
+    marker = tmp_path / "it-ran"
+    words = [w.format(marker) if isinstance(w, str) else w for w in arguments]
+    if function is getattr:
+        words = ["numpy", "save"]
+    array = np.ones(3, dtype=np.float32)
+    path = tmp_path / "a.pkl"
+    for content in (
+        {"model": {"a": array, "b": Runs(function, *words)}},
+        {"model": {"a": array}, "more": [Runs(function, *words)]},
+        Runs(function, *words),
+    ):
+        path.write_bytes(pickle.dumps(content, protocol))
+        with pytest.raises(CheckpointError) as caught:
+            load_encoder(path)
+        assert "nothing in it was run: it asks for" in str(caught.value)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+        assert not marker.exists()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import datetime
 import enum
 import functools
 import pathlib
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -16,14 +17,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from networks import IMAGES, assert_gives, features_of, resnet18, seasoned, under
 from torch import Tensor, nn
 
-from moco.checkpoint import load_encoder, read_checkpoint
+from moco.checkpoint import FORMAT_VERSION, load_encoder, read_checkpoint
 from moco.checkpoint.architectures import STEMS
-from moco.encoders import arch_names, build_encoder
+from moco.encoders import add_mlp_head, arch_names, build_encoder
 from moco.errors import CheckpointError
-
-IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,6 @@ def whole(network: nn.Module) -> dict[str, Tensor]:
 @pytest.fixture
 def body(whole: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in whole.items() if not name.startswith("fc.")}
-
-
-def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
 
 
 def other(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -255,6 +251,223 @@ def test_names_that_nothing_has_are_told_with_a_remedy(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "(first blocks.0.weight); expected torchvision's names" in message
     assert "behind one and the same prefix" in message and "\n" not in message
+
+
+# ------------------------------------------------------------------------------------------------
+# MoCo v3 and SimSiam
+# ------------------------------------------------------------------------------------------------
+
+
+def projector_v3(width: int, hidden: int, outputs: int) -> nn.Sequential:
+    """moco-v3's: two layers without bias, the last batch norm without weight and bias."""
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, outputs, bias=False),
+        nn.BatchNorm1d(outputs, affine=False),
+    )
+
+
+def projector_simsiam(width: int, outputs: int) -> nn.Sequential:
+    """SimSiam's: three layers, the last with a bias and a batch norm without weight and bias."""
+    return nn.Sequential(
+        nn.Linear(width, width, bias=False),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, width, bias=False),
+        nn.BatchNorm1d(width),
+        nn.ReLU(),
+        nn.Linear(width, outputs),
+        nn.BatchNorm1d(outputs, affine=False),
+    )
+
+
+def predictor() -> dict[str, Tensor]:
+    layers = nn.Sequential(nn.Linear(24, 40, bias=False), nn.BatchNorm1d(40), nn.ReLU())
+    return under("module.predictor.", layers.state_dict())
+
+
+def moco_v3(arch: str = "resnet18") -> tuple[nn.Module, dict]:
+    """(base encoder, checkpoint as moco-v3's main_moco.py saves it)."""
+    base, momentum = resnet18(), resnet18(seed=1)
+    for network in (base, momentum):
+        network.fc = projector_v3(512, 40, 24)
+        seasoned(network)
+    state = {
+        **under("module.base_encoder.", base.state_dict()),
+        **under("module.momentum_encoder.", momentum.state_dict()),
+        **predictor(),
+    }
+    parameters = [p.requires_grad_() for p in base.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9)
+    scaler = {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 7}
+    return base, {"epoch": 300, "arch": arch, "state_dict": state, "scaler": scaler,
+                  "optimizer": optimizer.state_dict()}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*old format")
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_moco_v3_gives_the_base_encoder(new: bool, tmp_path: Path) -> None:
+    base, content = moco_v3()
+    path = tmp_path / "r-50-300ep.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    assert_gives(
+        path, base, "projection", layout="moco-v3", encoder="base_encoder", arch="resnet18",
+        head="mlp", epoch=300, feature_dim=512, objective=None, args={},
+    )  # fmt: skip
+    _, info = load_encoder(path, head="projection")
+    beside = {name.removeprefix("module.") for name in content["state_dict"]}
+    assert info["beside"] == sorted(n for n in beside if not n.startswith("base_encoder."))
+    assert info["ignored"] == [] and info["matched"] == len(base.state_dict())
+    with pytest.raises(CheckpointError, match="has a projection head, linear was asked for"):
+        load_encoder(path, head="linear")
+
+
+def test_simsiam_gives_the_encoder(tmp_path: Path) -> None:
+    network = resnet18(24)
+    network.fc = projector_simsiam(512, 24)
+    seasoned(network)
+    state = {**under("module.encoder.", network.state_dict()), **predictor()}
+    content = {"epoch": 100, "arch": "resnet18", "state_dict": state, "optimizer": {}}
+    torch.save(content, path := tmp_path / "checkpoint_0099.pth.tar")
+    assert_gives(path, network, "projection", layout="simsiam", encoder="encoder", epoch=100,
+                 head="mlp", arch="resnet18")  # fmt: skip
+    # A file whose head and predictor were left out, as users report of published ones.
+    kept = {name: t for name, t in state.items() if name.startswith("module.encoder.")}
+    content["state_dict"] = {name: t for name, t in kept.items() if ".fc." not in name}
+    torch.save(content, path)
+    encoder, info = load_encoder(path)
+    assert torch.equal(encoder(IMAGES), features_of(network))
+    assert (info["layout"], info["head"], info["head_use"]) == ("simsiam", "none", "none")
+    with pytest.raises(CheckpointError, match="has no head, projection was asked for"):
+        load_encoder(path, head="projection")
+
+
+@pytest.mark.long
+def test_a_vision_transformer_is_not_taken_for_simsiams(tmp_path: Path) -> None:
+    """Torchvision's names begin with encoder. too."""
+    state = build_encoder("vit_b_32", 3, image_size=32).state_dict()
+    torch.save({"state_dict": state}, path := tmp_path / "a.pth")
+    _, info = load_encoder(path)
+    assert (info["arch"], info["layout"], info["encoder"]) == ("vit_b_32", "lincls", None)
+    assert info["beside"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fc.0.weight": torch.ones(40, 9)}, "0.weight is (40, 9), expected (outputs, 512)"),
+        ({"fc.3.weight": torch.ones(24)}, "3.weight is (24,), expected (outputs, 40)"),
+        ({"fc.1.running_mean": torch.ones(39)}, "fc.1.running_mean is (39,), expected (40,)"),
+        ({"fc.9.weight": torch.ones(3, 24)}, "layer 9 follows layer 4"),
+        ({"fc.999.weight": torch.ones(3, 24)}, "layer 999 follows layer 4"),
+    ],
+)
+def test_heads_whose_layers_do_not_fit_are_named(change: dict, said: str, tmp_path: Path) -> None:
+    _, content = moco_v3()
+    content["state_dict"] |= under("module.base_encoder.", change)
+    torch.save(content, path := tmp_path / "a.pth")
+    assert load_encoder(path)[1]["head"] == "mlp"  # features need no head
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(path, head="projection")
+    assert said in str(caught.value) and str(path) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# timm and detectron2
+# ------------------------------------------------------------------------------------------------
+
+
+def test_timms_files(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network = seasoned(timm.create_model("resnet18", num_classes=7))
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    timm.models.save_for_hf(network, tmp_path / "hub", safe_serialization="both")
+    for name in ("resnet18.pth", "hub/model.safetensors", "hub/pytorch_model.bin", "hub"):
+        path = tmp_path / name
+        assert_gives(path, network, "linear", arch="resnet18", layout="plain", head="linear")
+    bare = seasoned(timm.create_model("resnet18", num_classes=0))
+    torch.save(bare.state_dict(), path := tmp_path / "bare.pth")
+    encoder, info = load_encoder(path)
+    assert torch.equal(encoder(IMAGES), bare(IMAGES))
+    assert info["head"] == "none" and info["ignored"] == []
+
+
+def test_timms_training_checkpoint(tmp_path: Path) -> None:
+    """The averaged weights are taken, as by timm itself; its `version` is not this project's."""
+    timm = pytest.importorskip("timm")
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    torch.manual_seed(0)
+    network = seasoned(timm.create_model("resnet18", num_classes=7))
+    average = ModelEmaV3(network, decay=0.5)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.5)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    saver = CheckpointSaver(
+        network, optimizer, model_ema=average, checkpoint_dir=str(tmp_path), recovery_dir="",
+    )  # fmt: skip
+    saver.save_checkpoint(3, metric=71.5)
+    path = tmp_path / "last.pth.tar"
+    assert torch.load(path)["version"] > FORMAT_VERSION
+    assert_gives(path, average.module, "linear", layout="timm", epoch=3, arch="resnet18")
+    loaded = timm.create_model("resnet18", num_classes=7, checkpoint_path=str(path)).eval()
+    assert torch.equal(loaded(IMAGES), average.module(IMAGES))
+
+
+def test_an_architecture_of_timm_alone_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("resnet26", num_classes=0).state_dict()
+    torch.save({"arch": "resnet26", "state_dict": state}, path := tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"no known architecture.*it says arch 'resnet26'"):
+        load_encoder(path)
+
+
+def to_detectron2(name: str) -> str:
+    """What upstream's converter makes of a name of torchvision's; written for these tests."""
+    if not name.startswith("layer"):
+        name = f"stem.{name}"
+    for number in (4, 3, 2, 1):
+        name = name.replace(f"layer{number}.", f"res{number + 1}.")
+        name = name.replace(f"bn{number}.", f"conv{number}.norm.")
+    return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+
+
+def detectron2_content(network: nn.Module, leave: str = "nothing") -> dict:
+    arrays = {
+        to_detectron2(name): tensor.numpy()
+        for name, tensor in network.state_dict().items()
+        if leave not in name
+    }
+    return {"model": arrays, "__author__": "MOCO", "matching_heuristics": True}
+
+
+@pytest.fixture(scope="module")
+def with_mlp() -> nn.Module:
+    """A small network of torchvision's kind, blocks with three convolutions, and MoCo v2's head."""
+    torch.manual_seed(0)
+    network = torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [3, 4, 6, 3], num_classes=12
+    )
+    add_mlp_head(network)
+    return seasoned(network)
+
+
+def test_detectron2s_pickle(tmp_path: Path, with_mlp: nn.Module) -> None:
+    """Of upstream's converter, which keeps the head under stem.fc; with the batch counts, and
+    without, as detectron2 has no use for them."""
+    content = detectron2_content(with_mlp)
+    assert {"stem.conv1.norm.weight", "res2.0.shortcut.norm.bias", "res5.2.conv3.norm.running_var",
+            "stem.fc.2.bias"} < content["model"].keys()  # fmt: skip
+    path = tmp_path / "moco.pkl"
+    for leave in ("nothing", "num_batches_tracked"):
+        path.write_bytes(pickle.dumps(detectron2_content(with_mlp, leave)))
+        with pytest.warns(UserWarning, match="moco.pkl is a pickle of arrays"):
+            assert_gives(path, with_mlp, "projection", layout="detectron2", arch="resnet50",
+                         head="mlp", epoch=None, encoder=None)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------
