@@ -26,22 +26,23 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from moco import checkpoint, cli, distributed, encoders
+from moco.config import LinclsConfig, plain
 from moco.data import loader
 from moco.data import subsets as labels
 from moco.data.images import Images, Subset, open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
-from moco.errors import CheckpointError, DataError, TrainingError
+from moco.errors import CheckpointError, DataError, TrainingError, report_user_errors
 from moco.evaluate import heads as probe
 from moco.evaluate import knn as evaluate
 from moco.evaluate.feed import Feed, cached_feed, image_feed, with_features
 from moco.evaluate.heads import Frozen, Heads, Setting
+from moco.launch import launch_config
 from moco.log import RunLog, StepPrinter, progress, provenance
 from moco.run_files import LINCLS_BEST, LINCLS_LATEST, LINCLS_RESULT, write_json
 from moco.schedule import learning_rate
@@ -52,176 +53,6 @@ PROTOCOL = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight
             "image_size", "seed")  # fmt: skip
 VARIANTS = {"finetune": False, "lr_backbone": None, "cached": False, "cached_views": 0,
             "folds": None, "labels_digest": None, "images_per_class": None}  # fmt: skip
-
-# Fine-tuning with 1 % or 10 % of ImageNet's labels as SwAV has published it (arXiv:2006.09882;
-# github.com/facebookresearch/swav, README and eval_semisup.py): 20 epochs, x0.2 at 12 and 16, batch
-# 256, no weight decay; (lr of the classifier, of the backbone) are of 10 % and of 1 %.
-FINETUNE = {"epochs": 20, "schedule": [12, 16], "schedule_factor": 0.2}
-FINETUNE_RATES = {"10 %": (0.2, 0.01), "1 %": (5.0, 0.02)}
-
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(description="linear evaluation of a frozen encoder", allow_abbrev=False)
-    cli.add_shared_options(
-        parser, lr=30.0, weight_decay=0.0, epochs=100, schedule=[60, 80], rate=cli.rates
-    )
-    # fmt: off
-    what = parser.add_argument_group("what is evaluated, and how")
-    what.add_argument("--pretrained", type=cli.non_empty, metavar="CHECKPOINT",
-                      help="ours, upstream MoCo's, or a torchvision state dict")
-    what.add_argument("-e", "--evaluate", action="store_true",
-                      help="only evaluate the linear classifier that the checkpoint holds")
-    what.add_argument("--image-size", type=int, metavar="PX",
-                      help="default: the checkpoint's, else 224")
-    what.add_argument("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
-                      help="default: the checkpoint's, else ImageNet's")
-    what.add_argument("--std", type=float, nargs=3, metavar=("R", "G", "B"))
-    what.add_argument("--amp", choices=("off", "bf16"),
-                      help="precision of the encoder (default: bf16 on GPUs that have it, else "
-                           "off); classifiers are float32")
-    what.add_argument("--knn", action="store_true",
-                      help="also report weighted k-NN (--epochs 0: report nothing else)")
-    what.add_argument("--knn-k", type=int, default=200, metavar="K",
-                      help="neighbours, at most the training set (%(default)s)")
-    what.add_argument("--knn-t", type=float, default=0.07, metavar="T",
-                      help="temperature of their votes (%(default)s)")
-    what.add_argument("--knn-layer", choices=("backbone", "projection"), default="backbone",
-                      help="features that are compared (%(default)s)")
-
-    several = parser.add_argument_group(
-        "several settings, trained together: --lr 1,3,10,30 --wd 0,1e-4")
-    several.add_argument("--folds", type=int, metavar="K",
-                         help="choose among them by K-fold cross-validation on the training set, "
-                              "then train on all of it; val/ is evaluated once, at the end")
-    several.add_argument("--cached", action="store_true",
-                         help="extract features once, of centre crops, and train on those: another "
-                              "protocol than the standard one, without random crops")
-    several.add_argument("--cached-views", type=int, default=0, metavar="A",
-                         help="extract A random views of each image instead; epoch e has view e "
-                              "modulo A")
-    several.add_argument("--cache-dir", type=cli.folder, metavar="DIR",
-                         help="where features are kept, for other runs too (RUN/features)")
-
-    transfer = parser.add_argument_group("transfer")
-    transfer.add_argument("--labels", type=label_source, metavar="PERCENT|FILE",
-                          help="train on this part of each class (1, 10), or on the images that a "
-                               "file names, one per line; also the bank of k-NN")
-    transfer.add_argument("--labels-seed", type=int, default=0, metavar="N",
-                          help="of the part of --labels PERCENT (%(default)s); --seed has no part "
-                               "in it")
-    transfer.add_argument("--finetune", action="store_true",
-                          help="train the whole network, batch norm in training mode; defaults are "
-                               "SwAV's then: 20 epochs, x0.2 at 12 and 16, --lr 0.2 --lr-backbone "
-                               "0.01, or 5 and 0.02 with --labels 1")
-    transfer.add_argument("--lr-backbone", type=float, metavar="LR",
-                          help="initial learning rate of the encoder; --lr is the classifier's")
-    # fmt: on
-    return parser
-
-
-def label_source(text: str) -> float | str:
-    """argparse type of --labels: percent, or a file."""
-    try:
-        percent = float(text.removesuffix("%"))
-    except ValueError:
-        if Path(cli.non_empty(text)).is_file():
-            return text
-        raise argparse.ArgumentTypeError(
-            f"expected percent, as 1 or 10, or a file that lists images, got {text!r}"
-        ) from None
-    if not 0 < percent <= 100:
-        raise argparse.ArgumentTypeError(f"expected percent above 0 and up to 100, got {text}")
-    return percent
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check: all that can be known now is refused now, with exit status 2."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.finetune:  # again, with the defaults of fine-tuning
-        lr, lr_backbone = FINETUNE_RATES["1 %" if args.labels == 1 else "10 %"]
-        parser.set_defaults(**FINETUNE, lr=lr, lr_backbone=lr_backbone)
-        args = parser.parse_args(argv)
-    cli.check_shared_options(parser, args)
-    cli.check_run_folder(parser, args, pretraining=False)
-    if args.resume == "auto":
-        latest = args.save_dir / LINCLS_LATEST
-        args.resume = str(latest) if latest.is_file() else None
-    source = args.pretrained or args.resume
-    if source is None:
-        parser.error("give the encoder to evaluate: --pretrained CHECKPOINT")
-    for flag in ("resume", "pretrained"):
-        path = getattr(args, flag)
-        is_url = flag == "pretrained" and path and checkpoint.is_url(path)
-        if path and not is_url and not Path(path).is_file():
-            parser.error(f"--{flag}: no such checkpoint: {path}")
-    if args.epochs == 0 and not (args.knn or args.evaluate):
-        parser.error("--epochs 0 leaves nothing to do without --knn or -e")
-    if args.knn_k < 1 or not 0 < args.knn_t < math.inf:
-        parser.error(f"--knn-k must be >= 1 and --knn-t positive, got {args.knn_k}, {args.knn_t:g}")
-    if args.image_size is not None and args.image_size < 1:
-        parser.error(f"--image-size must be at least 1, got {args.image_size}")
-    try:
-        cli.check_image_statistics(args.mean or (), args.std or ())
-        check_variant(args)
-    except ValueError as error:
-        parser.error(str(error))
-    trains = args.epochs > 0 and not args.evaluate
-    cli.check_data_folder(parser, args, {"train": args.batch_size if trains else 1, "val": 1})
-    if args.save_dir is None:
-        source = source.split("?")[0]  # of an address
-        stem = Path(source).name.removesuffix(".tar").removesuffix(".pth")
-        name = f"lincls-{Path(source).resolve().parent.name}-{stem}"
-        args.save_dir = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
-    return args
-
-
-def check_variant(args: argparse.Namespace) -> None:
-    """Raise ValueError for flags that do not go together."""
-    several = [f"--{n}" for n, v in (("lr", args.lr), ("wd", args.weight_decay)) if listed(v)]
-    if args.finetune:
-        if several or args.cached or args.folds:
-            other = (*several, *(["--cached"] if args.cached else ["--folds"]))[0]
-            raise ValueError(
-                f"--finetune trains the whole network with one setting, which {other} does not fit"
-                + (" with several values; run it once for each" if several else "")
-            )
-        if not 0 <= args.lr_backbone < math.inf:
-            raise ValueError(
-                f"--lr-backbone must be a number of at least 0, got {args.lr_backbone}"
-            )
-        if args.batch_size // args.processes < 2:
-            raise ValueError("--finetune needs 2 images per process at least, for batch norm")
-        if args.knn and args.resume and not args.pretrained:
-            raise ValueError("--knn is of the encoder before fine-tuning: give --pretrained too")
-    elif args.lr_backbone is not None:
-        raise ValueError("--lr-backbone is of --finetune; the encoder is frozen without it")
-    if args.evaluate and (args.cached or args.folds):
-        raise ValueError("-e trains nothing: leave out --cached and --folds")
-    if not args.cached and (args.cached_views or args.cache_dir):
-        raise ValueError("--cached-views and --cache-dir are of --cached")
-    if args.cached_views < 0:
-        raise ValueError(f"--cached-views must be at least 0, got {args.cached_views}")
-    if args.cached_views > args.epochs:
-        raise ValueError(
-            f"--cached-views {args.cached_views} are more than --epochs {args.epochs}, each of "
-            "which trains on one of them"
-        )
-    if args.folds is not None and args.folds < 2:
-        raise ValueError(f"--folds must be at least 2, got {args.folds}")
-    if args.folds and args.epochs == 0:
-        raise ValueError("--folds with --epochs 0 leaves nothing to choose among")
-    if args.labels is not None and args.images_per_class is not None:
-        raise ValueError("--labels and --images-per-class both select images: give one of them")
-    if isinstance(args.labels, str) and args.dataset != "folder":
-        raise ValueError(
-            f"--labels {args.labels}: a list names files, and {args.dataset} is held in memory "
-            "without names; give percent"
-        )
 
 
 def listed(value: float | list[float]) -> bool:
@@ -234,12 +65,14 @@ def listed(value: float | list[float]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cli.run_worker(work, parse_args(argv))
+    launch_config(work, cli.lincls_config(argv))
 
 
-def work(device: torch.device, args: argparse.Namespace) -> None:
-    """The whole evaluation in this process, one of `args.processes`."""
-    with cli.report_user_errors():
+def work(device: torch.device, config: LinclsConfig) -> None:
+    """The whole evaluation in this process, one of `processes`."""
+    args = argparse.Namespace(**config.to_flat())
+    args.save_dir, args.cache_dir = config.saving.save_dir, config.protocol.cache_dir
+    with report_user_errors():
         _work(device, args)
 
 
@@ -291,7 +124,7 @@ def _work(device: torch.device, args: argparse.Namespace) -> None:
         result["labels"] = {"of": args.labels, "digest": args.labels_digest}
     if distributed.is_main():
         args.save_dir.mkdir(parents=True, exist_ok=True)
-        facts = {**cli.plain_values(args), "provenance": provenance()}
+        facts = {**plain_values(args), "provenance": provenance()}
         write_json(args.save_dir / "args.json", facts)
     distributed.barrier()
     print_start(args, info, device, result)
@@ -759,7 +592,7 @@ class Writer:
             "pretrained_digest": info["digest"],
             "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
             "optimizer": self.optimizer.state_dict(),
-            "args": {**cli.plain_values(args), **kept, "steps_done": steps},
+            "args": {**plain_values(args), **kept, "steps_done": steps},
             **several,
             **self.of_folds,
         }
@@ -837,7 +670,7 @@ def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
 
 def refuse_changes(before: dict, args: argparse.Namespace) -> None:
     """A probe that goes on under other arguments would be no known protocol."""
-    now = cli.plain_values(args)
+    now = plain_values(args)
     was = {**VARIANTS, **before["args"]}  # what a file does not name was as usual
     changes = [
         f"{name}: {was[name]!r} before, {now[name]!r} now"
@@ -851,6 +684,10 @@ def refuse_changes(before: dict, args: argparse.Namespace) -> None:
             f"{args.resume} was trained with other arguments ({'; '.join(changes)}); use those, or "
             "another --save-dir"
         )
+
+
+def plain_values(args: argparse.Namespace) -> dict:
+    return {name: plain(value) for name, value in sorted(vars(args).items())}
 
 
 if __name__ == "__main__":

@@ -16,23 +16,22 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from moco import checkpoint, cli, distributed, encoders
 from moco.builder import MoCo, MoCoLosses
+from moco.config import PretrainConfig, learning_changes, plain, rounding_changes
 from moco.data import loader
 from moco.data.images import names_digest, open_images
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe
-from moco.errors import CheckpointError, TrainingError
+from moco.data.views import pretrain_recipe
+from moco.errors import CheckpointError, TrainingError, report_user_errors
+from moco.launch import launch_config
 from moco.log import Means, RunLog, StepPrinter, provenance
+from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
 from moco.run_files import write_json
 from moco.schedule import learning_rate
@@ -44,330 +43,10 @@ from moco.train.state import BackgroundWriter, Run
 # Exit status of a run that was asked to stop by SIGTERM or SIGUSR1 and has saved: "try again".
 EXIT_PREEMPTED = 75
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
-
-# The terms of the default objective; --moco-t replaces them.
-_OBJECTIVE_DEFAULTS = {
-    "contr_w": 0.0,
-    "contr_tau": 0.07,
-    "align_w": 3.0,
-    "align_alpha": 2.0,
-    "unif_w": 1.0,
-    "unif_t": 3.0,
-}
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.Parser(
-        description="MoCo pretraining with alignment + uniformity", allow_abbrev=False
-    )
-    cli.add_shared_options(parser, lr=0.03, weight_decay=1e-4, epochs=200, schedule=[120, 160])
-    parser.set_defaults(arch="resnet50")
-
-    # fmt: off
-    moco = parser.add_argument_group("MoCo")
-    moco.add_argument("--moco-dim", type=int, default=128, help="feature dimension (%(default)s)")
-    moco.add_argument("--moco-k", type=int, default=65536, help="queue size (%(default)s)")
-    moco.add_argument("--moco-m", type=float, default=0.999,
-                      help="momentum of the key encoder (%(default)s)")
-    moco.add_argument("--mlp", action="store_true", help="two-layer projection head (MoCo v2)")
-    moco.add_argument("--bn-splits", default="auto", metavar="S",
-                      help="batch-norm groups per device; auto: of 32 images each")
-    moco.add_argument("--symmetric", action="store_true",
-                      help="each view is query and key in turn: both losses are summed, and the "
-                      "keys of both views enter the queue")
-
-    terms = parser.add_argument_group(
-        "objective", "contr_w * InfoNCE(tau) + align_w * align(alpha) + unif_w * uniform(t)"
-    )
-    for name, value in _OBJECTIVE_DEFAULTS.items():
-        terms.add_argument(f"--moco-{name.replace('_', '-')}", dest=name, type=float,
-                           metavar="X", help=f"default {value:g}")
-    terms.add_argument("--moco-unif-no-intra-batch", dest="intra_batch", action="store_false",
-                       help="query-queue pairs only (Eq. 21 instead of 22)")
-    terms.add_argument("--moco-t", type=float, metavar="TAU",
-                       help="InfoNCE alone with this temperature, as in upstream MoCo")
-
-    views = parser.add_argument_group("views")
-    views.add_argument("--aug-plus", action="store_true", help="augmentation of MoCo v2")
-    views.add_argument("--image-size", type=int, default=224, metavar="PX", help="%(default)s")
-    views.add_argument("--small-stem", action="store_true",
-                       help="ResNet stem for images of 32 to 64 pixels")
-    views.add_argument("--crop-scale", type=float, nargs=2, default=[0.2, 1.0],
-                       metavar=("MIN", "MAX"), help="share of the area (%(default)s)")
-    views.add_argument("--no-blur", dest="blur", action="store_false",
-                       help="leave the Gaussian blur out of --aug-plus")
-    views.add_argument("--views", choices=("cpu", "device"), default="cpu",
-                       help="cpu: all by Pillow in loader processes; device: they decode and crop, "
-                       "the device does colour and blur (%(default)s)")
-    views.add_argument("--mean", type=float, nargs=3, default=list(IMAGENET_MEAN),
-                       metavar=("R", "G", "B"))
-    views.add_argument("--std", type=float, nargs=3, default=list(IMAGENET_STD),
-                       metavar=("R", "G", "B"))
-
-    training = parser.add_argument_group("more of training")
-    training.add_argument("--cos", action="store_true", help="cosine learning-rate schedule")
-    training.add_argument("--warmup-epochs", type=int, default=0, metavar="N",
-                          help="epochs of rising learning rate (%(default)s)")
-    training.add_argument("--max-steps", type=int, metavar="N",
-                          help="stop after N steps of the run; 0 saves the untrained encoder")
-    training.add_argument("--amp", choices=("off", "bf16", "fp16"), default="off",
-                          help="mixed precision of the encoders (%(default)s)")
-    training.add_argument("--init-from", type=cli.non_empty, metavar="CHECKPOINT",
-                          help="start from the encoder in this file (weights, not a run: queue, "
-                          "optimizer and epoch are new)")
-    training.add_argument("--accumulate", type=int, default=1, metavar="N",
-                          help="each device's share of --batch-size goes through in N parts, for "
-                          "less memory; parts relate to each other as devices do, with batch norm, "
-                          "shuffle and intra-batch pairs of their own; optimizer, key encoder and "
-                          "queue advance once per step (%(default)s)")
-    training.add_argument("--keep-last", type=int, default=5, metavar="N",
-                          help="checkpoints to keep (%(default)s), the newest, and")
-    training.add_argument("--keep-every", type=int, default=20, metavar="M",
-                          help="that of every M-th epoch (%(default)s; 0: none)")
-    speed = parser.add_argument_group(
-        "speed", "what is learned stays the same; a run may go on under other settings than it "
-        "began with, but not bit for bit"
-    )
-    speed.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=None,
-                       help="weights and images in NHWC order (default: on the CPU and "
-                       "with --amp)")
-    speed.add_argument("--compile", action="store_true",
-                       help="compile both encoders by torch.compile: minutes at the start")
-    speed.add_argument("--deterministic", action="store_true",
-                       help="only kernels that give the same bits every time; slower on a GPU")
-    speed.add_argument("--profile", action="store_true",
-                       help="write a trace of ten steps and print where their time goes")
-    watching = parser.add_argument_group("watching")
-    watching.add_argument("--knn-every", type=int, default=10, metavar="N",
-                          help="k-NN accuracy on val/ every N epochs, and at the end, where images "
-                          "have labels (%(default)s; 0: never)")
-    watching.add_argument("--knn-bank", type=int, default=50000, metavar="N",
-                          help="training images to look for neighbours among, as many of each "
-                          "class (%(default)s)")
-    safety = parser.add_argument_group("never lose a run")
-    safety.add_argument("--save-steps", type=int, default=0, metavar="N",
-                        help="save every N steps too (0: after each epoch only)")
-    safety.add_argument("--save-minutes", type=float, default=0, metavar="M",
-                        help="save every M minutes too (0: no)")
-    safety.add_argument("--allow-changes", action="store_true",
-                        help="resume although what is learned changes; logs the differences")
-    safety.add_argument("--max-overflows", type=int, default=20, metavar="N",
-                        help="stop after more fp16 overflows in a row (%(default)s)")
-    safety.add_argument("--check-every", type=int, default=1000, metavar="N",
-                        help="steps between proofs that ranks are equal (%(default)s; 0: never)")
-    safety.add_argument("--collapse-steps", type=int, default=500, metavar="N",
-                        help="warn after N steps with collapsed features (%(default)s; 0: never)")
-    safety.add_argument("--skip-bad-images", action="store_true",
-                        help="replace an unreadable image by the next one that can be read")
-    safety.add_argument("--max-bad-share", type=float, default=0.01, metavar="S",
-                        help="stop when a larger share of images is unreadable (%(default)s)")
-    # fmt: on
-    return parser
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check: all that can be known now is refused now, with exit status 2."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        _resolve_objective(args)
-    except ValueError as error:
-        parser.error(str(error))
-    cli.check_shared_options(parser, args)
-    try:
-        _check_options(args)
-        args.bn_groups = _batch_norm_groups(args)
-        args.bn_group_size = _part_size(args) // args.bn_groups
-        # Also refuses an unknown arch, a stem or an image size that does not fit.
-        with_head = encoders.build_encoder(
-            args.arch, args.moco_dim, image_size=args.image_size, small_stem=args.small_stem
-        )
-        encoders.check_image_size(with_head, args.image_size)
-        if args.channels_last is None:
-            args.channels_last = step.channels_last_helps(args.devices[0], args.amp)
-        if args.compile:
-            _check_compiler(args.devices[0])
-    except ValueError as error:
-        parser.error(str(error))
-    cli.check_data_folder(parser, args, {"pretrain": args.batch_size})
-    _check_run_folder(parser, args)
-    return args
-
-
-def _resolve_objective(args: argparse.Namespace) -> None:
-    """Fill in the defaults of the objective, or InfoNCE alone for --moco-t."""
-    given = [name for name in _OBJECTIVE_DEFAULTS if getattr(args, name) is not None]
-    if args.moco_t is not None:
-        if given or not args.intra_batch:
-            flag = f"--moco-{given[0].replace('_', '-')}" if given else "--moco-unif-no-intra-batch"
-            raise ValueError(
-                f"--moco-t (InfoNCE alone) cannot be combined with {flag}; give "
-                "--moco-contr-w, --moco-contr-tau and the other weights instead"
-            )
-        args.contr_w, args.contr_tau, args.align_w, args.unif_w = 1.0, args.moco_t, 0.0, 0.0
-    for name, value in _OBJECTIVE_DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    weights = {"contr": args.contr_w, "align": args.align_w, "unif": args.unif_w}
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"--moco-{name}-w must be a number of at least 0, got {weight:g}")
-    if not any(weights.values()):
-        raise ValueError(
-            "all loss weights are zero: there is nothing to minimise; give one of --moco-align-w, "
-            "--moco-unif-w, --moco-contr-w"
-        )
-    for name, weight, least in (
-        ("contr_tau", args.contr_w, 0),
-        ("align_alpha", args.align_w, 1),
-        ("unif_t", args.unif_w, 0),
-    ):
-        value = getattr(args, name)
-        if weight and not (0 < value < math.inf and value >= least):
-            wanted = "at least 1 (the slope is infinite below)" if least else "positive"
-            flag = "moco-t" if name == "contr_tau" and args.moco_t is not None else f"moco-{name}"
-            raise ValueError(f"--{flag.replace('_', '-')} must be {wanted}, got {value:g}")
-    args.objective = objective_formula(args)
-
-
-def objective_formula(args: argparse.Namespace) -> str:
-    """The objective as a formula, for people to read."""
-    pairs = "with intra-batch pairs" if args.intra_batch else "queue only"
-    terms = [
-        (args.contr_w, f"InfoNCE(tau={args.contr_tau:g})"),
-        (args.align_w, f"align(alpha={args.align_alpha:g})"),
-        (args.unif_w, f"uniform(t={args.unif_t:g}, {pairs})"),
-    ]
-    formula = " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
-    return f"{formula}, symmetric" if args.symmetric else formula
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    for name, value in (
-        ("moco-dim", args.moco_dim),
-        ("moco-k", args.moco_k),
-        ("image-size", args.image_size),
-        ("keep-last", args.keep_last),
-        ("accumulate", args.accumulate),
-        ("knn-bank", args.knn_bank),
-    ):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    for name in ("warmup_epochs", "keep_every", "save_steps", "save_minutes", "max_overflows",
-                 "check_every", "collapse_steps", "max_bad_share", "knn_every"):  # fmt: skip
-        if not 0 <= getattr(args, name) < math.inf:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag} must be at least 0, got {getattr(args, name)}")
-    if args.epochs < 1:
-        raise ValueError(f"--epochs must be at least 1, got {args.epochs}")
-    if args.batch_size // args.processes < 2:
-        raise ValueError(
-            f"--batch-size {args.batch_size} over {args.processes} process(es) leaves one image "
-            "each; batch norm and intra-batch pairs need at least two"
-        )
-    share = args.batch_size // args.processes
-    if share % args.accumulate or share // args.accumulate < 2:
-        raise ValueError(
-            f"--accumulate {args.accumulate} does not split the batch of {share} on each device "
-            "into equal parts of at least two images"
-        )
-    if args.max_steps is not None and args.max_steps < 0:
-        raise ValueError(f"--max-steps must be at least 0, got {args.max_steps}")
-    if args.moco_k < args.batch_size:
-        raise ValueError(
-            f"--moco-k {args.moco_k} is smaller than the global batch of {args.batch_size}: the "
-            "queue must hold at least one batch of keys"
-        )
-    if args.symmetric and args.moco_k < 2 * args.batch_size:
-        raise ValueError(
-            f"--moco-k {args.moco_k} is smaller than twice the global batch of {args.batch_size}: "
-            "with --symmetric the keys of both views enter the queue"
-        )
-    if not 0 <= args.moco_m <= 1:
-        raise ValueError(f"--moco-m must be in [0, 1], got {args.moco_m:g}")
-    least, most = args.crop_scale
-    if not 0 < least <= most <= 1:
-        raise ValueError(f"--crop-scale must be 0 < MIN <= MAX <= 1, got {least:g} {most:g}")
-    cli.check_image_statistics(args.mean, args.std)
-    if args.amp == "fp16" and args.devices[0].type == "cpu":
-        raise ValueError("--amp fp16 needs a GPU; use bf16 or off on the CPU")
-
 
 def _part_size(args: argparse.Namespace) -> int:
     """Images that go through the encoder at a time."""
     return args.batch_size // args.processes // args.accumulate
-
-
-def _batch_norm_groups(args: argparse.Namespace) -> int:
-    """Batch-norm groups per device, of each part of its batch."""
-    batch = _part_size(args)
-    if args.bn_splits == "auto":
-        return encoders.automatic_bn_splits(batch)
-    try:
-        groups = int(args.bn_splits)
-    except ValueError:
-        raise ValueError(f"--bn-splits must be a number or auto, got {args.bn_splits!r}") from None
-    if groups < 1 or batch % groups:
-        raise ValueError(
-            f"--bn-splits {groups} does not divide the batch of {batch} on each device"
-            + (f" (--accumulate {args.accumulate})" if args.accumulate > 1 else "")
-        )
-    if batch // groups < 2 and groups > 1:
-        raise ValueError(f"--bn-splits {groups} leaves groups of one image, which have no variance")
-    return groups
-
-
-def _check_compiler(device: torch.device) -> None:
-    """torch.compile makes C++ code for a CPU, and on a GPU Triton compiles its launcher in C."""
-    if device.type == "cpu":
-        usual = ["clang++" if sys.platform == "darwin" else "g++"]
-        variable, language = "CXX", "C++"
-    else:
-        usual, variable, language = ["gcc", "clang", "cc"], "CC", "C"
-    names = [os.environ[variable]] if os.environ.get(variable) else usual
-    if not any(map(shutil.which, names)):
-        raise ValueError(
-            f"--compile needs a {language} compiler, and {' or '.join(names)} is not on the PATH; "
-            f"install one, name it in the environment variable {variable}, or leave out --compile"
-        )
-
-
-def _check_run_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Settle the run folder and the checkpoint to go on from: a path, "auto" or None."""
-    cli.check_run_folder(parser, args, pretraining=True)
-    args.checkpoint = args.resume
-    if args.resume == "auto":
-        if not checkpoint.run_checkpoints(args.save_dir):
-            args.checkpoint = None
-    elif args.resume and not Path(args.resume).is_file():
-        parser.error(f"--resume: no such checkpoint: {args.resume}")
-    elif args.resume and args.save_dir:
-        own = [path.resolve() for path in checkpoint.run_checkpoints(args.save_dir)]
-        if Path(args.resume).resolve() in own[:-1]:
-            parser.error(
-                f"{args.save_dir} holds a later checkpoint than {args.resume} ({own[-1].name}); go "
-                "back in another --save-dir, or move the later ones away"
-            )
-    if args.init_from and args.resume not in (None, "auto"):
-        parser.error("--init-from starts a run and --resume goes on with one: give one of them")
-    if args.init_from and args.checkpoint is None and not Path(args.init_from).is_file():
-        parser.error(f"--init-from: no such checkpoint: {args.init_from}")
-    if args.save_dir is None:
-        name = f"moco-{args.arch}-{_objective_slug(args)}-k{args.moco_k}-b{args.batch_size}"
-        args.save_dir = Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{args.seed}"
-
-
-def _objective_slug(args: argparse.Namespace) -> str:
-    terms = [
-        (args.contr_w, f"nce{args.contr_tau:g}"),
-        (args.align_w, f"align{args.align_alpha:g}"),
-        (args.unif_w, f"unif{args.unif_t:g}"),
-    ]
-    slug = "-".join(f"{weight:g}{term}" for weight, term in terms if weight)
-    return f"{slug}-sym" if args.symmetric else slug
 
 
 # ------------------------------------------------------------------------------------------------
@@ -376,12 +55,14 @@ def _objective_slug(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cli.run_worker(train, parse_args(argv))
+    launch_config(train, cli.pretrain_config(argv))
 
 
-def train(device: torch.device, args: argparse.Namespace) -> None:
-    """The whole run in this process, one of `args.processes`."""
-    with cli.report_user_errors(), contextlib.ExitStack() as at_exit:
+def train(device: torch.device, config: PretrainConfig) -> None:
+    """The whole run in this process, one of `processes`."""
+    args = argparse.Namespace(**config.to_flat())
+    args.save_dir = config.saving.save_dir
+    with report_user_errors(), contextlib.ExitStack() as at_exit:
         _train(device, args, at_exit)
 
 
@@ -397,7 +78,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     if saved and args.init_from is None:
         args.init_from = checkpoint.saved_args(saved).get("init_from")
     torch.manual_seed(args.seed)
-    at_exit.enter_context(step.kernels(args.deterministic))
+    at_exit.enter_context(kernels(args.deterministic))
 
     # Data
     images = open_images(args.dataset, args.data, "pretrain", per_class=args.images_per_class)
@@ -420,7 +101,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     moco = build_moco(args)
     if args.init_from and not saved:
         distributed.print_main(f"starting from {initial_weights(moco, args)}")
-    moco.to(device, memory_format=step.memory_format(args))
+    moco.to(device, memory_format=memory_format(args.channels_last))
     moco.prepare = step.preparation(args, device)
     moco.shuffle_generator.manual_seed(args.seed)
     optimizer = step.fused_sgd(moco, args)
@@ -436,7 +117,7 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
     if saved:
         changes = refuse_changes(saved, args)
         run.load(saved, args.checkpoint, steps_per_epoch)
-        for change in runs.rounding_differences(checkpoint.saved_args(saved), args):
+        for change in rounding_changes(checkpoint.saved_args(saved), plain_values(args)):
             distributed.print_main(f"  {change}: it goes on, but not bit for bit")
         saved = None  # as large as the model and its optimizer
     left = (args.epochs - run.epoch) * steps_per_epoch - run.step_in_epoch
@@ -683,7 +364,7 @@ def _device_name(device: torch.device) -> str:
 
 def save(run: Run, args: argparse.Namespace, writer: BackgroundWriter) -> None:
     """Save on rank 0 in the background; after an epoch under the epoch's name, else the step's."""
-    content = run.state(cli.plain_values(args))
+    content = run.state(plain_values(args))
     if distributed.is_main():
         if run.step and run.step_in_epoch == 0:
             path = checkpoint.epoch_path(args.save_dir, run.epoch - 1)
@@ -721,7 +402,7 @@ def refuse_changes(saved: dict, args: argparse.Namespace) -> list[str]:
         raise CheckpointError(
             f"{args.checkpoint} is of arch {saved['arch']}, this run is of {args.arch}"
         )
-    changes = runs.differences(checkpoint.saved_args(saved), args)
+    changes = learning_changes(checkpoint.saved_args(saved), plain_values(args))
     if changes and not args.allow_changes:
         raise CheckpointError(
             f"{args.checkpoint} was trained with other arguments ({'; '.join(changes)}); use "
@@ -743,10 +424,14 @@ def prepare_folder(args: argparse.Namespace) -> None:
     try:
         args.save_dir.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_unfinished(args.save_dir)
-        facts = {**cli.plain_values(args), "provenance": provenance()}
+        facts = {**plain_values(args), "provenance": provenance()}
         write_json(args.save_dir / "args.json", facts)
     except OSError as error:
         raise TrainingError(f"cannot write to the run folder: {error}") from error
+
+
+def plain_values(args: argparse.Namespace) -> dict:
+    return {name: plain(value) for name, value in sorted(vars(args).items())}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,12 @@
-"""Errors that users can act on; commands print them in one line and exit with status 1."""
+"""Errors that users can act on, and how commands report them: in one line, with exit status 1."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 
 class DataError(ValueError):
@@ -11,3 +19,18 @@ class CheckpointError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is left on disk."""
+
+
+@contextlib.contextmanager
+def report_user_errors() -> Iterator[None]:
+    """Print an error that the user can act on in one line, and exit with status 1; others raise."""
+    try:
+        yield
+    except (DataError, CheckpointError, TrainingError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        if any(line.startswith("Original Traceback") for line in lines):
+            # A loader process puts its own trace in front of the error that it raised.
+            lines = [re.sub(r"^[\w.]*Error: ", "", lines[-1])]
+        message = " ".join(line.strip() for line in lines)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(1)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+from torch.multiprocessing import ProcessExitedException
 
 from moco import distributed
+from moco.config import Launch, Placement
 from moco.distributed import STOP_SIGNALS
 
 
@@ -57,6 +62,53 @@ def usable_cores() -> int:
 def started_by_torchrun() -> bool:
     """torchrun (or anything alike) has started one process per device and numbered them."""
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def place(options: Launch) -> Placement:
+    """Which devices this node contributes, and how many processes run over all nodes.
+
+    Raises:
+        ValueError: GPUs that do not exist, or nodes that cannot meet.
+    """
+    gpus = options.gpus if options.gpu is None else (options.gpu,)
+    devices = visible_devices(options.device, None if gpus is None else list(gpus))
+    nodes, node_rank, local_processes = _nodes(options, len(devices))
+    return Placement(
+        devices=tuple(map(str, devices)),
+        nodes=nodes,
+        node_rank=node_rank,
+        processes=planned_world_size(devices, nodes),
+        local_processes=local_processes,
+    )
+
+
+def _nodes(options: Launch, devices: int) -> tuple[int, int, int]:
+    """Number of nodes, which of them this is, processes on each."""
+    if started_by_torchrun():
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        node_rank = int(os.environ.get("GROUP_RANK", 0))
+        on_each_node = int(os.environ["WORLD_SIZE"]) // nodes
+        return nodes, node_rank, int(os.environ.get("LOCAL_WORLD_SIZE", on_each_node))
+    from_environment = options.dist_url == "env://"
+    nodes, rank = options.world_size, options.rank
+    if from_environment and nodes == -1:
+        nodes = int(os.environ.get("WORLD_SIZE", 1))
+    if from_environment and rank == -1:
+        rank = int(os.environ.get("RANK", 0))
+    nodes, node_rank = (1 if nodes == -1 else nodes), (0 if rank == -1 else rank)
+    if nodes < 1:
+        raise ValueError(f"--world-size is the number of nodes, at least 1, got {nodes}")
+    if not 0 <= node_rank < nodes:
+        raise ValueError(
+            f"--rank {rank} is outside 0..{nodes - 1}: it numbers the {nodes} nodes of --world-size"
+        )
+    if nodes > 1 and options.dist_url is None:
+        raise ValueError(f"{nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
+    if options.dist_url and not re.match(r"(tcp|file|env)://", options.dist_url):
+        raise ValueError(
+            f"--dist-url must begin with tcp:// or be env://, got {options.dist_url!r}"
+        )
+    return nodes, node_rank, devices
 
 
 def planned_world_size(devices: list[torch.device], nodes: int) -> int:
@@ -134,6 +186,27 @@ def launch(
         signal.signal(number, lambda received, _: _send_to_all(processes.pids(), received))
     while not processes.join(grace_period=60):
         pass
+
+
+def launch_config(worker: Callable[..., None], config: Any) -> None:
+    """Run `worker(device, config)` in every process that the config asks for.
+
+    A process that was started here and fails has said why: this one exits with its status.
+    """
+    options, placement = config.launch, config.placement
+    try:
+        launch(
+            worker,
+            config,
+            devices=[torch.device(name) for name in placement.devices],
+            nodes=placement.nodes,
+            node_rank=placement.node_rank,
+            dist_url=options.dist_url,
+            backend=options.dist_backend,
+            timeout_minutes=options.timeout_minutes,
+        )
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code or 1)
 
 
 def _send_to_all(pids: Sequence[int], number: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.evaluate.knn import count_correct
+from moco.precision import autocast
 
 
 @dataclass
@@ -112,10 +113,6 @@ class Network(nn.Module):
         with autocast(images.device, self.amp):
             features = self.encoder(images)
         return self.heads(features.float())
-
-
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp != "off")
 
 
 def default_amp(device: torch.device) -> str:

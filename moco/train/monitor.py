@@ -17,8 +17,8 @@ from torchvision.utils import make_grid
 from align_uniform import align_loss, uniform_loss
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCoLosses
+from moco.config import learned_values
 from moco.log import RunLog
-from moco.train.state import science
 
 # Of alignment and uniformity as they are compared between runs; the paper's evaluation has them.
 ALPHA, T = 2.0, 2.0
@@ -41,7 +41,7 @@ def begin(log: RunLog, args: argparse.Namespace) -> None:
     metrics = ["train/loss", "metrics/alignment", "metrics/uniformity", "features/std"]
     if args.knn_every:
         metrics.append("knn/top1")
-    log.hyperparameters({**science(args), "processes": args.processes}, metrics)
+    log.hyperparameters({**learned_values(vars(args)), "processes": args.processes}, metrics)
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ samples and their augmentation need no state: they are functions of (seed, epoch
 
 from __future__ import annotations
 
-import argparse
 import threading
 import time
 from collections import OrderedDict
@@ -23,21 +22,6 @@ from moco.encoders import head_name
 from moco.errors import CheckpointError
 from moco.log import Means
 from moco.train.step import fill_momentum
-
-# Arguments that decide what is learned: to resume under others is refused. (The world size and the
-# number of workers are not among them: the samples of a step depend on neither.)
-_SCIENCE = (
-    "arch", "small_stem", "moco_dim", "moco_k", "moco_m", "mlp", "objective", "batch_size", "lr",
-    "epochs", "cos", "schedule", "schedule_factor", "warmup_epochs", "momentum", "weight_decay",
-    "amp", "dataset", "images", "images_digest", "images_per_class", "image_size", "aug_plus",
-    "crop_scale", "blur", "views", "mean", "std", "bn_group_size", "seed", "accumulate",
-    "symmetric", "init_from",
-)  # fmt: skip
-# What checkpoints from before these arguments existed were trained with.
-_BEFORE = {"accumulate": 1, "symmetric": False, "init_from": None, "views": "cpu"}
-
-# Arguments that decide how it is computed: sums run in another order, what is learned is the same.
-_ROUNDING = {"channels_last": False, "compile": False, "deterministic": False}
 
 
 @dataclass
@@ -143,36 +127,6 @@ class Run:
         device = self.moco.queue.device
         if device.type == "cuda" and content["cuda_rng"] is not None:
             torch.cuda.set_rng_state(content["cuda_rng"][distributed.rank()].clone(), device)
-
-
-def science(args: argparse.Namespace | dict) -> dict:
-    """The arguments that decide what is learned."""
-    values = args if isinstance(args, dict) else vars(args)
-    return {name: values[name] for name in _SCIENCE if name in values}
-
-
-def differences(saved: dict, args: argparse.Namespace) -> list[str]:
-    """What is learned otherwise than before, one line per argument; [] for a file without
-    arguments."""
-    return _changed({**_BEFORE, **science(saved)}, science(args)) if saved else []
-
-
-def rounding_differences(saved: dict, args: argparse.Namespace) -> list[str]:
-    """What is computed otherwise than before, so that the run goes on, but not bit for bit."""
-    before = {name: saved.get(name, old) for name, old in _ROUNDING.items()}
-    return _changed(before, vars(args)) if saved else []
-
-
-def _changed(before: dict, now: dict) -> list[str]:
-    return [
-        f"{name}: {old!r} before, {_plain(now[name])!r} now"
-        for name, old in before.items()
-        if name in now and _plain(now[name]) != old
-    ]
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
 
 
 # ------------------------------------------------------------------------------------------------
