@@ -82,7 +82,9 @@ class Parser(argparse.ArgumentParser):
 
     def _suggestion(self, unknown: Sequence[str]) -> str:
         word = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
-        near = difflib.get_close_matches(word, self._option_string_actions, n=1)
+        flags = list(self._option_string_actions)
+        longer = [flag for flag in flags if word and flag.startswith(word)]
+        near = longer or difflib.get_close_matches(word, flags, n=1)
         return f"; did you mean {near[0]}?" if near else ""
 
     def error(self, message: str) -> NoReturn:

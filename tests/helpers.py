@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from moco import cli
+from moco.config import PretrainConfig, flat_values, objective_formula
 
 # name: (arguments of MoCo, weights of combine). A weight is 0 where the term is off.
 OBJECTIVES: dict[str, tuple[dict, dict]] = {}
@@ -112,6 +116,14 @@ def write_labelled(root: Path, *, classes: int = 3, train: int = 10, val: int = 
                 image = Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
                 image.save(folder / f"{i:03d}.png")
     return root
+
+
+def parsed(argv: list[str], config: type = PretrainConfig) -> SimpleNamespace:
+    """The flat values that a command line gives, without a look at the files that it names."""
+    parser = cli.pretrain_parser() if config is PretrainConfig else cli.lincls_parser()
+    parts = cli.make_parts(parser.parse_args(argv), config)
+    values = {name: value for part in parts.values() for name, value in flat_values(part).items()}
+    return SimpleNamespace(**values, objective=objective_formula(values))
 
 
 def refusal(main: Callable, argv: list, capsys: pytest.CaptureFixture) -> tuple[int, str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import main_lincls
-import main_moco
+from moco import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,14 +22,15 @@ def commands(program: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("main", "program"), [(main_moco, "main_moco.py"), (main_lincls, "main_lincls.py")]
+    ("parser", "program"),
+    [(cli.pretrain_parser(), "main_moco.py"), (cli.lincls_parser(), "main_lincls.py")],
 )
-def test_commands_parse(main, program: str) -> None:
+def test_commands_parse(parser, program: str) -> None:
     found = commands(program)
     assert len(found) >= 3
     for command in found:
         words = shlex.split(command)
-        args = main.build_parser().parse_args(words[words.index(program) + 1 :])
+        args = parser.parse_args(words[words.index(program) + 1 :])
         assert args.data == "DIR", command
 
 

@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, write_labelled
+from helpers import ROOT, parsed, write_labelled
 
-import main_lincls
-import main_moco
+from moco.config import LinclsConfig
 
 SCRIPT = ROOT / "scripts" / "run_recipe.py"
 _spec = importlib.util.spec_from_file_location("run_recipe", SCRIPT)
@@ -73,9 +72,7 @@ def test_every_command_parses_into_the_objective_of_its_row(
     status, text = call(f"{recipe} /no/such/folder --scale {scale}", monkeypatch, capsys)
     assert status == 0
     pretrain, lincls = commands(text)
-    parser = main_moco.build_parser()
-    args = parser.parse_args(pretrain)
-    main_moco._resolve_objective(args)
+    args = parsed(pretrain)
     _, row = run_recipe.find(TABLES, recipe)
     for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
         weight = float(row[f"{term}_w"] or 0)
@@ -84,7 +81,7 @@ def test_every_command_parses_into_the_objective_of_its_row(
             assert getattr(args, f"{term}_{parameter}") == float(row[f"{term}_{parameter}"])
     assert args.intra_batch == (row["intra_batch"] != "no")
     assert not args.blur or not args.small_stem
-    probe = main_lincls.build_parser().parse_args(lincls)
+    probe = parsed(lincls, LinclsConfig)
     assert Path(probe.pretrained).parent == Path(args.save_dir)
     assert Path(probe.pretrained).name == f"checkpoint_{args.epochs - 1:04d}.pth.tar"
     if scale == "full":
