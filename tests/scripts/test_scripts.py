@@ -79,7 +79,7 @@ def test_imagenet_scripts_run_the_published_recipe(
 def test_imagenet_lincls_script_runs_the_published_protocol(tmp_path: Path) -> None:
     (command,) = commands_of("imagenet_lincls.sh", tmp_path, "FILE", "DIR")
     args = parsed(shlex.split(command)[1:], LinclsConfig)
-    assert (args.lr, args.batch_size, args.epochs, args.weight_decay) == (30.0, 256, 100, 0.0)
+    assert (args.lr, args.batch_size, args.epochs, args.weight_decay) == ([30.0], 256, 100, [0.0])
     assert (args.schedule, args.schedule_factor) == ([60, 80], 0.1)
     assert (args.pretrained, args.data) == ("FILE", "DIR")
 

@@ -7,8 +7,8 @@ objectives can be compared in one chart.
 
 from __future__ import annotations
 
-import argparse
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torchvision.utils import make_grid
 from align_uniform import align_loss, uniform_loss
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCoLosses
-from moco.config import learned_values
+from moco.config import PretrainConfig, learned_values
 from moco.log import RunLog
 
 # Of alignment and uniformity as they are compared between runs; the paper's evaluation has them.
@@ -27,8 +27,8 @@ PAIRS_SHOWN, PAIRS_PER_ROW = 16, 4
 KEYS_IN_HISTOGRAM = 4096
 
 
-def begin(log: RunLog, args: argparse.Namespace) -> None:
-    """Uniformity and its bound as two curves of one chart; the run's line in the tab HParams."""
+def lay_out(log: RunLog, config: PretrainConfig, facts: dict[str, Any]) -> None:
+    """Set up TensorBoard: uniformity and its bound in one chart, and the hyperparameters."""
     log.one_chart(
         {
             f"uniformity (t={T:g}) and its infimum": [
@@ -39,9 +39,10 @@ def begin(log: RunLog, args: argparse.Namespace) -> None:
         }
     )
     metrics = ["train/loss", "metrics/alignment", "metrics/uniformity", "features/std"]
-    if args.knn_every:
+    if config.watching.knn_every:
         metrics.append("knn/top1")
-    log.hyperparameters({**learned_values(vars(args)), "processes": args.processes}, metrics)
+    learned = learned_values({**config.to_flat(), **facts})
+    log.hyperparameters({**learned, "processes": config.placement.processes}, metrics)
 
 
 @torch.no_grad()
@@ -65,21 +66,15 @@ def batch_metrics(losses: MoCoLosses) -> dict[str, float]:
 
 
 @torch.no_grad()
-def epoch_histograms(log: RunLog, losses: MoCoLosses, step: int) -> None:
+def distributions(losses: MoCoLosses) -> dict[str, tuple[Tensor, float, float]]:
     """Distances ||q - k|| of positive pairs, and similarities <q, key> of queries with keys spread
-    evenly over the queue."""
-    if not log.active:
-        return
+    evenly over the queue: name -> (values, least, most)."""
     q, k, queue = losses.features()
     keys = queue[:, :: -(-queue.shape[1] // KEYS_IN_HISTOGRAM)]
-    distances = torch.linalg.vector_norm(q - k, dim=1)
-    log.histograms(
-        step,
-        {
-            "positive_distance": (distances, 0.0, 2.0),
-            "queue_similarity": (q @ keys.to(q.dtype), -1.0, 1.0),
-        },
-    )
+    return {
+        "positive_distance": (torch.linalg.vector_norm(q - k, dim=1), 0.0, 2.0),
+        "queue_similarity": (q @ keys.to(q.dtype), -1.0, 1.0),
+    }
 
 
 def show_views(log: RunLog, im_q: Tensor, im_k: Tensor) -> None:

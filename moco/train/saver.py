@@ -1,0 +1,95 @@
+"""Saving in the background: a checkpoint is copied to host memory, then written by a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from moco import checkpoint, distributed
+from moco.errors import CheckpointError, TrainingError
+from moco.train.state import TrainState
+
+
+class BackgroundWriter:
+    """Writes checkpoints in a thread, one at a time, from a copy in host memory.
+
+    Training waits for the copy only. An error of the thread is raised by the next call, so that
+    training never goes on as if a file had been saved.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, *, keep_last: int, keep_every: int
+    ) -> None:
+        self.device = device
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.waited = 0.0  # seconds that training has spent here
+
+    def write(self, path: Path, content: dict) -> None:
+        """Start writing; waits for the previous file first."""
+        started = time.perf_counter()
+        self.finish()
+        copy = checkpoint.to_host(content)
+        self.thread = threading.Thread(target=self._write, args=(path, copy), daemon=False)
+        self.thread.start()
+        self.waited += time.perf_counter() - started
+
+    def failed(self) -> bool:
+        """Whether the file being written, or the last one, could not be written."""
+        return self.error is not None
+
+    def finish(self) -> None:
+        """Wait for the file being written.
+
+        Raises:
+            CheckpointError: it could not be written (disk full, folder gone or read-only).
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            left = checkpoint.run_checkpoints(self.folder)
+            raise CheckpointError(
+                f"could not save in {self.folder}: {self.error}; training stops, the last good "
+                f"checkpoint is {left[-1].name if left else 'none'}"
+            ) from self.error
+
+    def _write(self, path: Path, content: dict) -> None:
+        try:
+            checkpoint.write_checkpoint(path, content)
+            checkpoint.prune_checkpoints(
+                self.folder, keep_last=self.keep_last, keep_every=self.keep_every
+            )
+        except Exception as error:  # whatever it is, training must hear of it
+            self.error = error
+
+
+def save(writer: BackgroundWriter, state: TrainState, flat: dict) -> None:
+    """Save on rank 0 in the background; after an epoch under the epoch's name, else the step's.
+
+    Args:
+        flat: flat values of the config and of the data.
+    """
+    content = state.content(flat)
+    if distributed.is_main():
+        if state.step and state.step_in_epoch == 0:
+            path = checkpoint.epoch_path(writer.folder, state.epoch - 1)
+        else:
+            path = checkpoint.step_path(writer.folder, state.step)
+        writer.write(path, content)
+
+
+def finish_saving(writer: BackgroundWriter) -> None:
+    """Wait until the last file is on disk; all ranks stop when rank 0 could not write it."""
+    error = None
+    try:
+        writer.finish()
+    except CheckpointError as caught:
+        error = caught
+    (failed,) = distributed.any_rank(error is not None, device=writer.device)
+    if failed:
+        raise error or TrainingError("rank 0 could not save; training stops")
