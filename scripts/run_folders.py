@@ -19,7 +19,7 @@ import torch
 
 from moco.checkpoint import FORMAT_VERSION, run_checkpoints
 from moco.run_files import LINCLS_RESULT
-from moco.train.state import science
+from moco.config import learned_values
 
 # Arguments, beside those that decide what is learned, without which a run is not understood.
 _NEEDED = {"objective": str, "seed": int, "epochs": int, "batch_size": int, "images": int,
@@ -65,7 +65,7 @@ class Run:
 
     def recipe(self) -> dict[str, str]:
         """All that decides what is learned but the objective and the seed, as text."""
-        values = science(self.args)
+        values = learned_values(self.args)
         values |= {name: self.args.get(name) for name in ("processes", "max_steps")}
         for name in ("objective", "seed"):
             values.pop(name, None)

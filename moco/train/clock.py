@@ -40,9 +40,7 @@ class Rhythm:
 
     Attributes:
         total_steps: at which step the run ends.
-        agree: steps between looks at the numbers. A CPU looks after every step. A GPU would have
-            to be waited for, so there only when a line is printed (and before every save);
-            `StepGuard` keeps the weights until then.
+        agree: between looks at the numbers of the steps.
         evaluate: in epochs.
     """
 
@@ -69,10 +67,19 @@ class Rhythm:
             total_steps=total_steps,
             log=saving.print_freq,
             save=saving.save_steps,
-            agree=1 if device.type == "cpu" else saving.print_freq,
+            agree=steps_between_checks(device, saving.print_freq),
             compare_ranks=watching.check_every,
             evaluate=watching.knn_every,
         )
+
+
+def steps_between_checks(device: torch.device, print_freq: int) -> int:
+    """How often the host looks at the numbers of the steps, and ranks agree on whether to go on.
+
+    On the CPU after every step. A GPU would have to be waited for, so there only when a line is
+    printed anyway (and before every save); `StepGuard` keeps the weights until then.
+    """
+    return 1 if device.type == "cpu" else print_freq
 
 
 def due(step: int, step_in_epoch: int, epoch: int, rhythm: Rhythm) -> Due:

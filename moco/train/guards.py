@@ -109,7 +109,7 @@ class StepGuard:
             self.writer.failed(), stopping, save_now, device=self.state.device,
         )  # fmt: skip
         if unsaved:
-            finish_saving(self.writer)
+            finish_saving(self.writer, self.state.device)
         noted, self.noted = self.noted, []
         for (epoch, step, names, _), row, bad_loss in zip(noted, rows, bad_losses, strict=True):
             norm, loss, *terms = row

@@ -31,7 +31,7 @@ def train(device: torch.device, config: Any, *, task: type[Task]) -> None:
         t = build_trainer(config, task, device, at_exit)
         begin(t)
         stopped = train_epochs(t)
-        finish_saving(t.writer)
+        finish_saving(t.writer, device)
         if stopped:
             distributed.print_main(
                 f"stopped by {t.stop.name or 'a signal to another rank'} after step "

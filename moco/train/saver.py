@@ -20,10 +20,7 @@ class BackgroundWriter:
     training never goes on as if a file had been saved.
     """
 
-    def __init__(
-        self, folder: Path, device: torch.device, *, keep_last: int, keep_every: int
-    ) -> None:
-        self.device = device
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
@@ -83,13 +80,13 @@ def save(writer: BackgroundWriter, state: TrainState, flat: dict) -> None:
         writer.write(path, content)
 
 
-def finish_saving(writer: BackgroundWriter) -> None:
+def finish_saving(writer: BackgroundWriter, device: torch.device) -> None:
     """Wait until the last file is on disk; all ranks stop when rank 0 could not write it."""
     error = None
     try:
         writer.finish()
     except CheckpointError as caught:
         error = caught
-    (failed,) = distributed.any_rank(error is not None, device=writer.device)
+    (failed,) = distributed.any_rank(error is not None, device=device)
     if failed:
         raise error or TrainingError("rank 0 could not save; training stops")

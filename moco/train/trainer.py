@@ -95,7 +95,7 @@ def build_trainer(
     if changes:
         log.event("changes", state.step, changes=changes)
     writer = BackgroundWriter(
-        saving.save_dir, device, keep_last=saving.keep_last, keep_every=saving.keep_every
+        saving.save_dir, keep_last=saving.keep_last, keep_every=saving.keep_every
     )
     trainer = Trainer(
         task=task,

@@ -5,11 +5,14 @@ Everything runs on the CPU, in this process where a process of its own is not th
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from helpers import (
     differences,
     finish,
     free_port,
+    parsed,
     read_log,
     refusal,
     start_python,
@@ -27,6 +31,10 @@ from helpers import (
 
 import main_moco
 from moco import cli
+from moco.config import Placement
+from moco.launch import launch_config
+from moco.tasks.moco import MoCoTask
+from moco.train.loop import train as train_run
 
 # 30 images in batches of 8 are three steps an epoch; six images are left out of each.
 TINY = shlex.split(
@@ -34,6 +42,11 @@ TINY = shlex.split(
     "-j 0 --device cpu --print-freq 1 --seed 1"
 )
 MAIN = ROOT / "main_moco.py"
+
+
+def flat(argv: list) -> SimpleNamespace:
+    """The flat values of a command line that has been checked."""
+    return SimpleNamespace(**cli.pretrain_config(list(map(str, argv))).to_flat())
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +119,8 @@ def words(line: str, folder: Path | str = "DIR") -> list[str]:
     ids=["MoCo v1", "MoCo v2", "MoCo on 4 GPUs", "plain"],
 )
 def test_commands_of_upstream_parse_and_resolve(many, line, expected):
-    args = main_moco.parse_args(words(line, many))
+    config = cli.pretrain_config(words(line, many))
+    args = SimpleNamespace(**config.to_flat())
     defaults = {
         "arch": "resnet50", "lr": 0.03, "batch_size": 256, "epochs": 200, "schedule": [120, 160],
         "momentum": 0.9, "weight_decay": 1e-4, "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999,
@@ -114,7 +128,7 @@ def test_commands_of_upstream_parse_and_resolve(many, line, expected):
     }  # fmt: skip
     for name, value in {**defaults, **expected}.items():
         assert getattr(args, name) == value, name
-    assert args.processes == len(args.devices)
+    assert args.processes == len(config.placement.devices)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +143,7 @@ def test_commands_of_upstream_parse_and_resolve(many, line, expected):
     ],
 )
 def test_gpus_and_schedule_end_where_the_numbers_end(line):
-    args = main_moco.build_parser().parse_args(words(line))
+    args = parsed(words(line))
     assert args.gpus == [0, 1, 2, 3]
     assert args.schedule == [120, 160]
     assert (args.arch, args.lr, args.batch_size, args.data) == ("resnet50", 0.03, 128, "DIR")
@@ -151,7 +165,7 @@ def test_every_flag_of_the_ancestors_is_known():
         "--aug-plus --cos --moco-contr-w 1 --moco-contr-tau 0.2 --moco-align-w 2 "
         "--moco-align-alpha 1 --moco-unif-w 3 --moco-unif-t 4 --moco-unif-no-intra-batch DIR"
     )
-    args = main_moco.build_parser().parse_args(words(line))
+    args = parsed(words(line))
     assert (args.workers, args.batch_size, args.lr, args.weight_decay) == (5, 16, 2.0, 0.2)
     assert (args.print_freq, args.gpu, args.rank, args.schedule) == (6, 3, 1, [])
     assert args.intra_batch is False
@@ -176,7 +190,7 @@ def test_every_flag_of_the_ancestors_is_known():
     ],
 )  # fmt: skip
 def test_objective_as_a_formula(data, flags, formula):
-    assert main_moco.parse_args([*TINY, *shlex.split(flags), str(data)]).objective == formula
+    assert flat([*TINY, *shlex.split(flags), str(data)]).objective == formula
 
 
 @pytest.mark.parametrize(
@@ -197,18 +211,18 @@ def test_batch_norm_groups_are_of_32_images(many, monkeypatch, batch, ranks, spl
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", ranks)):
             monkeypatch.setenv(name, str(value))
     line = [*TINY, "--moco-k", "256", "--batch-size", str(batch), "--bn-splits", splits, str(many)]
-    args = main_moco.parse_args(line)
+    args = flat(line)
     assert (args.processes, args.bn_groups) == (ranks, groups)
 
 
 def test_a_seed_is_drawn_and_the_run_folder_named(many):
     line = [word for word in TINY if word not in ("--seed", "1")]
     line.remove("--print-freq")
-    first, second = (main_moco.parse_args([*line, str(many)]) for _ in range(2))
+    first, second = (flat([*line, str(many)]) for _ in range(2))
     assert first.seed != second.seed and not first.seed_given
-    assert first.save_dir.parent == Path("results")
+    assert Path(first.save_dir).parent == Path("results")
     for part in ("resnet8", "3align2", "1unif3", "k64", "b8", f"s{first.seed}"):
-        assert part in first.save_dir.name
+        assert part in Path(first.save_dir).name
     assert not Path("results").exists()  # only training makes it
 
 
@@ -507,9 +521,9 @@ def test_start_prints_the_derived_numbers(data, capsys):
 
 
 def test_only_weights_of_the_query_encoder_are_trained_by_the_optimizer(run, data):
-    args = main_moco.parse_args([*TINY, str(data)])
+    task = MoCoTask(cli.pretrain_config([*TINY, str(data)]))
     torch.manual_seed(1)
-    start = main_moco.build_moco(args).state_dict()
+    start = task.build_module().state_dict()
     after = load(run / "checkpoint_0001.pth.tar")
     for name in ("fc.weight", "conv1.weight"):
         q, k = (after["state_dict"][f"module.encoder_{x}.{name}"] for x in "qk")
@@ -541,9 +555,9 @@ def test_max_steps_0_saves_the_untrained_encoder(data, capsys):
     assert checkpoints(Path("r")) == ["step_00000000.pth.tar"]
     content = load(Path("r/step_00000000.pth.tar"))
     assert (content["epoch"], content["step"]) == (0, 0)
-    args = main_moco.parse_args([*TINY, str(data)])
+    task = MoCoTask(cli.pretrain_config([*TINY, str(data)]))
     torch.manual_seed(1)
-    fresh = main_moco.build_moco(args).state_dict()
+    fresh = task.build_module().state_dict()
     saved = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
     assert differences(dict(fresh), saved) == []
 
@@ -941,10 +955,10 @@ def test_an_error_in_a_spawned_rank_ends_in_one_line(data, tmp_path, capfd):
     shutil.copytree(data, tmp_path / "data")
     for bad in (tmp_path / "data" / "train").glob("*/00[0-4].png"):
         bad.write_bytes(b"")
-    args = main_moco.parse_args([*TINY, "--save-dir", "run", str(tmp_path / "data")])
-    args.devices, args.processes = [torch.device("cpu")] * 2, 2
+    config = cli.pretrain_config([*TINY, "--save-dir", "run", str(tmp_path / "data")])
+    two = Placement(devices=("cpu", "cpu"), processes=2, local_processes=2)
     with pytest.raises(SystemExit) as stop:
-        cli.run_worker(main_moco.train, args)
+        launch_config(functools.partial(train_run, task=MoCoTask), replace(config, placement=two))
     assert stop.value.code == 1
     err = capfd.readouterr().err
     assert "error: cannot read image" in err
@@ -953,8 +967,9 @@ def test_an_error_in_a_spawned_rank_ends_in_one_line(data, tmp_path, capfd):
 # Runs main_moco.py's main and leaves what each rank's module holds in the end.
 ON_EACH_RANK = """
 import os, sys, torch, main_moco
-built, build_moco = [], main_moco.build_moco
-main_moco.build_moco = lambda args: built.append(build_moco(args)) or built[-1]
+from moco.tasks.moco import MoCoTask
+built, build = [], MoCoTask.build_module
+MoCoTask.build_module = lambda self: built.append(build(self)) or built[-1]
 main_moco.main(sys.argv[2:])
 torch.save(built[0].state_dict(), sys.argv[1] + os.environ.get("RANK", ""))
 """

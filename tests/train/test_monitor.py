@@ -24,7 +24,8 @@ import main_moco
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCo, MoCoLosses
 from moco.log import RunLog
-from moco.train import monitor
+from moco.tasks import monitor
+from moco.train.guards import StopRequest
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from run_folders import read_runs  # noqa: E402
@@ -207,7 +208,7 @@ def test_a_long_queue_is_sampled(tmp_path) -> None:
     moco = MoCo(lambda num_classes: TinyNet(num_classes), 4, 10_000, align_alpha=2)
     losses = moco(*two_views(0, 6))
     log = RunLog(tmp_path)
-    monitor.epoch_histograms(log, losses, 1)
+    log.histograms(1, monitor.distributions(losses))
     log.close()
     q, _, queue = losses.features()
     sample = q @ queue[:, ::3]  # 3334 of at most 4096
@@ -264,7 +265,7 @@ def test_the_hparams_tab_has_the_run_in_its_own_folder(data, tmp_path) -> None:
 def test_a_run_that_is_stopped_loses_no_point(data, tmp_path, monkeypatch) -> None:
     """TensorBoard's writer holds back what it gets; a resumed run only drops what comes again."""
     run = tmp_path / "run"
-    monkeypatch.setattr(main_moco.guards.StopRequest, "requested", property(lambda self: True))
+    monkeypatch.setattr(StopRequest, "requested", property(lambda self: True))
     with pytest.raises(SystemExit) as stopped:
         train(data, run, "--epochs", 3)
     monkeypatch.undo()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from helpers import read_log, refusal, write_images, write_labelled
 
 import main_moco
 from moco import checkpoint, encoders
+from moco.config import Data
 from moco.data import loader
 from moco.data.images import open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
@@ -130,11 +130,11 @@ def test_a_run_that_is_killed_in_it_does_it_again(processes, data, whole, tmp_pa
 import os, time
 from moco.tasks.online_knn import OnlineKnn
 measure = OnlineKnn.measure
-def dies(self, run, *more):
-    if run.epoch == 2:
+def dies(self, epoch, step):
+    if epoch == 2:
         time.sleep(0.5)  # the checkpoint is being written
         os._exit(9)
-    return measure(self, run, *more)
+    return measure(self, epoch, step)
 OnlineKnn.measure = dies
 """
     run = tmp_path / "run"
@@ -250,10 +250,7 @@ def test_the_bank_is_balanced_and_capped(tmp_path) -> None:
     write_images(folder / "val", {"a": 1, "c": 3})
     images = open_images("folder", folder, "pretrain")
     for size, expected in ((12, [4, 2, 4]), (1, [1, 1, 1]), (50000, [9, 2, 6])):
-        args = argparse.Namespace(
-            dataset="folder", data=str(folder), images_per_class=None, knn_bank=size
-        )
-        bank, val, classes = open_splits(images, args)
+        bank, val, classes = open_splits(images, Data(data=str(folder)), size)
         assert [bank.targets.count(label) for label in range(3)] == expected
         assert val.targets == [0, 2, 2, 2] and classes == 3
 

@@ -16,12 +16,13 @@ import torch
 from harness import BATCH, FLAGS, IMAGES, STEPS, Processes, chaos, finish, start, wait_for_step
 
 import main_moco
-from moco import checkpoint, distributed
+from moco import checkpoint, cli, distributed
 from moco.data import loader
-from moco.data.images import names_digest, open_images
 from moco.errors import CheckpointError
 from moco.log import RunLog
-from moco.train.state import BackgroundWriter
+from moco.tasks.moco import MoCoTask
+from moco.train import resume
+from moco.train.saver import BackgroundWriter
 
 PER_EPOCH = IMAGES // BATCH
 
@@ -152,12 +153,11 @@ def test_another_world_size_sees_every_sample_of_the_epoch_once(worlds, monkeypa
 def refusal(run: Path, data: Path, *flags: object) -> str:
     """What `refuse_changes` says to these flags, or "" when it lets them pass."""
     argv = [*FLAGS, "--save-dir", run, *flags, data]
-    args = main_moco.parse_args(list(map(str, argv)))
-    saved = main_moco.find_checkpoint(args)
-    images = open_images("folder", args.data, "pretrain", per_class=args.images_per_class)
-    args.images, args.images_digest = len(images), names_digest(images)
+    config, saved = resume.settle(cli.pretrain_config(list(map(str, argv))))
+    flat = {**config.to_flat(), **MoCoTask(config).build_data(torch.device("cpu")).facts}
+    path, allow = config.saving.checkpoint, config.saving.allow_changes
     try:
-        main_moco.refuse_changes(saved, args)
+        resume.refuse_changes(saved, path, flat, allow=allow)
     except CheckpointError as error:
         return str(error)
     return ""
@@ -329,7 +329,7 @@ def test_a_run_folder_is_not_overwritten_by_another_run(
         flags += ["--resume", str(other)]
     before = contents(stopped)
     with pytest.raises(SystemExit) as exit_info:
-        main_moco.parse_args([*flags, "--save-dir", str(stopped), str(data)])
+        cli.pretrain_config([*flags, "--save-dir", str(stopped), str(data)])
     assert exit_info.value.code == 2
     assert "already holds a run" in capsys.readouterr().err
     assert contents(stopped) == before

@@ -21,11 +21,15 @@ import main_moco
 from moco import checkpoint, cli
 from moco.builder import MoCo
 from moco.checkpoint import load_encoder
+from moco.config import Encoder, Objective, PretrainConfig, PretrainData, PretrainOptim
 from moco.log import Means
-from moco.train import guards
-from moco.train import step as step_module
-from moco.train.state import BackgroundWriter, Run
-from moco.train.step import fill_momentum, fused_sgd
+from moco.tasks.moco import MoCoTask
+from moco.train import clock, loop
+from moco.train.guards import StepGuard
+from moco.train.optimizer import fill_momentum, fused_sgd
+from moco.train.saver import BackgroundWriter
+from moco.train.state import TrainState
+from moco.train.step import train_step
 
 TINY = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu --print-freq 1 "
@@ -88,16 +92,16 @@ def test_the_optimizer_is_plain_sgd_and_takes_over_its_state(layout, momentum) -
     ours.load_state_dict(plain.state_dict())
     ours.to(memory_format=layout)
     sgd = torch.optim.SGD(plain.parameters(), 0.1, momentum=momentum, weight_decay=1e-2)
-    args = SimpleNamespace(lr=0.1, momentum=momentum, weight_decay=1e-2)
-    fused = fused_sgd(ours, args)
+    optim = PretrainOptim(lr=0.1, momentum=momentum, weight_decay=1e-2)
+    fused = fused_sgd(ours, optim)
     for seeds in (range(3), range(3, 6)):
         steps(plain, sgd, seeds)
         steps(ours, fused, seeds)
         assert_close(plain.state_dict(), ours.state_dict(), 1e-6)
-        fused = fused_sgd(ours, args)
+        fused = fused_sgd(ours, optim)
         fused.load_state_dict(sgd.state_dict())
         for group in fused.param_groups:
-            group["fused"] = True  # as Run.load does
+            group["fused"] = True  # as TrainState.restore does
         fill_momentum(fused)
 
 
@@ -106,18 +110,24 @@ def test_the_optimizer_is_plain_sgd_and_takes_over_its_state(layout, momentum) -
 # ------------------------------------------------------------------------------------------------
 
 
-def tiny_run(folder: Path) -> SimpleNamespace:
+def tiny_run(folder: Path, **options: object) -> SimpleNamespace:
     """A guarded run of a net without batch norm, whose outputs do not depend on the shuffle."""
     torch.manual_seed(3)
     moco = MoCo(
         lambda num_classes: TinyNet(num_classes, batch_norm=False), 8, 64,
         align_alpha=2, unif_t=3,
     )  # fmt: skip
-    args = SimpleNamespace(lr=0.1, momentum=0.9, weight_decay=0.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    run = Run(moco, fused_sgd(moco, args), scaler, Means())
-    writer = BackgroundWriter(folder, keep_last=1, keep_every=0)
-    return SimpleNamespace(moco=moco, run=run, guard=guards.StepGuard(run, writer, 0))
+    symmetric, accumulate = options.get("symmetric", False), options.get("accumulate", 1)
+    config = PretrainConfig(
+        data=PretrainData(data="unused"),
+        objective=Objective(align_w=3, unif_w=1, symmetric=symmetric),
+        optim=PretrainOptim(batch_size=12, lr=0.1, weight_decay=0.0, accumulate=accumulate),
+        encoder=Encoder(moco_k=64),
+    )
+    task, scaler = MoCoTask(config), torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainState(task, moco, fused_sgd(moco, config.optim), scaler, Means())
+    guard = StepGuard(state, BackgroundWriter(folder, keep_last=1, keep_every=0), 0)
+    return SimpleNamespace(moco=moco, task=task, state=state, guard=guard)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -125,13 +135,10 @@ def test_parts_of_a_step_are_averaged_as_ranks_are(symmetric, tmp_path) -> None:
     """Gradients and losses are the means over the parts, each against the queue from before the
     step; key encoder and queue advance once."""
     im_q, im_k = two_views(0, 12)
-    args = SimpleNamespace(
-        accumulate=3, symmetric=symmetric, amp="off", contr_w=0, align_w=3, unif_w=1
-    )
-    tiny = tiny_run(tmp_path)
+    tiny = tiny_run(tmp_path, symmetric=symmetric, accumulate=3)
     before = {name: t.clone() for name, t in tiny.moco.state_dict().items()}
-    cpu = torch.device("cpu")
-    losses, loss = step_module.forward_and_backward(tiny.moco, im_q, im_k, cpu, args, tiny.guard)
+    losses = train_step(tiny.task, tiny.moco, tiny.state, tiny.guard, (im_q, im_k))
+    loss = tiny.task.total(losses)
     grads = [p.grad for p in tiny.moco.encoder_q.parameters()]
 
     sums, values = [0.0] * len(grads), []
@@ -234,19 +241,15 @@ def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatc
     """On a GPU each read would wait for all work before it. Here the CPU runs the steps that a GPU
     would: a check, with its line of output, every third one."""
     watch = Watch()
-    both, step = step_module.forward_and_backward, guards.StepGuard.step
 
-    def watched_both(*args):
+    def watched(task, model, state, guard, batch):
         watch.where = "step"
-        return both(*args)
+        losses = train_step(task, model, state, guard, batch)
+        watch.where = "check" if (state.step + 1) % 3 == 0 else "between"
+        return losses
 
-    def watched_step(self, losses, loss, epoch):
-        step(self, losses, loss, epoch)
-        watch.where = "check" if (self.run.step + 1) % 3 == 0 else "between"
-
-    monkeypatch.setattr(step_module, "forward_and_backward", watched_both)
-    monkeypatch.setattr(guards.StepGuard, "step", watched_step)
-    monkeypatch.setattr(guards, "steps_between_checks", lambda device, print_freq: print_freq)
+    monkeypatch.setattr(loop, "train_step", watched)
+    monkeypatch.setattr(clock, "steps_between_checks", lambda device, print_freq: print_freq)
     with watch, WatchOps(watch):
         # One epoch of nine steps, at the end of which it would be saved.
         train(data, tmp_path / "r", "--batch-size", 4, "--max-steps", 6, "-p", 3,
@@ -263,8 +266,8 @@ def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatc
 
 # As on a GPU: the host looks every fifth step, and at the end of an epoch (of six steps).
 LATE = """
-from moco.train import guards
-guards.steps_between_checks = lambda device, print_freq: 5
+from moco.train import clock
+clock.steps_between_checks = lambda device, print_freq: 5
 """
 POISON = """
 import os
@@ -279,13 +282,14 @@ MoCo._losses = poisoned
 """
 # Prints a digest of the query encoder's weights after each optimizer step.
 DIGESTS = """
-from moco.train import guards
-step_of = guards.StepGuard.step
-def step(self, losses, loss, epoch):
-    step_of(self, losses, loss, epoch)
-    total = sum(p.double().abs().sum().item() for p in self.run.moco.encoder_q.parameters())
-    print(f"weights {self.run.step} {total!r}", flush=True)
-guards.StepGuard.step = step
+from moco.train import step
+apply = step.apply_gradients
+def applied(state, guard):
+    norm = apply(state, guard)
+    total = sum(p.double().abs().sum().item() for p in state.module.encoder_q.parameters())
+    print(f"weights {state.step} {total!r}", flush=True)
+    return norm
+step.apply_gradients = applied
 """
 
 
@@ -334,8 +338,8 @@ MoCo._losses = losses
 
 
 def test_the_host_looks_after_every_step_on_a_cpu_and_when_it_prints_on_a_gpu() -> None:
-    assert guards.steps_between_checks(torch.device("cpu"), 10) == 1
-    assert guards.steps_between_checks(torch.device("cuda", 0), 10) == 10
+    assert clock.steps_between_checks(torch.device("cpu"), 10) == 1
+    assert clock.steps_between_checks(torch.device("cuda", 0), 10) == 10
 
 
 # ------------------------------------------------------------------------------------------------
@@ -378,16 +382,15 @@ def test_channels_last_where_it_was_measured_to_help(flags, on, data) -> None:
 
 def test_deterministic_is_an_option_and_ends_with_the_run(data, tmp_path, monkeypatch) -> None:
     seen = []
-    both = step_module.forward_and_backward
 
     def watched(*args):
         seen.append((
             torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
             torch.backends.cudnn.benchmark,
         ))  # fmt: skip
-        return both(*args)
+        return train_step(*args)
 
-    monkeypatch.setattr(step_module, "forward_and_backward", watched)
+    monkeypatch.setattr(loop, "train_step", watched)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     train(data, tmp_path / "a", "--max-steps", 1)
     assert seen == [(False, False, True)] and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
