@@ -43,7 +43,8 @@ from moco.evaluate import knn as evaluate
 from moco.evaluate.feed import Feed, cached_feed, image_feed, with_features
 from moco.evaluate.heads import Frozen, Heads, Setting
 from moco.launch import launch_config
-from moco.log import RunLog, StepPrinter, progress, provenance
+from moco.log import RunLog, provenance
+from moco.progress import StepPrinter, progress
 from moco.run_files import LINCLS_BEST, LINCLS_LATEST, LINCLS_RESULT, write_json
 from moco.schedule import learning_rate
 

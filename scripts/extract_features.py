@@ -45,7 +45,7 @@ from moco.data.images import DATASETS, FolderImages, Images, Subset, open_images
 from moco.data.views import eval_transform, normalize, pretrain_recipe  # noqa: E402
 from moco.errors import CheckpointError  # noqa: E402
 from moco.launch import usable_cores, visible_devices  # noqa: E402
-from moco.log import progress  # noqa: E402
+from moco.progress import progress  # noqa: E402
 from moco.publish import export  # noqa: E402
 
 

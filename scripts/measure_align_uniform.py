@@ -46,7 +46,7 @@ from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normali
 from moco.errors import CheckpointError, DataError  # noqa: E402
 from moco.evaluate import knn as evaluate  # noqa: E402
 from moco.launch import usable_cores, visible_devices  # noqa: E402
-from moco.log import progress  # noqa: E402
+from moco.progress import progress  # noqa: E402
 from moco.run_files import write_json  # noqa: E402
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from moco.checkpoint import FORMAT_VERSION, run_checkpoints
-from moco.run_files import LINCLS_RESULT
 from moco.config import learned_values
+from moco.run_files import LINCLS_RESULT
 
 # Arguments, beside those that decide what is learned, without which a run is not understood.
 _NEEDED = {"objective": str, "seed": int, "epochs": int, "batch_size": int, "images": int,

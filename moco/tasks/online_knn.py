@@ -20,7 +20,8 @@ from moco.data.images import Images, Subset, first_per_class, open_images, split
 from moco.data.views import eval_transform
 from moco.errors import DataError
 from moco.evaluate import knn as evaluate
-from moco.log import RunLog, StepPrinter, progress
+from moco.log import RunLog
+from moco.progress import StepPrinter, progress
 from moco.train.guards import StopRequest
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from moco import distributed
-from moco.log import Means, RunLog, StepPrinter, provenance
+from moco.log import Means, RunLog, provenance
 from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
+from moco.progress import StepPrinter
 from moco.train import guards, resume
 from moco.train.clock import Rhythm, Stopwatch
 from moco.train.guards import CollapseAlarm, StepGuard, StopRequest

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from moco.log import StepPrinter
+from moco.progress import StepPrinter
 
 
 @pytest.mark.parametrize(
