@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -21,9 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-
-# What clusters send before they take a job's machines away.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _timeout = timedelta(minutes=30)  # of all that ranks do together; see `set_timeout`
 
@@ -211,6 +207,15 @@ def broadcast_object(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's value on all ranks, in rank order; plain Python data of any size."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def ranks_that_differ(tensors: Sequence[Tensor]) -> list[int]:

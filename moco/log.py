@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from moco import distributed
+from moco.run_files import read_log, write_in_one_piece
 
 
 class RunLog:
@@ -119,23 +120,20 @@ class RunLog:
 
 
 def _drop_later_lines(path: Path, step: int) -> set[tuple[str, int]]:
-    """Kind and step of the lines that stay."""
-    known: set[tuple[str, int]] = set()
+    """Keep the lines up to `step`, set damaged ones aside; kind and step of the lines that stay."""
     if not path.is_file():
-        return known
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            fields = json.loads(line)
-            if fields["step"] <= step:
-                known.add((fields["kind"], fields["step"]))
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):  # cut off within a line
-            break
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-    return known
+        return set()
+    lines, bad = read_log(path)
+    kept = [fields for fields in lines if fields["step"] <= step]
+    if bad:
+        aside = path.with_name(f"{path.name}.damaged")
+        with open(aside, "ab") as file:
+            file.write(b"".join(line + b"\n" for line in bad))
+        print(f"{len(bad)} damaged line(s) of {path.name} are now in {aside.name}", flush=True)
+    if bad or len(kept) < len(lines):
+        text = "".join(json.dumps(fields) + "\n" for fields in kept)
+        write_in_one_piece(path, text)
+    return {(fields["kind"], fields["step"]) for fields in kept}
 
 
 class Means:

@@ -102,13 +102,14 @@ def option_fields(config: type) -> Iterator[dataclasses.Field]:
 
 
 def flat_values(config: Any) -> dict[str, Any]:
-    """Name -> plain value of all fields: paths as text, tuples as lists; devices left out."""
+    """Name -> plain value of all fields: paths as text, tuples as lists. What only this process
+    has, its devices and number, is left out."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             flat |= flat_values(value)
-        elif field.name != "devices":
+        elif field.name not in ("devices", "number"):
             flat[field.name] = plain(value)
     return flat
 

@@ -109,6 +109,7 @@ class Launch(Part):
     multiprocessing_distributed: one process per GPU (always so here; upstream's flag)
     world_size: number of nodes
     rank: number of this node
+    local_rank: number of this process on its node, as older launchers give it
     dist_url: tcp://HOST:PORT of the first node, or env://
     dist_backend: default: nccl on GPUs, gloo on CPUs
     timeout_minutes: give up when a process has been waited for so long (%(default)s)
@@ -120,6 +121,7 @@ class Launch(Part):
     multiprocessing_distributed: bool = option(False, "--multiprocessing-distributed", FREE)
     world_size: int = option(-1, "--world-size", FREE)
     rank: int = option(-1, "--rank", FREE)
+    local_rank: int | None = option(None, "--local-rank --local_rank", FREE, least=0)
     dist_url: str | None = option(None, "--dist-url", FREE, metavar="URL")
     dist_backend: str | None = option(None, "--dist-backend", FREE, choices=("nccl", "gloo"))
     timeout_minutes: float = option(30, "--timeout-minutes", FREE)
@@ -138,7 +140,8 @@ class Launch(Part):
 class Placement(Part):
     """where the processes run, worked out from the launch flags and the environment
 
-    devices: of this node, one for each process ("cuda:0", "cpu"); processes: over all nodes.
+    devices: of this node, one for each process ("cuda:0", "cpu"); processes: over all nodes;
+    number: (rank, world, local rank) of a process that a launcher has started as one of several.
     """
 
     devices: tuple[str, ...] = option(("cpu",), "", FREE)
@@ -146,6 +149,7 @@ class Placement(Part):
     node_rank: int = option(0, "", FREE)
     processes: int = option(1, "", FREE)
     local_processes: int = option(1, "", FREE)
+    number: tuple[int, int, int] | None = option(None, "", FREE)
 
 
 def check_batch(optim: Optim, placement: Placement) -> None:

@@ -22,7 +22,7 @@ from moco.errors import DataError
 from moco.evaluate import knn as evaluate
 from moco.log import RunLog
 from moco.progress import StepPrinter, progress
-from moco.train.guards import StopRequest
+from moco.stop import StopRequest
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,22 +18,6 @@ from moco.log import RunLog
 from moco.train.saver import BackgroundWriter, finish_saving
 from moco.train.state import TrainState
 from moco.train.task import Losses
-
-
-class StopRequest:
-    """SIGTERM and SIGUSR1 ask this process to finish the step, save and end."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        for number in distributed.STOP_SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _) -> None:
-        self.name = signal.Signals(number).name
-
-    @property
-    def requested(self) -> bool:
-        return self.name is not None
 
 
 @contextlib.contextmanager

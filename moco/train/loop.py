@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from typing import Any
 
 import torch
 
 from moco import distributed
 from moco.errors import report_user_errors
+from moco.stop import AgreedStop
 from moco.train import guards
 from moco.train.clock import Due, due, evaluation_due
 from moco.train.optimizer import set_learning_rate
@@ -18,14 +18,11 @@ from moco.train.step import train_step
 from moco.train.task import Losses, Task
 from moco.train.trainer import Trainer, build_trainer
 
-# Exit status of a run that was asked to stop by SIGTERM or SIGUSR1 and has saved: "try again".
-EXIT_PREEMPTED = 75
-
 
 def train(device: torch.device, config: Any, *, task: type[Task]) -> None:
     """The whole run in this process, one of `config.placement.processes`.
 
-    Exit status 75 after a request to stop, 1 after an error that the user can mend.
+    Exit status: 75 after a request to stop, 130 after Ctrl-C, 1 after an error for the user.
     """
     with report_user_errors(), contextlib.ExitStack() as at_exit:
         t = build_trainer(config, task, device, at_exit)
@@ -37,7 +34,7 @@ def train(device: torch.device, config: Any, *, task: type[Task]) -> None:
                 f"stopped by {t.stop.name or 'a signal to another rank'} after step "
                 f"{t.state.step}; go on with --save-dir {t.writer.folder} --resume auto"
             )
-            sys.exit(EXIT_PREEMPTED)
+            raise AgreedStop(t.stop.exit_status)
         t.printer.close()
         t.log.finished()
         distributed.print_main(

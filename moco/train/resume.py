@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ from typing import Any
 from moco import checkpoint, distributed
 from moco.config import SAMPLE_ORDER, learning_changes, rounding_changes
 from moco.errors import CheckpointError, TrainingError
+from moco.lock import FolderLock
 from moco.log import provenance
 from moco.run_files import ARGS, write_json
+from moco.train.handshake import refuse_other_arguments
 
 
-def settle(config: Any) -> tuple[Any, dict | None]:
-    """What processes agree on before anything is built.
+def settle(config: Any, at_exit: contextlib.ExitStack) -> tuple[Any, dict | None]:
+    """What processes agree on before anything is built; rank 0 locks the run folder.
 
     Processes that were started apart (torchrun, several nodes) drew and timed their own seed and
     run folder: rank 0's count. A run that goes on takes the seed and the initial weights of its
@@ -24,11 +27,15 @@ def settle(config: Any) -> tuple[Any, dict | None]:
         (config, content of the checkpoint to go on from, or None).
 
     Raises:
+        TrainingError: ranks were started with different arguments, or another job writes into the
+            run folder.
         CheckpointError: the checkpoint cannot be read.
     """
+    refuse_other_arguments(config)
     seed, folder, path = distributed.broadcast_object(
         (config.optim.seed, config.saving.save_dir, config.saving.checkpoint)
     )
+    _lock(folder, at_exit)
     path, saved = _find_checkpoint(path, folder)
     optim = replace(config.optim, seed=seed)
     if saved:
@@ -39,6 +46,21 @@ def settle(config: Any) -> tuple[Any, dict | None]:
             optim = replace(optim, init_from=before.get("init_from"))
     saving = replace(config.saving, save_dir=folder, checkpoint=path)
     return replace(config, optim=optim, saving=saving), saved
+
+
+def _lock(folder: Path, at_exit: contextlib.ExitStack) -> None:
+    """Hold the run folder on rank 0; all ranks raise where another job holds it."""
+    error = None
+    if distributed.is_main():
+        try:
+            at_exit.enter_context(FolderLock(folder))
+        except TrainingError as caught:
+            error = caught
+        except OSError as caught:
+            error = TrainingError(f"cannot write to the run folder: {caught}")
+    error = distributed.broadcast_object(error)
+    if error:
+        raise error
 
 
 def _find_checkpoint(path: str | None, folder: Path) -> tuple[str | None, dict | None]:

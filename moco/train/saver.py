@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -9,16 +10,35 @@ from pathlib import Path
 import torch
 
 from moco import checkpoint, distributed
-from moco.errors import CheckpointError, TrainingError
+from moco.errors import CheckpointError, PassingError, TrainingError
 from moco.train.state import TrainState
+
+# What trying again does not mend: disk full, read-only, gone, not allowed.
+_LASTING = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+}
 
 
 class BackgroundWriter:
     """Writes checkpoints in a thread, one at a time, from a copy in host memory.
 
-    Training waits for the copy only. An error of the thread is raised by the next call, so that
-    training never goes on as if a file had been saved.
+    Training waits for the copy only. Where an error may pass (a network file system that is away),
+    the thread tries again for some minutes, with growing pauses. What is left of an error is raised
+    by the next call, so that training never goes on as if a file had been saved.
+
+    Attributes:
+        resumed_from: a checkpoint that is never deleted.
+        lock: of the folder; without it nothing is deleted.
     """
+
+    pauses = (1, 2, 5, 10, 20, 40, 60, 60, 60)  # seconds, before each new try
 
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
@@ -43,21 +63,43 @@ class BackgroundWriter:
         """Wait for the file being written.
 
         Raises:
-            CheckpointError: it could not be written (disk full, folder gone or read-only).
+            CheckpointError: it could not be written (disk full, folder gone or read-only);
+                PassingError where the reason may pass.
         """
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        self.wait()
         if self.error is not None:
             left = checkpoint.run_checkpoints(self.folder)
-            raise CheckpointError(
+            kind = CheckpointError if self._lasting() else PassingError
+            raise kind(
                 f"could not save in {self.folder}: {self.error}; training stops, the last good "
                 f"checkpoint is {left[-1].name if left else 'none'}"
             ) from self.error
 
+    def _lasting(self) -> bool:
+        """Whether the error is not of a kind that passes."""
+        return not isinstance(self.error, OSError) or self.error.errno in _LASTING
+
+    def wait(self) -> None:
+        """Until the file being written is on disk, or has failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
     def _write(self, path: Path, content: dict) -> None:
         try:
-            checkpoint.write_checkpoint(path, content)
+            for pause in (*self.pauses, None):
+                try:
+                    checkpoint.write_checkpoint(path, content)
+                    break
+                except OSError as error:
+                    if error.errno in _LASTING or pause is None:
+                        raise
+                    print(
+                        f"warning: could not save {path.name}: {error}; trying again in "
+                        f"{pause:g} s, training goes on",
+                        flush=True,
+                    )
+                    time.sleep(pause)
             checkpoint.prune_checkpoints(
                 self.folder, keep_last=self.keep_last, keep_every=self.keep_every
             )

@@ -14,9 +14,11 @@ from moco.log import Means, RunLog, provenance
 from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
 from moco.progress import StepPrinter
+from moco.stop import StopRequest
 from moco.train import guards, resume
 from moco.train.clock import Rhythm, Stopwatch
-from moco.train.guards import CollapseAlarm, StepGuard, StopRequest
+from moco.train.guards import CollapseAlarm, StepGuard
+from moco.train.handshake import refuse_other_data
 from moco.train.optimizer import fused_sgd
 from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
@@ -72,13 +74,15 @@ def build_trainer(
         DataError, CheckpointError, TrainingError: for the user.
     """
     stop = StopRequest()
-    config, saved = resume.settle(config)
+    at_exit.callback(stop.restore)
+    config, saved = resume.settle(config, at_exit)
     torch.manual_seed(config.optim.seed)
     at_exit.enter_context(kernels(config.speed.deterministic))
     task = make_task(config)
 
     data = task.build_data(device)
     at_exit.callback(data.end)
+    refuse_other_data(data.facts)
     flat = dict(sorted({**config.to_flat(), **data.facts}.items()))
 
     state, model, changes = _build_state(task, data, flat, saved, device, at_exit)

@@ -24,8 +24,8 @@ import main_moco
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCo, MoCoLosses
 from moco.log import RunLog
+from moco.stop import StopRequest
 from moco.tasks import monitor
-from moco.train.guards import StopRequest
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from run_folders import read_runs  # noqa: E402

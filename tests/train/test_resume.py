@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -153,7 +154,8 @@ def test_another_world_size_sees_every_sample_of_the_epoch_once(worlds, monkeypa
 def refusal(run: Path, data: Path, *flags: object) -> str:
     """What `refuse_changes` says to these flags, or "" when it lets them pass."""
     argv = [*FLAGS, "--save-dir", run, *flags, data]
-    config, saved = resume.settle(cli.pretrain_config(list(map(str, argv))))
+    with contextlib.ExitStack() as at_exit:
+        config, saved = resume.settle(cli.pretrain_config(list(map(str, argv))), at_exit)
     flat = {**config.to_flat(), **MoCoTask(config).build_data(torch.device("cpu")).facts}
     path, allow = config.saving.checkpoint, config.saving.allow_changes
     try:
