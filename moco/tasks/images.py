@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,22 +69,22 @@ class ImagePairs:
 
 
 def normalisation(
-    mean: tuple[float, ...], std: tuple[float, ...], memory_format: torch.memory_format
-) -> Any:
-    """What turns uint8 views into the encoders' input, on their device and after they have
-    travelled: (pixel / 255 - mean) / std per channel, float32.
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    memory_format: torch.memory_format,
+    device: torch.device,
+) -> Callable[[Tensor], Tensor]:
+    """What turns uint8 views into the encoders' input, on the device and after they have travelled:
+    (pixel / 255 - mean) / std per channel, float32.
 
     Args:
         mean, std: of each channel, for pixels in [0, 1].
     """
-    by_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
+    channel_mean, channel_std = (
+        torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std)
+    )
 
     def normalise(images: Tensor) -> Tensor:
-        if images.device not in by_device:
-            by_device[images.device] = tuple(
-                torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std)
-            )
-        channel_mean, channel_std = by_device[images.device]
         floats = images.to(torch.float32, memory_format=memory_format)
         return floats.div_(255).sub_(channel_mean).div_(channel_std)
 

@@ -65,7 +65,7 @@ class MoCoTask(Task):
     def on_device(self, module: MoCo, device: torch.device) -> None:
         views = self.config.views
         order = memory_format(self.config.speed.channels_last)
-        module.prepare = normalisation(views.mean, views.std, order)
+        module.prepare = normalisation(views.mean, views.std, order, device)
         module.shuffle_generator.manual_seed(self.config.optim.seed)
 
     def compiled(self, module: MoCo) -> list[nn.Module]:

@@ -201,10 +201,17 @@ def test_a_missing_file_ends_in_one_line(capsys):
     assert "/no/such/file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_other_errors_keep_their_trace(kind):
     with pytest.raises(kind, match="ours"), cli.report_user_errors():
         raise kind("ours")
+
+
+def test_ctrl_c_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, cli.report_user_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith(": interrupted\n")
 
 
 class Unreadable(Dataset):

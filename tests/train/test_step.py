@@ -337,11 +337,6 @@ MoCo._losses = losses
     assert chaos()["saved_step"](run) == 10
 
 
-def test_the_host_looks_after_every_step_on_a_cpu_and_when_it_prints_on_a_gpu() -> None:
-    assert clock.steps_between_checks(torch.device("cpu"), 10) == 1
-    assert clock.steps_between_checks(torch.device("cuda", 0), 10) == 10
-
-
 # ------------------------------------------------------------------------------------------------
 # Memory format, kernels, compilation
 # ------------------------------------------------------------------------------------------------
