@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import baseline  # noqa: E402
 import timing  # noqa: E402
 
-from moco.data import loader, views  # noqa: E402
+from moco.data import device_views, loader, views  # noqa: E402
 from moco.data.images import ArrayImages, FolderImages, Subset  # noqa: E402
 from moco.errors import DataError  # noqa: E402
 
@@ -128,7 +128,7 @@ def finish_ms(data: loader.AugmentedViews, batch: int, device: torch.device, rep
 
     def both() -> None:
         for crop, table in zip(crops, tables, strict=True):
-            views.finish(crop, table, data.recipe)
+            device_views.finish(crop, table, data.recipe)
 
     times = timing.interleaved({"": both}, repeats=repeats, warmup=1, device=device)[""]
     return 1e3 * sorted(times)[len(times) // 2]

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 
 import main_moco
 from moco import checkpoint
-from moco.data import images, loader
+from moco.data import images, loader, samples
 from moco.data.images import load_rgb, open_images
 from moco.data.views import pretrain_recipe
 from moco.errors import DataError
@@ -264,7 +264,7 @@ def test_all_bad_is_a_clear_error_that_does_not_read_everything(
     data = views(dataset(tmp_path, tuple(range(IMAGES))), skip_bad=True)
     with pytest.raises(DataError, match="24 images in a row, of 24, are unreadable.*05.png"):
         data[0, 5]
-    monkeypatch.setattr(loader, "MOST_BAD_IN_A_ROW", 7)
+    monkeypatch.setattr(samples, "MOST_BAD_IN_A_ROW", 7)
     with pytest.raises(DataError, match="7 images in a row, of 24"):
         data[0, 5]
 

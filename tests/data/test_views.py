@@ -14,7 +14,8 @@ from helpers import noise_image
 from PIL import Image, ImageFilter
 from scipy import stats
 
-from moco.data import views
+from moco.data import device_views, views
+from moco.data.device_views import finish
 from moco.data.views import (
     BRIGHTNESS,
     CONTRAST,
@@ -24,7 +25,6 @@ from moco.data.views import (
     ViewParams,
     draw,
     eval_transform,
-    finish,
     lincls_recipe,
     normalize,
     pil_view,
@@ -405,8 +405,8 @@ def test_a_blend_on_the_device_is_pillows_pixel_for_pixel(kind, factor):
     column, no = torch.ones(len(images), 1, 1, 1), torch.zeros(len(images), 1, 1, 1)
     which = (no + (kind == CONTRAST)).bool(), (no + (kind == SATURATION)).bool()
     x = as_tensor(images).float()
-    assert torch.equal(views._blended(x, column * float(factors[kind]), *which), wanted)
-    assert torch.equal(views._blended(x, column, *which), x), "at rest"
+    assert torch.equal(device_views._blended(x, column * float(factors[kind]), *which), wanted)
+    assert torch.equal(device_views._blended(x, column, *which), x), "at rest"
 
 
 def test_grey_and_flip_on_the_device_are_pillows_pixel_for_pixel():
@@ -425,7 +425,7 @@ def test_hue_on_the_device_is_pillows(shift):
     colours = torch.cartesian_prod(levels, levels, levels).view(-1, 52, 3).numpy()
     image = Image.fromarray(colours)
     wanted = as_tensor([TF.adjust_hue(image, shift)])
-    ours = views._hue_shifted(as_tensor([image]).float(), torch.full((1, 1, 1, 1), shift))
+    ours = device_views._hue_shifted(as_tensor([image]).float(), torch.full((1, 1, 1, 1), shift))
     difference = (ours - wanted).abs()
     assert difference.mean() < 0.02 and (difference > 0).float().mean() < 0.01
 
@@ -450,7 +450,7 @@ def test_blur_keeps_what_is_even_and_its_mean():
 def test_the_blurs_kernel_is_a_gaussian_of_its_sigma():
     """Variance sigma^2, symmetric, non-negative, close to the bell curve."""
     sigma = torch.linspace(0.1, 2.0, 39)[:, None]
-    taps = views._thrice(views._box_filter(sigma, 2))
+    taps = device_views._thrice(device_views._box_filter(sigma, 2))
     places = torch.arange(taps.shape[1]) - taps.shape[1] // 2
     torch.testing.assert_close(taps.sum(1), torch.ones(39))
     torch.testing.assert_close((taps * places**2).sum(1), sigma.flatten() ** 2, rtol=1e-4, atol=0)
@@ -536,19 +536,21 @@ def test_crops_are_within_a_level_of_pillows(size, out):
         params = params_of(len(box), box=box)
         pixels = as_tensor([image])
         wanted = as_tensor([pil_view(image, recipe, params, i) for i in range(len(box))])
-        single = torch.stack([views.crop(pixels[0], recipe, params, i) for i in range(len(box))])
-        batch = views.crop_all(pixels.expand(len(box), -1, -1, -1), params.table(), out)
+        single = torch.stack(
+            [device_views.crop(pixels[0], recipe, params, i) for i in range(len(box))]
+        )
+        batch = device_views.crop_all(pixels.expand(len(box), -1, -1, -1), params.table(), out)
         for made in (single, batch):
             assert made.dtype == torch.uint8
             assert (made.int() - wanted.int()).abs().max() <= 1
-        some = views.crop_all(pixels.expand(3, -1, -1, -1), params.table()[4:7], out)
+        some = device_views.crop_all(pixels.expand(3, -1, -1, -1), params.table()[4:7], out)
         assert torch.equal(some, batch[4:7]), "whatever else is in the batch"
 
 
 def test_each_crop_of_a_batch_is_of_its_own_image():
     images = [noise_image((32, 32), seed=seed) for seed in range(6)]
     params = drawn(V2_SMALL, 32, 32, 6)
-    made = views.crop_all(as_tensor(images), params.table(), 32)
+    made = device_views.crop_all(as_tensor(images), params.table(), 32)
     for i, pixels in enumerate(as_tensor(images)):
-        wanted = views.crop(pixels, Recipe(32, (0.2, 1.0)), params, i)
+        wanted = device_views.crop(pixels, Recipe(32, (0.2, 1.0)), params, i)
         assert (made[i].int() - wanted.int()).abs().max() <= 1
