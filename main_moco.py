@@ -407,8 +407,8 @@ def _train(device: torch.device, args: argparse.Namespace, at_exit: contextlib.E
         args.image_size, aug_plus=args.aug_plus, crop_scale=args.crop_scale, blur=args.blur
     )
     views = loader.AugmentedViews(
-        images, recipe, seed=args.seed, views=2,
-        skip_bad=args.skip_bad_images, unfinished=args.views == "device",
+        images, recipe, seed=args.seed, num_views=2,
+        skip_bad=args.skip_bad_images, augment_on_device=args.views == "device",
     )  # fmt: skip
     pairs = loader.TrainLoader(
         views, batches, workers=args.workers, device=device, compile=args.compile

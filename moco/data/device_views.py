@@ -1,5 +1,13 @@
-"""Views on the device: crop, colour jitter, greyscale, blur and flip of uint8 tensors, with the
-rounding of Pillow's 8-bit arithmetic."""
+"""Views made of tensors: crop, colour jitter, greyscale, blur and flip of uint8 images, with the
+rounding of Pillow's 8-bit arithmetic.
+
+A loader process crops an image (`crop`); the device augments whole batches of crops
+(`augment_on_device`), and crops too where it holds the images (`crop_on_device`). On the device
+there is no loop over samples, and nothing waits for it.
+
+Distance from `views.pil_view`, in levels of 255: crop at most 1; greyscale, flip, brightness,
+contrast and saturation 0; hue differs in 1 % of the pixels; blur by 4 at most, 1 on average.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moco.data.views import CONTRAST, HUE, SATURATION, Recipe, ViewParams
+from moco.data.views import COLUMNS, CONTRAST, HUE, SATURATION, Recipe, ViewParams
 
 
 def crop(pixels: Tensor, recipe: Recipe, params: ViewParams, i: int = 0) -> Tensor:
@@ -23,7 +31,7 @@ def crop(pixels: Tensor, recipe: Recipe, params: ViewParams, i: int = 0) -> Tens
     return F.interpolate(part, size, mode="bilinear", antialias=True).squeeze(0)
 
 
-def crop_all(pixels: Tensor, table: Tensor, size: int) -> Tensor:
+def crop_on_device(pixels: Tensor, params: Tensor, size: int) -> Tensor:
     """The crops of N images of one size, each with its own box: `crop` for a whole batch.
 
     Resizing is a product with one matrix from the left and one from the right, whose rows are
@@ -31,12 +39,12 @@ def crop_all(pixels: Tensor, table: Tensor, size: int) -> Tensor:
 
     Args:
         pixels: (N, 3, H, W) uint8.
-        table: (N, 16) float32 on the same device, `ViewParams.table`.
+        params: (N, 16) float32 on the same device, `ViewParams.as_tensor`.
 
     Returns:
         (N, 3, size, size) uint8.
     """
-    top, left, height, width = table[:, :4, None, None].unbind(1)
+    top, left, height, width = params[:, COLUMNS["box"], None, None].unbind(1)
     columns = _triangles(left, width, pixels.shape[3], size)  # (N, size, W)
     rows = _triangles(top, height, pixels.shape[2], size)  # (N, size, H)
     x = _rounded(_weighted(pixels.float(), columns))  # (N, 3, H, size)
@@ -62,26 +70,28 @@ def _triangles(start: Tensor, length: Tensor, available: int, size: int) -> Tens
     return _fixed_point(weights / weights.sum(2, keepdim=True))
 
 
-def finish(crops: Tensor, table: Tensor, recipe: Recipe) -> Tensor:
-    """Colour, blur and flip of N crops, each with its own parameters.
+def augment_on_device(crops: Tensor, params: Tensor, recipe: Recipe) -> Tensor:
+    """Colour jitter, greyscale, blur and flip of N crops, each with its own parameters.
 
     Equal to `pil_view` after its crop up to a few levels: Pillow's arithmetic on 8-bit values is
     followed (truncation, quantised hue), but in float32, and blur rounds twice, not six times.
 
     Args:
         crops: (N, 3, S, S) uint8.
-        table: (N, 16) float32 on the same device, `ViewParams.table`.
+        params: (N, 16) float32 on the same device, `ViewParams.as_tensor`.
 
     Returns:
         (N, 3, S, S) uint8.
     """
-    table = table[:, :, None, None, None]  # each column (N, 1, 1, 1)
-    jitter, grey, flip, sigma = table[:, 4:8].unbind(1)
+    params = params[:, :, None, None, None]  # each column (N, 1, 1, 1)
+    jitter, grey, flip, sigma, factors, order = (
+        params[:, COLUMNS[name]] for name in ("jitter", "grey", "flip", "sigma", "factors", "order")
+    )
     x = crops.float()
     if recipe.grey_before_jitter and recipe.grey_p:
         x = torch.where(grey > 0, _luma(x), x)
     if recipe.jitter_p:
-        x = torch.where(jitter > 0, _jittered(x, table[:, 8:12], table[:, 12:16]), x)
+        x = torch.where(jitter > 0, _jittered(x, factors, order), x)
     if recipe.grey_p and not recipe.grey_before_jitter:
         x = torch.where(grey > 0, _luma(x), x)
     if recipe.blur_p:

@@ -96,9 +96,9 @@ class TrainLoader:
     `batches`, a view being (N, 3, S, S) uint8, target (N,) int64 in host memory, and `replaced` one
     text per sample.
 
-    Views come from loader processes, and unfinished ones are finished on the device. Where the
-    views are `unfinished` and all images are in memory and small enough to lie on the device, they
-    do, and the device makes the whole view. `compile` fuses what it does there into few kernels.
+    Views come from loader processes. With the samples' `augment_on_device` these only crop, and the
+    device does the rest; images that are all in memory, and small enough, are kept on the device,
+    which then crops too. `compile` fuses the augmentation into few kernels.
     """
 
     def __init__(
@@ -111,10 +111,12 @@ class TrainLoader:
         compile: bool = False,
     ) -> None:
         self.data, self.batches, self.device = data, batches, device
-        self.finish = (
-            torch.compile(device_views.finish, dynamic=False) if compile else device_views.finish
+        self.augment = (
+            torch.compile(device_views.augment_on_device, dynamic=False)
+            if compile
+            else device_views.augment_on_device
         )
-        array = in_memory(data.images) if data.unfinished else None
+        array = in_memory(data.images) if data.augment_on_device else None
         self.pixels: Tensor | None = None  # (M, 3, H, W) uint8
         if array is not None and _fits(array, device):
             self.pixels = torch.from_numpy(array).permute(0, 3, 1, 2).to(device).contiguous()
@@ -136,14 +138,14 @@ class TrainLoader:
         return self._from_workers() if self.pixels is None else self._on_the_device()
 
     def _from_workers(self) -> Iterator[tuple]:
-        count = self.data.views
+        count = self.data.num_views
         for batch in self.workers:
             made = [view.to(self.device, non_blocking=True) for view in batch[:count]]
             target, replaced = batch[count : count + 2]
-            if self.data.unfinished:
+            if self.data.augment_on_device:
                 tables = batch[-1].to(self.device, non_blocking=True).unbind(1)
                 made = [
-                    self.finish(crops, table, self.data.recipe)
+                    self.augment(crops, table, self.data.recipe)
                     for crops, table in zip(made, tables, strict=True)
                 ]
             yield (*made, target, replaced)
@@ -154,12 +156,12 @@ class TrainLoader:
             indices = [index for _, index in keys]
             sizes = np.full(len(keys), height), np.full(len(keys), width)
             # All views as one batch: small kernels cost the time that it takes to start them.
-            tables = torch.cat([params.table() for params in self.data.draw(keys, *sizes)])
+            tables = torch.cat([params.as_tensor() for params in self.data.draw(keys, *sizes)])
             tables = distributed.to_device(tables, self.device)
             chosen = distributed.to_device(torch.tensor(indices), self.device)
-            pixels = self.pixels[chosen].repeat(self.data.views, 1, 1, 1)
-            crops = device_views.crop_all(pixels, tables, self.data.recipe.image_size)
-            made = self.finish(crops, tables, self.data.recipe).chunk(self.data.views)
+            pixels = self.pixels[chosen].repeat(self.data.num_views, 1, 1, 1)
+            crops = device_views.crop_on_device(pixels, tables, self.data.recipe.image_size)
+            made = self.augment(crops, tables, self.data.recipe).chunk(self.data.num_views)
             target = torch.tensor([self.data.target(index) for index in indices])
             yield (*made, target, ("",) * len(keys))
 

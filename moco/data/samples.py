@@ -17,7 +17,7 @@ from moco.data import device_views, views
 from moco.data.images import Images
 from moco.errors import DataError
 
-MOST_BAD_IN_A_ROW = 1000  # then the fault is not in the images
+MOST_BAD_IN_A_ROW = 1000  # beyond it the fault is not in the images
 
 
 class AugmentedViews(Dataset):
@@ -26,8 +26,8 @@ class AugmentedViews(Dataset):
 
     Target is -1 where the images have no labels. With `skip_bad` an image that cannot be read is
     replaced by the next one that can, and `replaced` holds one line for each that could not; it
-    is "" otherwise. With `unfinished` the views are crops, which `device_views.finish` finishes,
-    and the parameters for it, (n, 16), come last.
+    is "" otherwise. With `augment_on_device` the views are crops only, and the parameters of the
+    rest, (n, 16), come last: see `device_views.augment_on_device`.
 
     Raises:
         DataError: an image cannot be read; with `skip_bad`, `MOST_BAD_IN_A_ROW` of them.
@@ -43,16 +43,16 @@ class AugmentedViews(Dataset):
         recipe: views.Recipe,
         *,
         seed: int,
-        views: int,
+        num_views: int,
         skip_bad: bool = False,
-        unfinished: bool = False,
+        augment_on_device: bool = False,
     ) -> None:
         self.images = images
         self.recipe = recipe
         self.seed = seed
-        self.views = views
+        self.num_views = num_views
         self.skip_bad = skip_bad
-        self.unfinished = unfinished
+        self.augment_on_device = augment_on_device
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,9 +80,9 @@ class AugmentedViews(Dataset):
     ) -> Iterator[tuple[Tensor | int | str, ...]]:
         widths, heights = zip(*(image.size for image, _, _ in loaded), strict=True)
         drawn = self.draw(keys, heights, widths)
-        tables = torch.stack([params.table() for params in drawn], dim=1)  # (N, views, 16)
+        tables = torch.stack([params.as_tensor() for params in drawn], dim=1)  # (N, num_views, 16)
         for i, (image, used, replaced) in enumerate(loaded):
-            if self.unfinished:
+            if self.augment_on_device:
                 pixels = views.pixels_of(image)
                 crops = [device_views.crop(pixels, self.recipe, params, i) for params in drawn]
                 yield (*crops, self.target(used), replaced, tables[i])
@@ -97,7 +97,7 @@ class AugmentedViews(Dataset):
         epoch, indices = keys[0][0], [index for _, index in keys]
         return [
             views.draw(self.recipe, self.seed, epoch, indices, view, heights, widths)
-            for view in range(self.views)
+            for view in range(self.num_views)
         ]
 
     def target(self, index: int) -> int:

@@ -1,9 +1,8 @@
-"""Views: the published augmentations, drawn in numpy and applied by Pillow or on the device.
+"""Augmentation recipes, random parameters of views, and views made by Pillow.
 
-A view is described by a few numbers (`draw`), which are a function of (seed, epoch, index, view)
-alone. `pil_view` makes the view that torchvision's transforms on Pillow images would make of the
-same numbers. The other way is in two parts: `crop` in a loader process, and `finish` for colour,
-blur and flip of a whole batch on the device, with the rounding of Pillow's 8-bit arithmetic.
+`draw` gives the parameters of a view: a function of (seed, epoch, index, view) alone. `pil_view`
+applies them as torchvision's transforms on Pillow images do; `device_views` applies them to
+tensors.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a view is drawn from; operations run in the order of the fields."""
+    """Distribution of a view's parameters; operations run in the order of the fields."""
 
     image_size: int
     crop_scale: tuple[float, float]  # share of the area
@@ -80,10 +79,16 @@ def eval_transform(image_size: int = 224) -> T.Compose:
     return T.Compose([T.Resize(resize), T.CenterCrop(image_size), T.PILToTensor()])
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(N, 3, H, W) uint8 -> float32, (pixel/255 - mean) / std per channel."""
+def normalize(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Tensor:
+    """(N, 3, H, W) uint8 -> float32 on the same device, (pixel/255 - mean) / std per channel."""
     mean, std = (_per_channel(tuple(values), images.device) for values in (mean, std))
-    return images.float().div_(255).sub_(mean).div_(std)
+    floats = images.to(torch.float32, memory_format=memory_format)
+    return floats.div_(255).sub_(mean).div_(std)
 
 
 @functools.lru_cache
@@ -129,8 +134,7 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as torchvision numbers them
 ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.float32)
 
-# Which of a view's numbers stands for what. Each has a place of its own, so that none depends on
-# whether another was used.
+# Each parameter has random numbers of its own, so that none depends on whether another is used.
 _TRIES = 10
 _AREA, _RATIO = slice(0, _TRIES), slice(_TRIES, 2 * _TRIES)
 _TOP, _LEFT, _JITTER, _ORDER, _GREY, _BLUR, _SIGMA, _FLIP = range(20, 28)
@@ -139,7 +143,7 @@ _FACTORS, _NUMBERS = slice(28, 32), 32
 
 @dataclass(frozen=True)
 class ViewParams:
-    """What was drawn for N views, one row each.
+    """Parameters of N views, one row each.
 
     Attributes:
         box: (N, 4) int64, top, left, height, width of the crop in pixels.
@@ -157,10 +161,24 @@ class ViewParams:
     factors: np.ndarray
     order: np.ndarray
 
-    def table(self) -> Tensor:
-        """(N, 16) float32, all of it but in one piece, for the device: see `finish`, `crop_all`."""
-        columns = [getattr(self, field.name).reshape(len(self.box), -1) for field in fields(self)]
-        return torch.from_numpy(np.hstack(columns).astype(np.float32))
+    def as_tensor(self) -> Tensor:
+        """(N, 16) float32 with the columns `COLUMNS`, for one transfer to a device."""
+        table = np.empty((len(self.box), 16), np.float32)
+        for name, columns in COLUMNS.items():
+            table[:, columns] = getattr(self, name)
+        return torch.from_numpy(table)
+
+
+# Where `ViewParams.as_tensor` puts each attribute.
+COLUMNS = {
+    "box": slice(0, 4),
+    "jitter": 4,
+    "grey": 5,
+    "flip": 6,
+    "sigma": 7,
+    "factors": slice(8, 12),
+    "order": slice(12, 16),
+}
 
 
 def draw(
@@ -222,7 +240,7 @@ def _draw_boxes(recipe: Recipe, u: np.ndarray, height: np.ndarray, width: np.nda
 
 
 # ------------------------------------------------------------------------------------------------
-# A view in a loader process
+# Views made by Pillow, in a loader process
 # ------------------------------------------------------------------------------------------------
 
 _ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)

@@ -127,7 +127,7 @@ def cached_features(
         extractor = Frozen(fast, amp=encoder.amp, channels_last=True)
         with contextlib.ExitStack() as at_end:
             if views:
-                crops = AugmentedViews(images, lincls_recipe(image_size), seed=seed, views=1)
+                crops = AugmentedViews(images, lincls_recipe(image_size), seed=seed, num_views=1)
                 loader = TrainLoader(crops, batches, workers=workers, device=device)
                 at_end.callback(loader.end)
             else:

@@ -229,7 +229,7 @@ def dataset(folder: Path, bad: tuple[int, ...] = ()) -> Path:
 
 def views(folder: Path, **options) -> loader.AugmentedViews:
     images = open_images("folder", folder, "pretrain")
-    return loader.AugmentedViews(images, pretrain_recipe(16), seed=3, views=2, **options)
+    return loader.AugmentedViews(images, pretrain_recipe(16), seed=3, num_views=2, **options)
 
 
 def test_default_is_to_stop_with_path_and_reason(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_default_is_to_stop_with_path_and_reason(tmp_path: Path) -> None:
 def test_a_bad_image_is_replaced_by_the_next_good_one(tmp_path: Path) -> None:
     whole = views(dataset(tmp_path / "whole"))
     holed = views(dataset(tmp_path / "holed", BAD), skip_bad=True)
-    holed_crops = views(tmp_path / "holed", skip_bad=True, unfinished=True)
+    holed_crops = views(tmp_path / "holed", skip_bad=True, augment_on_device=True)
     for index, used, lost in ((4, 4, ()), (5, 7, (5, 6)), (6, 7, (6,)), (17, 18, (17,)),
                               (23, 0, (23,))):  # fmt: skip
         view_1, view_2, target, replaced = holed[0, index]

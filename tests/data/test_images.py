@@ -184,12 +184,14 @@ def test_a_broken_image_is_an_error_that_names_the_file(tmp_path, name):
         images.load(images.paths.index(str(path)))
 
 
-@pytest.mark.parametrize("unfinished", [False, True])
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named_through_a_loader_process_too(tmp_path, workers, unfinished):
+def test_a_broken_image_is_named_through_a_loader_process_too(tmp_path, workers, on_device):
     path = broken_files(tmp_path / "images")["truncated.jpg"]
     images = FolderImages(path.parent)
-    data = AugmentedViews(images, pretrain_recipe(16), seed=0, views=2, unfinished=unfinished)
+    data = AugmentedViews(
+        images, pretrain_recipe(16), seed=0, num_views=2, augment_on_device=on_device
+    )
     key = [(0, images.paths.index(str(path)))]
     pairs = DataLoader(data, batch_sampler=[key], num_workers=workers)
     with pytest.raises(DataError, match=f"cannot read image {path}"):

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from scipy import stats
 
 from moco.data import device_views, views
-from moco.data.device_views import finish
+from moco.data.device_views import augment_on_device
 from moco.data.views import (
     BRIGHTNESS,
     CONTRAST,
@@ -383,7 +383,7 @@ def differences(recipe: Recipe, params: ViewParams, images: list[Image.Image]) -
     """Ours minus Pillow's, (N, 3, H, W) int32."""
     crops = as_tensor(images)
     before = crops.clone()
-    ours = finish(crops, params.table(), recipe)
+    ours = augment_on_device(crops, params.as_tensor(), recipe)
     assert ours.dtype == torch.uint8 and torch.equal(crops, before)
     wanted = as_tensor([pil_view(image, recipe, params, i) for i, image in enumerate(images)])
     return ours.int() - wanted.int()
@@ -443,7 +443,7 @@ def test_blur_keeps_what_is_even_and_its_mean():
     """A kernel whose weights do not add up to 1 would darken or brighten."""
     for sigma in np.linspace(0.1, 2, 20):
         even = [Image.new("RGB", (SIZE, SIZE), (0, 128, 255))]
-        made = finish(as_tensor(even), params_of(1, sigma=sigma).table(), V2_SMALL)
+        made = augment_on_device(as_tensor(even), params_of(1, sigma=sigma).as_tensor(), V2_SMALL)
         assert torch.equal(made, as_tensor(even))
 
 
@@ -478,18 +478,18 @@ def test_the_order_of_jitter_is_each_samples_own():
     """Taken in another order the same factors give other pixels, so the comparison above bites."""
     images = [noise_image((SIZE, SIZE))] * 24
     params = params_of(24, jitter=True, factors=[1.4, 0.6, 1.4, 0.1], order=views.ORDERS)
-    made = finish(as_tensor(images), params.table(), V2_SMALL)
+    made = augment_on_device(as_tensor(images), params.as_tensor(), V2_SMALL)
     assert len({view.numpy().tobytes() for view in made}) == 24
 
 
 def test_a_sample_is_finished_alike_alone_and_in_a_batch():
     images = pictures() * 4
     params = drawn(V2_SMALL, SIZE, SIZE, len(images))
-    crops, table = as_tensor(images), params.table()
-    whole = finish(crops, table, V2_SMALL)
+    crops, table = as_tensor(images), params.as_tensor()
+    whole = augment_on_device(crops, table, V2_SMALL)
     for part in (1, 5, 16):
         parts = zip(crops.split(part), table.split(part), strict=True)
-        assert torch.equal(torch.cat([finish(*pair, V2_SMALL) for pair in parts]), whole)
+        assert torch.equal(torch.cat([augment_on_device(*pair, V2_SMALL) for pair in parts]), whole)
 
 
 @pytest.mark.parametrize("recipe", [V1_SMALL, V2_SMALL], ids=["v1", "v2"])
@@ -501,12 +501,12 @@ def test_finishing_is_one_graph_without_a_wait_for_the_device(recipe):
         graphs.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
         return graph.forward
 
-    compiled = torch.compile(finish, backend=backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(augment_on_device, backend=backend, fullgraph=True, dynamic=False)
     for count in (2, 12):
         images = pictures()[:count]
-        table = drawn(recipe, SIZE, SIZE, count).table()
+        table = drawn(recipe, SIZE, SIZE, count).as_tensor()
         made = compiled(as_tensor(images), table, recipe)
-        assert torch.equal(made, finish(as_tensor(images), table, recipe))
+        assert torch.equal(made, augment_on_device(as_tensor(images), table, recipe))
     assert graphs[0] == graphs[1] < 400
     torch.compiler.reset()
 
@@ -539,18 +539,22 @@ def test_crops_are_within_a_level_of_pillows(size, out):
         single = torch.stack(
             [device_views.crop(pixels[0], recipe, params, i) for i in range(len(box))]
         )
-        batch = device_views.crop_all(pixels.expand(len(box), -1, -1, -1), params.table(), out)
+        batch = device_views.crop_on_device(
+            pixels.expand(len(box), -1, -1, -1), params.as_tensor(), out
+        )
         for made in (single, batch):
             assert made.dtype == torch.uint8
             assert (made.int() - wanted.int()).abs().max() <= 1
-        some = device_views.crop_all(pixels.expand(3, -1, -1, -1), params.table()[4:7], out)
+        some = device_views.crop_on_device(
+            pixels.expand(3, -1, -1, -1), params.as_tensor()[4:7], out
+        )
         assert torch.equal(some, batch[4:7]), "whatever else is in the batch"
 
 
 def test_each_crop_of_a_batch_is_of_its_own_image():
     images = [noise_image((32, 32), seed=seed) for seed in range(6)]
     params = drawn(V2_SMALL, 32, 32, 6)
-    made = device_views.crop_all(as_tensor(images), params.table(), 32)
+    made = device_views.crop_on_device(as_tensor(images), params.as_tensor(), 32)
     for i, pixels in enumerate(as_tensor(images)):
         wanted = device_views.crop(pixels, Recipe(32, (0.2, 1.0)), params, i)
         assert (made[i].int() - wanted.int()).abs().max() <= 1
