@@ -145,14 +145,18 @@ class ArrayImages:
 
 
 class Subset:
-    """Some images of a data set, in the given order."""
+    """Some images of a data set, in the given order. A subset of a subset is one of the whole:
+    `images` is never a Subset itself."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
-        self.images = images
         self.indices = list(indices)
         self.classes = images.classes
         targets = images.targets
         self.targets = None if targets is None else [targets[i] for i in self.indices]
+        if isinstance(images, Subset):
+            self.indices = [images.indices[i] for i in self.indices]
+            images = images.images
+        self.images: FolderImages | ArrayImages = images
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -164,12 +168,28 @@ class Subset:
 Images = FolderImages | ArrayImages | Subset
 
 
+def base_and_indices(images: Images) -> tuple[FolderImages | ArrayImages, Sequence[int]]:
+    """The whole data set, and which of its images these are."""
+    if isinstance(images, Subset):
+        return images.images, images.indices
+    return images, range(len(images))
+
+
+def image_names(images: Images) -> list[str]:
+    """A name for each image that is the same on any machine: CLASS/FILE with forward slashes for
+    folders, the index for data sets that are held in memory."""
+    base, indices = base_and_indices(images)
+    if isinstance(base, FolderImages):
+        return [Path(os.path.relpath(base.paths[i], base.root)).as_posix() for i in indices]
+    return [str(i) for i in indices]
+
+
 def in_memory(images: Images) -> np.ndarray | None:
     """All pixels, (M, H, W, 3) uint8, of a data set that holds them in memory, else None."""
-    if isinstance(images, Subset):
-        array = in_memory(images.images)
-        return None if array is None else array[images.indices]
-    return images.array if isinstance(images, ArrayImages) else None
+    base, indices = base_and_indices(images)
+    if not isinstance(base, ArrayImages):
+        return None
+    return base.array if base is images else base.array[indices]
 
 
 def open_images(
@@ -246,14 +266,9 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
 
 def names_digest(images: Images) -> str:
     """Twelve hex digits over which image has which index: for files, of their names in `root`."""
-    indices = []
-    while isinstance(images, Subset):
-        indices.append(images.indices)
-        images = images.images
-    if isinstance(images, FolderImages):
-        names = [os.path.relpath(path, images.root) for path in images.paths]
-    else:
-        names = [len(images)]
+    base, _ = base_and_indices(images)
+    names = image_names(base) if isinstance(base, FolderImages) else [len(base)]
+    indices = [images.indices] if isinstance(images, Subset) else []
     return hashlib.sha256(repr((names, indices)).encode()).hexdigest()[:12]
 
 
