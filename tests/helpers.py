@@ -1,5 +1,6 @@
 """Small things that several test files share: a tiny encoder, images on disk, objectives."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -112,6 +114,14 @@ def write_labelled(root: Path, *, classes: int = 3, train: int = 10, val: int = 
                 image = Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
                 image.save(folder / f"{i:03d}.png")
     return root
+
+
+def load_script(name: str) -> ModuleType:
+    """The module of scripts/NAME.py, whose `main(argv)` a test can call."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def refusal(main: Callable, argv: list, capsys: pytest.CaptureFixture) -> tuple[int, str]:

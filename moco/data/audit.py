@@ -1,39 +1,30 @@
-#!/usr/bin/env python
-"""Check every image of a data set before a long run: decode it as training would, and tell.
+"""Audit of a data set before a long run: each image decoded as training does, each class folder.
 
-    python scripts/check_dataset.py DIR                        DIR/train and DIR/val, or any folder
-    python scripts/check_dataset.py DIR -j 16 --out report.json
-
-Lists files that training refuses (unreadable, truncated, empty, too large, ...), files that it
-reads with a decision that one should know of (CMYK, greyscale, transparency, animation, EXIF
-rotation, ...), and class folders that do not fit. Exit status: 1 when something would be refused,
-0 otherwise. `--out` writes all paths of each kind as JSON.
+`audit` finds files that training refuses, files that it reads with a decision that one should know
+of (CMYK, greyscale, EXIF rotation, ...), and class folders that do not fit.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from moco.data.images import IMG_EXTENSIONS, MAX_PIXELS, image_paths, load_rgb  # noqa: E402
-from moco.errors import DataError  # noqa: E402
-from moco.launch import usable_cores  # noqa: E402
+from moco.data.images import IMG_EXTENSIONS, MAX_PIXELS, image_paths, load_rgb
+from moco.errors import DataError
 
-# kind: what happens in training. The first group stops it (or is replaced: --skip-bad-images).
+# What training does with files of each kind. It stops at the first group, or replaces the image
+# (--skip-bad-images).
 REFUSED = {
     "empty": "refused: the file has no bytes",
     "truncated": "refused: the end of the file is missing",
@@ -62,6 +53,7 @@ CLASSES = {
     "class of train not in val": "trained, never validated",
     "image outside the class folders": "refused by linear evaluation; pretraining reads it",
 }
+GROUPS = {"training refuses": REFUSED, "training reads": READ, "class folders": CLASSES}
 STOPS = {*REFUSED, "class of val not in train", "image outside the class folders"}
 _MODES = {
     "1": ["black and white"],
@@ -78,6 +70,100 @@ _MODES = {
     "I": ["greyscale", "16-bit"],
 }
 Finding = tuple[str, str]  # kind, details
+
+# ------------------------------------------------------------------------------------------------
+# The whole data set
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Findings of `audit`.
+
+    Attributes:
+        root: the folder.
+        images: number of images that were decoded.
+        ignored: number of other files by extension.
+        kinds: by kind of finding the (path, details), sorted.
+    """
+
+    root: Path
+    images: int
+    ignored: Counter
+    kinds: dict[str, list[tuple[str, str]]]
+
+    @property
+    def refused(self) -> int:
+        """Number of files and classes at which training or evaluation would stop."""
+        return sum(len(self.kinds.get(kind, [])) for kind in STOPS)
+
+    def report(self, show: int = 3) -> str:
+        """All kinds as text, with `show` paths of each."""
+        lines = [f"{self.root}: {self.images} images checked"]
+        if self.ignored:
+            most = ", ".join(f"{count} {name}" for name, count in self.ignored.most_common(5))
+            lines[0] += f", {sum(self.ignored.values())} other files ignored ({most})"
+        width = max(map(len, self.kinds), default=0)
+        for title, group in GROUPS.items():
+            present = [kind for kind in group if kind in self.kinds]
+            lines += ["", f"{title}:"] if present else []
+            for kind in present:
+                found = self.kinds[kind]
+                lines.append(f"  {kind:<{width}} {len(found):>8}  {group[kind]}")
+                for path, details in found[:show]:
+                    note = f"  ({details})" if details else ""
+                    lines.append(f"      {os.path.relpath(path, self.root)}{note}")
+                if len(found) > show:
+                    lines.append(f"      ... and {len(found) - show} more")
+        refused = self.refused
+        lines += ["", f"{refused} would be refused" if refused else "nothing would be refused"]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """All paths of each kind, as JSON can hold them."""
+        in_training = {kind: text for group in GROUPS.values() for kind, text in group.items()}
+        return {
+            "root": str(self.root),
+            "images": self.images,
+            "ignored": dict(self.ignored),
+            "kinds": {
+                kind: {
+                    "in_training": in_training[kind],
+                    "refused": kind in STOPS,
+                    "files": [{"path": path, "details": details} for path, details in found],
+                }
+                for kind, found in sorted(self.kinds.items())
+            },
+        }
+
+
+def audit(root: Path, workers: int) -> Audit:
+    """Decode all images of `root`, or of its train/ and val/, by `workers` processes.
+
+    Raises:
+        DataError: no images.
+    """
+    splits = splits_of(root)
+    paths = [path for split in splits for path in image_paths(split)]
+    if not paths:
+        raise DataError(f"no images in {root} (looked for {', '.join(IMG_EXTENSIONS)})")
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, (kind, details) in check_classes(root, paths):
+        kinds[kind].append((path, details))
+    with tqdm(total=len(paths), unit="image", disable=None) as bar:
+        for path, findings in check_files(paths, min(workers, len(paths))):
+            bar.update()
+            for kind, details in findings:
+                kinds[kind].append((path, details))
+    for found in kinds.values():
+        found.sort()
+    ignored = sum((ignored_files(split) for split in splits), Counter())
+    return Audit(root, len(paths), ignored, dict(kinds))
+
+
+# ------------------------------------------------------------------------------------------------
+# One file
+# ------------------------------------------------------------------------------------------------
 
 
 def check_file(path: str) -> list[Finding]:
@@ -219,92 +305,3 @@ def ignored_files(folder: Path) -> Counter:
                 hidden = name.startswith(".")
                 count["hidden" if hidden else os.path.splitext(name)[1] or "no extension"] += 1
     return count
-
-
-# ------------------------------------------------------------------------------------------------
-# Report
-# ------------------------------------------------------------------------------------------------
-
-
-def report(
-    root: Path, images: int, ignored: Counter, kinds: dict[str, list[tuple[str, str]]], show: int
-) -> str:
-    lines = [f"{root}: {images} images checked"]
-    if ignored:
-        kinds_of = ", ".join(f"{count} {name}" for name, count in ignored.most_common(5))
-        lines[0] += f", {sum(ignored.values())} other files ignored ({kinds_of})"
-    width = max(map(len, kinds), default=0)
-    for title, group in (
-        ("training refuses", REFUSED), ("training reads", READ), ("class folders", CLASSES)
-    ):  # fmt: skip
-        present = [kind for kind in group if kind in kinds]
-        if present:
-            lines += ["", f"{title}:"]
-        for kind in present:
-            found = kinds[kind]
-            lines.append(f"  {kind:<{width}} {len(found):>8}  {group[kind]}")
-            for path, details in found[:show]:
-                note = f"  ({details})" if details else ""
-                lines.append(f"      {os.path.relpath(path, root)}{note}")
-            if len(found) > show:
-                lines.append(f"      ... and {len(found) - show} more")
-    refused = sum(len(kinds.get(kind, [])) for kind in STOPS)
-    lines += ["", f"{refused} would be refused" if refused else "nothing would be refused"]
-    return "\n".join(lines)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="check all images of a data set")
-    # fmt: off
-    parser.add_argument("root", metavar="DIR", type=Path,
-                        help="with train/ and val/, or any folder")
-    parser.add_argument("-j", "--workers", type=int, default=usable_cores(), metavar="N",
-                        help="processes (default: the cores, %(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="write all paths of each kind as JSON")
-    parser.add_argument("--show", type=int, default=3, metavar="N",
-                        help="paths to print of each kind (%(default)s)")
-    # fmt: on
-    args = parser.parse_args(argv)
-    if not args.root.is_dir():
-        parser.error(f"no such folder: {args.root}")
-    if args.workers < 1:
-        parser.error(f"-j must be at least 1, got {args.workers}")
-
-    paths = [path for split in splits_of(args.root) for path in image_paths(split)]
-    ignored = Counter()
-    for split in splits_of(args.root):
-        ignored += ignored_files(split)
-    if not paths:
-        parser.error(f"no images in {args.root} (looked for {', '.join(IMG_EXTENSIONS)})")
-    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for path, (kind, details) in check_classes(args.root, paths):
-        kinds[kind].append((path, details))
-    with tqdm(total=len(paths), unit="image", disable=None) as bar:
-        for path, findings in check_files(paths, min(args.workers, len(paths))):
-            bar.update()
-            for kind, details in findings:
-                kinds[kind].append((path, details))
-    for found in kinds.values():
-        found.sort()
-    print(report(args.root, len(paths), ignored, kinds, args.show))
-    if args.out:
-        content = {
-            "root": str(args.root),
-            "images": len(paths),
-            "ignored": dict(ignored),
-            "kinds": {
-                kind: {
-                    "in_training": {**REFUSED, **READ, **CLASSES}[kind],
-                    "refused": kind in STOPS,
-                    "files": [{"path": path, "details": details} for path, details in found],
-                }
-                for kind, found in sorted(kinds.items())
-            },
-        }
-        args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return int(any(kinds.get(kind) for kind in STOPS))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,7 @@
-"""scripts/check_dataset.py: one file of each kind is found and judged as training judges it."""
+"""Audit of a data set: one file of each kind is found and judged as training judges it."""
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import multiprocessing
@@ -14,15 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import load_script
 from PIL import Image
 
+from moco.data import audit
 from moco.data.images import load_rgb
 from moco.errors import DataError
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "check_dataset.py"
-_spec = importlib.util.spec_from_file_location("check_dataset", SCRIPT)
-check_dataset = sys.modules["check_dataset"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(check_dataset)
 
 
 def saved(image: Image.Image, kind: str, **options) -> bytes:
@@ -92,27 +88,30 @@ def files() -> dict[str, tuple[bytes, set[str]]]:
 def test_each_kind_of_file(name: str, tmp_path: Path) -> None:
     data, expected = files()[name]
     (path := tmp_path / name).write_bytes(data)
-    found = {kind for kind, _ in check_dataset.check_file(str(path))}
+    found = {kind for kind, _ in audit.check_file(str(path))}
     assert found == expected
     try:
         load_rgb(path)
         refused = False
     except DataError:
         refused = True
-    assert refused == bool(found & set(check_dataset.REFUSED)), "as training judges"
+    assert refused == bool(found & set(audit.REFUSED)), "as training judges"
 
 
 def test_links_to_nowhere_and_pipes(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "link.jpg").symlink_to("nowhere")
     for name in ("pipe.jpg", "link.jpg"):
-        assert check_dataset.check_file(str(tmp_path / name)) == [("missing", "")]
+        assert audit.check_file(str(tmp_path / name)) == [("missing", "")]
 
 
 def test_large_images_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path := tmp_path / "a.png").write_bytes(files()["good.png"][0])  # 64 x 48
-    monkeypatch.setattr(check_dataset, "MAX_PIXELS", 5000)
-    assert check_dataset.check_file(str(path)) == [("large", "64 x 48")]
+    monkeypatch.setattr(audit, "MAX_PIXELS", 5000)
+    assert audit.check_file(str(path)) == [("large", "64 x 48")]
+
+
+check_dataset = load_script("check_dataset")
 
 
 def write_all(folder: Path) -> Path:
@@ -155,7 +154,7 @@ def test_whole_folder(tmp_path: Path, capsys) -> None:
         for kind, entry in found["kinds"].items()
     } == expected
     refused = {kind for kind, entry in found["kinds"].items() if entry["refused"]}
-    assert refused == check_dataset.STOPS & set(expected)
+    assert refused == audit.STOPS & set(expected)
     for kind in expected:
         assert f"  {kind}" in printed
     assert "3 other files ignored" in printed
@@ -201,11 +200,11 @@ def deadly(path: str) -> list[tuple[str, str]]:
 def test_a_file_that_kills_its_reader_does_not_stop_the_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(check_dataset, "check_file", deadly)
+    monkeypatch.setattr(audit, "check_file", deadly)
     paths = [f"{index}" for index in range(30)]
     paths[3], paths[20] = "deadly 1", "deadly 2"
     context = multiprocessing.get_context("fork")
-    found = dict(check_dataset.check_files(paths, 2, context))
+    found = dict(audit.check_files(paths, 2, context))
     assert set(found) == set(paths)
     kills = [path for path, findings in found.items() if findings]
     assert sorted(kills) == ["deadly 1", "deadly 2"]
@@ -213,10 +212,9 @@ def test_a_file_that_kills_its_reader_does_not_stop_the_check(
 
 
 @pytest.mark.slow
-def test_spawned_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # where the child finds the module
+def test_spawned_processes(tmp_path: Path) -> None:
     for name in ("good.jpg", "grey.jpg"):
         (tmp_path / name).write_bytes(files()[name][0])
     paths = [str(tmp_path / "good.jpg"), str(tmp_path / "grey.jpg")]
-    found = dict(check_dataset.check_files(paths, 1, multiprocessing.get_context("spawn")))
+    found = dict(audit.check_files(paths, 1, multiprocessing.get_context("spawn")))
     assert found == {paths[0]: [], paths[1]: [("greyscale", "L")]}
