@@ -1,29 +1,19 @@
-"""Write the built-in toy dataset: small textured JPEG files in ImageFolder layout.
+"""Toy data set: small textured JPEG files in ImageFolder layout, for runs of minutes on a CPU.
 
-    python scripts/make_toy_dataset.py data/toy
-    python scripts/make_toy_dataset.py data/toy --train-per-class 200 --size 96 --seed 1
-
-What: twelve classes told apart by structure alone (stripes, dots, bricks, ...), in
-OUT/train/CLASS/*.jpg and OUT/val/CLASS/*.jpg.
-
-Why: a data set on which contrastive pretraining can be seen to work within minutes on a CPU.
-All that differs between two images of one class is what the augmentation destroys: position,
-scale, blur, noise and, within one palette, colour (and a slight tilt). With free colours both
-objectives learn to tell the images by their colour and the textures are lost.
+Twelve classes are told apart by structure alone (stripes, dots, bricks, ...). All that differs
+between two images of one class is what the augmentation destroys: position, scale, blur, noise
+and, within one palette, colour (and a slight tilt). With free colours both objectives learn to
+tell the images by their colour and the textures are lost.
 
 An image is a function of (seed, split, class, index): the same arguments give the same bytes
 (with the same numpy and Pillow), and asking for more images leaves the first ones as they were.
-OUT/toy.json, which comes last, holds the settings: a finished folder with the same settings is
-used again, an unfinished one is started over, and any other non-empty folder is refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,18 +103,11 @@ def blobs(x: Array, y: Array, rng: np.random.Generator) -> Array:
 
 # The order seeds the classes: add new ones at the end.
 TEXTURES: dict[str, Texture] = {
-    "stripes": stripes,
-    "zigzag": zigzag,
-    "checker": checker,
-    "dots": dots,
-    "rings": rings,
-    "crosses": crosses,
-    "triangles": triangles,
-    "grid": grid,
-    "bricks": bricks,
-    "weave": weave,
-    "spirals": spirals,
-    "blobs": blobs,
+    texture.__name__: texture
+    for texture in (
+        *(stripes, zigzag, checker, dots, rings, crosses),
+        *(triangles, grid, bricks, weave, spirals, blobs),
+    )
 }
 
 
@@ -161,8 +144,17 @@ def make_image(name: str, size: int, seed: int, split: str, index: int) -> tuple
 def make_dataset(
     out: Path, train_per_class: int = 150, val_per_class: int = 40, size: int = 64, seed: int = 0
 ) -> bool:
-    """Fill `out`; False if it already holds just this dataset. Raises FileExistsError if it
-    holds anything else."""
+    """Write `out`/train/CLASS/*.jpg and `out`/val/CLASS/*.jpg.
+
+    `out`/toy.json, which comes last, holds the settings: a finished folder with the same settings
+    is used again, and an unfinished one is started over.
+
+    Returns:
+        Whether images were written; False for a finished folder.
+
+    Raises:
+        FileExistsError: `out` holds anything else.
+    """
     counts = dict(zip(SPLITS, (train_per_class, val_per_class), strict=True))
     settings = {"version": VERSION, "per_class": counts, "size": size, "seed": seed}
     finished, unfinished = out / "toy.json", out / "toy.json.unfinished"
@@ -189,36 +181,8 @@ def make_dataset(
 
 
 def read_settings(path: Path) -> object:
-    """What the file says, or None if it is not JSON."""
+    """Content of a JSON file, or None if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the toy dataset (ImageFolder, JPEG).")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new, empty or reused folder")
-    parser.add_argument("--train-per-class", type=int, default=150, metavar="N")
-    parser.add_argument("--val-per-class", type=int, default=40, metavar="N")
-    parser.add_argument("--size", type=int, default=64, metavar="PX", help="side of an image")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if min(args.train_per_class, args.val_per_class) < 1:
-        parser.error("--train-per-class and --val-per-class must be at least 1")
-    if args.size < 16:
-        parser.error(f"--size must be at least 16 pixels, got {args.size}")
-    if args.seed < 0:
-        parser.error(f"--seed must not be negative, got {args.seed}")
-    try:
-        made = make_dataset(**vars(args))
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    print(
-        f"{'wrote' if made else 'reusing'} {len(TEXTURES)} classes x ({args.train_per_class} train"
-        f" + {args.val_per_class} val) images of {args.size} px in {args.out}"
-    )
-
-
-if __name__ == "__main__":
-    main()
