@@ -2,91 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
-import struct
 import sys
-import zlib
 from pathlib import Path
 
-import numpy as np
 import pytest
+from data_helpers import bad_files, image_files
 from helpers import load_script
-from PIL import Image
 
 from moco.data import audit
 from moco.data.images import load_rgb
 from moco.errors import DataError
 
-
-def saved(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+FILES = image_files() | {name: (data, kinds) for name, (data, kinds, _) in bad_files().items()}
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that says it has 2.5 billion pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        crc = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 50_000, 50_000, 1, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0"))
-
-
-def files() -> dict[str, tuple[bytes, set[str]]]:
-    """name: (bytes, kinds that it must be found under)"""
-    rng = np.random.default_rng(0)
-    rgb = Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-    grey16 = Image.fromarray(rng.integers(0, 65536, (8, 8), dtype=np.uint16))
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    upright = Image.Exif()
-    upright[0x0112] = 1
-    jpeg = saved(rgb, "JPEG")
-    with_alpha = rgb.copy()
-    with_alpha.putalpha(100)
-    return {
-        "good.jpg": (jpeg, set()),
-        "good.JPEG": (saved(rgb, "JPEG", exif=upright), set()),
-        "good.png": (saved(rgb, "PNG"), set()),
-        "empty.jpg": (b"", {"empty"}),
-        "short.jpg": (jpeg[: len(jpeg) // 2], {"truncated"}),
-        "text.png": (b"no image at all", {"unreadable"}),
-        "bomb.png": (bomb(), {"too large"}),
-        "float.tif": (saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), {"32-bit"}),
-        "cmyk.jpg": (saved(rgb.convert("CMYK"), "JPEG"), {"CMYK"}),
-        "grey.jpg": (saved(rgb.convert("L"), "JPEG"), {"greyscale"}),
-        "bits.png": (saved(rgb.convert("1"), "PNG"), {"black and white"}),
-        "grey16.png": (saved(grey16, "PNG"), {"greyscale", "16-bit"}),
-        "deep.pgm": (b"P5\n4 1\n65535\n" + bytes(8), {"greyscale", "16-bit"}),
-        "palette.png": (saved(rgb.quantize(20), "PNG"), {"palette"}),
-        "holes.png": (
-            saved(rgb.quantize(20), "PNG", transparency=3), {"palette", "transparency"}
-        ),
-        "alpha.png": (saved(with_alpha, "PNG"), {"transparency"}),
-        "lab.tif": (saved(Image.new("HSV", (8, 8)).convert("RGB").convert("YCbCr"), "TIFF"),
-                    {"other colours"}),
-        "moves.webp": (
-            saved(rgb, "WEBP", save_all=True, append_images=[rgb.rotate(180)]), {"animated"}
-        ),
-        "turned.jpg": (saved(rgb, "JPEG", exif=exif), {"EXIF-rotated"}),
-        "turned.png": (saved(rgb, "PNG", exif=exif), {"EXIF-rotated"}),
-        "really_png.jpg": (saved(rgb, "PNG"), {"wrong extension"}),
-        "many.jpg": (
-            saved(rgb.convert("L"), "PNG", exif=exif),
-            {"greyscale", "EXIF-rotated", "wrong extension"},
-        ),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("name", files())
+@pytest.mark.parametrize("name", FILES)
 def test_each_kind_of_file(name: str, tmp_path: Path) -> None:
-    data, expected = files()[name]
+    data, expected = FILES[name]
     (path := tmp_path / name).write_bytes(data)
     found = {kind for kind, _ in audit.check_file(str(path))}
     assert found == expected
@@ -106,7 +41,7 @@ def test_links_to_nowhere_and_pipes(tmp_path: Path) -> None:
 
 
 def test_large_images_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (path := tmp_path / "a.png").write_bytes(files()["good.png"][0])  # 64 x 48
+    (path := tmp_path / "a.png").write_bytes(FILES["good.png"][0])  # 64 x 48
     monkeypatch.setattr(audit, "MAX_PIXELS", 5000)
     assert audit.check_file(str(path)) == [("large", "64 x 48")]
 
@@ -116,11 +51,11 @@ check_dataset = load_script("check_dataset")
 
 def write_all(folder: Path) -> Path:
     """train/a with all files, train/b, val/b, and class folders that do not fit."""
-    for name, (data, _) in files().items():
+    for name, (data, _) in FILES.items():
         path = folder / "train" / "a" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
-    good = files()["good.jpg"][0]
+    good = FILES["good.jpg"][0]
     for name in ("train/b/1.jpg", "val/b/1.jpg", "val/only_val/1.jpg", "train/loose.jpg"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(good)
@@ -136,11 +71,11 @@ def test_whole_folder(tmp_path: Path, capsys) -> None:
     assert check_dataset.main([str(folder), "-j", "2", "--out", str(out)]) == 1
     printed = capsys.readouterr().out
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert found["images"] == len(files()) + 4
+    assert found["images"] == len(FILES) + 4
     assert found["ignored"] == {".txt": 1, ".mp4": 1, "hidden": 1}
 
     expected: dict[str, set[str]] = {}
-    for name, (_, kinds) in files().items():
+    for name, (_, kinds) in FILES.items():
         for kind in kinds:
             expected.setdefault(kind, set()).add(f"train/a/{name}")
     expected |= {
@@ -158,7 +93,7 @@ def test_whole_folder(tmp_path: Path, capsys) -> None:
     for kind in expected:
         assert f"  {kind}" in printed
     assert "3 other files ignored" in printed
-    assert printed.rstrip().endswith("7 would be refused")
+    assert printed.rstrip().endswith(f"{len(bad_files()) + 2} would be refused")
 
 
 def test_status_0_when_training_reads_everything(tmp_path: Path, capsys) -> None:
@@ -166,13 +101,13 @@ def test_status_0_when_training_reads_everything(tmp_path: Path, capsys) -> None
         for name in ("good.jpg", "grey.jpg", "turned.jpg"):
             path = tmp_path / split / "a" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(files()[name][0])
+            path.write_bytes(FILES[name][0])
     assert check_dataset.main([str(tmp_path), "-j", "1"]) == 0
     assert "nothing would be refused" in capsys.readouterr().out
 
 
 def test_folder_without_train_is_taken_as_it_is(tmp_path: Path, capsys) -> None:
-    (tmp_path / "a.jpg").write_bytes(files()["good.jpg"][0])
+    (tmp_path / "a.jpg").write_bytes(FILES["good.jpg"][0])
     (tmp_path / "deeper").mkdir()
     (tmp_path / "deeper" / "b.jpg").write_bytes(b"")
     assert check_dataset.main([str(tmp_path), "-j", "1"]) == 1
@@ -214,7 +149,7 @@ def test_a_file_that_kills_its_reader_does_not_stop_the_check(
 @pytest.mark.slow
 def test_spawned_processes(tmp_path: Path) -> None:
     for name in ("good.jpg", "grey.jpg"):
-        (tmp_path / name).write_bytes(files()[name][0])
+        (tmp_path / name).write_bytes(FILES[name][0])
     paths = [str(tmp_path / "good.jpg"), str(tmp_path / "grey.jpg")]
     found = dict(audit.check_files(paths, 1, multiprocessing.get_context("spawn")))
     assert found == {paths[0]: [], paths[1]: [("greyscale", "L")]}
