@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -20,7 +20,16 @@ from pathlib import Path
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from moco.data.images import IMG_EXTENSIONS, MAX_PIXELS, image_paths, load_rgb
+from moco.data.folders import (
+    FILES,
+    IMG_EXTENSIONS,
+    LeftOut,
+    folders_below,
+    image_paths,
+    is_image,
+    is_tool_made,
+)
+from moco.data.images import MAX_PIXELS, load_rgb
 from moco.errors import DataError
 
 # What training does with files of each kind. It stops at the first group, or replaces the image
@@ -84,12 +93,14 @@ class Audit:
         root: the folder.
         images: number of images that were decoded.
         ignored: number of other files by extension.
+        left_out: one line for each split on entries that are not looked at (`folders.LeftOut`).
         kinds: by kind of finding the (path, details), sorted.
     """
 
     root: Path
     images: int
     ignored: Counter
+    left_out: list[str]
     kinds: dict[str, list[tuple[str, str]]]
 
     @property
@@ -103,6 +114,7 @@ class Audit:
         if self.ignored:
             most = ", ".join(f"{count} {name}" for name, count in self.ignored.most_common(5))
             lines[0] += f", {sum(self.ignored.values())} other files ignored ({most})"
+        lines += self.left_out
         width = max(map(len, self.kinds), default=0)
         for title, group in GROUPS.items():
             present = [kind for kind in group if kind in self.kinds]
@@ -126,6 +138,7 @@ class Audit:
             "root": str(self.root),
             "images": self.images,
             "ignored": dict(self.ignored),
+            "left_out": self.left_out,
             "kinds": {
                 kind: {
                     "in_training": in_training[kind],
@@ -143,12 +156,13 @@ def audit(root: Path, workers: int) -> Audit:
     Raises:
         DataError: no images.
     """
-    splits = splits_of(root)
-    paths = [path for split in splits for path in image_paths(split)]
+    left_out = {split: LeftOut(split) for split in splits_of(root)}
+    by_split = {split: list(image_paths(split, found)) for split, found in left_out.items()}
+    paths = [path for images in by_split.values() for path in images]
     if not paths:
         raise DataError(f"no images in {root} (looked for {', '.join(IMG_EXTENSIONS)})")
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for path, (kind, details) in check_classes(root, paths):
+    for path, (kind, details) in check_classes(root, by_split):
         kinds[kind].append((path, details))
     with tqdm(total=len(paths), unit="image", disable=None) as bar:
         for path, findings in check_files(paths, min(workers, len(paths))):
@@ -157,8 +171,9 @@ def audit(root: Path, workers: int) -> Audit:
                 kinds[kind].append((path, details))
     for found in kinds.values():
         found.sort()
-    ignored = sum((ignored_files(split) for split in splits), Counter())
-    return Audit(root, len(paths), ignored, dict(kinds))
+    ignored = sum(map(ignored_files, by_split), Counter())
+    said = [str(found) for found in left_out.values() if found.counts]
+    return Audit(root, len(paths), ignored, said, dict(kinds))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -268,40 +283,39 @@ def splits_of(root: Path) -> list[Path]:
     return [root / name for name in ("train", "val") if (root / name).is_dir()]
 
 
-def check_classes(root: Path, images: Iterable[str]) -> list[tuple[str, Finding]]:
-    """What does not fit between class folders and images, and between train and val."""
+def check_classes(root: Path, paths: dict[Path, list[str]]) -> list[tuple[str, Finding]]:
+    """What does not fit between class folders and images, and between train and val.
+
+    Args:
+        root: the data folder.
+        paths: of the images in each of its splits.
+    """
     found = []
-    classes: dict[str, set[str]] = {}
-    for split in splits_of(root):
-        inside = [Path(path).relative_to(split).parts for path in images if _lies_in(path, split)]
+    classes: list[dict[str, Path]] = []  # of train and val
+    for split, images in paths.items():
+        inside = [os.path.relpath(path, split).split(os.sep) for path in images]
         with_images = {parts[0] for parts in inside if len(parts) > 1}
-        classes[split.name] = with_images
-        for folder in sorted(entry.name for entry in split.iterdir() if entry.is_dir()):
-            if folder not in with_images:
-                found.append((str(split / folder), ("class without images", "")))
+        classes.append({name: split / name for name in with_images})
+        for entry in split.iterdir():
+            if entry.is_dir() and not is_tool_made(entry.name) and entry.name not in with_images:
+                found.append((entry, "class without images"))
         if with_images and split != root:
-            loose = [parts[0] for parts in inside if len(parts) == 1]
-            found += [
-                (str(split / name), ("image outside the class folders", "")) for name in loose
-            ]
-    if {"train", "val"} <= set(classes):
-        for name in sorted(classes["val"] - classes["train"]):
-            found.append((str(root / "val" / name), ("class of val not in train", "")))
-        for name in sorted(classes["train"] - classes["val"]):
-            found.append((str(root / "train" / name), ("class of train not in val", "")))
-    return found
-
-
-def _lies_in(path: str, folder: Path) -> bool:
-    return path.startswith(f"{folder}{os.sep}")
+            loose = [split / parts[0] for parts in inside if len(parts) == 1]
+            found += [(path, "image outside the class folders") for path in loose]
+    if len(classes) == 2:
+        train, val = classes
+        found += [(val[name], "class of val not in train") for name in val.keys() - train.keys()]
+        found += [(train[name], "class of train not in val") for name in train.keys() - val.keys()]
+    return [(str(path), (kind, "")) for path, kind in found]
 
 
 def ignored_files(folder: Path) -> Counter:
     """Number of files that training does not look at, by extension."""
-    count: Counter = Counter()
-    for _, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if name.startswith(".") or not name.lower().endswith(IMG_EXTENSIONS):
-                hidden = name.startswith(".")
-                count["hidden" if hidden else os.path.splitext(name)[1] or "no extension"] += 1
-    return count
+    left_out = LeftOut(folder)
+    count = Counter(
+        os.path.splitext(name)[1] or "no extension"
+        for _, names in folders_below(folder, left_out)
+        for name in names
+        if not is_image(name)
+    )
+    return count + Counter({"hidden": left_out.counts.get(FILES, 0)})

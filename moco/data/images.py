@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moco import distributed
+from moco.data.folders import IMG_EXTENSIONS, LeftOut, image_paths, split_folder
 from moco.errors import DataError
 
 DATASETS = ("folder", "cifar10", "cifar100", "stl10")
@@ -92,7 +93,8 @@ def _refusing_truncated() -> Iterator[None]:
 class FolderImages:
     """Image files below a folder; the class of a file is the first folder on its way.
 
-    Without class folders (files directly in `root`) there are no labels.
+    Without class folders (files directly in `root`) there are no labels. `left_out` counts hidden
+    and tool-made entries (see `folders`).
     """
 
     def __init__(self, root: str | os.PathLike, classes: Sequence[str] | None = None) -> None:
@@ -102,11 +104,13 @@ class FolderImages:
             classes: class names in the order of their indices, where another split fixes them.
         """
         self.root = Path(root)
-        self.paths = list(image_paths(self.root))
+        self.left_out = LeftOut(self.root)
+        self.paths = list(image_paths(self.root, self.left_out))
         if not self.paths:
             raise DataError(
                 f"no images in {self.root} (looked for {', '.join(IMG_EXTENSIONS)}); expected "
                 "FOLDER/train/CLASS/IMAGE as for ImageNet, or any folder with images"
+                + (f"; {self.left_out}" if self.left_out.counts else "")
             )
         names = [os.path.relpath(path, self.root).split(os.sep) for path in self.paths]
         self.targets: list[int] | None = None
@@ -218,6 +222,7 @@ def open_images(
         raise DataError(f"no such data folder: {root}")
     if dataset == "folder":
         images: Images = FolderImages(split_folder(root, split), classes)
+        _tell(images)
     else:
         images = _open_torchvision(dataset, root, split)
     if images.targets is None and (split != "pretrain" or per_class is not None):
@@ -231,21 +236,21 @@ def open_images(
     return images
 
 
+def _tell(images: FolderImages) -> None:
+    """Say on rank 0 what a user may not expect of the folder, in one line each."""
+    lines = []
+    if images.left_out.counts:
+        lines.append(str(images.left_out))
+    for line in lines:
+        distributed.print_main(line)
+
+
 def _image_outside_classes(images: Images) -> str:
     if isinstance(images, FolderImages):
         for path in images.paths:
             if os.path.dirname(path) == str(images.root):
                 return f" because of {path}"
     return ""
-
-
-def split_folder(root: Path, split: str) -> Path:
-    folder = root / ("val" if split == "val" else "train")
-    if folder.is_dir():
-        return folder
-    if split == "pretrain":
-        return root
-    raise DataError(f"no folder {folder}: expected {root}/train/CLASS/IMAGE and {root}/val/...")
 
 
 def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
@@ -270,22 +275,6 @@ def names_digest(images: Images) -> str:
     names = image_names(base) if isinstance(base, FolderImages) else [len(base)]
     indices = [images.indices] if isinstance(images, Subset) else []
     return hashlib.sha256(repr((names, indices)).encode()).hexdigest()[:12]
-
-
-def image_paths(root: Path) -> Iterator[str]:
-    """Image files below root in ImageFolder's order: class by class, and those in root first."""
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    yield from _images_in(str(root), [entry.name for entry in entries if entry.is_file()])
-    for entry in entries:
-        if entry.is_dir():
-            for folder, _, names in sorted(os.walk(entry.path, followlinks=True)):
-                yield from _images_in(folder, names)
-
-
-def _images_in(folder: str, names: list[str]) -> Iterator[str]:
-    for name in sorted(names):
-        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-            yield os.path.join(folder, name)
 
 
 def first_per_class(targets: Sequence[int], count: int) -> list[int]:

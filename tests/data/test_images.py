@@ -73,14 +73,6 @@ def test_train_and_val_are_found_in_the_folder(tmp_path):
     assert train.targets == [0, 0, 1]
 
 
-def test_hidden_and_other_files_are_skipped(tmp_path):
-    """macOS leaves ._000.png beside images, which are none."""
-    write_images(tmp_path, {"a": 1})
-    for name in ("._000.png", ".hidden.jpg", "notes.txt", "000.png.part", "Thumbs.db"):
-        (tmp_path / "a" / name).write_bytes(b"no image")
-    assert relative(FolderImages(tmp_path)) == ["a/000.png"]
-
-
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".PNG", ".webp", ".bmp", ".tif", ".ppm"])
 def test_image_formats_are_known_by_suffix_whatever_its_case(tmp_path, suffix):
     write_images(tmp_path, {"a": 1}, suffix=suffix)
