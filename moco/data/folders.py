@@ -1,11 +1,12 @@
 """Folders of images: which files belong to a data set, in which order, and what is left out.
 
 Left out, and counted in a `LeftOut`: hidden and tool-made entries (.ipynb_checkpoints, @eaDir,
-__MACOSX, Thumbs.db, ...).
+__MACOSX, Thumbs.db, ...), and links to folders and images that are read without them.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ TOOL_MADE = frozenset(
     | {"lost+found", "__pycache__"}
 )
 FOLDERS, FILES = "hidden or tool-made folders", "hidden or tool-made files"
+LINKED_FOLDERS, LINKED_IMAGES = "links to folders that are read", "links to images that are read"
 
 
 def is_tool_made(name: str) -> bool:
@@ -67,6 +69,9 @@ def folders_below(
 ) -> Iterator[tuple[str, list[str]]]:
     """Each folder that is read, root first, with the sorted names of its files.
 
+    Each real folder comes once, whatever links lead to it: under its own name when it is below
+    `root`, else under the first link to it. A link to a folder that `root` is in is not followed.
+
     Raises:
         DataError: a folder cannot be listed.
     """
@@ -76,22 +81,26 @@ def folders_below(
 class _Walk:
     def __init__(self, root: str | os.PathLike, left_out: LeftOut) -> None:
         self.root, self.left_out = str(root), left_out
+        self.real_root = os.path.realpath(root)
+        self.linked: set[str] = set()  # real folders that were reached by a link
+        self.real_folder = functools.lru_cache(maxsize=None)(os.path.realpath)
 
     def folders(self) -> Iterator[tuple[str, list[str]]]:
         entries = self.entries(self.root)
         yield self.root, [entry.name for entry in entries if _holds(entry.is_file)]
         for entry in entries:
-            if _holds(entry.is_dir):
-                yield from sorted(self.tree(entry.path))
+            if _holds(entry.is_dir) and (real := self.enter(entry, self.real_root)):
+                yield from sorted(self.tree(entry.path, real))
 
-    def tree(self, folder: str) -> Iterator[tuple[str, list[str]]]:
+    def tree(self, folder: str, real: str) -> Iterator[tuple[str, list[str]]]:
         """A folder and all below it, in any order."""
-        pending = [folder]
+        pending = [(folder, real)]
         while pending:
-            folder = pending.pop()
+            folder, real = pending.pop()
             entries = self.entries(folder)
             yield folder, [entry.name for entry in entries if not _holds(entry.is_dir)]
-            pending += [entry.path for entry in entries if _holds(entry.is_dir)]
+            below = [(e.path, self.enter(e, real)) for e in entries if _holds(e.is_dir)]
+            pending += [(path, real) for path, real in reversed(below) if real]
 
     def entries(self, folder: str) -> list[os.DirEntry]:
         """What is in a folder, sorted by name, without what is left out; folders may still be."""
@@ -104,9 +113,41 @@ class _Walk:
         for entry in entries:
             if is_tool_made(entry.name):
                 self.left_out.add(FOLDERS if _holds(entry.is_dir) else FILES, entry.path)
+            elif entry.is_symlink() and is_image(entry.name) and self.image_is_read(entry):
+                self.left_out.add(LINKED_IMAGES, entry.path)
             else:
                 kept.append(entry)
         return kept
+
+    def enter(self, entry: os.DirEntry, real_parent: str) -> str | None:
+        """The real path of a folder that is to be read, None where it is read elsewhere."""
+        if entry.is_symlink():
+            real = os.path.realpath(entry.path)
+        else:
+            real = os.path.join(real_parent, entry.name)
+            if self.is_read(real):
+                return real
+        above = self.real_root.startswith(os.path.join(real, ""))
+        if above or self.is_read(real) or real in self.linked:
+            self.left_out.add(LINKED_FOLDERS, entry.path)
+            return None
+        self.linked.add(real)
+        return real
+
+    def is_read(self, real: str) -> bool:
+        """Whether a real path is one that the walk comes to without links."""
+        if real == self.real_root:
+            return True
+        inside = os.path.join(self.real_root, "")
+        return real.startswith(inside) and not any(
+            map(is_tool_made, real.removeprefix(inside).split(os.sep))
+        )
+
+    def image_is_read(self, link: os.DirEntry) -> bool:
+        """Whether a link leads to an image file that the walk comes to without it."""
+        target = os.path.join(os.path.dirname(link.path), os.readlink(link.path))
+        real = os.path.join(self.real_folder(os.path.dirname(target)), os.path.basename(target))
+        return is_image(real) and self.is_read(real) and _holds(link.is_file)
 
 
 def _holds(question: Callable[[], bool]) -> bool:

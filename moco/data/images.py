@@ -94,7 +94,7 @@ class FolderImages:
     """Image files below a folder; the class of a file is the first folder on its way.
 
     Without class folders (files directly in `root`) there are no labels. `left_out` counts hidden
-    and tool-made entries (see `folders`).
+    and tool-made entries, and links to what is read without them (see `folders`).
     """
 
     def __init__(self, root: str | os.PathLike, classes: Sequence[str] | None = None) -> None:

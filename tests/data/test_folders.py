@@ -1,5 +1,6 @@
 """Folders from real life: tool-made entries, links, names that are not UTF-8, train/ as DIR."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from data_helpers import image_files
 from helpers import write_images
 
 from moco.data.audit import audit
+from moco.data.folders import LeftOut, image_paths
 from moco.data.images import FolderImages, image_names, names_digest, open_images
 from moco.data.subsets import subset_digest
 from moco.errors import DataError
@@ -90,3 +92,80 @@ def test_where_all_is_left_out_the_error_says_so(tmp_path):
     write_images(tmp_path, {"train/@eaDir": 2})
     with pytest.raises(DataError, match=r"no images in .*tool-made folders: 1 \(@eaDir\)"):
         open_images("folder", tmp_path, "train")
+
+
+# ------------------------------------------------------------------------------------------------
+# Links
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"train/a/up": ".."},
+        {"train/a/up": "..", "train/b/up": ".."},
+        {"train/a/up": "../.."},  # it also holds val/
+        {"train/a/self": "."},
+        {"train/a/x": "../b", "train/b/y": "../a"},
+        {"train/0": "a"},  # sorted before the folder, whose name is kept
+        {"train/a/root": "/"},
+    ],
+    ids=str,
+)
+def test_each_folder_is_read_once_whatever_links_lead_to_it(links, data, capsys):
+    for link, target in links.items():
+        (data / link).symlink_to(target)
+    images = open_images("folder", data, "train")
+    assert image_names(images) == NAMES and images.classes == ["a", "b"]
+    count = f"links to folders that are read: {len(links)} ("
+    assert count in capsys.readouterr().out
+    assert audit(data, 1).images == 7
+
+
+def test_folders_elsewhere_are_read_once_under_the_first_link(tmp_path):
+    write_images(tmp_path, {"data/a": 1, "elsewhere": 1, "elsewhere/sub": 1, "data/.store": 1})
+    (tmp_path / "elsewhere" / "back").symlink_to("../data")
+    (tmp_path / "elsewhere" / "sub" / "up").symlink_to("..")
+    for link, target in (("b", "elsewhere"), ("c", "elsewhere"), ("d", "elsewhere/sub")):
+        (tmp_path / "data" / link).symlink_to(tmp_path / target)
+    (tmp_path / "data" / "e").symlink_to(".store")  # which is not read by itself
+    assert names(tmp_path / "data") == ["a/000.png", "b/000.png", "b/sub/000.png", "e/000.png"]
+
+
+def test_a_folder_of_links_is_a_data_set(tmp_path):
+    """As scripts/create_imagenet_subset.py makes them, and link by link as git-annex does."""
+    write_images(tmp_path, {"full/a": 2, "full/b": 1})
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "a").symlink_to(tmp_path / "full" / "a")
+    (tmp_path / "files" / "c").mkdir(parents=True)
+    for name in ("1.png", "2.png"):  # equal images share one file in such stores
+        (tmp_path / "files" / "c" / name).symlink_to(tmp_path / "full" / "b" / "000.png")
+    (tmp_path / "files" / "c" / "gone.png").symlink_to("nowhere.png")  # an error later, not here
+    assert names(tmp_path / "subset") == ["a/000.png", "a/001.png"]
+    assert names(tmp_path / "files") == ["c/1.png", "c/2.png", "c/gone.png"]
+
+
+def test_links_to_images_that_are_read_are_left_out(data, capsys):
+    train_ = data / "train"
+    (train_ / "a" / "again.png").symlink_to("000.png")
+    (train_ / "a" / "chain.png").symlink_to("again.png")
+    (train_ / "b" / "other.png").symlink_to(train_ / "a" / "001.png")
+    (train_ / "b" / "self.png").symlink_to("self.png")  # leads nowhere: an error when it is read
+    assert names(train_) == [*NAMES, "b/self.png"]
+    open_images("folder", data, "train")
+    assert "links to images that are read: 3 (a/again.png, " in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    """Root may list everything, so the answer of the system is put in."""
+    write_images(tmp_path, {"a": 1, "b": 1})
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "b":
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="cannot list the folder .*/b: Permission denied"):
+        list(image_paths(tmp_path, LeftOut(tmp_path)))
