@@ -31,6 +31,7 @@ from moco.data.folders import (
 )
 from moco.data.images import MAX_PIXELS, load_rgb
 from moco.errors import DataError
+from moco.text import printable
 
 # What training does with files of each kind. It stops at the first group, or replaces the image
 # (--skip-bad-images).
@@ -129,7 +130,7 @@ class Audit:
                     lines.append(f"      ... and {len(found) - show} more")
         refused = self.refused
         lines += ["", f"{refused} would be refused" if refused else "nothing would be refused"]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def to_dict(self) -> dict:
         """All paths of each kind, as JSON can hold them."""

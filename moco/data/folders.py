@@ -14,6 +14,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco.errors import DataError
+from moco.text import printable
 
 # What file systems, network drives and operating systems put between a user's files, in lower case.
 TOOL_MADE = frozenset(
@@ -54,8 +55,8 @@ class LeftOut:
         parts = []
         for reason, count in self.counts.items():
             names = self.examples[reason] + ["..."] * (count > 3)
-            parts.append(f"{reason}: {count} ({', '.join(names)})")
-        return f"left out of {self.root}: {'; '.join(parts)}" if parts else ""
+            parts.append(f"{reason}: {count} ({printable(', '.join(names))})")
+        return f"left out of {printable(str(self.root))}: {'; '.join(parts)}" if parts else ""
 
 
 def image_paths(root: str | os.PathLike, left_out: LeftOut | None = None) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torchvision import datasets
 from moco import distributed
 from moco.data.folders import IMG_EXTENSIONS, LeftOut, image_paths, split_folder
 from moco.errors import DataError
+from moco.text import printable
 
 DATASETS = ("folder", "cifar10", "cifar100", "stl10")
 
@@ -242,7 +243,7 @@ def _tell(images: FolderImages) -> None:
     if images.left_out.counts:
         lines.append(str(images.left_out))
     for line in lines:
-        distributed.print_main(line)
+        distributed.print_main(printable(line))
 
 
 def _image_outside_classes(images: Images) -> str:

@@ -21,6 +21,7 @@ from moco.data.views import eval_transform
 from moco.errors import DataError
 from moco.evaluate import knn as evaluate
 from moco.log import RunLog, StepPrinter, progress
+from moco.text import printable
 from moco.train.guards import StopRequest
 from moco.train.state import Run
 
@@ -151,7 +152,7 @@ class OnlineKnn:
         if reason is not None:
             # What a loader process raised arrives with that process's trace in front.
             reason = re.sub(r"^[\w.]*Error: ", "", reason.strip().splitlines()[-1])
-            print(f"{'k-NN':>10}: left out{since}: {reason}", flush=True)
+            print(f"{'k-NN':>10}: left out{since}: {printable(reason)}", flush=True)
 
 
 def _until(stop: StopRequest, batches: DataLoader) -> Iterator:

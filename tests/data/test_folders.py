@@ -1,11 +1,12 @@
 """Folders from real life: tool-made entries, links, names that are not UTF-8, train/ as DIR."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
-from data_helpers import image_files
-from helpers import write_images
+from data_helpers import bad_files, image_files, train
+from helpers import load_script, write_images
 
 from moco.data.audit import audit
 from moco.data.folders import LeftOut, image_paths
@@ -169,3 +170,51 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="cannot list the folder .*/b: Permission denied"):
         list(image_paths(tmp_path, LeftOut(tmp_path)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Names that are not UTF-8
+# ------------------------------------------------------------------------------------------------
+
+
+def put(folder: Path, name: bytes, content: bytes) -> str:
+    path = os.path.join(os.fsencode(folder), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    Path(os.fsdecode(path)).write_bytes(content)
+    return os.fsdecode(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_bad_image_whose_name_is_not_utf_8_is_listed_and_passed_over(workers, data, tmp_path):
+    bad = put(data / "train", b"caf\xe9/bad\xff.jpg", bad_files()["truncated.jpg"][0])
+    put(data / "train", b"caf\xe9/good\xe9.jpg", GOOD)
+    write_images(data, {"train/c": 4})
+    flags = ["--skip-bad-images", "--max-bad-share", "0.5", "-b", "4", "-j", workers]
+    flags += ["--aug-plus", "--knn-every", "1", "--knn-bank", "3"]
+    run = tmp_path / "run"
+    train(data, run, *flags, "--max-steps", "2")
+    train(data, run, *flags, "--resume", "auto")  # which reads the list
+    listed = (run / "bad_images.txt").read_bytes().splitlines()
+    assert len(listed) == 1 and os.fsencode(bad) in listed[0]
+
+
+def test_names_that_are_not_utf_8_in_messages(data, capsys):
+    """Printed as escapes where the terminal is strict, as pytest's is."""
+    bad = put(data / "train", b"b/bad\xff.jpg", b"")
+    put(data / "train", b"caf\xe9/good\xe9.jpg", GOOD)
+    put(data / "train", b"a/.hidden\xe9.jpg", GOOD)
+    put(data / "train", b"a/line\nbreak.jpg", b"")
+    images = open_images("folder", data, "train")
+    shown = capsys.readouterr().out
+    assert r".hidden\xe9.jpg" in shown and len(shown.splitlines()) == 1
+    assert len(names_digest(images)) == len(subset_digest(images)) == 12
+    with pytest.raises(DataError) as caught:
+        images.load(images.paths.index(bad))
+    assert os.fsencode(bad) in str(caught.value).encode("utf-8", "surrogateescape")
+    out = data / "report.json"
+    assert load_script("check_dataset").main([str(data), "-j", "1", "--out", str(out)]) == 1
+    shown = capsys.readouterr().out
+    assert r"train/b/bad\xff.jpg" in shown and r"a/line\nbreak.jpg" in shown
+    kinds = json.loads(out.read_text(encoding="utf-8"))["kinds"]
+    assert bad in {file["path"] for file in kinds["empty"]["files"]}
