@@ -24,6 +24,7 @@ from moco.data.folders import (
     FILES,
     IMG_EXTENSIONS,
     LeftOut,
+    data_folder,
     folders_below,
     image_paths,
     is_image,
@@ -157,6 +158,7 @@ def audit(root: Path, workers: int) -> Audit:
     Raises:
         DataError: no images.
     """
+    root = data_folder(root)
     left_out = {split: LeftOut(split) for split in splits_of(root)}
     by_split = {split: list(image_paths(split, found)) for split, found in left_out.items()}
     paths = [path for images in by_split.values() for path in images]

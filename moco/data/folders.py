@@ -164,12 +164,20 @@ def _holds(question: Callable[[], bool]) -> bool:
 # ------------------------------------------------------------------------------------------------
 
 
+def data_folder(root: Path) -> Path:
+    """The folder of train/ and val/: `root`, or its parent where `root` is such a train/."""
+    here = Path(os.path.abspath(root))
+    is_train = here.name == "train" and (here.parent / "val").is_dir()
+    return here.parent if is_train and not (root / "train").is_dir() else root
+
+
 def split_folder(root: Path, split: str) -> Path:
-    """The folder of a split of `root`; for "pretrain" any folder will do.
+    """The folder of a split of `root` (see `data_folder`); for "pretrain" any folder will do.
 
     Raises:
         DataError: it is not there.
     """
+    root = data_folder(root)
     folder = root / ("val" if split == "val" else "train")
     if folder.is_dir():
         return folder

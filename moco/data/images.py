@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from torchvision import datasets
 
 from moco import distributed
-from moco.data.folders import IMG_EXTENSIONS, LeftOut, image_paths, split_folder
+from moco.data.folders import IMG_EXTENSIONS, LeftOut, data_folder, image_paths, split_folder
 from moco.errors import DataError
 from moco.text import printable
 
@@ -223,7 +223,7 @@ def open_images(
         raise DataError(f"no such data folder: {root}")
     if dataset == "folder":
         images: Images = FolderImages(split_folder(root, split), classes)
-        _tell(images)
+        _tell(root, split, images)
     else:
         images = _open_torchvision(dataset, root, split)
     if images.targets is None and (split != "pretrain" or per_class is not None):
@@ -237,9 +237,12 @@ def open_images(
     return images
 
 
-def _tell(images: FolderImages) -> None:
+def _tell(root: Path, split: str, images: FolderImages) -> None:
     """Say on rank 0 what a user may not expect of the folder, in one line each."""
     lines = []
+    whole = data_folder(root)
+    if whole != root and split != "val":  # once, though val follows
+        lines.append(f"{root} is the train/ of {whole}, which is read: with its val/")
     if images.left_out.counts:
         lines.append(str(images.left_out))
     for line in lines:

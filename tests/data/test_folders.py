@@ -218,3 +218,44 @@ def test_names_that_are_not_utf_8_in_messages(data, capsys):
     assert r"train/b/bad\xff.jpg" in shown and r"a/line\nbreak.jpg" in shown
     kinds = json.loads(out.read_text(encoding="utf-8"))["kinds"]
     assert bad in {file["path"] for file in kinds["empty"]["files"]}
+
+
+# ------------------------------------------------------------------------------------------------
+# train/ and val/
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", ["train", "train/", ".", "../train"])
+def test_train_given_as_the_data_folder_is_read_as_that_folders_train(
+    given, data, capsys, monkeypatch
+):
+    wanted = {split: open_images("folder", data, split) for split in ("pretrain", "train", "val")}
+    monkeypatch.chdir(data if given.startswith("train") else data / "train")
+    capsys.readouterr()
+    for split, images in wanted.items():
+        got = open_images("folder", given, split)
+        assert names_digest(got) == names_digest(images) and got.targets == images.targets
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2, "for pretrain and train"
+    assert all(f"is the train/ of {data}, which is read" in line for line in lines)
+    assert audit(Path(given), 1).images == 7
+
+
+def test_a_folder_named_train_without_val_beside_it_is_any_folder(tmp_path, capsys):
+    write_images(tmp_path, {"train/a": 1})
+    assert names_digest(open_images("folder", tmp_path / "train", "pretrain"))
+    with pytest.raises(DataError, match=f"no folder {tmp_path}/train/train: expected"):
+        open_images("folder", tmp_path / "train", "train")
+    assert capsys.readouterr().out == ""
+
+
+def test_val_given_as_the_data_folder_is_any_folder(data):
+    """Its images can be pretrained on; there is no evaluation on them alone."""
+    assert len(open_images("folder", data / "val", "pretrain")) == 2
+    with pytest.raises(DataError, match=f"no folder {data}/val/train: expected"):
+        open_images("folder", data / "val", "train")
+
+
+def test_a_train_that_has_a_train_is_a_data_folder(tmp_path):
+    write_images(tmp_path, {"train/train/a": 1, "train/val/a": 2, "val": 1})
+    assert len(open_images("folder", tmp_path / "train", "val")) == 2
