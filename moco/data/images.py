@@ -223,7 +223,7 @@ def open_images(
         raise DataError(f"no such data folder: {root}")
     if dataset == "folder":
         images: Images = FolderImages(split_folder(root, split), classes)
-        _tell(root, split, images)
+        _tell(root, split, images, known_classes=classes)
     else:
         images = _open_torchvision(dataset, root, split)
     if images.targets is None and (split != "pretrain" or per_class is not None):
@@ -237,7 +237,9 @@ def open_images(
     return images
 
 
-def _tell(root: Path, split: str, images: FolderImages) -> None:
+def _tell(
+    root: Path, split: str, images: FolderImages, known_classes: Sequence[str] | None
+) -> None:
     """Say on rank 0 what a user may not expect of the folder, in one line each."""
     lines = []
     whole = data_folder(root)
@@ -245,6 +247,15 @@ def _tell(root: Path, split: str, images: FolderImages) -> None:
         lines.append(f"{root} is the train/ of {whole}, which is read: with its val/")
     if images.left_out.counts:
         lines.append(str(images.left_out))
+    if split == "val" and known_classes and images.targets is not None:
+        seen = set(images.targets)
+        absent = [name for index, name in enumerate(images.classes) if index not in seen]
+        if absent:
+            names = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+            lines.append(
+                f"{images.root} has no images of {len(absent)} of the {len(known_classes)} classes "
+                f"of the training set: {names}; they are never validated"
+            )
     for line in lines:
         distributed.print_main(printable(line))
 

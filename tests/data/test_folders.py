@@ -206,8 +206,9 @@ def test_names_that_are_not_utf_8_in_messages(data, capsys):
     put(data / "train", b"a/.hidden\xe9.jpg", GOOD)
     put(data / "train", b"a/line\nbreak.jpg", b"")
     images = open_images("folder", data, "train")
+    open_images("folder", data, "val", classes=images.classes)
     shown = capsys.readouterr().out
-    assert r".hidden\xe9.jpg" in shown and len(shown.splitlines()) == 1
+    assert r".hidden\xe9.jpg" in shown and r"caf\xe9" in shown and len(shown.splitlines()) == 2
     assert len(names_digest(images)) == len(subset_digest(images)) == 12
     with pytest.raises(DataError) as caught:
         images.load(images.paths.index(bad))
@@ -259,3 +260,36 @@ def test_val_given_as_the_data_folder_is_any_folder(data):
 def test_a_train_that_has_a_train_is_a_data_folder(tmp_path):
     write_images(tmp_path, {"train/train/a": 1, "train/val/a": 2, "val": 1})
     assert len(open_images("folder", tmp_path / "train", "val")) == 2
+
+
+@pytest.mark.parametrize("per_class", [None, 1])
+def test_classes_that_val_lacks_are_named_in_one_line(per_class, data, capsys):
+    write_images(data, {f"train/c{i}": 1 for i in range(6)})
+    classes = open_images("folder", data, "train").classes
+    assert capsys.readouterr().out == ""
+    val = open_images("folder", data, "val", per_class=per_class, classes=classes)
+    assert val.targets == [0, 1]
+    assert capsys.readouterr().out == (
+        f"{data}/val has no images of 6 of the 8 classes of the training set: c0, c1, c2, c3, c4, "
+        "...; they are never validated\n"
+    )
+
+
+@pytest.mark.parametrize("cause", ["empty", "hidden", "no image"])
+def test_a_class_folder_of_val_without_images_counts_as_lacking(cause, data, capsys):
+    (data / "val" / "b" / "000.png").unlink()
+    name = {"empty": None, "hidden": ".000.png", "no image": "000.txt"}[cause]
+    if name:
+        (data / "val" / "b" / name).write_bytes(GOOD)
+    open_images("folder", data, "val", classes=["a", "b"])
+    assert "1 of the 2 classes of the training set: b; they" in capsys.readouterr().out
+    assert [path for path, _ in audit(data, 1).kinds["class of train not in val"]] == [
+        str(data / "train" / "b")
+    ]
+
+
+def test_nothing_is_said_of_an_ordinary_folder(data, capsys):
+    for split in ("pretrain", "train"):
+        classes = open_images("folder", data, split).classes
+    open_images("folder", data, "val", classes=classes)
+    assert capsys.readouterr().out == ""
