@@ -10,15 +10,16 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms as T
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 from torch import Tensor
+
+from moco.data.thin import resized_centre
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -72,11 +73,27 @@ def lincls_recipe(image_size: int = 224) -> Recipe:
     return Recipe(image_size, (0.08, 1.0))
 
 
-def eval_transform(image_size: int = 224) -> T.Compose:
-    """Centre crop, as uint8: the shorter side to 256/224 of the crop, as for ImageNet. Images of at
-    most 64 pixels (CIFAR, STL-10 at 64) are taken whole, as is usual for them."""
-    resize = image_size if image_size <= 64 else round(image_size * 256 / 224)
-    return T.Compose([T.Resize(resize), T.CenterCrop(image_size), T.PILToTensor()])
+# Images that exceed both when resized are cropped first: pixels (64 MiB), and length by width.
+MOST_RESIZED_PIXELS, MOST_RESIZED_RATIO = 2**24, 8
+
+
+def eval_transform(image_size: int = 224) -> Callable[[Image.Image], Tensor]:
+    """Centre crop, as (3, S, S) uint8: the shorter side to 256/224 of the crop, as for ImageNet.
+    Images of at most 64 pixels (CIFAR, STL-10 at 64) are taken whole, as is usual for them."""
+    return functools.partial(_centre_crop, image_size=image_size)
+
+
+def _centre_crop(image: Image.Image, image_size: int) -> Tensor:
+    """Equal to torchvision's Resize and CenterCrop for every image, but in bounded memory."""
+    shorter = image_size if image_size <= 64 else round(image_size * 256 / 224)
+    longer = int(shorter * max(image.size) / min(image.size))
+    if shorter * longer <= MOST_RESIZED_PIXELS or longer <= MOST_RESIZED_RATIO * shorter:
+        image = TF.center_crop(TF.resize(image, shorter), image_size)
+    else:
+        wide = image.width > image.height
+        resized = (longer, shorter) if wide else (shorter, longer)
+        image = resized_centre(image, resized, image_size)
+    return TF.pil_to_tensor(image)
 
 
 def normalize(

@@ -3,6 +3,7 @@ torchvision makes of a Pillow image, by Pillow or on the device."""
 
 import dataclasses
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
-from helpers import noise_image
+from helpers import finish, noise_image, start_python
 from PIL import Image, ImageFilter
 from scipy import stats
 
+from moco.data import views
 from moco.data.device_views import augment_on_device, crop, crop_on_device
 from moco.data.views import (
     BRIGHTNESS,
@@ -75,15 +77,57 @@ def test_linear_evaluation_trains_on_imagenets_crop_and_flip():
     assert recipe.jitter_p == recipe.grey_p == recipe.blur_p == 0
 
 
-def test_eval_views_of_224_are_resize_256_and_centre_crop():
-    image = noise_image((400, 300))
-    wanted = T.PILToTensor()(T.CenterCrop(224)(T.Resize(256)(image)))
-    assert torch.equal(eval_transform(224)(image), wanted)
-    tall = noise_image((300, 500))
-    assert T.Resize(256)(tall).width == 256  # the shorter side
-    assert torch.equal(
-        eval_transform()(tall), T.PILToTensor()(T.CenterCrop(224)(T.Resize(256)(tall)))
-    )
+def resized_then_cropped(image: Image.Image, size: int) -> torch.Tensor:
+    resize = size if size <= 64 else round(size * 256 / 224)
+    return T.PILToTensor()(T.CenterCrop(size)(T.Resize(resize)(image)))
+
+
+@pytest.mark.parametrize("size", [224, 96, 64, 32, 17])
+def test_eval_views_are_resized_and_centre_cropped(size):
+    """The shorter side of 224 to 256; images of any ordinary shape, wide, tall and small."""
+    for width, height in ((400, 300), (300, 500), (301, 97), (20, 31), (224, 224), (5, 90)):
+        image = noise_image((width, height))
+        assert torch.equal(eval_transform(size)(image), resized_then_cropped(image, size))
+    assert torch.equal(eval_transform()(image), eval_transform(224)(image))
+
+
+THIN = [(900, 1), (1, 900), (700, 3), (3, 700), (1000, 60), (60, 1000), (901, 97), (97, 901)]
+
+
+@pytest.mark.parametrize("size", [160, 96, 32, 17])
+def test_thin_images_are_cropped_before_they_are_resized_pixel_for_pixel(size, monkeypatch):
+    """Enlarged and shrunk, with the limit at nothing, so that the whole can be compared."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(views, "MOST_RESIZED_PIXELS", 0)
+    for width, height in THIN:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        assert torch.equal(eval_transform(size)(image), resized_then_cropped(image, size))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits memory")
+@pytest.mark.parametrize(
+    "size", [(20_000, 1), (1, 20_000), (60_000, 1), (1, 60_000), (3_000_000, 2), (120_000, 300)]
+)
+def test_thin_images_take_little_memory(size, tmp_path):
+    """200 MB beside what the image itself has, and the audit has nothing to refuse."""
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "a" / "thin.png")
+    code = """
+import resource, sys
+from pathlib import Path
+from PIL import Image
+from moco.data import audit, images, views
+views.eval_transform(224)(Image.new("RGB", (300, 300)))
+assert audit.check_file(sys.argv[1] + "/a/thin.png") == []
+image = images.load_rgb(sys.argv[1] + "/a/thin.png")
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
+view = views.eval_transform(224)(image)
+assert view.shape == (3, 224, 224) and view[:, 100, 100].tolist() == [10, 20, 30]
+"""
+    status, out, err = finish(start_python("-c", code, tmp_path, cwd=tmp_path))
+    assert (status, err) == (0, ""), out + err
 
 
 def test_eval_views_of_small_images_are_the_images():
