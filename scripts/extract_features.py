@@ -165,7 +165,7 @@ def extract(args: argparse.Namespace, images: Images) -> tuple[dict[str, Tensor]
         dataset, keys = loader.PlainImages(images, eval_transform(size)), range(len(images))
     else:
         recipe = pretrain_recipe(size, **augmentation)
-        dataset = loader.AugmentedViews(images, recipe, seed=args.seed, views=2)
+        dataset = loader.AugmentedViews(images, recipe, seed=args.seed, num_views=2)
         keys = [(0, index) for index in range(len(images))]
     batches = torch.utils.data.DataLoader(
         dataset, args.batch_size, sampler=keys, num_workers=args.workers,

@@ -322,7 +322,7 @@ def extract_pairs(
         crop_scale=network.trained.get("crop_scale", (0.2, 1.0)),
         blur=network.trained.get("blur", True),
     )
-    views = loader.AugmentedViews(images, transform, seed=args.seed, views=2)
+    views = loader.AugmentedViews(images, transform, seed=args.seed, num_views=2)
     batches = torch.utils.data.DataLoader(
         views,
         batch_size=args.batch_size,

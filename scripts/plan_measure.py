@@ -224,7 +224,7 @@ def pair_seconds(data: str | None, args: argparse.Namespace) -> float:
             write_photos(Path(folder), 16)
         images = open_images("folder", data or folder, "pretrain")
         recipe = pretrain_recipe(args.image_size, aug_plus=args.aug_plus)
-        views = loader.AugmentedViews(images, recipe, seed=0, views=2)
+        views = loader.AugmentedViews(images, recipe, seed=0, num_views=2)
         size = min(8, len(images))
         batches = loader.EpochBatches(len(images), size, seed=0)
         pairs = loader.TrainLoader(views, batches, workers=0, device=torch.device("cpu"))

@@ -1,5 +1,6 @@
 """Small things that several test files share: a tiny encoder, images on disk, objectives."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,6 +125,14 @@ def parsed(argv: list[str], config: type = PretrainConfig) -> SimpleNamespace:
     parts = cli.make_parts(parser.parse_args(argv), config)
     values = {name: value for part in parts.values() for name, value in flat_values(part).items()}
     return SimpleNamespace(**values, objective=objective_formula(values))
+
+
+def load_script(name: str) -> ModuleType:
+    """The module of scripts/NAME.py, whose `main(argv)` a test can call."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def refusal(main: Callable, argv: list, capsys: pytest.CaptureFixture) -> tuple[int, str]:

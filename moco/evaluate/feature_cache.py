@@ -24,9 +24,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed
-from moco.data.images import FolderImages, Images, Subset
+from moco.data.images import FolderImages, Images, base_and_indices, image_names
 from moco.data.loader import AugmentedViews, PlainImages, TrainLoader
-from moco.data.subsets import image_names
 from moco.data.views import eval_transform, lincls_recipe, normalize
 from moco.errors import CheckpointError, DataError
 from moco.evaluate.heads import Frozen
@@ -39,16 +38,13 @@ def pixels_digest(images: Images) -> str:
     """Digest of which images these are: for files their names, sizes and times of change."""
     digest = hashlib.sha256()
     digest.update(repr(image_names(images)).encode("utf-8", "surrogateescape"))
-    indices: Sequence[int] = range(len(images))
-    while isinstance(images, Subset):
-        indices = [images.indices[i] for i in indices]
-        images = images.images
-    if isinstance(images, FolderImages):
+    base, indices = base_and_indices(images)
+    if isinstance(base, FolderImages):
         for index in indices:
-            facts = os.stat(images.paths[index])
+            facts = os.stat(base.paths[index])
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
     else:
-        digest.update(np.ascontiguousarray(images.array))
+        digest.update(np.ascontiguousarray(base.array))
     return digest.hexdigest()[:16]
 
 
@@ -127,7 +123,7 @@ def cached_features(
         extractor = Frozen(fast, amp=encoder.amp, channels_last=True)
         with contextlib.ExitStack() as at_end:
             if views:
-                crops = AugmentedViews(images, lincls_recipe(image_size), seed=seed, views=1)
+                crops = AugmentedViews(images, lincls_recipe(image_size), seed=seed, num_views=1)
                 loader = TrainLoader(crops, batches, workers=workers, device=device)
                 at_end.callback(loader.end)
             else:

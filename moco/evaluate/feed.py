@@ -57,7 +57,7 @@ def image_feed(
         val = eval_loader(PlainImages(held_out, eval_transform(args.image_size)))
         images = Subset(images, fold[0])
     batches = EpochBatches(len(images), args.batch_size, seed=args.seed)
-    views = AugmentedViews(images, lincls_recipe(args.image_size), seed=args.seed, views=1)
+    views = AugmentedViews(images, lincls_recipe(args.image_size), seed=args.seed, num_views=1)
     train = TrainLoader(views, batches, workers=args.workers, device=device)
     at_end.callback(train.end)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moco.data import loader
 from moco.data.images import names_digest, open_images
+from moco.data.samples import AugmentedViews
 from moco.data.views import pretrain_recipe
 from moco.train.guards import BadImages
 
@@ -39,13 +40,13 @@ class ImagePairs:
             crop_scale=config.views.crop_scale,
             blur=config.views.blur,
         )
-        views = loader.AugmentedViews(
+        views = AugmentedViews(
             self.images,
             recipe,
             seed=seed,
-            views=2,
+            num_views=2,
             skip_bad=data.skip_bad_images,
-            unfinished=config.views.views == "device",
+            augment_on_device=config.views.views == "device",
         )
         self._loader = loader.TrainLoader(
             views,
@@ -66,26 +67,3 @@ class ImagePairs:
 
     def end(self) -> None:
         self._loader.end()
-
-
-def normalisation(
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    memory_format: torch.memory_format,
-    device: torch.device,
-) -> Callable[[Tensor], Tensor]:
-    """What turns uint8 views into the encoders' input, on the device and after they have travelled:
-    (pixel / 255 - mean) / std per channel, float32.
-
-    Args:
-        mean, std: of each channel, for pixels in [0, 1].
-    """
-    channel_mean, channel_std = (
-        torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std)
-    )
-
-    def normalise(images: Tensor) -> Tensor:
-        floats = images.to(torch.float32, memory_format=memory_format)
-        return floats.div_(255).sub_(channel_mean).div_(channel_std)
-
-    return normalise

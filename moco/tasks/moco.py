@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from moco import encoders
 from moco.builder import MoCo, MoCoLosses
 from moco.checkpoint import load_encoder
+from moco.data.views import normalize
 from moco.encoders import head_name
 from moco.errors import CheckpointError
 from moco.log import RunLog
 from moco.precision import memory_format
 from moco.tasks import monitor
-from moco.tasks.images import ImagePairs, normalisation
+from moco.tasks.images import ImagePairs
 from moco.tasks.online_knn import OnlineKnn
 from moco.train.task import Task
 from moco.train.trainer import Trainer
@@ -65,7 +66,9 @@ class MoCoTask(Task):
     def on_device(self, module: MoCo, device: torch.device) -> None:
         views = self.config.views
         order = memory_format(self.config.speed.channels_last)
-        module.prepare = normalisation(views.mean, views.std, order, device)
+        module.prepare = functools.partial(
+            normalize, mean=views.mean, std=views.std, memory_format=order
+        )
         module.shuffle_generator.manual_seed(self.config.optim.seed)
 
     def compiled(self, module: MoCo) -> list[nn.Module]:

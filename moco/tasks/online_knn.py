@@ -23,6 +23,7 @@ from moco.evaluate import knn as evaluate
 from moco.log import RunLog
 from moco.progress import StepPrinter, progress
 from moco.stop import StopRequest
+from moco.text import printable
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
 
@@ -149,7 +150,7 @@ class OnlineKnn:
         if reason is not None:
             # What a loader process raised arrives with that process's trace in front.
             reason = re.sub(r"^[\w.]*Error: ", "", reason.strip().splitlines()[-1])
-            print(f"{'k-NN':>10}: left out{since}: {reason}", flush=True)
+            print(f"{'k-NN':>10}: left out{since}: {printable(reason)}", flush=True)
 
 
 def _until(stop: StopRequest, batches: DataLoader) -> Iterator:

@@ -183,7 +183,8 @@ class BadImages:
             return
         new -= self._listed()  # by other ranks
         self.seen |= new | self._listed()
-        with open(self.path, "a", encoding="utf-8") as file:  # ranks append whole lines
+        # Ranks append whole lines. A path need not be UTF-8: its bytes are kept.
+        with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
             file.write("".join(f"{path}\n" for path in sorted(new)))
         if len(self.seen) > self.most * self.images:
             raise TrainingError(
@@ -194,4 +195,4 @@ class BadImages:
     def _listed(self) -> set[str]:
         if not self.path.is_file():
             return set()
-        return set(self.path.read_text(encoding="utf-8").splitlines())
+        return set(self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())

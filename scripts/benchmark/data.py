@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import baseline  # noqa: E402
 import timing  # noqa: E402
 
-from moco.data import loader, views  # noqa: E402
+from moco.data import device_views, loader, views  # noqa: E402
 from moco.data.images import ArrayImages, FolderImages, Subset  # noqa: E402
 from moco.errors import DataError  # noqa: E402
 
@@ -67,8 +67,8 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
     )
     recipe = views.pretrain_recipe(args.image_size, aug_plus=True)
     by_pillow, by_device = (
-        loader.AugmentedViews(images, recipe, seed=0, views=2, unfinished=unfinished)
-        for unfinished in (False, True)
+        loader.AugmentedViews(images, recipe, seed=0, num_views=2, augment_on_device=on_device)
+        for on_device in (False, True)
     )
     ancestors = baseline.v2_transform(args.image_size)
     epochs = itertools.count()
@@ -127,8 +127,8 @@ def finish_ms(data: loader.AugmentedViews, batch: int, device: torch.device, rep
     tables = torch.stack([sample[-1] for sample in samples]).to(device).unbind(1)
 
     def both() -> None:
-        for crop, table in zip(crops, tables, strict=True):
-            views.finish(crop, table, data.recipe)
+        for crop, params in zip(crops, tables, strict=True):
+            device_views.augment_on_device(crop, params, data.recipe)
 
     times = timing.interleaved({"": both}, repeats=repeats, warmup=1, device=device)[""]
     return 1e3 * sorted(times)[len(times) // 2]
@@ -140,7 +140,7 @@ def small_ms(batch: int, device: torch.device, repeats: int) -> float:
     data = loader.AugmentedViews(
         ArrayImages(array, [0] * len(array), ["noise"]),
         views.pretrain_recipe(32, aug_plus=True),
-        seed=0, views=2, unfinished=True,
+        seed=0, num_views=2, augment_on_device=True,
     )  # fmt: skip
     batches = loader.EpochBatches(len(array), batch, seed=0)
     pairs = loader.TrainLoader(data, batches, workers=0, device=device)

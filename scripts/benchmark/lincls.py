@@ -119,7 +119,7 @@ def parts_to_time(
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     crop = [T.RandomResizedCrop(args.image_size), T.RandomHorizontalFlip()]
     upstream = T.Compose([*crop, T.ToTensor(), T.Normalize(mean, std)])
-    standard = loader.AugmentedViews(images, lincls_recipe(args.image_size), seed=0, views=1)
+    standard = loader.AugmentedViews(images, lincls_recipe(args.image_size), seed=0, num_views=1)
     centre = eval_transform(args.image_size)
     indices = [i % len(images) for i in range(args.images)]
 

@@ -57,7 +57,7 @@ def test_training_is_that_of_a_loop_by_hand(data, pretrained, tuned):
     """Same images, batch norm in training mode, two learning rates, weight decay on everything."""
     images = open_images("folder", data, "train")
     batches = loader.EpochBatches(len(images), 8, seed=5)
-    views = loader.AugmentedViews(images, lincls_recipe(32), seed=5, views=1)
+    views = loader.AugmentedViews(images, lincls_recipe(32), seed=5, num_views=1)
     encoder, _ = load_encoder(pretrained)
     torch.manual_seed(5)
     head = nn.Linear(64, 3)

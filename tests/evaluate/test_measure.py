@@ -89,7 +89,7 @@ def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path,
 
     images = open_images("folder", data, "val")
     transform = pretrain_recipe(16, aug_plus=False, crop_scale=(0.3, 1.0), blur=False)
-    views = loader.AugmentedViews(images, transform, seed=3, views=2)
+    views = loader.AugmentedViews(images, transform, seed=3, num_views=2)
     pairs = [views[(0, i)] for i in range(15)]
     inputs = {"device": torch.device("cpu"), "mean": ARGS["mean"], "std": ARGS["std"]}
     for name, head in (("projection", "projection"), ("backbone", "none")):

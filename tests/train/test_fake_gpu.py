@@ -120,6 +120,7 @@ def test_a_whole_step_but_the_backward_pass(amp, symmetric, gpu, tmp_path, monke
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=GPU)
+    moco.prepare(images)  # mean and deviation travel once
     with NoWaiting():
         losses = train_step(task, moco, state, guard, (images, images))
     loss = task.total(losses)
@@ -130,7 +131,7 @@ def test_views_of_images_on_the_device(gpu, monkeypatch) -> None:
     monkeypatch.setattr(loader, "_fits", lambda array, device: True)
     data = loader.AugmentedViews(
         ArrayImages(np.zeros((16, 40, 40, 3), dtype=np.uint8), [0] * 16, ["a"]),
-        views.pretrain_recipe(32, aug_plus=True), seed=0, views=2, unfinished=True,
+        views.pretrain_recipe(32, aug_plus=True), seed=0, num_views=2, augment_on_device=True,
     )  # fmt: skip
     pairs = loader.TrainLoader(data, [[(0, i) for i in range(8)]], workers=0, device=GPU)
     with NoWaiting():
