@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moco import cli
-from moco.evaluate.evaluation import work
+from moco.evaluate.evaluation import evaluate
 from moco.launch import launch_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    launch_config(work, cli.lincls_config(argv))
+    launch_config(evaluate, cli.lincls_config(argv))
 
 
 if __name__ == "__main__":

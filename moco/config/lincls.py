@@ -111,6 +111,7 @@ class Protocol(Part):
         None, "--labels", FREE, kind="labels", metavar="PERCENT|FILE"
     )
     labels_seed: int = option(0, "--labels-seed", FREE)
+    labels_digest: str | None = option(None, "", LEARNS, since=None)  # of the images chosen
     finetune: bool = option(False, "--finetune", LEARNS, since=False)
     lr_backbone: float | None = option(None, "--lr-backbone", LEARNS, since=None)
 

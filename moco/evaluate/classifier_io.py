@@ -1,128 +1,95 @@
-"""Checkpoints of linear classifiers: written, read, and gone on with under the same protocol."""
+"""Checkpoints of linear classifiers: written, read, and resumed under the same protocol."""
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from moco import checkpoint, distributed, encoders
-from moco.config import plain
+from moco.config import LEARNS, LinclsConfig, option_fields
+from moco.config.option import UNKNOWN
 from moco.errors import CheckpointError
-from moco.evaluate import heads as probe
-from moco.evaluate.heads import Heads, Setting
+from moco.evaluate.heads import HeadResult, HeadTraining, best_head
 from moco.run_files import LINCLS_BEST, LINCLS_LATEST
 
-if TYPE_CHECKING:  # for this commit only: the next one parts them
-    from moco.evaluate.loop import Probe
+# ------------------------------------------------------------------------------------------------
+# Writing
+# ------------------------------------------------------------------------------------------------
 
 
-# What the accuracy of a probe depends on; further down what it depends on beside these, and the
-# value that stands for an argument that a file does not have.
-PROTOCOL = ("lr", "batch_size", "epochs", "schedule", "schedule_factor", "weight_decay", "momentum",
-            "image_size", "seed")  # fmt: skip
-VARIANTS = {"finetune": False, "lr_backbone": None, "cached": False, "cached_views": 0,
-            "folds": None, "labels_digest": None, "images_per_class": None}  # fmt: skip
-
-
-class Writer:
+class ClassifierWriter:
     """Writes the whole network, encoder and one classifier, under torchvision's names: the latest,
-    and the best so far. An epoch on cached features can be short: those are written once a minute,
-    and at the end."""
+    and the best so far.
+
+    Args:
+        folder: the run folder.
+        about: what every checkpoint of this training holds beside tensors and accuracies.
+        interval: seconds between writes, since an epoch on cached features can be short; the last
+            epoch is always written.
+    """
 
     def __init__(
-        self,
-        run: Probe,
-        heads: Heads,
-        optimizer: torch.optim.Optimizer,
-        settings: Sequence[Setting],
-        fold: int | None,
-        folds_done: list,
+        self, folder: Path, about: dict, encoder: nn.Module, training: HeadTraining, interval: float
     ) -> None:
-        self.run, self.heads, self.optimizer, self.settings = run, heads, optimizer, settings
-        self.of_folds = {"fold": fold, "folds": folds_done} if run.args.folds else {}
+        self.folder, self.about, self.interval = folder, about, interval
+        self.encoder, self.training = encoder, training
         self.best: dict | None = None  # not yet written
         self.written = time.monotonic()
 
-    def write(self, epochs: int, steps: int, improved: bool, ended: bool) -> None:
-        due = ended or not self.run.args.cached or time.monotonic() - self.written > 60
+    def write(self, epochs: int, steps: int, *, improved: bool, ended: bool) -> None:
+        due = ended or time.monotonic() - self.written >= self.interval
         if improved:
-            self.best = self.content(epochs, steps, probe.leading(self.settings, "best"))
+            self.best = self._content(epochs, steps, by="best")
             if not due:
                 self.best = checkpoint.to_host(self.best)
         if due:
-            folder = self.run.args.save_dir
-            latest = self.content(epochs, steps, probe.leading(self.settings, "last"))
+            latest = self._content(epochs, steps, by="last")
             if self.best is not None:
-                checkpoint.write_checkpoint(folder / LINCLS_BEST, self.best)
-            checkpoint.write_checkpoint(folder / LINCLS_LATEST, latest)
+                checkpoint.write_checkpoint(self.folder / LINCLS_BEST, self.best)
+            checkpoint.write_checkpoint(self.folder / LINCLS_LATEST, latest)
             self.best, self.written = None, time.monotonic()
 
-    def content(self, epochs: int, steps: int, chosen: Setting) -> dict:
-        args, info, encoder = self.run.args, self.run.info, self.run.frozen.encoder
-        classifier = self.heads.linear[self.settings.index(chosen)].state_dict()
-        name = encoders.head_name(encoder)
-        state = {**encoder.state_dict()}
+    def _content(self, epochs: int, steps: int, by: str) -> dict:
+        results, heads = self.training.results, self.training.heads
+        chosen, best = best_head(results, by), best_head(results, "best").best
+        classifier = heads.linear[results.index(chosen)].state_dict()
+        name = encoders.head_name(self.encoder)
+        state = {**self.encoder.state_dict()}
         state.update({f"{name}.{key}": tensor for key, tensor in classifier.items()})
-        kept = {name: info["args"][name] for name in ("objective",) if name in info["args"]}
         several = {}
-        if len(self.settings) > 1:
-            several = {"heads": self.heads.state_dict(),
-                       "results": [asdict(one) for one in self.settings]}  # fmt: skip
-        best = probe.leading(self.settings, "best").best
+        if len(results) > 1:
+            several = {
+                "heads": heads.state_dict(),
+                "results": [head.to_flat() for head in results],
+            }
+        about = dict(self.about)
         return {
-            "version": checkpoint.FORMAT_VERSION,
-            "arch": info["arch"],
+            **about,
             "epoch": epochs,
             "best": best,
             "last": chosen.last,
             "best_acc1": best["top1"],  # upstream's name
-            "pretrained_epochs": info["epoch"],
-            "pretrained_digest": info["digest"],
             "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "args": {**plain_values(args), **kept, "steps_done": steps},
+            "optimizer": self.training.optimizer.state_dict(),
+            "args": {**about["args"], "steps_done": steps},
             **several,
-            **self.of_folds,
         }
 
 
-def restore(
-    run: Probe,
-    heads: Heads,
-    optimizer: torch.optim.Optimizer,
-    settings: list[Setting],
-    before: dict,
-) -> int:
-    """Go on from `before`, a checkpoint of this stage, if it is one; returns the first epoch."""
-    args = run.args
-    if "epoch" not in before:
-        return args.start_epoch
-    classifier = load_classifier(args.resume, run.classes)
-    if len(settings) > 1:
-        heads.load_state_dict(before["heads"])
-        settings[:] = [Setting(**one) for one in before["results"]]
-    else:
-        heads.linear[0].load_state_dict(classifier.state_dict())
-        settings[0].best, settings[0].last = before["best"], before["last"]
-    if args.finetune:
-        run.frozen.encoder.load_state_dict(before["encoder"])
-    optimizer.load_state_dict(before["optimizer"])
-    if before["epoch"] > args.epochs:
-        raise CheckpointError(
-            f"{args.resume} has {before['epoch']} epochs done, more than --epochs {args.epochs}"
-        )
-    distributed.print_main(f"resuming {args.resume} after epoch {before['epoch'] - 1}")
-    return before["epoch"]
+# ------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------
 
 
 def load_classifier(path: str, classes: int) -> nn.Linear:
-    """The linear classifier of a saved network."""
+    """The linear classifier of a saved network.
+
+    Raises:
+        CheckpointError: there is none, or one of another number of classes.
+    """
     network, _ = checkpoint.load_encoder(path, head="linear")
     classifier = encoders.get_head(network)
     if classifier.out_features != classes:
@@ -133,52 +100,110 @@ def load_classifier(path: str, classes: int) -> nn.Linear:
     return classifier
 
 
-def encoder_digest(encoder: nn.Module) -> str:
-    return checkpoint.checksum(dict(encoder.state_dict()))
+def load_resumed(config: LinclsConfig, encoder: nn.Module) -> dict:
+    """The checkpoint to go on from, which must be of this very encoder.
 
-
-def resumed(args: argparse.Namespace, encoder: nn.Module) -> dict:
-    """The checkpoint to go on from, which must be of this very encoder."""
-    content = checkpoint.read_checkpoint(args.resume)
+    Returns:
+        its content; with --finetune "encoder" is the state dict of the encoder as it has become.
+    """
+    path, pretrained = config.saving.resume, config.source.pretrained
+    content = checkpoint.read_checkpoint(path)
     for key in ("epoch", "optimizer"):
         if key not in content:
             raise CheckpointError(
-                f"{args.resume} has no {key!r}, so it is no checkpoint of main_lincls.py; give it "
+                f"{path} has no {key!r}, so it is no checkpoint of main_lincls.py; give it "
                 "as --pretrained"
             )
-    other, _ = checkpoint.load_encoder(args.resume)
+    other, _ = checkpoint.load_encoder(path)
     mine, its = encoder.state_dict(), other.state_dict()
-    if args.finetune:  # its encoder has gone on from the one that was given
-        same = not args.pretrained or content.get("pretrained_digest") == encoder_digest(encoder)
+    if config.protocol.finetune:  # its encoder has gone on from the one that was given
+        same = not pretrained or content.get("pretrained_digest") == encoder_digest(encoder)
         content["encoder"] = its
     else:
         same = mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
     if not same:
         raise CheckpointError(
-            f"{args.resume} is a probe of another encoder than --pretrained {args.pretrained}; "
+            f"{path} is a probe of another encoder than --pretrained {pretrained}; "
             "choose another --save-dir"
         )
     unknown = {"top1": float(content.get("best_acc1", -1.0)), "epoch": None}  # upstream's files
     return {"args": {}, "best": unknown, "last": unknown, **content}
 
 
-def refuse_changes(before: dict, args: argparse.Namespace) -> None:
-    """A probe that goes on under other arguments would be no known protocol."""
-    now = plain_values(args)
-    was = {**VARIANTS, **before["args"]}  # what a file does not name was as usual
+def encoder_digest(encoder: nn.Module) -> str:
+    return checkpoint.checksum(dict(encoder.state_dict()))
+
+
+def restore(
+    training: HeadTraining, encoder: nn.Module, content: dict, config: LinclsConfig, classes: int
+) -> int:
+    """Put a checkpoint's state into heads, optimizer and results; returns the first epoch.
+
+    Args:
+        content: from `load_resumed`, of this training.
+    """
+    path, epochs = config.saving.resume, config.schedule.epochs
+    classifier = load_classifier(path, classes)
+    if len(training.results) > 1:
+        training.heads.load_state_dict(content["heads"])
+        training.results[:] = map(HeadResult.from_flat, content["results"])
+    else:
+        training.heads.linear[0].load_state_dict(classifier.state_dict())
+        training.results[0].best, training.results[0].last = content["best"], content["last"]
+    if config.protocol.finetune:
+        encoder.load_state_dict(content["encoder"])
+    training.optimizer.load_state_dict(content["optimizer"])
+    if content["epoch"] > epochs:
+        raise CheckpointError(
+            f"{path} has {content['epoch']} epochs done, more than --epochs {epochs}"
+        )
+    distributed.print_main(f"resuming {path} after epoch {content['epoch'] - 1}")
+    return content["epoch"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Protocol
+# ------------------------------------------------------------------------------------------------
+
+
+def protocol_values(config: LinclsConfig) -> dict:
+    """What an accuracy depends on, by flat names; of options that were added later, those in use.
+
+    These are the config's fields of resume class LEARNS.
+    """
+    flat, fields = config.to_flat(), _learning_fields()
+    return {name: flat[name] for name, since in fields.items() if flat[name] not in (None, since)}
+
+
+def refuse_changes(saved: dict, config: LinclsConfig) -> None:
+    """A probe that goes on under another protocol would be no known protocol.
+
+    Args:
+        saved: "args" of the checkpoint to go on from.
+
+    Raises:
+        CheckpointError: names what has changed.
+    """
+    now = config.to_flat()
+    was = {n: since for n, since in _learning_fields().items() if since is not UNKNOWN} | saved
     changes = [
         f"{name}: {was[name]!r} before, {now[name]!r} now"
-        for name in (*PROTOCOL, *VARIANTS)
+        for name in _learning_fields()
         if name != "epochs"  # more of them go on as the whole would have
         and name in was
         and was[name] != now[name]
     ]
     if changes:
         raise CheckpointError(
-            f"{args.resume} was trained with other arguments ({'; '.join(changes)}); use those, or "
-            "another --save-dir"
+            f"{config.saving.resume} was trained with other arguments ({'; '.join(changes)}); use "
+            "those, or another --save-dir"
         )
 
 
-def plain_values(args: argparse.Namespace) -> dict:
-    return {name: plain(value) for name, value in sorted(vars(args).items())}
+def _learning_fields() -> dict:
+    """Flat names of the fields that decide what is learned -> value before the field existed."""
+    return {
+        field.name: field.metadata["since"]
+        for field in option_fields(LinclsConfig)
+        if field.metadata["resume"] == LEARNS
+    }

@@ -1,213 +1,321 @@
-"""Linear evaluation, k-NN and fine-tuning of a pretrained encoder, as one call."""
+"""Evaluate an encoder from a file: k-NN, linear classifiers, fine-tuning; all of main_lincls.py."""
 
 from __future__ import annotations
 
-import argparse
 import functools
+from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.data import DataLoader
+from torch import nn
 
 from moco import checkpoint, distributed, encoders
-from moco.config import LinclsConfig
-from moco.data import loader
-from moco.data import subsets as labels
+from moco.config import IMAGENET_MEAN, IMAGENET_STD, LinclsConfig
 from moco.data.images import Images, Subset, open_images
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
+from moco.data.subsets import listed_labels, percent_of_labels, subset_digest
 from moco.errors import CheckpointError, DataError, report_user_errors
-from moco.evaluate import heads as probe
-from moco.evaluate import knn as evaluate
-from moco.evaluate.classifier_io import load_classifier, plain_values, refuse_changes, resumed
-from moco.evaluate.feed import cached_feed, image_feed, with_features
-from moco.evaluate.heads import Frozen, Heads
-from moco.evaluate.loop import Probe, as_list, listed
-from moco.evaluate.protocol import train_and_choose
+from moco.evaluate.classifier_io import (
+    encoder_digest,
+    load_classifier,
+    load_resumed,
+    refuse_changes,
+)
+from moco.evaluate.feed import Presentation
+from moco.evaluate.heads import FrozenEncoder, Heads, default_amp, head_accuracy
+from moco.evaluate.knn import knn_accuracy
+from moco.evaluate.loop import LinearEvaluation
+from moco.evaluate.protocol import make_feed, train_classifiers
 from moco.log import RunLog, progress, provenance
-from moco.run_files import LINCLS_RESULT, write_json
+from moco.run_files import ARGS, LINCLS_RESULT, write_json
 
 
-def work(device: torch.device, config: LinclsConfig) -> None:
-    """The whole evaluation in this process, one of `processes`."""
-    args = argparse.Namespace(**config.to_flat())
-    args.save_dir, args.cache_dir = config.saving.save_dir, config.protocol.cache_dir
+def evaluate(device: torch.device, config: LinclsConfig) -> None:
+    """The whole evaluation in this process, one of `config.placement.processes`.
+
+    Leaves args.json, log.jsonl, checkpoints of classifiers and lincls.json in the run folder. An
+    error that the user can act on is printed in one line, with exit status 1.
+    """
     with report_user_errors():
-        _work(device, args)
+        _evaluate(device, config)
 
 
-def _work(device: torch.device, args: argparse.Namespace) -> None:
-    args.seed, args.save_dir = distributed.broadcast_object((args.seed, args.save_dir))
+def _evaluate(device: torch.device, config: LinclsConfig) -> None:
+    subject, config = load_subject(device, config)
+    train, val, config = open_splits(config)
+    classes = len(train.classes)
+    saved = load_classifier(subject.path, classes) if config.source.evaluate else None
+    result = describe(subject, config, train, val)
+    before = subject.resume_from
+    begin_folder(config)
+    print_start(subject, config, device, result)
+    if before is not None:
+        refuse_changes(before["args"], config)
+    steps_done = before["args"].get("steps_done", 0) if before is not None else 0
+    log = RunLog(config.saving.save_dir, first_step=steps_done)
 
-    # Encoder: its checkpoint says how images are to be presented
-    source = args.pretrained or args.resume
-    encoder, info = checkpoint.load_encoder(source)
-    before = resumed(args, encoder) if args.resume else {}
-    if not args.seed_given:
-        args.seed = before.get("args", {}).get("seed", args.seed)
-    torch.manual_seed(args.seed)
-    if args.arch is not None and args.arch != info["arch"]:
-        raise CheckpointError(f"{source} is of arch {info['arch']}, got -a {args.arch}")
-    trained = info["args"]
-    args.arch = info["arch"]
-    args.image_size = args.image_size or trained.get("image_size", 224)
-    args.mean = args.mean or trained.get("mean", IMAGENET_MEAN)
-    args.std = args.std or trained.get("std", IMAGENET_STD)
-    args.amp = args.amp or probe.default_amp(device)
-    try:
-        encoders.check_image_size(encoder, args.image_size)
-    except ValueError as error:
-        raise CheckpointError(f"{source}: {error}; give --image-size") from None
-    encoder.to(device).requires_grad_(args.finetune)
-    # On a CPU the order stays as it always was, and with it every bit of the standard protocol.
-    frozen = Frozen(encoder, amp=args.amp, channels_last=device.type == "cuda")
-
-    # Data
-    train_images, val_images, classes = open_splits(args)
-    saved = load_classifier(source, len(classes)) if args.evaluate else None
-    plain = eval_transform(args.image_size)
-    eval_loader = functools.partial(
-        loader.eval_loader,
-        batch_size=args.batch_size // args.processes,
-        workers=args.workers,
-        pin_memory=device.type == "cuda",
-    )
-    val = eval_loader(loader.PlainImages(val_images, plain), persistent=True)
-
-    # Run folder
-    result = {
-        "checkpoint": str(source), "arch": info["arch"], "pretrained_epochs": info["epoch"],
-        "objective": info["objective"], "classes": len(classes),
-        "train_images": len(train_images), "val_images": len(val_images),
-    }  # fmt: skip
-    if args.labels is not None:
-        result["labels"] = {"of": args.labels, "digest": args.labels_digest}
-    if distributed.is_main():
-        args.save_dir.mkdir(parents=True, exist_ok=True)
-        facts = {**plain_values(args), "provenance": provenance()}
-        write_json(args.save_dir / "args.json", facts)
-    distributed.barrier()
-    print_start(args, info, device, result)
-    if before:
-        refuse_changes(before, args)
-    log = RunLog(args.save_dir, first_step=before.get("args", {}).get("steps_done", 0))
-
-    if args.knn:
-        bank = eval_loader(loader.PlainImages(train_images, plain))
-        result["knn"] = run_knn(args, source, frozen, bank, val, len(classes), device)
+    show = Presentation.of(config, device)
+    if config.knn.knn:
+        result["knn"] = run_knn(subject, config, show, train, val)
         log.scalars("knn", 0, {name: result["knn"][name] for name in ("top1", "top5")})
-    if args.evaluate:
-        heads = Heads([saved.to(device)])
-        found = probe.head_accuracy(heads, with_features(val, frozen, args, device), device)[0]
-        result.update(top1=found["top1"], top5=found["top5"])
-        distributed.print_main(
-            f" * Acc@1 {found['top1']:.3f} Acc@5 {found['top5']:.3f} loss {found['loss']:.4f}"
-        )
-    elif args.epochs:
-        if args.cached:
-            feed = cached_feed(args, frozen, info["feature_dim"], train_images, val_images, device)
-        else:
-            feed = functools.partial(
-                image_feed, args, frozen, train_images, val, eval_loader, device
-            )
-        run = Probe(args, device, frozen, info, len(classes), log, feed)
-        result.update(train_and_choose(run, train_images.targets, before))
+    if saved is not None:
+        result.update(evaluate_classifier(saved.to(device), subject, show, val))
+    elif config.trains:
+        encoder, width = subject.encoder, subject.info["feature_dim"]
+        feed = make_feed(config, encoder, width, train, val, show)
+        about = checkpoint_facts(subject, config)
+        evaluation = LinearEvaluation(config, device, encoder, width, classes, about, log)
+        result.update(train_classifiers(evaluation, feed, train.targets, before))
     log.close()
     if distributed.is_main():
-        write_json(args.save_dir / LINCLS_RESULT, result)
-        print(f"done: {args.save_dir / LINCLS_RESULT}")
+        path = config.saving.save_dir / LINCLS_RESULT
+        write_json(path, result)
+        print(f"done: {path}")
 
 
-def open_splits(
-    args: argparse.Namespace,
-) -> tuple[Images, Images, list[str]]:
-    """Training and validation images with one numbering of the classes; of the training images
-    those whose labels are used, with the digest of their names in `args.labels_digest`."""
-    per_class = args.images_per_class
-    train = open_images(args.dataset, args.data, "train", per_class=per_class)
-    val = open_images(args.dataset, args.data, "val", per_class=per_class, classes=train.classes)
-    args.labels_digest = None
-    if args.labels is not None:
-        if isinstance(args.labels, str):
-            chosen = labels.listed_labels(train, args.labels)
-        else:
-            chosen = labels.percent_of_labels(train, args.labels, args.labels_seed)
-        train = Subset(train, chosen)
-        args.labels_digest = labels.subset_digest(train)
-        if len(train) < args.batch_size and args.epochs and not args.evaluate:
-            raise DataError(
-                f"--labels leaves {len(train)} images to train on, fewer than one batch of "
-                f"{args.batch_size}; lower --batch-size"
-            )
-    return train, val, train.classes
+# ------------------------------------------------------------------------------------------------
+# What is evaluated
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The encoder that is evaluated.
+
+    Args:
+        path: its file.
+        info: what `load_encoder` has found in it.
+        resume_from: the checkpoint of an evaluation to go on with.
+    """
+
+    path: str
+    encoder: FrozenEncoder
+    info: dict
+    resume_from: dict | None
+
+
+def load_subject(device: torch.device, config: LinclsConfig) -> tuple[Subject, LinclsConfig]:
+    """The encoder, and the config with what its file says: how images are to be presented."""
+    path = config.source.pretrained or config.saving.resume
+    encoder, info = checkpoint.load_encoder(path)
+    resume_from = load_resumed(config, encoder) if config.saving.resume else None
+    config = complete(config, path, info, resume_from, device)
+    try:
+        encoders.check_image_size(encoder, config.source.image_size)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; give --image-size") from None
+    encoder.to(device).requires_grad_(config.protocol.finetune)
+    return Subject(path, frozen(encoder, config, device), info, resume_from), config
+
+
+def frozen(encoder: nn.Module, config: LinclsConfig, device: torch.device) -> FrozenEncoder:
+    # On a CPU the order stays as it always was, and with it every bit of the standard protocol.
+    return FrozenEncoder(encoder, amp=config.source.amp, channels_last=device.type == "cuda")
+
+
+def complete(
+    config: LinclsConfig, path: str, info: dict, resume_from: dict | None, device: torch.device
+) -> LinclsConfig:
+    """The config in which nothing is None that a checkpoint tells; the same on all ranks."""
+    seed, folder = distributed.broadcast_object((config.optim.seed, config.saving.save_dir))
+    if resume_from is not None and not config.optim.seed_given:
+        seed = resume_from["args"].get("seed", seed)
+    source, trained = config.source, info["args"]
+    if source.arch is not None and source.arch != info["arch"]:
+        raise CheckpointError(f"{path} is of arch {info['arch']}, got -a {source.arch}")
+    try:
+        source = replace(
+            source,
+            arch=info["arch"],
+            image_size=source.image_size or trained.get("image_size", 224),
+            mean=source.mean or tuple(trained.get("mean", IMAGENET_MEAN)),
+            std=source.std or tuple(trained.get("std", IMAGENET_STD)),
+            amp=source.amp or default_amp(device),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return replace(
+        config,
+        source=source,
+        optim=replace(config.optim, seed=seed),
+        saving=replace(config.saving, save_dir=folder),
+    )
+
+
+def open_splits(config: LinclsConfig) -> tuple[Images, Images, LinclsConfig]:
+    """Training and validation images with one numbering of the classes.
+
+    With --labels the training images are those whose labels are used, and the config has the digest
+    of their names.
+    """
+    data, labels = config.data, config.protocol.labels
+    per_class = data.images_per_class
+    train = open_images(data.dataset, data.data, "train", per_class=per_class)
+    val = open_images(data.dataset, data.data, "val", per_class=per_class, classes=train.classes)
+    if labels is None:
+        return train, val, config
+    if isinstance(labels, str):
+        chosen = listed_labels(train, labels)
+    else:
+        chosen = percent_of_labels(train, labels, config.protocol.labels_seed)
+    train = Subset(train, chosen)
+    if len(train) < config.optim.batch_size and config.trains:
+        raise DataError(
+            f"--labels leaves {len(train)} images to train on, fewer than one batch of "
+            f"{config.optim.batch_size}; lower --batch-size"
+        )
+    protocol = replace(config.protocol, labels_digest=subset_digest(train))
+    return train, val, replace(config, protocol=protocol)
+
+
+# ------------------------------------------------------------------------------------------------
+# Without training
+# ------------------------------------------------------------------------------------------------
 
 
 def run_knn(
-    args: argparse.Namespace,
-    source: str,
-    backbone: Frozen,
-    bank: DataLoader,
-    val: DataLoader,
-    classes: int,
-    device: torch.device,
+    subject: Subject,
+    config: LinclsConfig,
+    show: Presentation,
+    train: Images,
+    val: Images,
 ) -> dict:
     """Weighted k-NN from the backbone's features or from the projection head's output."""
-    encoder = backbone
-    if args.knn_layer == "projection":
-        whole = checkpoint.load_encoder(source, head="projection")[0].to(device)
-        encoder = Frozen(whole, amp=args.amp, channels_last=device.type == "cuda")
-    found = evaluate.knn_accuracy(
+    knn, encoder, classes = config.knn, subject.encoder, len(train.classes)
+    if knn.knn_layer == "projection":
+        whole = checkpoint.load_encoder(subject.path, head="projection")[0].to(show.device)
+        encoder = frozen(whole, config, show.device)
+    found = knn_accuracy(
         encoder,
-        bank,
-        val,
+        show.loader(train),
+        show.loader(val),
         classes=classes,
-        device=device,
-        mean=args.mean,
-        std=args.std,
-        k=args.knn_k,
-        temperature=args.knn_t,
+        device=show.device,
+        mean=show.mean,
+        std=show.std,
+        k=knn.knn_k,
+        temperature=knn.knn_t,
         progress=functools.partial(progress, description="k-NN features"),
     )
     distributed.print_main(
         f"k-NN top-1 {found['top1']:.2f}, top-{min(5, classes)} {found['top5']:.2f} "
-        f"(k {found['k']}, temperature {args.knn_t:g}, {args.knn_layer}, {found['images']} images)"
+        f"(k {found['k']}, temperature {knn.knn_t:g}, {knn.knn_layer}, {found['images']} images)"
     )
-    return {**found, "temperature": args.knn_t, "layer": args.knn_layer}
+    return {**found, "temperature": knn.knn_t, "layer": knn.knn_layer}
 
 
-def print_start(args: argparse.Namespace, info: dict, device: torch.device, result: dict) -> None:
+def evaluate_classifier(
+    classifier: nn.Linear, subject: Subject, show: Presentation, val: Images
+) -> dict:
+    """Accuracy of a classifier that was saved."""
+    batches = show.features(show.loader(val), subject.encoder)
+    (found,) = head_accuracy(Heads([classifier]), batches, show.device)
+    distributed.print_main(
+        f" * Acc@1 {found['top1']:.3f} Acc@5 {found['top5']:.3f} loss {found['loss']:.4f}"
+    )
+    return {"top1": found["top1"], "top5": found["top5"]}
+
+
+# ------------------------------------------------------------------------------------------------
+# What is said and kept about it
+# ------------------------------------------------------------------------------------------------
+
+
+def describe(subject: Subject, config: LinclsConfig, train: Images, val: Images) -> dict:
+    """The beginning of lincls.json."""
+    info, protocol = subject.info, config.protocol
+    facts = {
+        "checkpoint": str(subject.path),
+        "arch": info["arch"],
+        "pretrained_epochs": info["epoch"],
+        "objective": info["objective"],
+        "classes": len(train.classes),
+        "train_images": len(train),
+        "val_images": len(val),
+    }
+    if protocol.labels is not None:
+        facts["labels"] = {"of": protocol.labels, "digest": protocol.labels_digest}
+    return facts
+
+
+def checkpoint_facts(subject: Subject, config: LinclsConfig) -> dict:
+    """What every checkpoint of a classifier holds beside tensors and accuracies."""
+    info = subject.info
+    kept = {name: info["args"][name] for name in ("objective",) if name in info["args"]}
+    digest = (subject.resume_from or {}).get("pretrained_digest")
+    return {
+        "version": checkpoint.FORMAT_VERSION,
+        "arch": info["arch"],
+        "pretrained_epochs": info["epoch"],
+        "pretrained_digest": digest or encoder_digest(subject.encoder.encoder),
+        "args": {**sorted_flat(config), **kept},
+    }
+
+
+def sorted_flat(config: LinclsConfig) -> dict:
+    return dict(sorted(config.to_flat().items()))
+
+
+def begin_folder(config: LinclsConfig) -> None:
+    """Make the run folder with args.json; all ranks go on when it is there."""
+    if distributed.is_main():
+        folder = config.saving.save_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / ARGS, {**sorted_flat(config), "provenance": provenance()})
+    distributed.barrier()
+
+
+def print_start(subject: Subject, config: LinclsConfig, device: torch.device, facts: dict) -> None:
     """What was found in the checkpoint and what will be done."""
-    say = distributed.print_main
-    say(f"   encoder: {info['arch']}{', small stem' if info['small_stem'] else ''}, "
+    say, info = distributed.print_main, subject.info
+    optim, protocol = config.optim, config.protocol
+    say(
+        f"   encoder: {info['arch']}{', small stem' if info['small_stem'] else ''}, "
         f"{info['feature_dim']} features; all {info['matched']} tensors matched, "
-        f"{len(info['ignored'])} of the file have no place in the backbone")  # fmt: skip
+        f"{len(info['ignored'])} of the file have no place in the backbone"
+    )
     say(f"   trained: {info['objective'] or 'unknown objective'}, epoch {info['epoch']}")
-    say(f"      data: {result['train_images']} training and {result['val_images']} validation "
-        f"images, {result['classes']} classes, {args.image_size} px")  # fmt: skip
-    if args.labels is not None:
-        of = f"{args.labels:g} %" if not isinstance(args.labels, str) else args.labels
-        say(f"    labels: {of}: {result['train_images']} images, digest {args.labels_digest}"
-            + ("; the bank of k-NN is these" if args.knn else ""))  # fmt: skip
-    if args.epochs and not args.evaluate:
-        say(f"  protocol: {protocol_line(args)}")
-    say(f"    device: {device}, {args.processes} process(es), seed {args.seed}, amp {args.amp}")
-    say(f"run folder: {args.save_dir}")
-    scaled = 30.0 * args.batch_size / 256
-    plain = not (args.finetune or args.folds or listed(args.lr))
-    trains = args.epochs and not args.evaluate
-    if trains and plain and abs(args.lr - scaled) > 1e-6 * scaled:
-        say(f"warning: lr {args.lr:g} with batch {args.batch_size} is not the published pair "
-            f"(30 with 256); scaled to this batch it would be --lr {scaled:g}")  # fmt: skip
+    say(
+        f"      data: {facts['train_images']} training and {facts['val_images']} validation "
+        f"images, {facts['classes']} classes, {config.source.image_size} px"
+    )
+    if protocol.labels is not None:
+        is_file = isinstance(protocol.labels, str)
+        of = protocol.labels if is_file else f"{protocol.labels:g} %"
+        bank = "; the bank of k-NN is these" if config.knn.knn else ""
+        say(
+            f"    labels: {of}: {facts['train_images']} images, digest {protocol.labels_digest}"
+            f"{bank}"
+        )
+    if config.trains:
+        say(f"  protocol: {protocol_line(config)}")
+    say(
+        f"    device: {device}, {config.placement.processes} process(es), seed {optim.seed}, "
+        f"amp {config.source.amp}"
+    )
+    say(f"run folder: {config.saving.save_dir}")
+    scaled = 30.0 * optim.batch_size / 256
+    one = len(optim.lr) == 1 and not (protocol.finetune or protocol.folds)
+    if config.trains and one and abs(optim.lr[0] - scaled) > 1e-6 * scaled:
+        say(
+            f"warning: lr {optim.lr[0]:g} with batch {optim.batch_size} is not the published pair "
+            f"(30 with 256); scaled to this batch it would be --lr {scaled:g}"
+        )
 
 
-def protocol_line(args: argparse.Namespace) -> str:
-    rates = ", ".join(f"{lr:g}" for lr in as_list(args.lr))
-    decays = ", ".join(f"{decay:g}" for decay in as_list(args.weight_decay))
-    schedule = f"x{args.schedule_factor:g} at {' '.join(map(str, args.schedule)) or 'no epoch'}"
-    if args.finetune:
-        what = f"fine-tuning, backbone lr {args.lr_backbone:g}, classifier lr {rates}"
-    elif args.cached:
-        views = f"{args.cached_views} random views" if args.cached_views else "centre crops"
+def protocol_line(config: LinclsConfig) -> str:
+    optim, plan, protocol = config.optim, config.schedule, config.protocol
+    rates = ", ".join(f"{lr:g}" for lr in optim.lr)
+    decays = ", ".join(f"{decay:g}" for decay in optim.weight_decay)
+    epochs = " ".join(map(str, plan.schedule)) or "no epoch"
+    if protocol.finetune:
+        what = f"fine-tuning, backbone lr {protocol.lr_backbone:g}, classifier lr {rates}"
+    elif protocol.cached:
+        views = protocol.cached_views
+        views = f"{views} random views" if views else "centre crops"
         what = f"linear on cached features of {views} (not the standard protocol), lr {rates}"
     else:
         what = f"linear, standard (random crops in every epoch), lr {rates}"
-    folds = f"; chosen by {args.folds} folds of the training set" if args.folds else ""
-    return f"{what}, wd {decays}, batch {args.batch_size}, {args.epochs} epochs, {schedule}{folds}"
+    folds = f"; chosen by {protocol.folds} folds of the training set" if protocol.folds else ""
+    return (
+        f"{what}, wd {decays}, batch {optim.batch_size}, {plan.epochs} epochs, "
+        f"x{plan.schedule_factor:g} at {epochs}{folds}"
+    )

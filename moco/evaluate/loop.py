@@ -2,190 +2,232 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from moco import distributed
+from moco.config import LinclsConfig
 from moco.errors import TrainingError
-from moco.evaluate import heads as probe
-from moco.evaluate.classifier_io import Writer, restore
-from moco.evaluate.feed import Feed
-from moco.evaluate.heads import Frozen, Heads, Setting
+from moco.evaluate.classifier_io import ClassifierWriter, restore
+from moco.evaluate.feed import CachedFeed, ImageFeed
+from moco.evaluate.heads import (
+    EncoderWithHeads,
+    FrozenEncoder,
+    HeadConfig,
+    HeadResult,
+    HeadTraining,
+    best_head,
+    head_accuracy,
+    head_losses,
+    log_names,
+    new_heads,
+    record_accuracy,
+    zero_diverged_head,
+)
 from moco.log import RunLog, StepPrinter
 from moco.schedule import learning_rate
 
-
-def listed(value: float | list[float]) -> bool:
-    return isinstance(value, list)
+CACHED_SAVE_SECONDS = 60.0
 
 
-def as_list(value: float | list[float]) -> list[float]:
-    return value if listed(value) else [value]
+@dataclass(frozen=True)
+class LinearEvaluation:
+    """What all trainings of one evaluation, on folds and on all images, have in common.
 
-
-@dataclass
-class Probe:
-    """What the stages of one evaluation, folds and the last one, have in common."""
-
-    args: argparse.Namespace
-    device: torch.device
-    frozen: Frozen
-    info: dict
-    classes: int
-    log: RunLog
-    feed: Callable[..., Feed]
-    steps_before: int = 0  # of the stages before this one
-
-
-def train_stage(
-    run: Probe,
-    settings: list[Setting],
-    before: dict,
-    number: int | None = None,
-    fold: tuple[list[int], list[int]] | None = None,
-) -> None:
-    """Train one classifier for each setting, together, and note in it what it has reached.
-
-    `before`: a checkpoint of this stage to go on from, if it has "epoch". `number`: of the fold;
-    None is the last stage, on all images. With --folds only the last epoch is evaluated.
+    Args:
+        config: with everything that the checkpoint tells.
+        about: what every checkpoint holds beside tensors and accuracies.
     """
-    with contextlib.ExitStack() as at_end:
-        _train_stage(run, run.feed(at_end, fold), settings, before, number)
+
+    config: LinclsConfig
+    device: torch.device
+    encoder: FrozenEncoder
+    features: int
+    classes: int
+    about: dict
+    log: RunLog
 
 
-def _train_stage(
-    run: Probe, feed: Feed, settings: list[Setting], before: dict, number: int | None
-) -> None:
-    args, device, encoder = run.args, run.device, run.frozen.encoder
-    torch.manual_seed(args.seed)
-    heads = probe.new_heads(run.info["feature_dim"], run.classes, len(settings)).to(device)
-    optimizer = probe.sgd(heads, settings, args.momentum)
-    base_rates = [one.lr for one in settings]
-    if args.finetune:
-        optimizer.add_param_group(
-            {"params": encoder.parameters(), "weight_decay": args.weight_decay}
+@dataclass(frozen=True)
+class Stage:
+    """One training of all heads: on the images outside one fold, or on all of them.
+
+    Args:
+        steps_before: optimizer steps of the stages before this one.
+        fold: number of the fold that is held out; None with all images.
+        folds_done: top-1 accuracy of each head on the folds before, a row for each.
+    """
+
+    feed: ImageFeed | CachedFeed
+    steps_before: int = 0
+    fold: int | None = None
+    folds_done: Sequence[Sequence[float | None]] = ()
+
+
+def train_heads(
+    evaluation: LinearEvaluation,
+    stage: Stage,
+    configs: Sequence[HeadConfig],
+    resume_from: dict | None,
+) -> list[HeadResult]:
+    """Train one head for each config, together; the encoder too with --finetune.
+
+    With --folds only the last epoch is evaluated.
+
+    Args:
+        resume_from: a checkpoint to go on from, if it is of this stage.
+    """
+    config = evaluation.config
+    with contextlib.closing(stage.feed):
+        loop = _HeadLoop(evaluation, stage, configs)
+        first = config.schedule.start_epoch
+        if resume_from is not None and resume_from.get("fold") == stage.fold:
+            first = restore(loop.training, loop.encoder, resume_from, config, evaluation.classes)
+        loop.start(first)
+        for epoch in range(first, config.schedule.epochs):
+            loop.train_epoch(epoch)
+            loop.end_epoch(epoch)
+        loop.printer.close()
+    return loop.training.results
+
+
+class _HeadLoop:
+    """Heads, optimizer, output and checkpoints of one stage."""
+
+    def __init__(
+        self, evaluation: LinearEvaluation, stage: Stage, configs: Sequence[HeadConfig]
+    ) -> None:
+        self.evaluation, self.stage, self.config = evaluation, stage, evaluation.config
+        self.device, self.encoder = evaluation.device, evaluation.encoder.encoder
+        protocol, optim = self.config.protocol, self.config.optim
+        self.finetune, self.epochs = protocol.finetune, self.config.schedule.epochs
+        self.steps = stage.feed.batches.batches_per_epoch()
+        self.fold_line = {} if stage.fold is None else {"fold": stage.fold}  # for the log
+        self.where = "" if stage.fold is None else f"fold {stage.fold + 1} of {protocol.folds}, "
+        torch.manual_seed(optim.seed)
+        heads = new_heads(evaluation.features, evaluation.classes, len(configs)).to(self.device)
+        backbone = {"encoder": self.encoder, "lr_backbone": protocol.lr_backbone}
+        self.training = HeadTraining(
+            heads, configs, optim.momentum, **(backbone if self.finetune else {})
         )
-        base_rates.append(args.lr_backbone)
-    first_epoch = restore(run, heads, optimizer, settings, before)
-    whole = probe.Network(encoder, heads, args.amp) if args.finetune else heads
-    model = distributed.data_parallel(whole, device)
 
-    steps = len(feed.batches)
-    printer = StepPrinter(
-        total=args.epochs * steps, batch_size=args.batch_size, done=first_epoch * steps
-    )
-    writer = Writer(run, heads, optimizer, settings, number, before.get("folds", []))
-    extra = {} if number is None else {"fold": number}
-    where = "" if number is None else f"fold {number + 1} of {args.folds}, "
-    total, count = torch.zeros(len(settings), device=device), 0
-    for epoch in range(first_epoch, args.epochs):
+    def start(self, first_epoch: int) -> None:
+        heads, config = self.training.heads, self.config
+        whole = EncoderWithHeads(self.encoder, heads, config.source.amp) if self.finetune else heads
+        self.model = distributed.data_parallel(whole, self.device)
+        self.printer = StepPrinter(
+            total=self.epochs * self.steps,
+            batch_size=config.optim.batch_size,
+            done=first_epoch * self.steps,
+        )
+        about = self.evaluation.about
+        if config.protocol.folds:
+            about = {**about, "fold": self.stage.fold, "folds": self.stage.folds_done}
+        interval = CACHED_SAVE_SECONDS if config.protocol.cached else 0.0
+        self.writer = ClassifierWriter(
+            config.saving.save_dir, about, self.encoder, self.training, interval
+        )
+
+    def train_epoch(self, epoch: int) -> None:
+        feed, schedule = self.stage.feed, self.config.schedule
         factor = learning_rate(
             epoch,
             base=1.0,
-            epochs=args.epochs,
-            milestones=args.schedule,
-            factor=args.schedule_factor,
+            epochs=self.epochs,
+            milestones=schedule.schedule,
+            factor=schedule.schedule_factor,
         )
-        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = base * factor
-        for group, one in zip(optimizer.param_groups, settings, strict=False):
-            if one.diverged is not None:
-                group["lr"] = 0.0
-        feed.batches.set_epoch(epoch)
-        encoder.train(args.finetune)  # a frozen encoder uses, and keeps, its running averages
-        for step, batch in enumerate(printer.batches(feed.train), start=1):
-            inputs, target = feed.inputs(batch)
-            losses = probe.head_losses(model(inputs), target)
-            optimizer.zero_grad()
-            losses.sum().backward()
-            optimizer.step()
-            printer.advance()
+        self.training.set_learning_rates(factor)
+        self.encoder.train(self.finetune)  # a frozen encoder uses, and keeps, its running averages
+        total, count = torch.zeros(len(self.training.results), device=self.device), 0
+        for step, batch in enumerate(self.printer.batches(feed.train(epoch)), start=1):
+            inputs, targets = feed.inputs(batch)
+            losses = head_losses(self.model(inputs), targets)
+            self.training.step(losses)
+            self.printer.advance()
             total, count = total + losses.detach(), count + 1
-            if step % args.print_freq == 0 or step == steps:
-                means = [value / count for value in total.tolist()]
+            if step % self.config.saving.print_freq == 0 or step == self.steps:
+                self._report_losses(epoch, step, factor, total, count)
                 total, count = torch.zeros_like(total), 0
-                end_diverged(means, heads, optimizer, settings, epoch, step, run)
-                values = {**probe.by_setting("loss", settings, means), "lr_factor": factor}
-                if len(settings) == 1:
-                    values = {"loss": means[0], "lr": base_rates[0] * factor}
-                values |= printer.rates()
-                run.log.scalars(
-                    "lincls",
-                    run.steps_before + epoch * steps + step,
-                    {"epoch": epoch, **extra, **values},
-                )
-                text = f"{where}epoch [{epoch}/{args.epochs}] step [{step}/{steps}]  loss "
-                text += " ".join(f"{mean:.4f}" for mean in means if math.isfinite(mean))
-                text += f"  lr {', '.join(f'{one.lr * factor:g}' for one in settings)}"
-                printer.line(f"{text}  {values['images_per_s']:.0f} images/s", short=text)
-        ended = epoch + 1 == args.epochs
-        improved = False
-        if ended or not args.folds:
-            if args.finetune:  # rank 0's averages are the ones that are saved
-                distributed.broadcast_buffers(encoder)
-                encoder.eval()
-            found = probe.head_accuracy(heads, feed.held_out(), device)
-            improved = probe.note_accuracy(settings, found, epoch)
-            report_accuracy(run, settings, found, epoch, (epoch + 1) * steps, extra, printer, where)
-        if distributed.is_main():
-            done = run.steps_before + (epoch + 1) * steps
-            writer.write(epoch + 1, done, improved and number is None, ended)
-    run.steps_before += args.epochs * steps
-    printer.close()
 
-
-def report_accuracy(
-    run: Probe,
-    settings: Sequence[Setting],
-    found: list[dict],
-    epoch: int,
-    step: int,
-    extra: dict,
-    printer: StepPrinter,
-    where: str,
-) -> None:
-    one = probe.leading(settings, "last")
-    values = {**one.last, "loss": found[settings.index(one)]["loss"]}
-    if len(settings) > 1:
-        top1 = [accuracy["top1"] for accuracy in found]
-        values |= {"lr": one.lr, "weight_decay": one.weight_decay}
-        values |= probe.by_setting("top1", settings, top1)
-    run.log.scalars("val" if not extra else "held_out", run.steps_before + step,
-                    {**values, **extra})  # fmt: skip
-    text = f" * {where}Acc@1 {one.last['top1']:.3f} Acc@5 {one.last['top5']:.3f} (epoch {epoch}"
-    text += f", the best of {len(settings)}: {one})" if len(settings) > 1 else ")"
-    printer.line(text, f"top-1 {one.last['top1']:.2f}")
-
-
-def end_diverged(
-    losses: Sequence[float],
-    heads: Heads,
-    optimizer: torch.optim.Optimizer,
-    settings: Sequence[Setting],
-    epoch: int,
-    step: int,
-    run: Probe,
-) -> None:
-    """End the classifiers whose mean training loss is NaN or infinite on any rank; with the last
-    one of them the run stops, on all ranks together."""
-    failed = distributed.any_rank(*(not math.isfinite(x) for x in losses), device=run.device)
-    for index, one in enumerate(settings):
-        if failed[index] and one.diverged is None:
-            one.diverged, one.last = epoch, {}
-            if len(settings) > 1:
-                probe.silence(heads.linear[index], optimizer)
-                optimizer.param_groups[index]["lr"] = 0.0
-                distributed.print_main(f"{one} has diverged in epoch {epoch}, step {step}")
-    if all(one.diverged is not None for one in settings):
-        rates = " and ".join(f"{one.lr:g}" for one in settings)
-        raise TrainingError(
-            f"the loss is not finite in epoch {epoch}, step {step} (on rank "
-            f"{distributed.rank()}: {losses[0]:g}); lower --lr {rates}"
-            + (f" or --lr-backbone {run.args.lr_backbone:g}" if run.args.finetune else "")
-            + ", and see that --mean and --std are those of pretraining"
+    def _report_losses(
+        self, epoch: int, step: int, factor: float, total: Tensor, count: int
+    ) -> None:
+        results = self.training.results
+        means = [value / count for value in total.tolist()]
+        self._end_diverged(means, epoch, step)
+        values = {**log_names("loss", results, means), "lr_factor": factor}
+        if len(results) == 1:
+            values = {"loss": means[0], "lr": self.training.base_rates[0] * factor}
+        values |= self.printer.rates()
+        self.evaluation.log.scalars(
+            "lincls", self._steps_done(epoch, step), {"epoch": epoch, **self.fold_line, **values}
         )
+        text = f"{self.where}epoch [{epoch}/{self.epochs}] step [{step}/{self.steps}]  loss "
+        text += " ".join(f"{mean:.4f}" for mean in means if math.isfinite(mean))
+        text += f"  lr {', '.join(f'{head.config.lr * factor:g}' for head in results)}"
+        self.printer.line(f"{text}  {values['images_per_s']:.0f} images/s", short=text)
+
+    def _end_diverged(self, losses: Sequence[float], epoch: int, step: int) -> None:
+        """End the heads whose mean training loss is NaN or infinite on any rank; with the last one
+        of them the run stops, on all ranks together."""
+        training = self.training
+        failed = distributed.any_rank(*(not math.isfinite(x) for x in losses), device=self.device)
+        for index, head in enumerate(training.results):
+            if failed[index] and head.diverged is None:
+                head.diverged, head.last = epoch, {}
+                if len(training.results) > 1:
+                    zero_diverged_head(training.heads.linear[index], training.optimizer)
+                    training.optimizer.param_groups[index]["lr"] = 0.0
+                    distributed.print_main(
+                        f"{head.config} has diverged in epoch {epoch}, step {step}"
+                    )
+        if all(head.diverged is not None for head in training.results):
+            rates = " and ".join(f"{head.config.lr:g}" for head in training.results)
+            backbone = self.config.protocol.lr_backbone
+            raise TrainingError(
+                f"the loss is not finite in epoch {epoch}, step {step} (on rank "
+                f"{distributed.rank()}: {losses[0]:g}); lower --lr {rates}"
+                + (f" or --lr-backbone {backbone:g}" if self.finetune else "")
+                + ", and see that --mean and --std are those of pretraining"
+            )
+
+    def end_epoch(self, epoch: int) -> None:
+        """Evaluate and save, where that is due."""
+        ended, improved = epoch + 1 == self.epochs, False
+        if ended or not self.config.protocol.folds:
+            if self.finetune:  # rank 0's averages are the ones that are saved
+                distributed.broadcast_buffers(self.encoder)
+                self.encoder.eval()
+            found = head_accuracy(self.training.heads, self.stage.feed.held_out(), self.device)
+            improved = record_accuracy(self.training.results, found, epoch)
+            self._report_accuracy(found, epoch)
+        if distributed.is_main():
+            done = self._steps_done(epoch, self.steps)
+            improved = improved and self.stage.fold is None
+            self.writer.write(epoch + 1, done, improved=improved, ended=ended)
+
+    def _report_accuracy(self, found: list[dict], epoch: int) -> None:
+        results = self.training.results
+        head = best_head(results, "last")
+        values = {**head.last, "loss": found[results.index(head)]["loss"]}
+        if len(results) > 1:
+            top1 = [accuracy["top1"] for accuracy in found]
+            values |= {"lr": head.config.lr, "weight_decay": head.config.weight_decay}
+            values |= log_names("top1", results, top1)
+        kind = "val" if self.stage.fold is None else "held_out"
+        step = self._steps_done(epoch, self.steps)
+        self.evaluation.log.scalars(kind, step, {**values, **self.fold_line})
+        text = f" * {self.where}Acc@1 {head.last['top1']:.3f} Acc@5 {head.last['top5']:.3f} "
+        text += f"(epoch {epoch}"
+        text += f", the best of {len(results)}: {head.config})" if len(results) > 1 else ")"
+        self.printer.line(text, f"top-1 {head.last['top1']:.2f}")
+
+    def _steps_done(self, epoch: int, step: int) -> int:
+        """Since the start of the run, after `step` steps of an epoch of this stage."""
+        return self.stage.steps_before + epoch * self.steps + step

@@ -1,4 +1,7 @@
-"""How classifiers are trained and chosen: on all images, or by cross-validation before."""
+"""Protocols of linear evaluation: standard, on cached features, with folds, fine-tuning.
+
+Each is a feed of batches for one way of training heads (`loop.train_heads`).
+"""
 
 from __future__ import annotations
 
@@ -9,113 +12,174 @@ from dataclasses import asdict
 import torch
 
 from moco import distributed
-from moco.data import subsets as labels
+from moco.config import LinclsConfig
+from moco.data.images import Images
+from moco.data.subsets import stratified_folds
 from moco.errors import TrainingError
-from moco.evaluate import heads as probe
-from moco.evaluate.classifier_io import PROTOCOL, VARIANTS, encoder_digest
-from moco.evaluate.heads import Setting
-from moco.evaluate.loop import Probe, as_list, train_stage
+from moco.evaluate.classifier_io import protocol_values
+from moco.evaluate.feature_cache import FeatureCache
+from moco.evaluate.feed import CachedFeed, ImageFeed, Presentation, to_device_if_it_fits
+from moco.evaluate.heads import FrozenEncoder, HeadConfig, HeadResult, best_head
+from moco.evaluate.loop import LinearEvaluation, Stage, train_heads
 
 
-def train_and_choose(run: Probe, targets: list[int], before: dict) -> dict:
-    """Train classifiers on the encoder, from `before` on if that is not empty; for lincls.json."""
-    args, encoder = run.args, run.frozen.encoder
+def make_feed(
+    config: LinclsConfig,
+    encoder: FrozenEncoder,
+    width: int,
+    images: Images,
+    val_images: Images,
+    show: Presentation,
+) -> ImageFeed | CachedFeed:
+    """What the protocol trains on: random crops, or `width` features of each image."""
+    protocol, optim = config.protocol, config.optim
+    common = {"batch_size": optim.batch_size, "seed": optim.seed}
+    if not protocol.cached:
+        val = show.loader(val_images, persistent=True)
+        return ImageFeed(encoder, images, val, show, **common, finetune=protocol.finetune)
+
+    def features(images: Images, views: int) -> torch.Tensor:
+        folder = protocol.cache_dir or config.saving.save_dir / "features"
+        cache = FeatureCache(encoder, images, folder, show, views=views, seed=optim.seed)
+        return cache.features(width)
+
+    views = to_device_if_it_fits(features(images, protocol.cached_views), show.device)
+    val = features(val_images, 0)[0]
+    needs_centre = protocol.folds and protocol.cached_views
+    return CachedFeed(
+        views=views,
+        targets=torch.tensor(images.targets),
+        centre=features(images, 0)[0] if needs_centre else views[0],
+        val=val,
+        val_targets=torch.tensor(val_images.targets),
+        device=show.device,
+        **common,
+    )
+
+
+def train_classifiers(
+    evaluation: LinearEvaluation,
+    feed: ImageFeed | CachedFeed,
+    targets: Sequence[int],
+    resume_from: dict | None,
+) -> dict:
+    """Train heads with all learning rates and weight decays and choose; what lincls.json says.
+
+    Args:
+        targets: of the training images.
+        resume_from: a checkpoint to go on from.
+
+    Raises:
+        TrainingError: all heads have diverged, or the frozen encoder has changed.
+    """
+    config, encoder = evaluation.config, evaluation.encoder.encoder
+    protocol, optim = config.protocol, config.optim
     originally = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    run.info["digest"] = before.get("pretrained_digest") or encoder_digest(encoder)
-    settings = [
-        Setting(lr, decay) for lr in as_list(args.lr) for decay in as_list(args.weight_decay)
-    ]
-    several = len(settings) > 1
-    result: dict = {"evaluation": "cached" if args.cached else "standard"}
-    if args.finetune:
+    configs = [HeadConfig(lr, decay) for lr in optim.lr for decay in optim.weight_decay]
+    result: dict = {"evaluation": "cached" if protocol.cached else "standard"}
+    stage = Stage(feed)
+    if protocol.finetune:
         result["evaluation"] = "finetune"
-    if args.folds:
-        result["folds"] = cross_validate(run, settings, targets, before)
-        chosen = result["folds"]["chosen"]
-        settings = [Setting(chosen["lr"], chosen["weight_decay"])]
-        if before.get("fold") is not None:
-            before = {}  # that was of a fold
-        before = {**before, "folds": [list(row) for row in zip(
-            *(one["top1"] for one in result["folds"]["settings"]), strict=True)]}  # fmt: skip
-    train_stage(run, settings, before)
-
-    if not args.finetune:
+    if protocol.folds:
+        result["folds"], stage = cross_validate(evaluation, feed, configs, targets, resume_from)
+        configs = [HeadConfig(**result["folds"]["chosen"])]
+    results = train_heads(evaluation, stage, configs, resume_from)
+    if not protocol.finetune:
         now = encoder.state_dict()
-        changed = [
-            name for name, tensor in originally.items() if not torch.equal(tensor, now[name])
-        ]
+        changed = [name for name in originally if not torch.equal(originally[name], now[name])]
         if changed:
             raise TrainingError(f"the frozen encoder has changed: {', '.join(changed[:5])}")
-    fate = "fine-tuned" if args.finetune else "unchanged"
+    fate = "fine-tuned" if protocol.finetune else "unchanged"
     fate = f"all {len(originally)} tensors of the encoder are {fate}"
-    protocol = {name: getattr(args, name) for name in PROTOCOL}
-    protocol |= {n: getattr(args, n) for n, usual in VARIANTS.items() if getattr(args, n) != usual}
-    best, last = probe.leading(settings, "best"), probe.leading(settings, "last")
-    result.update(best=best.best, last=last.last, protocol=protocol)
-    say = distributed.print_main
-    if args.folds:
-        say(f"validation top-1 {last.last['top1']:.2f} with {last}, evaluated once; {fate}")
-    elif not several:
-        say(f"best top-1 {best.best['top1']:.2f} (epoch {best.best['epoch']}), "
-            f"last {last.last['top1']:.2f}; {fate}")  # fmt: skip
-    else:
-        for name, one in (("best", best), ("last", last)):
-            result[name] = {**result[name], "lr": one.lr, "weight_decay": one.weight_decay}
-        result["heads"] = [asdict(one) for one in settings]
-        for one in settings:
-            fell = f"diverged in epoch {one.diverged}" if one.diverged is not None else ""
-            say(f"{str(one):>20}  " + (fell or f"best top-1 {one.best['top1']:6.2f} (epoch "
-                f"{one.best['epoch']}), last {one.last['top1']:6.2f}"))  # fmt: skip
-        say(f"best top-1 {best.best['top1']:.2f} with {best}, last {last.last['top1']:.2f} with "
-            f"{last}: chosen on validation, which flatters (--folds does not)")  # fmt: skip
-        say(fate)
+    print_results(results, fate, with_folds=bool(protocol.folds))
+    best, last = best_head(results, "best"), best_head(results, "last")
+    result.update(best=best.best, last=last.last, protocol=protocol_values(config))
+    if len(results) > 1:
+        result["best"] = {**best.best, **asdict(best.config)}
+        result["last"] = {**last.last, **asdict(last.config)}
+        result["heads"] = [head.to_flat() for head in results]
     return result
 
 
+def print_results(results: Sequence[HeadResult], fate: str, *, with_folds: bool) -> None:
+    say = distributed.print_main
+    best, last = best_head(results, "best"), best_head(results, "last")
+    best_top1, last_top1 = f"best top-1 {best.best['top1']:.2f}", f"{last.last['top1']:.2f}"
+    if with_folds:
+        say(f"validation top-1 {last_top1} with {last.config}, evaluated once; {fate}")
+    elif len(results) == 1:
+        say(f"{best_top1} (epoch {best.best['epoch']}), last {last_top1}; {fate}")
+    else:
+        for head in results:
+            line = f"diverged in epoch {head.diverged}"
+            if head.diverged is None:
+                line = f"best top-1 {head.best['top1']:6.2f} (epoch {head.best['epoch']}), "
+                line += f"last {head.last['top1']:6.2f}"
+            say(f"{head.config!s:>20}  {line}")
+        say(
+            f"{best_top1} with {best.config}, last {last_top1} with {last.config}: chosen on "
+            "validation, which flatters (--folds does not)"
+        )
+        say(fate)
+
+
+# ------------------------------------------------------------------------------------------------
+# Cross-validation
+# ------------------------------------------------------------------------------------------------
+
+
 def cross_validate(
-    run: Probe, settings: Sequence[Setting], targets: list[int], before: dict
-) -> dict:
+    evaluation: LinearEvaluation,
+    feed: ImageFeed | CachedFeed,
+    configs: Sequence[HeadConfig],
+    targets: Sequence[int],
+    resume_from: dict | None,
+) -> tuple[dict, Stage]:
     """Accuracy of each setting on each fold of the training set that it was not trained on.
 
     Returns:
         {"count", "settings": for each its lr, weight_decay, top1 of each fold, mean and standard
-        deviation (None for all where it has diverged), "chosen": that of highest mean}.
+        deviation (None for all where it has diverged), "chosen": that of highest mean}, and the
+        stage that follows, on all images.
     """
-    args, say = run.args, distributed.print_main
-    parts = labels.stratified_folds(targets, args.folds, args.seed)
-    table: list[list[float | None]] = [list(row) for row in before.get("folds", [])]
-    for number, held_out in enumerate(parts):
+    config = evaluation.config
+    folds, batch_size = config.protocol.folds, config.optim.batch_size
+    # For each fold that is done the top-1 accuracy of each setting.
+    table = [list(row) for row in (resume_from or {}).get("folds", [])]
+    steps = 0
+    for number, held_out in enumerate(stratified_folds(targets, folds, config.optim.seed)):
         outside = set(held_out)
         rest = [index for index in range(len(targets)) if index not in outside]
         if number >= len(table):
-            here = [Setting(one.lr, one.weight_decay) for one in settings]
-            going_on = before if before.get("fold") == number else {}
-            going_on = {**going_on, "folds": table}
-            train_stage(run, here, going_on, number, (rest, held_out))
-            table.append([one.last.get("top1") for one in here])
-            values = {str(s): top1 for s, top1 in zip(settings, table[-1], strict=True)}
-            accuracies = ", ".join(f"{v:.2f} ({s})" for s, v in values.items() if v is not None)
-            say(f"fold {number + 1} of {args.folds}, {len(held_out)} images held out: {accuracies}")
-        else:
-            run.steps_before += args.epochs * (len(rest) // args.batch_size)
+            stage = Stage(feed.fold(rest, held_out), steps, number, table)
+            results = train_heads(evaluation, stage, configs, resume_from)
+            table.append([head.last.get("top1") for head in results])
+            accuracies = ", ".join(
+                f"{top1:.2f} ({head})"
+                for head, top1 in zip(configs, table[-1], strict=True)
+                if top1 is not None
+            )
+            distributed.print_main(
+                f"fold {number + 1} of {folds}, {len(held_out)} images held out: {accuracies}"
+            )
+        steps += config.schedule.epochs * (len(rest) // batch_size)
+    return _choose(configs, table), Stage(feed, steps, None, table)
+
+
+def _choose(configs: Sequence[HeadConfig], table: Sequence[Sequence[float | None]]) -> dict:
     summary = []
-    for one, column in zip(settings, zip(*table, strict=True), strict=True):
-        whole = None not in column
-        summary.append({
-            "lr": one.lr, "weight_decay": one.weight_decay, "top1": list(column),
-            "mean": statistics.fmean(column) if whole else None,
-            "std": statistics.stdev(column) if whole else None,
-        })  # fmt: skip
+    for head, column in zip(configs, zip(*table, strict=True), strict=True):
+        row = {**asdict(head), "top1": list(column), "mean": None, "std": None}
+        if None not in column:
+            row |= {"mean": statistics.fmean(column), "std": statistics.stdev(column)}
+        summary.append(row)
     usable = [row for row in summary if row["mean"] is not None]
     if not usable:
         raise TrainingError("each setting has diverged in some fold; give a lower --lr")
     chosen = max(usable, key=lambda row: row["mean"])
-    for row in summary:
+    for head, row in zip(configs, summary, strict=True):
         mean = "diverged" if row["mean"] is None else f"{row['mean']:.2f} +- {row['std']:.2f}"
-        say(f"{Setting(row['lr'], row['weight_decay'])!s:>20}  held-out top-1 {mean}"
-            + ("  <- chosen" if row is chosen else ""))  # fmt: skip
-    return {
-        "count": args.folds,
-        "settings": summary,
-        "chosen": {name: chosen[name] for name in ("lr", "weight_decay")},
-    }
+        mark = "  <- chosen" if row is chosen else ""
+        distributed.print_main(f"{head!s:>20}  held-out top-1 {mean}{mark}")
+    chosen = {name: chosen[name] for name in ("lr", "weight_decay")}
+    return {"count": len(table), "settings": summary, "chosen": chosen}

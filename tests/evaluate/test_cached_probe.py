@@ -22,7 +22,7 @@ from moco.data.images import open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from moco.encoders import build_encoder
 from moco.evaluate.feature_cache import without_batch_norm
-from moco.evaluate.heads import Frozen, head_losses, new_heads
+from moco.evaluate.heads import FrozenEncoder, head_losses, new_heads
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +165,7 @@ def test_frozen_features_enter_autograd(pretrained, amp):
     encoder, _ = load_encoder(pretrained)
     images = torch.randn(4, 3, 32, 32)
     plain = encoder(images).detach()
-    frozen = Frozen(encoder, amp=amp, channels_last=True)
+    frozen = FrozenEncoder(encoder, amp=amp, channels_last=True)
     features = frozen(images)
     assert features.dtype == torch.float32 and not features.requires_grad
     assert not features.is_inference()

@@ -15,6 +15,7 @@ from torch import nn
 
 import main_lincls
 from moco.checkpoint import load_encoder
+from moco.cli import lincls_config
 from moco.data import loader
 from moco.data import subsets as labels
 from moco.data.images import FolderImages, Subset, open_images
@@ -156,10 +157,10 @@ def test_knn_is_of_the_encoder_before_and_leaves_the_training_as_it_is(data, pre
 )
 def test_defaults_are_swavs(data, pretrained, flags, expected):
     argv = [*TINY, "--finetune", *flags.split(), "--pretrained", str(pretrained), str(data)]
-    args = main_lincls.parse_args(argv)
+    values = lincls_config(argv).to_flat()
     names = ("lr", "lr_backbone", "epochs", "schedule", "schedule_factor")
-    assert tuple(getattr(args, name) for name in names) == expected
-    assert args.weight_decay == 0
+    assert tuple(values[name] for name in names) == expected
+    assert values["weight_decay"] == 0
 
 
 def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path, capsys):
@@ -247,8 +248,8 @@ def test_flags_that_do_not_fit_are_refused_at_parse_time(data, pretrained, capsy
 
 
 def test_a_url_is_no_missing_file(data):
-    args = main_lincls.parse_args([*TINY, "--pretrained", "https://localhost/x.pth", str(data)])
-    assert args.pretrained == "https://localhost/x.pth"
+    config = lincls_config([*TINY, "--pretrained", "https://localhost/x.pth", str(data)])
+    assert config.source.pretrained == "https://localhost/x.pth"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
 
 import main_lincls
+from moco.cli import lincls_config
 from moco.data.images import open_images
 from moco.data.subsets import stratified_folds
 
@@ -175,11 +176,14 @@ def test_the_papers_imagenet100_probe_runs(data, pretrained):
     assert factors[-1] == pytest.approx(0.2**3) and factors[0] == 1
     last = [line["lr"] for line in read_log(Path("r"), "lincls") if "fold" not in line][-1]
     assert last == pytest.approx(result("r")["folds"]["chosen"]["lr"] * 0.2**3)
-    args = main_lincls.parse_args(
-        shlex.split(f"--epochs 60 --batch-size 32 --lr 10 --schedule 30 40 50 --device cpu "
-                    f"--schedule-factor 0.2 --folds 3 --pretrained {pretrained} {data}")
-    )  # fmt: skip
-    assert (args.lr, args.schedule, args.folds) == (10.0, [30, 40, 50], 3)
+    config = lincls_config(
+        shlex.split(
+            f"--epochs 60 --batch-size 32 --lr 10 --schedule 30 40 50 --device cpu "
+            f"--schedule-factor 0.2 --folds 3 --pretrained {pretrained} {data}"
+        )
+    )
+    chosen = config.optim.lr, config.schedule.schedule, config.protocol.folds
+    assert chosen == ((10.0,), (30, 40, 50), 3)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from PIL import Image
 import main_lincls
 import main_moco
 from moco.checkpoint import load_encoder
+from moco.cli import lincls_config
 
 # 30 training images in batches of 8 are three steps an epoch.
 TINY = shlex.split("--batch-size 8 --lr 0.9375 -j 0 --device cpu --print-freq 1 --seed 5")
@@ -100,15 +101,17 @@ def load(path: Path | str) -> dict:
 def test_commands_of_upstream_parse_and_resolve(tmp_path, pretrained, launch):
     write_images(tmp_path, {"train/a": 256, "val/a": 1}, size=8)
     line = f"-a resnet50 --lr 30.0 --batch-size 256 --pretrained {pretrained} {launch} {tmp_path}"
-    args = main_lincls.parse_args(shlex.split(line))
+    config = lincls_config(shlex.split(line))
+    values = config.to_flat()
     expected = {
         "arch": "resnet50", "lr": 30.0, "batch_size": 256, "epochs": 100, "schedule": [60, 80],
         "schedule_factor": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nodes": 1,
     }  # fmt: skip
     for name, value in expected.items():
-        assert getattr(args, name) == value, name
-    assert args.processes == len(args.devices)
-    assert args.save_dir.parent == Path("results") and "checkpoint_0000" in args.save_dir.name
+        assert values[name] == value, name
+    assert config.placement.processes == len(config.placement.devices)
+    folder = config.saving.save_dir
+    assert folder.parent == Path("results") and "checkpoint_0000" in folder.name
     assert not Path("results").exists()
 
 
@@ -351,7 +354,7 @@ def test_knn_beside_the_probe_is_knn_alone(data, pretrained):
         ("", ["--pretrained CHECKPOINT"]),
         ("--pretrained missing.pth.tar", ["--pretrained", "missing.pth.tar"]),
         ("--resume missing.pth.tar", ["--resume", "missing.pth.tar"]),
-        ("--pretrained .", ["--pretrained", "no such checkpoint"]),
+        ("--pretrained .", ["--pretrained", "expected a checkpoint file or a run folder"]),
         ("--pretrained FILE --epochs 0", ["--epochs 0", "--knn"]),
         ("--pretrained FILE --knn --knn-k 0", ["--knn-k", "0"]),
         ("--pretrained FILE --knn --knn-t 0", ["--knn-t", "0"]),
