@@ -14,18 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    ROOT,
-    differences,
-    finish,
-    free_port,
-    read_log,
-    refusal,
-    start_python,
-    write_images,
-    write_labelled,
-)
+from harness import Processes
+from helpers import differences, read_log, refusal, write_images, write_labelled
 from PIL import Image
+from probes import BEST, LATEST, MAIN, load, result, write_encoder
 
 import main_lincls
 import main_moco
@@ -35,20 +27,6 @@ from moco.cli import lincls_config
 # 30 training images in batches of 8 are three steps an epoch.
 TINY = shlex.split("--batch-size 8 --lr 0.9375 -j 0 --device cpu --print-freq 1 --seed 5")
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
-LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Each test in an empty folder, outside of torchrun."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +52,6 @@ def probe(data, pretrained, tmp_path_factory) -> Path:
 
 def evaluate(data: Path, *flags: object) -> None:
     main_lincls.main([*TINY, *map(str, flags), str(data)])
-
-
-def result(folder: Path | str) -> dict:
-    return json.loads((Path(folder) / "lincls.json").read_text())
-
-
-def load(path: Path | str) -> dict:
-    return torch.load(path, weights_only=True)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -251,10 +221,9 @@ def test_image_size_mean_and_std_come_from_the_checkpoint(data, pretrained, prob
 
 
 def test_small_stem_comes_from_the_checkpoint(data, capsys):
-    flags = "-a resnet18 --small-stem --image-size 32 --batch-size 8 --moco-k 8 --max-steps 0"
-    main_moco.main([*shlex.split(flags), "--device", "cpu", "--save-dir", "r", str(data)])
-    source = "r/step_00000000.pth.tar"
-    evaluate(data, "--pretrained", source, "--epochs", 0, "--knn", "--images-per-class", 3)
+    source = write_encoder(Path("small.pth.tar"), arch="resnet18", small_stem=True)
+    evaluate(data, "--pretrained", source, "--epochs", 0, "--knn", "--images-per-class", 3,
+             "--image-size", 32)  # fmt: skip
     assert "encoder: resnet18, small stem, 512 features" in capsys.readouterr().out
 
 
@@ -579,9 +548,8 @@ def test_more_bad_flags_are_refused_at_parse_time(data, pretrained, capsys, flag
 
 
 def test_an_image_size_that_does_not_fit_the_encoder_is_refused(data, capsys):
-    flags = "-a densenet121 --image-size 32 --batch-size 8 --moco-k 8 --max-steps 0 -j 0"
-    main_moco.main([*shlex.split(flags), "--device", "cpu", "--save-dir", "r", str(data)])
-    argv = [*TINY, "--pretrained", "r/step_00000000.pth.tar", "--image-size", 8, data]
+    source = write_encoder(Path("dense.pth.tar"), arch="densenet121")
+    argv = [*TINY, "--pretrained", source, "--image-size", 8, data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status in (1, 2) and "8 pixels" in message
 
@@ -621,18 +589,15 @@ def odd(tmp_path_factory) -> Path:
     return root
 
 
-def torchrun(*argv: object, cwd: Path) -> str:
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    process = start_python(*start, ROOT / "main_lincls.py", *TINY, *argv, cwd=cwd)
-    status, out, err = finish(process)
-    assert status == 0, err
-    return out
+def run_two(folder: Path, *argv: object) -> str:
+    argv = [*TINY, *argv, "--save-dir", folder]
+    processes = Processes(folder.with_suffix(".out"), *argv, count=2, code=MAIN)
+    assert processes.wait() == [0, 0], processes.output()
+    return processes.output()
 
 
-@pytest.mark.slow
 def test_two_processes_count_every_image_once(odd, pretrained, tmp_path):
-    flags = ["--pretrained", pretrained, "--epochs", 2, "--knn", "--save-dir", "two", odd]
-    out = torchrun(*flags, cwd=tmp_path)
+    out = run_two(tmp_path / "two", "--pretrained", pretrained, "--epochs", 2, "--knn", odd)
     assert "2 process(es)" in out and out.count("run folder:") == 1
     two = result("two")
     assert (two["val_images"], two["knn"]["images"], two["knn"]["k"]) == (7, 7, 30)
@@ -645,11 +610,10 @@ def test_two_processes_count_every_image_once(odd, pretrained, tmp_path):
         assert one["top1"] * 7 / 100 == pytest.approx(round(one["top1"] * 7 / 100))
 
 
-@pytest.mark.slow
 def test_fewer_images_than_processes_are_evaluated(odd, pretrained, tmp_path):
     shutil.copytree(odd, tmp_path / "data")
     for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[1:]:
         path.unlink()
-    flags = ["--pretrained", pretrained, "--epochs", 0, "--knn", "--save-dir", "r", "data"]
-    torchrun(*flags, cwd=tmp_path)
+    flags = ["--pretrained", pretrained, "--epochs", 0, "--knn"]
+    run_two(tmp_path / "r", *flags, tmp_path / "data")
     assert result("r")["knn"]["images"] == 1
