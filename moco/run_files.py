@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 
 ARGS = "args.json"
@@ -30,10 +31,18 @@ def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
 
 def write_json(path: str | Path, content: dict) -> None:
     """Write a small JSON file in one piece."""
+    write_in_one_piece(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_in_one_piece(path: str | Path, text: str) -> None:
+    """Write a small text file whole or not at all, whoever else writes it at the same time."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_log(path: str | os.PathLike) -> tuple[list[dict], list[bytes]]:

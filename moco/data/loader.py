@@ -7,7 +7,6 @@ normalises them, which is a quarter of the bytes to move between processes.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from moco import distributed
 from moco.data import views
 from moco.data.images import Images, in_memory
 from moco.errors import DataError
+from moco.stop import ignore_stop_signals
 
 # ------------------------------------------------------------------------------------------------
 # Random views of images
@@ -213,13 +213,6 @@ class RankShare(Sampler):
         return iter(self.indices)
 
 
-def _ignore_stop_signals(_: int) -> None:
-    """A request to stop is sent to all processes of a job. Workers must live on until the training
-    process has finished its step; they end with it."""
-    for number in distributed.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class TrainLoader:
     """Batches of random views on the device: (view_1, ..., view_n, target, replaced) for each of
     `batches`, a view being (N, 3, S, S) uint8, target (N,) int64 in host memory, and `replaced` one
@@ -250,7 +243,7 @@ class TrainLoader:
             data,
             batch_sampler=batches,
             num_workers=workers,
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # else every epoch draws from the training process's own
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -322,7 +315,7 @@ def eval_loader(
         batch_size=batch_size,
         sampler=RankShare(len(dataset)),
         num_workers=workers,
-        worker_init_fn=_ignore_stop_signals if outlive_stop else None,
+        worker_init_fn=ignore_stop_signals if outlive_stop else None,
         generator=torch.Generator(),
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,
