@@ -134,29 +134,23 @@ def encoder_digest(encoder: nn.Module) -> str:
     return checkpoint.checksum(dict(encoder.state_dict()))
 
 
-def restore(
-    training: HeadTraining, encoder: nn.Module, content: dict, config: LinclsConfig, classes: int
-) -> int:
+def restore(training: HeadTraining, encoder: nn.Module, content: dict, config: LinclsConfig) -> int:
     """Put a checkpoint's state into heads, optimizer and results; returns the first epoch.
 
     Args:
         content: from `load_resumed`, of this training.
     """
-    path, epochs = config.saving.resume, config.schedule.epochs
-    classifier = load_classifier(path, classes)
+    path = config.saving.resume
     if len(training.results) > 1:
         training.heads.load_state_dict(content["heads"])
         training.results[:] = map(HeadResult.from_flat, content["results"])
     else:
+        classifier = encoders.get_head(checkpoint.load_encoder(path, head="linear")[0])
         training.heads.linear[0].load_state_dict(classifier.state_dict())
         training.results[0].best, training.results[0].last = content["best"], content["last"]
     if config.protocol.finetune:
         encoder.load_state_dict(content["encoder"])
     training.optimizer.load_state_dict(content["optimizer"])
-    if content["epoch"] > epochs:
-        raise CheckpointError(
-            f"{path} has {content['epoch']} epochs done, more than --epochs {epochs}"
-        )
     distributed.print_main(f"resuming {path} after epoch {content['epoch'] - 1}")
     return content["epoch"]
 
@@ -175,17 +169,18 @@ def protocol_values(config: LinclsConfig) -> dict:
     return {name: flat[name] for name, since in fields.items() if flat[name] not in (None, since)}
 
 
-def refuse_changes(saved: dict, config: LinclsConfig) -> None:
+def refuse_changes(content: dict, config: LinclsConfig, classes: int) -> None:
     """A probe that goes on under another protocol would be no known protocol.
 
     Args:
-        saved: "args" of the checkpoint to go on from.
+        content: of the checkpoint to go on from.
 
     Raises:
-        CheckpointError: names what has changed.
+        CheckpointError: names what has changed; other classes; more epochs than there shall be.
     """
-    now = config.to_flat()
-    was = {n: since for n, since in _learning_fields().items() if since is not UNKNOWN} | saved
+    path, epochs, now = config.saving.resume, config.schedule.epochs, config.to_flat()
+    was = {n: since for n, since in _learning_fields().items() if since is not UNKNOWN}
+    was |= content["args"]
     changes = [
         f"{name}: {was[name]!r} before, {now[name]!r} now"
         for name in _learning_fields()
@@ -195,9 +190,15 @@ def refuse_changes(saved: dict, config: LinclsConfig) -> None:
     ]
     if changes:
         raise CheckpointError(
-            f"{config.saving.resume} was trained with other arguments ({'; '.join(changes)}); use "
-            "those, or another --save-dir"
+            f"{path} was trained with other arguments ({'; '.join(changes)}); use those, or "
+            "another --save-dir"
         )
+    if config.trains:
+        load_classifier(path, classes)
+        if content["epoch"] > epochs:
+            raise CheckpointError(
+                f"{path} has {content['epoch']} epochs done, more than --epochs {epochs}"
+            )
 
 
 def _learning_fields() -> dict:

@@ -45,10 +45,10 @@ def _evaluate(device: torch.device, config: LinclsConfig) -> None:
     saved = load_classifier(subject.path, classes) if config.source.evaluate else None
     result = describe(subject, config, train, val)
     before = subject.resume_from
+    if before is not None:
+        refuse_changes(before, config, classes)
     begin_folder(config)
     print_start(subject, config, device, result)
-    if before is not None:
-        refuse_changes(before["args"], config)
     steps_done = before["args"].get("steps_done", 0) if before is not None else 0
     log = RunLog(config.saving.save_dir, first_step=steps_done)
 
@@ -83,12 +83,14 @@ class Subject:
     Args:
         path: its file.
         info: what `load_encoder` has found in it.
+        knn_encoder: what k-NN compares features of, the encoder or the whole network.
         resume_from: the checkpoint of an evaluation to go on with.
     """
 
     path: str
     encoder: FrozenEncoder
     info: dict
+    knn_encoder: FrozenEncoder
     resume_from: dict | None
 
 
@@ -102,13 +104,18 @@ def load_subject(device: torch.device, config: LinclsConfig) -> tuple[Subject, L
         encoders.check_image_size(encoder, config.source.image_size)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; give --image-size") from None
-    encoder.to(device).requires_grad_(config.protocol.finetune)
-    return Subject(path, frozen(encoder, config, device), info, resume_from), config
+    encoder = frozen(encoder.requires_grad_(config.protocol.finetune), config, device)
+    knn_encoder = encoder
+    if config.knn.knn and config.knn.knn_layer == "projection":
+        whole, _ = checkpoint.load_encoder(path, head="projection")
+        knn_encoder = frozen(whole, config, device)
+    return Subject(path, encoder, info, knn_encoder, resume_from), config
 
 
 def frozen(encoder: nn.Module, config: LinclsConfig, device: torch.device) -> FrozenEncoder:
     # On a CPU the order stays as it always was, and with it every bit of the standard protocol.
-    return FrozenEncoder(encoder, amp=config.source.amp, channels_last=device.type == "cuda")
+    channels_last = device.type == "cuda"
+    return FrozenEncoder(encoder.to(device), amp=config.source.amp, channels_last=channels_last)
 
 
 def complete(
@@ -150,20 +157,26 @@ def open_splits(config: LinclsConfig) -> tuple[Images, Images, LinclsConfig]:
     per_class = data.images_per_class
     train = open_images(data.dataset, data.data, "train", per_class=per_class)
     val = open_images(data.dataset, data.data, "val", per_class=per_class, classes=train.classes)
-    if labels is None:
-        return train, val, config
-    if isinstance(labels, str):
-        chosen = listed_labels(train, labels)
-    else:
-        chosen = percent_of_labels(train, labels, config.protocol.labels_seed)
-    train = Subset(train, chosen)
-    if len(train) < config.optim.batch_size and config.trains:
+    folds, batch_size = config.protocol.folds, config.optim.batch_size
+    if labels is not None:
+        if isinstance(labels, str):
+            chosen = listed_labels(train, labels)
+        else:
+            chosen = percent_of_labels(train, labels, config.protocol.labels_seed)
+        train = Subset(train, chosen)
+        protocol = replace(config.protocol, labels_digest=subset_digest(train))
+        config = replace(config, protocol=protocol)
+        if len(train) < batch_size and config.trains:
+            raise DataError(
+                f"--labels leaves {len(train)} images to train on, fewer than one batch of "
+                f"{batch_size}; lower --batch-size"
+            )
+    least = len(train) - (-(-len(train) // folds) if folds else 0)  # without the largest fold
+    if least < batch_size and config.trains:
         raise DataError(
-            f"--labels leaves {len(train)} images to train on, fewer than one batch of "
-            f"{config.optim.batch_size}; lower --batch-size"
+            f"{least} images are fewer than one batch of {batch_size}; lower --batch-size"
         )
-    protocol = replace(config.protocol, labels_digest=subset_digest(train))
-    return train, val, replace(config, protocol=protocol)
+    return train, val, config
 
 
 # ------------------------------------------------------------------------------------------------
@@ -179,12 +192,9 @@ def run_knn(
     val: Images,
 ) -> dict:
     """Weighted k-NN from the backbone's features or from the projection head's output."""
-    knn, encoder, classes = config.knn, subject.encoder, len(train.classes)
-    if knn.knn_layer == "projection":
-        whole = checkpoint.load_encoder(subject.path, head="projection")[0].to(show.device)
-        encoder = frozen(whole, config, show.device)
+    knn, classes = config.knn, len(train.classes)
     found = knn_accuracy(
-        encoder,
+        subject.knn_encoder,
         show.loader(train),
         show.loader(val),
         classes=classes,

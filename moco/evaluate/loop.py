@@ -87,7 +87,7 @@ def train_heads(
         loop = _HeadLoop(evaluation, stage, configs)
         first = config.schedule.start_epoch
         if resume_from is not None and resume_from.get("fold") == stage.fold:
-            first = restore(loop.training, loop.encoder, resume_from, config, evaluation.classes)
+            first = restore(loop.training, loop.encoder, resume_from, config)
         loop.start(first)
         for epoch in range(first, config.schedule.epochs):
             loop.train_epoch(epoch)

@@ -235,8 +235,9 @@ def test_folds_go_on_with_as_many(data, pretrained, folded, capsys):
 
 def test_fewer_images_in_a_fold_than_a_batch(data, pretrained, capsys):
     argv = [*TINY, "--folds", 2, "--batch-size", 32, "--pretrained", pretrained, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
+    status, message = refusal(main_lincls.main, [*argv, "--save-dir", "r"], capsys)
     assert status == 1 and "24 images" in message and "lower --batch-size" in message
+    assert not Path("r").exists()
 
 
 def test_two_processes_choose_alike(data, pretrained, tmp_path):

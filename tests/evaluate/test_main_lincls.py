@@ -427,23 +427,20 @@ def test_evaluate_needs_a_classifier_of_these_classes(data, pretrained, probe, c
     assert str(pretrained) in message and "projection head" in message and "linear" in message
 
     two = write_labelled(tmp_path / "two", classes=2)
-    for flags in (["-e", "--pretrained", probe / BEST], ["--resume", probe / LATEST]):
-        status, message = refusal(main_lincls.main, [*TINY, *flags, two], capsys)
-        assert status == 1
-        assert "classifies 3 classes, the data has 2" in message
+    argv = [*TINY, "-e", "--pretrained", probe / BEST, two]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "classifies 3 classes, the data has 2" in message
 
 
 def test_what_a_file_lacks_is_named(data, pretrained, probe, capsys):
     knn = ["--knn", "--knn-layer", "projection", "--epochs", 0]
-    argv = [*TINY, *knn, "--pretrained", probe / BEST, data]
+    argv = [*TINY, *knn, "--pretrained", probe / BEST, "--save-dir", "r", data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status == 1 and "linear head" in message and "projection was asked for" in message
+    assert not Path("r").exists()
     argv = [*TINY, "--resume", pretrained, data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status == 1 and str(pretrained) in message
-    argv = [*TINY, "--resume", probe / LATEST, "--epochs", 2, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "3 epochs done" in message and "--epochs 2" in message
 
 
 def test_a_probe_killed_before_its_result_was_written_is_finished(
@@ -464,20 +461,36 @@ def test_a_probe_killed_before_its_result_was_written_is_finished(
     assert result["checkpoint"] == str(pretrained)
 
 
-def test_a_probe_of_another_encoder_is_not_gone_on_with(data, pretrained, probe, tmp_path, capsys):
-    content = torch.load(pretrained, weights_only=True)
-    content.pop("checksum", None)
-    content["state_dict"]["module.encoder_q.conv1.weight"][0, 0, 0, 0] += 1
-    torch.save(content, other := tmp_path / "other.pth.tar")
-    argv = [*TINY, "--pretrained", other, "--resume", probe / LATEST, "--epochs", 3, data]
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--lr 3", ["lr: ", "before, 3.0 now"]),
+        ("--batch-size 4", ["batch_size: 8 before, 4 now"]),
+        ("--image-size 16", ["image_size: 32 before, 16 now"]),
+        ("--labels 50", ["labels_digest: None before"]),
+        ("--images-per-class 5", ["images_per_class: None before, 5 now"]),
+        ("--epochs 2", ["3 epochs done", "--epochs 2"]),
+        ("--pretrained OTHER", ["another encoder", "other.pth.tar"]),
+        ("TWO", ["classifies 3 classes, the data has 2"]),
+    ],
+)
+def test_a_resume_that_is_refused_leaves_the_folder_as_it_was(
+    data, pretrained, probe, tmp_path, capsys, flags, named
+):
+    """args.json too: the next resume, and reports, read what the classifier was trained with."""
+    shutil.copytree(probe, folder := tmp_path / "r")
+    two = write_labelled(tmp_path / "two", classes=2) if flags == "TWO" else data
+    if "OTHER" in flags:
+        write_encoder(tmp_path / "other.pth.tar", seed=1)
+        flags = f"--pretrained {tmp_path / 'other.pth.tar'}"
+    before = {path: path.read_bytes() for path in folder.rglob("*")}
+    argv = [*TINY, "--epochs", 4, "--save-dir", folder, "--resume", "auto"]
+    argv += [*shlex.split(flags.replace("TWO", "")), two]
     status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "another encoder" in message and str(other) in message
-
-
-def test_a_probe_does_not_go_on_under_another_protocol(data, probe, capsys):
-    argv = [*TINY, "--resume", probe / LATEST, "--epochs", 4, "--lr", 3, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "lr: " in message and "before, 3.0 now" in message
+    assert status == 1
+    for part in named:
+        assert part in message, message
+    assert {path: path.read_bytes() for path in folder.rglob("*")} == before
 
 
 # ------------------------------------------------------------------------------------------------
