@@ -269,6 +269,7 @@ def begin_folder(config: LinclsConfig) -> None:
     if distributed.is_main():
         folder = config.saving.save_dir
         folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.remove_unfinished(folder)
         write_json(folder / ARGS, {**sorted_flat(config), "provenance": provenance()})
     distributed.barrier()
 

@@ -9,10 +9,11 @@ written whole or not at all and has a checksum; one that is missing or damaged i
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ from moco.evaluate.heads import FrozenEncoder
 from moco.run_files import write_json
 
 SHARD = 1024  # images per file; a small data set is cut into 8
+
+IN_USE = ".in_use"  # a file that processes lock while they use the folder
 
 Shard = tuple[int, int]  # (view, index of its first image)
 
@@ -92,10 +95,7 @@ class FeatureCache:
             "pillow": PIL.__version__,
             "torchvision": torchvision.__version__,
         }
-        self.folder = Path(folder) / checkpoint.checksum(key)[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if distributed.is_main():
-            write_json(self.folder / "key.json", key)
+        self.key, self.folder = key, Path(folder) / checkpoint.checksum(key)[:16]
         self.size = min(SHARD, -(-len(images) // 8))
         starts = range(0, len(images), self.size)
         self.shards = [(view, start) for view in range(max(1, views)) for start in starts]
@@ -113,8 +113,28 @@ class FeatureCache:
             DataError: an image cannot be read; a feature is too large for half precision; the
                 folder is not the same for all ranks.
         """
-        count, passes = len(self.images), max(1, self.views)
-        whole = torch.empty(passes, count, width, dtype=torch.float16)
+        whole = torch.empty(max(1, self.views), len(self.images), width, dtype=torch.float16)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._in_use():
+            self._fill_all(whole)
+        return whole
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Hold the folder together with other processes that use it. One that finds it free clears
+        away what killed ones have left; on a file system without locks that stays."""
+        with open(self.folder / IN_USE, "a+") as file:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                checkpoint.remove_unfinished(self.folder)
+            with contextlib.suppress(OSError):
+                fcntl.lockf(file, fcntl.LOCK_SH)
+            yield
+
+    def _fill_all(self, whole: Tensor) -> None:
+        if distributed.is_main():
+            write_json(self.folder / "key.json", self.key)
+        passes, count = whole.shape[:2]
         mine = self.shards[distributed.rank() :: distributed.world_size()]
         filled = {shard for shard in mine if self._fill(whole, shard)}
         missing = [shard for shard in mine if shard not in filled]
@@ -131,7 +151,6 @@ class FeatureCache:
                     f"{self._path(shard)} is not there: all processes must see the same folder; "
                     "give one by --cache-dir"
                 )
-        return whole
 
     def _fill(self, whole: Tensor, shard: Shard) -> bool:
         """Read a file into its place; False where there is none that can be used."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -284,24 +285,69 @@ def test_what_is_missing_or_damaged_is_made_again(data, pretrained, cache, capsy
     torch.testing.assert_close(load(path)["features"], expected, rtol=2e-3, atol=1e-3)
 
 
-def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path):
-    write_images(tmp_path / "data", {f"train/{c}": 32 for c in "ab"} | {"val/a": 2, "val/b": 2})
-    argv = [*TINY, "--cached", "--lr", 1, "--epochs", 5, "--pretrained", pretrained]
-    argv += ["--save-dir", tmp_path / "run", "--cached-views", 5, tmp_path / "data"]
-    first = Processes(tmp_path / "first", *argv, code=MAIN)
-    while len(files(tmp_path / "run")) < 3:
-        assert first.running(), first.output()
+def start_extraction(folder: Path, pretrained: Path, cache: Path) -> Processes:
+    """A process that is to write 40 files of features; returns when three are there."""
+    write_images(folder / "data", {f"train/{c}": 32 for c in "ab"} | {"val/a": 2, "val/b": 2})
+    argv = [*TINY, *extraction(folder, pretrained, cache), "--save-dir", folder / "killed"]
+    process = Processes(folder / "first", *argv, code=MAIN)
+    while len(files(cache)) < 3:
+        assert process.running(), process.output()
         time.sleep(0.005)
+    return process
+
+
+def extraction(folder: Path, pretrained: Path, cache: Path) -> list:
+    flags = ["--cached", "--lr", 1, "--epochs", 5, "--cached-views", 5, "--cache-dir", cache]
+    return [*flags, "--pretrained", pretrained, folder / "data"]
+
+
+def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    first = start_extraction(tmp_path, pretrained, cache)
     first.kill()
     first.wait()
-    kept = files(tmp_path / "run")
-    assert len(kept) < 40 and not (tmp_path / "run" / "lincls.json").exists()
-    second = Processes(tmp_path / "second", *argv, code=MAIN)
-    assert second.wait() == [0], second.output()
-    assert f"{len(kept)} of 40 files are there" in second.output()
-    assert {name: files(tmp_path / "run")[name] for name in kept} == kept
-    main_lincls.main([*map(str, argv[:-1]), "--save-dir", "whole", str(argv[-1])])
-    assert torch.equal(classifier(f"whole/{LATEST}"), classifier(f"run/{LATEST}"))
+    kept = files(cache)
+    (left,) = cache.iterdir()
+    (left / ".view_004_from_00000056.pth.tar.0123abcd.tmp").write_bytes(b"half of it")
+    assert len(kept) < 40 and not (tmp_path / "killed" / "lincls.json").exists()
+    main_lincls.main(
+        [*map(str, [*TINY, *extraction(tmp_path, pretrained, cache)]), "--save-dir", "on"]
+    )
+    assert f"{len(kept)} of 40 files are there" in capsys.readouterr().out
+    assert {name: files(cache)[name] for name in kept} == kept
+    assert not list(tmp_path.rglob("*.tmp"))
+    other = [*TINY, *extraction(tmp_path, pretrained, tmp_path / "other")]
+    main_lincls.main([*map(str, other), "--save-dir", "whole"])
+    assert torch.equal(classifier(f"whole/{LATEST}"), classifier(f"on/{LATEST}"))
+
+
+def test_what_a_living_process_writes_is_left_alone(pretrained, tmp_path):
+    cache = tmp_path / "cache"
+    first = start_extraction(tmp_path, pretrained, cache)
+    first.kill(signal.SIGSTOP)
+    (folder,) = cache.iterdir()
+    (folder / ".view.pth.tar.0123abcd.tmp").write_bytes(b"half of it")
+    argv = [*map(str, [*TINY, *extraction(tmp_path, pretrained, cache)]), "--save-dir"]
+    main_lincls.main([*argv, "beside"])
+    assert list(folder.glob(".view*.tmp"))
+    first.kill(signal.SIGCONT)
+    assert first.wait() == [0], first.output()
+    main_lincls.main([*argv, "after"])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_three_probes_share_a_cache(data, pretrained, tmp_path):
+    flags = [*TINY, "--cached", "--lr", 1, "--epochs", 1, "--cache-dir", tmp_path / "cache"]
+    flags += ["--pretrained", pretrained]
+    runs = [
+        Processes(tmp_path / f"out{i}", *flags, "--save-dir", tmp_path / f"r{i}", data, code=MAIN)
+        for i in range(3)
+    ]
+    for run in runs:
+        assert run.wait() == [0], run.output()
+    first, *others = [classifier(f"r{i}/{LATEST}") for i in range(3)]
+    assert all(torch.equal(first, other) for other in others)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def other_encoder(data: Path, pretrained: Path) -> tuple[Path, Path, str]:

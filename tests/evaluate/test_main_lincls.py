@@ -168,7 +168,10 @@ def test_same_seed_same_classifier_with_any_number_of_workers(data, pretrained, 
 
 def test_a_resumed_evaluation_ends_like_one_that_was_not_cut_off(data, pretrained, probe):
     evaluate(data, "--pretrained", pretrained, "--epochs", 2, "--save-dir", "cut")
+    for left in (f".{LATEST}.123.tmp", ".lincls.json.0123abcd.tmp", ".args.json.tmp"):
+        Path("cut", left).write_bytes(b"of a process that was killed")
     evaluate(data, "--resume", f"cut/{LATEST}", "--epochs", 3, "--save-dir", "cut")
+    assert not list(Path("cut").glob("*.tmp"))
     for name in (LATEST, BEST):
         a, b = load(probe / name), load(f"cut/{name}")
         for content in (a, b):
