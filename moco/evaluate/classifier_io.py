@@ -165,7 +165,7 @@ def protocol_values(config: LinclsConfig) -> dict:
 
     These are the config's fields of resume class LEARNS.
     """
-    flat, fields = config.to_flat(), _learning_fields()
+    flat, fields = config.to_flat(), _learning_fields(config)
     return {name: flat[name] for name, since in fields.items() if flat[name] not in (None, since)}
 
 
@@ -179,11 +179,12 @@ def refuse_changes(content: dict, config: LinclsConfig, classes: int) -> None:
         CheckpointError: names what has changed; other classes; more epochs than there shall be.
     """
     path, epochs, now = config.saving.resume, config.schedule.epochs, config.to_flat()
-    was = {n: since for n, since in _learning_fields().items() if since is not UNKNOWN}
+    fields = _learning_fields(config)
+    was = {name: since for name, since in fields.items() if since is not UNKNOWN}
     was |= content["args"]
     changes = [
         f"{name}: {was[name]!r} before, {now[name]!r} now"
-        for name in _learning_fields()
+        for name in fields
         if name != "epochs"  # more of them go on as the whole would have
         and name in was
         and was[name] != now[name]
@@ -201,10 +202,12 @@ def refuse_changes(content: dict, config: LinclsConfig, classes: int) -> None:
             )
 
 
-def _learning_fields() -> dict:
+def _learning_fields(config: LinclsConfig) -> dict:
     """Flat names of the fields that decide what is learned -> value before the field existed."""
-    return {
+    fields = {
         field.name: field.metadata["since"]
         for field in option_fields(LinclsConfig)
         if field.metadata["resume"] == LEARNS
     }
+    # When fine-tuning, batch norm takes the statistics of each process's share of the batch.
+    return {**fields, "processes": UNKNOWN} if config.protocol.finetune else fields

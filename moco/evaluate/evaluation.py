@@ -20,7 +20,7 @@ from moco.evaluate.classifier_io import (
     refuse_changes,
 )
 from moco.evaluate.feed import Presentation
-from moco.evaluate.heads import FrozenEncoder, Heads, default_amp, head_accuracy
+from moco.evaluate.heads import FrozenEncoder, Heads, head_accuracy
 from moco.evaluate.knn import knn_accuracy
 from moco.evaluate.loop import LinearEvaluation
 from moco.evaluate.protocol import make_feed, train_classifiers
@@ -99,7 +99,7 @@ def load_subject(device: torch.device, config: LinclsConfig) -> tuple[Subject, L
     path = config.source.pretrained or config.saving.resume
     encoder, info = checkpoint.load_encoder(path)
     resume_from = load_resumed(config, encoder) if config.saving.resume else None
-    config = complete(config, path, info, resume_from, device)
+    config = complete(config, path, info, resume_from)
     try:
         encoders.check_image_size(encoder, config.source.image_size)
     except ValueError as error:
@@ -118,9 +118,7 @@ def frozen(encoder: nn.Module, config: LinclsConfig, device: torch.device) -> Fr
     return FrozenEncoder(encoder.to(device), amp=config.source.amp, channels_last=channels_last)
 
 
-def complete(
-    config: LinclsConfig, path: str, info: dict, resume_from: dict | None, device: torch.device
-) -> LinclsConfig:
+def complete(config: LinclsConfig, path: str, info: dict, resume_from: dict | None) -> LinclsConfig:
     """The config in which nothing is None that a checkpoint tells; the same on all ranks."""
     seed, folder = distributed.broadcast_object((config.optim.seed, config.saving.save_dir))
     if resume_from is not None and not config.optim.seed_given:
@@ -135,7 +133,6 @@ def complete(
             image_size=source.image_size or trained.get("image_size", 224),
             mean=source.mean or tuple(trained.get("mean", IMAGENET_MEAN)),
             std=source.std or tuple(trained.get("std", IMAGENET_STD)),
-            amp=source.amp or default_amp(device),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None

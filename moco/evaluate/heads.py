@@ -80,15 +80,6 @@ class EncoderWithHeads(nn.Module):
         return self.heads(features.float())
 
 
-def default_amp(device: torch.device) -> str:
-    """bf16 on GPUs that have it, float32 elsewhere."""
-    return (
-        "bf16"
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "off"
-    )
-
-
 # ------------------------------------------------------------------------------------------------
 # Settings and results of heads
 # ------------------------------------------------------------------------------------------------

@@ -137,7 +137,8 @@ def parts_to_time(
         "standard": loaded(lambda i: standard[0, i][0]),
         "centre": loaded(lambda i: centre(images.load(i))),
     }
-    amp = probe.default_amp(device)
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = "bf16" if has_bf16 else "off"  # of ours
     baseline = copy.deepcopy(encoder)  # before the order of the weights is changed
     plain = probe.FrozenEncoder(encoder, amp=amp, channels_last=on_gpu)
     fast = probe.FrozenEncoder(

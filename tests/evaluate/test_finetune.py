@@ -157,6 +157,11 @@ def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path, capsy
     assert result("one")["top1"] == result("two")["last"]["top1"]
     loss = read_log(tmp_path / "two", "val")[-1]["loss"]
     assert f"loss {loss:.4f}" in capsys.readouterr().out
+    # One process would take other batch-norm statistics.
+    assert result("two")["protocol"]["processes"] == 2
+    alone = [*TINY, *flags, "--epochs", 3, "--save-dir", "two", "--resume", "auto", data]
+    status, message = refusal(main_lincls.main, alone, capsys)
+    assert status == 1 and "processes: 2 before, 1 now" in message
     # And what is resumed by two goes on as if it had not been cut.
     argv = [*TINY, *flags, "--save-dir", tmp_path / "cut", "--epochs", 1, data]
     assert Processes(tmp_path / "out1", *argv, count=2, code=MAIN).wait() == [0, 0]

@@ -75,7 +75,7 @@ def test_commands_of_upstream_parse_and_resolve(tmp_path, pretrained, launch):
     values = config.to_flat()
     expected = {
         "arch": "resnet50", "lr": 30.0, "batch_size": 256, "epochs": 100, "schedule": [60, 80],
-        "schedule_factor": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nodes": 1,
+        "schedule_factor": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nodes": 1, "amp": "off",
     }  # fmt: skip
     for name, value in expected.items():
         assert values[name] == value, name
@@ -100,7 +100,8 @@ def test_run_folder_and_result(probe, pretrained):
     assert (found["classes"], found["train_images"], found["val_images"]) == (3, 30, 15)
     assert found["protocol"] == {
         "lr": 0.9375, "batch_size": 8, "epochs": 3, "schedule": [60, 80], "schedule_factor": 0.1,
-        "weight_decay": 0.0, "momentum": 0.9, "image_size": 32, "seed": 5,
+        "weight_decay": 0.0, "momentum": 0.9, "image_size": 32, "seed": 5, "amp": "off",
+        "mean": MEAN, "std": STD,
     }  # fmt: skip
     facts = json.loads((probe / "args.json").read_text())
     assert facts["provenance"]["torch"] == torch.__version__
@@ -470,6 +471,9 @@ def test_a_probe_killed_before_its_result_was_written_is_finished(
         ("--lr 3", ["lr: ", "before, 3.0 now"]),
         ("--batch-size 4", ["batch_size: 8 before, 4 now"]),
         ("--image-size 16", ["image_size: 32 before, 16 now"]),
+        ("--amp bf16", ["amp: 'off' before, 'bf16' now"]),
+        ("--mean 0 0 0", ["mean: [0.4, 0.5, 0.6] before, [0.0, 0.0, 0.0] now"]),
+        ("--std 1 1 1", ["std: "]),
         ("--labels 50", ["labels_digest: None before"]),
         ("--images-per-class 5", ["images_per_class: None before, 5 now"]),
         ("--epochs 2", ["3 epochs done", "--epochs 2"]),
