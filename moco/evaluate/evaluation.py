@@ -49,6 +49,7 @@ def _evaluate(device: torch.device, config: LinclsConfig) -> None:
         refuse_changes(before, config, classes)
     begin_folder(config)
     print_start(subject, config, device, result)
+    warn_of_missing_classes(train, val)
     steps_done = before["args"].get("steps_done", 0) if before is not None else 0
     log = RunLog(config.saving.save_dir, first_step=steps_done)
 
@@ -215,8 +216,9 @@ def evaluate_classifier(
     """Accuracy of a classifier that was saved."""
     batches = show.features(show.loader(val), subject.encoder)
     (found,) = head_accuracy(Heads([classifier]), batches, show.device)
+    top = min(5, classifier.out_features)
     distributed.print_main(
-        f" * Acc@1 {found['top1']:.3f} Acc@5 {found['top5']:.3f} loss {found['loss']:.4f}"
+        f" * Acc@1 {found['top1']:.3f} Acc@{top} {found['top5']:.3f} loss {found['loss']:.4f}"
     )
     return {"top1": found["top1"], "top5": found["top5"]}
 
@@ -238,9 +240,32 @@ def describe(subject: Subject, config: LinclsConfig, train: Images, val: Images)
         "train_images": len(train),
         "val_images": len(val),
     }
+    unseen = classes_without_images(val)
+    if unseen:
+        facts["classes_without_validation"] = unseen
     if protocol.labels is not None:
         facts["labels"] = {"of": protocol.labels, "digest": protocol.labels_digest}
     return facts
+
+
+def classes_without_images(images: Images) -> list[str]:
+    present = set(images.targets)
+    return [name for label, name in enumerate(images.classes) if label not in present]
+
+
+def warn_of_missing_classes(train: Images, val: Images) -> None:
+    """Of classes that only one of the splits has; that training lacks one --labels can cause."""
+    for kind, images, fate in (
+        ("validation", val, "never validated"),
+        ("training", train, "never recognised"),
+    ):
+        missing = classes_without_images(images)
+        if missing:
+            some = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+            distributed.print_main(
+                f"warning: no {kind} image of {len(missing)} of {len(images.classes)} classes, "
+                f"which are {fate}: {some}"
+            )
 
 
 def checkpoint_facts(subject: Subject, config: LinclsConfig) -> dict:

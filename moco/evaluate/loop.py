@@ -223,7 +223,8 @@ class _HeadLoop:
         kind = "val" if self.stage.fold is None else "held_out"
         step = self._steps_done(epoch, self.steps)
         self.evaluation.log.scalars(kind, step, {**values, **self.fold_line})
-        text = f" * {self.where}Acc@1 {head.last['top1']:.3f} Acc@5 {head.last['top5']:.3f} "
+        top = min(5, self.evaluation.classes)
+        text = f" * {self.where}Acc@1 {head.last['top1']:.3f} Acc@{top} {head.last['top5']:.3f} "
         text += f"(epoch {epoch}"
         text += f", the best of {len(results)}: {head.config})" if len(results) > 1 else ")"
         self.printer.line(text, f"top-1 {head.last['top1']:.2f}")

@@ -153,7 +153,8 @@ def test_evaluate_reproduces_best_and_last_exactly(data, probe, capsys):
         evaluate(data, "-e", "--pretrained", probe / name, "--save-dir", key)
         assert result(key)["top1"] == result(probe)[key]["top1"]
         assert result(key)["top5"] == result(probe)[key]["top5"]
-        assert f"Acc@1 {result(key)['top1']:.3f}" in capsys.readouterr().out
+        found = f"Acc@1 {result(key)['top1']:.3f} Acc@3 100.000"  # there are three classes
+        assert found in capsys.readouterr().out
         assert not list(Path(key).glob("*.pth.tar"))
 
 
@@ -209,6 +210,31 @@ def test_start_says_what_matched(data, pretrained, capsys):
     assert f"all {tensors - 4} tensors matched, 4 of the file have no place" in out
     assert "3 * align(alpha=2)" in out and "epoch 1" in out
     assert "30 training and 15 validation images, 3 classes, 32 px" in out
+
+
+@pytest.mark.parametrize("lacking", ["val", "train", "val of five", "both", "neither"])
+def test_a_class_that_a_split_lacks_is_named(data, pretrained, tmp_path, capsys, lacking):
+    """A class without training images there is only by --labels; else it is refused."""
+    mine = write_labelled(tmp_path / "data", classes=7 if "five" in lacking else 3)
+    flags, expected = [], []
+    if lacking in ("val", "both", "val of five"):
+        gone = range(1, 7 if "five" in lacking else 2)
+        for label in gone:
+            shutil.rmtree(mine / "val" / f"class_{label}")
+        expected = ["no validation image of 1 of 3 classes, which are never validated: 'class_1'"]
+        if "five" in lacking:
+            expected = ["no validation image of 6 of 7 classes, which are never validated: "
+                        "'class_1', 'class_2', 'class_3', 'class_4', 'class_5', ..."]  # fmt: skip
+    if lacking in ("train", "both"):
+        names = [f"class_{label}/00{i}.png" for label in (0, 1) for i in range(4)]
+        Path("list.txt").write_text("\n".join(names))
+        flags = ["--labels", "list.txt"]
+        expected += ["no training image of 1 of 3 classes, which are never recognised: 'class_2'"]
+    evaluate(mine, *flags, "--pretrained", pretrained, "--epochs", 1, "--save-dir", "r")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "warning" in line] == [f"warning: {w}" for w in expected]
+    assert ("classes_without_validation" in result("r")) == any("validation" in w for w in expected)
+    assert any(f"Acc@{5 if 'five' in lacking else 3} " in line for line in lines)
 
 
 def test_image_size_mean_and_std_come_from_the_checkpoint(data, pretrained, probe):
