@@ -23,6 +23,7 @@ import json
 import os
 import pickle
 import re
+import secrets
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ FORMAT_VERSION = 1
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Have `write(file)` make a file: after a crash at any moment it is whole or not there."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -74,6 +74,7 @@ def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a process that was killed while writing has left behind."""
-    for path in folder.glob(".*.pth.tar.*.tmp"):
+    """Delete what processes that were killed while writing have left behind. The caller knows that
+    nobody writes into the folder."""
+    for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)

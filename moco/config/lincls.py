@@ -31,17 +31,18 @@ class Pretrained(Part):
     arch: default: the checkpoint's
     image_size: default: the checkpoint's, else 224
     mean: default: the checkpoint's, else ImageNet's
-    amp: precision of the encoder (default: bf16 on GPUs that have it, else off); classifiers
-        are float32
+    amp: precision of the encoder (%(default)s: float32); classifiers are float32
     """
 
     pretrained: str | None = option(None, "--pretrained", FREE, kind="path", metavar="CHECKPOINT")
     evaluate: bool = option(False, "-e --evaluate", FREE)
     arch: str | None = option(None, "-a --arch", FREE, metavar="ARCH")
     image_size: int | None = option(None, "--image-size", LEARNS, least=1, metavar="PX")
-    mean: tuple[float, float, float] | None = option(None, "--mean", FREE, metavar=("R", "G", "B"))
-    std: tuple[float, float, float] | None = option(None, "--std", FREE, metavar=("R", "G", "B"))
-    amp: str | None = option(None, "--amp", FREE, choices=("off", "bf16"))
+    mean: tuple[float, float, float] | None = option(
+        None, "--mean", LEARNS, metavar=("R", "G", "B")
+    )
+    std: tuple[float, float, float] | None = option(None, "--std", LEARNS, metavar=("R", "G", "B"))
+    amp: str = option("off", "--amp", LEARNS, choices=("off", "bf16"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,6 +112,7 @@ class Protocol(Part):
         None, "--labels", FREE, kind="labels", metavar="PERCENT|FILE"
     )
     labels_seed: int = option(0, "--labels-seed", FREE)
+    labels_digest: str | None = option(None, "", LEARNS, since=None)  # of the images chosen
     finetune: bool = option(False, "--finetune", LEARNS, since=False)
     lr_backbone: float | None = option(None, "--lr-backbone", LEARNS, since=None)
 

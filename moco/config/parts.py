@@ -25,8 +25,8 @@ class Data(Part):
     """
 
     data: str = option(REQUIRED, "data", FREE, kind="path", metavar="DIR")
-    dataset: str = option("folder", "--dataset", LEARNS, choices=DATASETS)
-    images_per_class: int | None = option(None, "--images-per-class", LEARNS, least=1)
+    dataset: str = option("folder", "--dataset", LEARNS, since="folder", choices=DATASETS)
+    images_per_class: int | None = option(None, "--images-per-class", LEARNS, least=1, since=None)
     workers: int | None = option(None, "-j --workers", FREE, least=0)
 
 

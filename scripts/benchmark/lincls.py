@@ -137,10 +137,13 @@ def parts_to_time(
         "standard": loaded(lambda i: standard[0, i][0]),
         "centre": loaded(lambda i: centre(images.load(i))),
     }
-    amp = probe.default_amp(device)
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = "bf16" if has_bf16 else "off"  # of ours
     baseline = copy.deepcopy(encoder)  # before the order of the weights is changed
-    plain = probe.Frozen(encoder, amp=amp, channels_last=on_gpu)
-    fast = probe.Frozen(without_batch_norm(copy.deepcopy(encoder)), amp=amp, channels_last=True)
+    plain = probe.FrozenEncoder(encoder, amp=amp, channels_last=on_gpu)
+    fast = probe.FrozenEncoder(
+        without_batch_norm(copy.deepcopy(encoder)), amp=amp, channels_last=True
+    )
 
     def features_upstream() -> Tensor:
         with torch.no_grad():
@@ -166,15 +169,12 @@ def parts_to_time(
         own.step()
 
     def training(count: int) -> Callable[[], None]:
-        settings = [probe.Setting(1e-3, 0.0) for _ in range(count)]
+        configs = [probe.HeadConfig(1e-3, 0.0) for _ in range(count)]
         heads = probe.new_heads(width, CLASSES, count).to(device)
-        optimizer = probe.sgd(heads, settings, 0.9)
+        training = probe.HeadTraining(heads, configs, 0.9)
 
         def step() -> None:
-            losses = probe.head_losses(heads(stored[chosen].float()), targets)
-            optimizer.zero_grad()
-            losses.sum().backward()
-            optimizer.step()
+            training.step(probe.head_losses(heads(stored[chosen].float()), targets))
 
         return step
 

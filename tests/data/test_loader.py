@@ -12,7 +12,8 @@ from torchvision import datasets
 from moco import distributed
 from moco.data import loader
 from moco.data.images import ArrayImages, FolderImages, Subset
-from moco.data.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
+from moco.data.loader import EpochBatches, RankShare, TrainLoader
+from moco.data.samples import AugmentedViews, PlainImages
 from moco.data.views import eval_transform, pretrain_recipe
 from moco.errors import DataError
 

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from moco import encoders
 from moco.checkpoint import load_encoder, write_checkpoint
 from moco.data.images import FolderImages
-from moco.data.loader import AugmentedViews
+from moco.data.samples import AugmentedViews
 from moco.data.views import normalize, pretrain_recipe
 
 extract = runpy.run_path(str(ROOT / "scripts" / "extract_features.py"))["main"]

@@ -13,26 +13,17 @@ from harness import Processes
 from helpers import differences, read_log, refusal, write_labelled
 from hypothesis import given
 from hypothesis import strategies as st
-from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
+from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result
 
 import main_lincls
+from moco.cli import lincls_config
 from moco.data.images import open_images
 from moco.data.subsets import stratified_folds
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_labelled(tmp_path_factory.mktemp("data"), train=16)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
 
 
 GRID = "--lr 0.0001,0.3 --wd 0,0.1 --epochs 2 --schedule 1 --folds 3"
@@ -175,11 +166,14 @@ def test_the_papers_imagenet100_probe_runs(data, pretrained):
     assert factors[-1] == pytest.approx(0.2**3) and factors[0] == 1
     last = [line["lr"] for line in read_log(Path("r"), "lincls") if "fold" not in line][-1]
     assert last == pytest.approx(result("r")["folds"]["chosen"]["lr"] * 0.2**3)
-    args = main_lincls.parse_args(
-        shlex.split(f"--epochs 60 --batch-size 32 --lr 10 --schedule 30 40 50 --device cpu "
-                    f"--schedule-factor 0.2 --folds 3 --pretrained {pretrained} {data}")
-    )  # fmt: skip
-    assert (args.lr, args.schedule, args.folds) == (10.0, [30, 40, 50], 3)
+    config = lincls_config(
+        shlex.split(
+            f"--epochs 60 --batch-size 32 --lr 10 --schedule 30 40 50 --device cpu "
+            f"--schedule-factor 0.2 --folds 3 --pretrained {pretrained} {data}"
+        )
+    )
+    chosen = config.optim.lr, config.schedule.schedule, config.protocol.folds
+    assert chosen == ((10.0,), (30, 40, 50), 3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -241,8 +235,9 @@ def test_folds_go_on_with_as_many(data, pretrained, folded, capsys):
 
 def test_fewer_images_in_a_fold_than_a_batch(data, pretrained, capsys):
     argv = [*TINY, "--folds", 2, "--batch-size", 32, "--pretrained", pretrained, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
+    status, message = refusal(main_lincls.main, [*argv, "--save-dir", "r"], capsys)
     assert status == 1 and "24 images" in message and "lower --batch-size" in message
+    assert not Path("r").exists()
 
 
 def test_two_processes_choose_alike(data, pretrained, tmp_path):

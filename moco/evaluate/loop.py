@@ -1,0 +1,235 @@
+"""The training loop of linear classifiers, on a frozen encoder or together with it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moco import distributed
+from moco.config import LinclsConfig
+from moco.errors import TrainingError
+from moco.evaluate.classifier_io import ClassifierWriter, restore
+from moco.evaluate.feed import CachedFeed, ImageFeed
+from moco.evaluate.heads import (
+    EncoderWithHeads,
+    FrozenEncoder,
+    HeadConfig,
+    HeadResult,
+    HeadTraining,
+    best_head,
+    head_accuracy,
+    head_losses,
+    log_names,
+    new_heads,
+    record_accuracy,
+    zero_diverged_head,
+)
+from moco.log import RunLog
+from moco.progress import StepPrinter
+from moco.schedule import learning_rate
+
+CACHED_SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class LinearEvaluation:
+    """What all trainings of one evaluation, on folds and on all images, have in common.
+
+    Args:
+        config: with everything that the checkpoint tells.
+        about: what every checkpoint holds beside tensors and accuracies.
+    """
+
+    config: LinclsConfig
+    device: torch.device
+    encoder: FrozenEncoder
+    features: int
+    classes: int
+    about: dict
+    log: RunLog
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of all heads: on the images outside one fold, or on all of them.
+
+    Args:
+        steps_before: optimizer steps of the stages before this one.
+        fold: number of the fold that is held out; None with all images.
+        folds_done: top-1 accuracy of each head on the folds before, a row for each.
+    """
+
+    feed: ImageFeed | CachedFeed
+    steps_before: int = 0
+    fold: int | None = None
+    folds_done: Sequence[Sequence[float | None]] = ()
+
+
+def train_heads(
+    evaluation: LinearEvaluation,
+    stage: Stage,
+    configs: Sequence[HeadConfig],
+    resume_from: dict | None,
+) -> list[HeadResult]:
+    """Train one head for each config, together; the encoder too with --finetune.
+
+    With --folds only the last epoch is evaluated.
+
+    Args:
+        resume_from: a checkpoint to go on from, if it is of this stage.
+    """
+    config = evaluation.config
+    with contextlib.closing(stage.feed):
+        loop = _HeadLoop(evaluation, stage, configs)
+        first = config.schedule.start_epoch
+        if resume_from is not None and resume_from.get("fold") == stage.fold:
+            first = restore(loop.training, loop.encoder, resume_from, config)
+        loop.start(first)
+        for epoch in range(first, config.schedule.epochs):
+            loop.train_epoch(epoch)
+            loop.end_epoch(epoch)
+        loop.printer.close()
+    return loop.training.results
+
+
+class _HeadLoop:
+    """Heads, optimizer, output and checkpoints of one stage."""
+
+    def __init__(
+        self, evaluation: LinearEvaluation, stage: Stage, configs: Sequence[HeadConfig]
+    ) -> None:
+        self.evaluation, self.stage, self.config = evaluation, stage, evaluation.config
+        self.device, self.encoder = evaluation.device, evaluation.encoder.encoder
+        protocol, optim = self.config.protocol, self.config.optim
+        self.finetune, self.epochs = protocol.finetune, self.config.schedule.epochs
+        self.steps = stage.feed.batches.batches_per_epoch()
+        self.fold_line = {} if stage.fold is None else {"fold": stage.fold}  # for the log
+        self.where = "" if stage.fold is None else f"fold {stage.fold + 1} of {protocol.folds}, "
+        torch.manual_seed(optim.seed)
+        heads = new_heads(evaluation.features, evaluation.classes, len(configs)).to(self.device)
+        backbone = {"encoder": self.encoder, "lr_backbone": protocol.lr_backbone}
+        self.training = HeadTraining(
+            heads, configs, optim.momentum, **(backbone if self.finetune else {})
+        )
+
+    def start(self, first_epoch: int) -> None:
+        heads, config = self.training.heads, self.config
+        whole = EncoderWithHeads(self.encoder, heads, config.source.amp) if self.finetune else heads
+        self.model = distributed.data_parallel(whole, self.device)
+        self.printer = StepPrinter(
+            total=self.epochs * self.steps,
+            batch_size=config.optim.batch_size,
+            done=first_epoch * self.steps,
+        )
+        about = self.evaluation.about
+        if config.protocol.folds:
+            about = {**about, "fold": self.stage.fold, "folds": self.stage.folds_done}
+        interval = CACHED_SAVE_SECONDS if config.protocol.cached else 0.0
+        self.writer = ClassifierWriter(
+            config.saving.save_dir, about, self.encoder, self.training, interval
+        )
+
+    def train_epoch(self, epoch: int) -> None:
+        feed, schedule = self.stage.feed, self.config.schedule
+        factor = learning_rate(
+            epoch,
+            base=1.0,
+            epochs=self.epochs,
+            milestones=schedule.schedule,
+            factor=schedule.schedule_factor,
+        )
+        self.training.set_learning_rates(factor)
+        self.encoder.train(self.finetune)  # a frozen encoder uses, and keeps, its running averages
+        total, count = torch.zeros(len(self.training.results), device=self.device), 0
+        for step, batch in enumerate(self.printer.batches(feed.train(epoch)), start=1):
+            inputs, targets = feed.inputs(batch)
+            losses = head_losses(self.model(inputs), targets)
+            self.training.step(losses)
+            self.printer.advance()
+            total, count = total + losses.detach(), count + 1
+            if step % self.config.saving.print_freq == 0 or step == self.steps:
+                self._report_losses(epoch, step, factor, total, count)
+                total, count = torch.zeros_like(total), 0
+
+    def _report_losses(
+        self, epoch: int, step: int, factor: float, total: Tensor, count: int
+    ) -> None:
+        results = self.training.results
+        means = [value / count for value in total.tolist()]
+        self._end_diverged(means, epoch, step)
+        values = {**log_names("loss", results, means), "lr_factor": factor}
+        if len(results) == 1:
+            values = {"loss": means[0], "lr": self.training.base_rates[0] * factor}
+        values |= self.printer.rates()
+        self.evaluation.log.scalars(
+            "lincls", self._steps_done(epoch, step), {"epoch": epoch, **self.fold_line, **values}
+        )
+        text = f"{self.where}epoch [{epoch}/{self.epochs}] step [{step}/{self.steps}]  loss "
+        text += " ".join(f"{mean:.4f}" for mean in means if math.isfinite(mean))
+        text += f"  lr {', '.join(f'{head.config.lr * factor:g}' for head in results)}"
+        self.printer.line(f"{text}  {values['images_per_s']:.0f} images/s", short=text)
+
+    def _end_diverged(self, losses: Sequence[float], epoch: int, step: int) -> None:
+        """End the heads whose mean training loss is NaN or infinite on any rank; with the last one
+        of them the run stops, on all ranks together."""
+        training = self.training
+        failed = distributed.any_rank(*(not math.isfinite(x) for x in losses), device=self.device)
+        for index, head in enumerate(training.results):
+            if failed[index] and head.diverged is None:
+                head.diverged, head.last = epoch, {}
+                if len(training.results) > 1:
+                    zero_diverged_head(training.heads.linear[index], training.optimizer)
+                    training.optimizer.param_groups[index]["lr"] = 0.0
+                    distributed.print_main(
+                        f"{head.config} has diverged in epoch {epoch}, step {step}"
+                    )
+        if all(head.diverged is not None for head in training.results):
+            rates = " and ".join(f"{head.config.lr:g}" for head in training.results)
+            backbone = self.config.protocol.lr_backbone
+            raise TrainingError(
+                f"the loss is not finite in epoch {epoch}, step {step} (on rank "
+                f"{distributed.rank()}: {losses[0]:g}); lower --lr {rates}"
+                + (f" or --lr-backbone {backbone:g}" if self.finetune else "")
+                + ", and see that --mean and --std are those of pretraining"
+            )
+
+    def end_epoch(self, epoch: int) -> None:
+        """Evaluate and save, where that is due."""
+        ended, improved = epoch + 1 == self.epochs, False
+        if ended or not self.config.protocol.folds:
+            if self.finetune:  # rank 0's averages are the ones that are saved
+                distributed.broadcast_buffers(self.encoder)
+                self.encoder.eval()
+            found = head_accuracy(self.training.heads, self.stage.feed.held_out(), self.device)
+            improved = record_accuracy(self.training.results, found, epoch)
+            self._report_accuracy(found, epoch)
+        if distributed.is_main():
+            done = self._steps_done(epoch, self.steps)
+            improved = improved and self.stage.fold is None
+            self.writer.write(epoch + 1, done, improved=improved, ended=ended)
+
+    def _report_accuracy(self, found: list[dict], epoch: int) -> None:
+        results = self.training.results
+        head = best_head(results, "last")
+        values = {**head.last, "loss": found[results.index(head)]["loss"]}
+        if len(results) > 1:
+            top1 = [accuracy["top1"] for accuracy in found]
+            values |= {"lr": head.config.lr, "weight_decay": head.config.weight_decay}
+            values |= log_names("top1", results, top1)
+        kind = "val" if self.stage.fold is None else "held_out"
+        step = self._steps_done(epoch, self.steps)
+        self.evaluation.log.scalars(kind, step, {**values, **self.fold_line})
+        top = min(5, self.evaluation.classes)
+        text = f" * {self.where}Acc@1 {head.last['top1']:.3f} Acc@{top} {head.last['top5']:.3f} "
+        text += f"(epoch {epoch}"
+        text += f", the best of {len(results)}: {head.config})" if len(results) > 1 else ")"
+        self.printer.line(text, f"top-1 {head.last['top1']:.2f}")
+
+    def _steps_done(self, epoch: int, step: int) -> int:
+        """Since the start of the run, after `step` steps of an epoch of this stage."""
+        return self.stage.steps_before + epoch * self.steps + step
