@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from align_uniform import figures  # noqa: E402
 from moco.cli import report_user_errors  # noqa: E402
-from scripts.run_folders import Run, common_accuracy, mean, read_runs  # noqa: E402
+from moco.runs.folder import Run, common_accuracy, mean, read_runs  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 

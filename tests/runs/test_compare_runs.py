@@ -16,8 +16,8 @@ from harness import Processes
 from helpers import refusal, write_labelled
 from scipy import stats
 
+from moco.runs.folder import read_runs, short_names
 from scripts import compare_runs
-from scripts.run_folders import read_runs, short_names
 
 ALIGN = "3 * align(alpha=2) + 1 * uniform(t=3, with intra-batch pairs)"
 NCE = "1 * InfoNCE(tau=0.2)"
