@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+FORMAT_VERSION = 1  # "version" in every checkpoint that is written
 ARGS = "args.json"
 LOG = "log.jsonl"
 # Written by main_lincls.py: the newest state, the best classifier so far, the result.

@@ -1,45 +1,80 @@
-"""Read what main_moco.py, main_lincls.py and measure_align_uniform.py have left in run folders.
+"""Read run folders: what main_moco.py, main_lincls.py and measure_align_uniform.py left in them.
 
-No command of its own: compare_runs.py and plot_features.py read runs with it. Files are looked at
-as they are, complete or not: what cannot be used comes back with the reason.
+Folders are read as they are, complete or not: what cannot be used comes back with the reason.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import pickletools
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from moco.run_files import (
+    ARGS,
+    FORMAT_VERSION,
+    LINCLS_RESULT,
+    LOG,
+    checkpoint_files,
+    read_log,
+)
+from moco.runs.evaluations import (
+    KNN,
+    LOGGED,
+    Protocol,
+    Unusable,
+    is_path,
+    number,
+    one_line,
+    read_evaluation,
+    read_json,
+    read_measure,
+)
 
-from moco.checkpoint import FORMAT_VERSION, run_checkpoints
-from moco.run_files import LINCLS_RESULT
-from moco.train.state import science
-
-# Arguments, beside those that decide what is learned, without which a run is not understood.
+# Arguments that decide what is learned: runs that differ in one of them are other runs.
+LEARNED = (
+    "arch", "small_stem", "moco_dim", "moco_k", "moco_m", "mlp", "objective", "batch_size", "lr",
+    "epochs", "cos", "schedule", "schedule_factor", "warmup_epochs", "momentum", "weight_decay",
+    "amp", "dataset", "images", "images_digest", "images_per_class", "image_size", "aug_plus",
+    "crop_scale", "blur", "views", "mean", "std", "bn_group_size", "seed", "accumulate",
+    "symmetric", "init_from",
+)  # fmt: skip
+# Arguments without which a run is not understood.
 _NEEDED = {"objective": str, "seed": int, "epochs": int, "batch_size": int, "images": int,
            "processes": int, "arch": str, "lr": (int, float)}  # fmt: skip
-# Numbers in the log beside what changes while training.
+# Numbers in the log that are no curves.
 _NO_CURVES = ("kind", "step", "time", "epoch", "uniformity_infimum", "seconds", "k", "bank",
               "images")  # fmt: skip
-_LARGEST_JSON = 2**20  # bytes; a larger file is no result of a measurement
+_LARGEST = 2**53  # whole numbers below are exact as floats
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number that was found out about one encoder of a run."""
+
+    name: str  # "k-NN top-1", "linear last", "alignment", ...
+    epoch: int  # how many epochs the encoder was trained
+    value: float
+    protocol: Protocol = ()
 
 
 @dataclass
-class Run:
+class RunFolder:
     """A finished pretraining run, with what was found out about its encoders."""
 
     folder: Path
     args: dict
     log: list[dict]
-    probes: list[dict] = field(default_factory=list)  # lincls.json, with "epoch"
-    measures: list[dict] = field(default_factory=list)  # "epoch", "alignment", "uniformity"
-    start: tuple[Run, int] | None = None  # the run and epoch whose encoder it began with, if known
+    learned: dict[str, str]  # arguments that decide what is learned, as text
+    figures: list[Figure] = field(default_factory=list)
+    start: tuple[RunFolder, int] | None = None  # run and epoch of the encoder that it began with
 
     @property
     def objective(self) -> str:
@@ -63,15 +98,17 @@ class Run:
         """Finished at the end of the run."""
         return self.steps // self.steps_per_epoch
 
+    @functools.cached_property
+    def place(self) -> Path:
+        """The folder without symbolic links."""
+        return _real(self.folder)
+
     def recipe(self) -> dict[str, str]:
         """All that decides what is learned but the objective and the seed, as text."""
-        values = science(self.args)
-        values |= {name: self.args.get(name) for name in ("processes", "max_steps")}
-        for name in ("objective", "seed"):
-            values.pop(name, None)
+        recipe = {n: v for n, v in self.learned.items() if n not in ("objective", "seed")}
         if self.start is not None:  # not as a path, which is another one for each seed
-            values["init_from"] = f"{self.start[0].objective}, epoch {self.start[1]}"
-        return {name: _text(value) for name, value in values.items()}
+            recipe["init_from"] = f"{self.start[0].objective}, epoch {self.start[1]}"
+        return recipe
 
     def scalars(self) -> dict[str, tuple[list[float], list[float]]]:
         """Everything that was logged while training: name -> (epochs, values)."""
@@ -79,13 +116,13 @@ class Run:
         for line in self.log:
             prefix = "" if line["kind"] in ("train", "metrics") else f"{line['kind']} "
             for name, value in line.items():
-                if name in _NO_CURVES or number(value) is None:
-                    continue
-                xs, ys = found.setdefault(prefix + name, ([], []))
-                xs.append(line["step"] / self.steps_per_epoch)
-                ys.append(float(value))
+                if name not in _NO_CURVES and number(value) is not None:
+                    xs, ys = found.setdefault(prefix + name, ([], []))
+                    xs.append(line["step"] / self.steps_per_epoch)
+                    ys.append(float(value))
         return found
 
+    @functools.cached_property
     def _pace(self) -> tuple[float, float]:
         """Images and seconds between the lines of the log, without the time a run lay still."""
         images, seconds, before = 0.0, 0.0, None
@@ -101,86 +138,82 @@ class Run:
 
     def hours(self) -> float | None:
         """Of training."""
-        return self._pace()[1] / 3600 or None
+        return self._pace[1] / 3600 or None
 
     def images_per_s(self) -> float | None:
-        images, seconds = self._pace()
+        images, seconds = self._pace
         return images / seconds if seconds else None
 
-    def final_probes(self) -> list[dict]:
-        return [probe for probe in self.probes if probe["epoch"] == self.epochs]
+    def found(self, epoch: int | None = None) -> dict[tuple[str, Protocol], list[float]]:
+        """(name, protocol) -> values, of the encoder of an epoch, the last if None. What nobody has
+        evaluated is as it was logged while training."""
+        epoch = self.epochs if epoch is None else epoch
+        evaluated = [figure for figure in self.figures if figure.epoch == epoch]
+        names = {figure.name for figure in evaluated}
+        logged = [figure for figure in self._logged(epoch) if figure.name not in names]
+        found: dict[tuple[str, Protocol], list[float]] = {}
+        for figure in (*evaluated, *logged):
+            found.setdefault((figure.name, figure.protocol), []).append(figure.value)
+        return found
+
+    def _logged(self, epoch: int) -> Iterator[Figure]:
+        step = self.steps if epoch == self.epochs else epoch * self.steps_per_epoch
+        for line in self.log:
+            top1 = number(line.get("top1"))
+            if line["kind"] == "knn" and line["step"] == step and top1 is not None:
+                yield Figure(KNN, epoch, top1, (LOGGED,))
+        if epoch == self.epochs:
+            scalars = self.scalars()
+            for name in ("alignment", "uniformity"):
+                if name in scalars:
+                    yield Figure(name, epoch, scalars[name][1][-1], (LOGGED,))
+
+    def value(self, name: str, epoch: int | None = None) -> float | None:
+        """One figure of an encoder, the last if None; the mean where it was found several times."""
+        return mean(
+            [v for (n, _), values in self.found(epoch).items() if n == name for v in values]
+        )
 
     def knn(self, epoch: int | None = None) -> float | None:
-        """k-NN top-1 (%) of the encoder of an epoch, the last if None: as main_lincls.py found,
-        else as was logged while training."""
-        wanted = self.epochs if epoch is None else epoch
-        found = [number(p["knn"].get("top1")) for p in self.probes
-                 if p["epoch"] == wanted and isinstance(p.get("knn"), dict)]  # fmt: skip
-        if not any(value is not None for value in found):
-            step = self.steps if wanted == self.epochs else wanted * self.steps_per_epoch
-            found = [
-                number(line.get("top1"))
-                for line in self.log
-                if line["kind"] == "knn" and line["step"] == step
-            ]
-        return mean(found)
-
-    def linear(self, which: str, epoch: int | None = None) -> float | None:
-        """Top-1 (%) of the linear probe, "last" or "best", on the encoder of an epoch."""
-        wanted = self.epochs if epoch is None else epoch
-        return mean(
-            number(p[which].get("top1")) for p in self.probes
-            if p["epoch"] == wanted and isinstance(p.get(which), dict)
-        )  # fmt: skip
-
-    def cross_validated(self) -> float | None:
-        """Top-1 (%) of the linear probe by main_lincls.py --folds: held-out folds of the training
-        set, the chosen setting."""
-        return mean(map(_best_fold_mean, self.final_probes()))
+        """k-NN top-1 (%), as main_lincls.py found, else as was logged while training."""
+        return self.value(KNN, epoch)
 
     def measured(self, name: str) -> float | None:
         """Alignment (alpha 2) or uniformity (t 2) of the last encoder on held-out images, else as
         last logged while training."""
-        found = mean(m[name] for m in self.measures if m["epoch"] == self.epochs)
-        if found is None and name in self.scalars():
-            found = self.scalars()[name][1][-1]
-        return found
+        return self.value(name)
 
     def encoders(self) -> list[tuple[int, float, float]]:
         """The encoders of the run that were measured, (epoch, alignment, uniformity), in order;
         without measurements of several epochs what was logged at the end of each."""
+        epochs = {f.epoch for f in self.figures if f.name in ("alignment", "uniformity")}
         scalars = self.scalars()
-        epochs = {measure["epoch"] for measure in self.measures}
-        found: dict[int, tuple[float | None, float | None]] = {}
         if len(epochs) < 2 and {"alignment", "uniformity"} <= scalars.keys():
-            uniformities = dict(zip(*scalars["uniformity"], strict=True))
-            for epoch, value in zip(*scalars["alignment"], strict=True):
-                found[math.ceil(epoch)] = value, uniformities.get(epoch)
+            uniformity = dict(zip(*scalars["uniformity"], strict=True))
+            logged = {math.ceil(x): (a, uniformity.get(x))
+                      for x, a in zip(*scalars["alignment"], strict=True)}  # fmt: skip
+            places = logged.items()
         else:
-            for epoch in epochs:
-                same = [m for m in self.measures if m["epoch"] == epoch]
-                found[epoch] = (
-                    mean(m["alignment"] for m in same),
-                    mean(m["uniformity"] for m in same),
-                )
-        return [(epoch, *place) for epoch, place in sorted(found.items()) if None not in place]
+            names = ("alignment", "uniformity")
+            places = [(epoch, tuple(self.value(n, epoch) for n in names)) for epoch in epochs]
+        return [(epoch, *place) for epoch, place in sorted(places) if None not in place]
 
 
 def common_accuracy(
-    encoders: Sequence[tuple[Run, int]],
-) -> tuple[str, Callable[[Run, int], float | None]]:
+    encoders: Sequence[tuple[RunFolder, int]],
+) -> tuple[str, Callable[[RunFolder, int], float | None]]:
     """What accuracy to compare encoders (run, epoch) by, and how to find it: the linear probe's
     last where all of them have one, else k-NN's, so that no two kinds are mixed."""
-    if all(run.linear("last", epoch) is not None for run, epoch in encoders):
-        return "linear top-1, last (%)", lambda run, epoch: run.linear("last", epoch)
-    return "k-NN top-1 (%)", Run.knn
+    if all(run.value("linear last", epoch) is not None for run, epoch in encoders):
+        return "linear top-1, last (%)", lambda run, epoch: run.value("linear last", epoch)
+    return "k-NN top-1 (%)", RunFolder.knn
 
 
-def short_names(runs: Sequence[Run]) -> list[str]:
+def short_names(runs: Sequence[RunFolder]) -> list[str]:
     """The folders of runs, without what they all begin or end with."""
-    parts = [list(run.folder.resolve().parts) for run in runs]
+    parts = [list(run.place.parts) for run in runs]
     if len(runs) == 1:
-        return [runs[0].folder.resolve().name]
+        return [runs[0].place.name]
     for end in (0, -1):
         while all(len(p) > 1 for p in parts) and len({p[end] for p in parts}) == 1:
             for p in parts:
@@ -188,42 +221,14 @@ def short_names(runs: Sequence[Run]) -> list[str]:
     return ["/".join(p) for p in parts]
 
 
-def number(value: object) -> float | None:
-    """A finite number as such, anything else as None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # of a whole number that no float can hold
-        return None
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _best_fold_mean(probe: dict) -> float | None:
-    folds = probe.get("folds")
-    settings = folds.get("settings") if isinstance(folds, dict) else None
-    means = [
-        number(row.get("mean"))
-        for row in (settings if isinstance(settings, list) else [])
-        if isinstance(row, dict)
-    ]
-    return max((value for value in means if value is not None), default=None)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+def mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _planned_steps(args: dict) -> int:
     steps = args["epochs"] * (args["images"] // args["batch_size"])
-    most = args.get("max_steps")
-    return steps if number(most) is None else min(steps, int(most))
+    most = number(args.get("max_steps"))
+    return steps if most is None else min(steps, int(most))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,52 +236,53 @@ def _planned_steps(args: dict) -> int:
 # ------------------------------------------------------------------------------------------------
 
 
-class _Unusable(Exception):
-    """Why a folder or file is left out."""
+def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunFolder], list[tuple[str, str]]]:
+    """Finished runs in the given folders and below them, each with what was found out about it.
 
-
-def read_runs(paths: Sequence[str | Path]) -> tuple[list[Run], list[tuple[str, str]]]:
-    """Finished runs in the given folders and below them, each with its probes and measurements.
-
-    A probe or measurement belongs to the run whose folder holds the checkpoint that it names: as
-    the path stands, or as the run recorded its own folder (after a move), or else to the run in
-    whose folder it lies.
+    A linear evaluation or a measurement belongs to the run whose folder holds the checkpoint that
+    it names: as the path stands, or as the run recorded its own folder (after a move), or else to
+    the run in whose folder it is.
 
     Returns:
         (runs in the order given, [(path, reason)] of what was left out).
     """
-    runs, probes, measures, left_out = [], [], [], []
+    runs: list[RunFolder] = []
+    evaluations: list[tuple[Path, dict]] = []
+    left_out: list[tuple[str, str]] = []
     for folder, files in _folders(paths, left_out):
-        if {"args.json", "log.jsonl"} & set(files) or (
-            LINCLS_RESULT in files or run_checkpoints(folder)
-        ):
+        if {ARGS, LOG, LINCLS_RESULT} & set(files) or checkpoint_files(folder):
             try:
-                read = _read_probe(folder) if _is_probe(folder) else _read_run(folder)
-                (runs if isinstance(read, Run) else probes).append(read)
-            except _Unusable as reason:
+                if _is_evaluation(folder):
+                    evaluations.append((folder, read_evaluation(folder)))
+                else:
+                    runs.append(_read_run(folder))
+            except Unusable as reason:
                 left_out.append((str(folder), str(reason)))
-        for name in files:
-            if name.endswith(".json") and name not in ("args.json", LINCLS_RESULT):
-                measure = _read_measure(folder / name)
-                if measure:
-                    measures.append(measure)
+        measures = [n for n in files if n.endswith(".json") and n not in (ARGS, LINCLS_RESULT)]
+        for path in (folder / name for name in measures):
+            if measure := read_measure(path):
+                evaluations.append((path, measure))
     for run in runs:
         path = run.args.get("init_from")
-        start = _by_checkpoint(path, runs) if isinstance(path, str) and "\0" not in path else None
+        start = _by_checkpoint(path, runs) if is_path(path) else None
         epoch = start and _epoch({"checkpoint": path}, start)
         run.start = None if epoch is None or start is run else (start, epoch)
-    for found in (*probes, *measures):
-        run = _by_checkpoint(found["checkpoint"], runs) or _by_place(found["path"], runs)
+    for path, content in evaluations:
+        checkpoint = content["checkpoint"]
+        run = _by_checkpoint(checkpoint, runs) or _by_place(path, runs)
+        epoch = run and _epoch(content, run)
         if run is None:
-            reason = f"is of {found['checkpoint']}, which is in none of the runs compared"
-            left_out.append((str(found["path"]), reason))
-            continue
-        found["epoch"] = _epoch(found, run)
-        if found["epoch"] is None:
-            reason = f"{found['checkpoint']}: its name does not tell the epoch"
-            left_out.append((str(found["path"]), reason))
+            left_out.append(
+                (str(path), f"is of {checkpoint}, which is in none of the runs compared")
+            )
+        elif epoch is None:
+            left_out.append((str(path), f"{checkpoint}: its name does not tell the epoch"))
         else:
-            (run.probes if "arch" in found else run.measures).append(found)
+            run.figures += [
+                Figure(name, epoch, value, protocol)
+                for name, value, protocol in content["figures"]
+                if value is not None
+            ]
     return runs, left_out
 
 
@@ -285,180 +291,147 @@ def _folders(
 ) -> list[tuple[Path, list[str]]]:
     """All folders at and below `paths`, each once, with the files in it."""
     found: dict[Path, tuple[Path, list[str]]] = {}
-    for given in map(Path, paths):
-        if not given.is_dir():
-            reason = "is a file, expected a run folder" if given.exists() else "no such folder"
+    for given in paths:
+        if not os.path.isdir(given):
+            reason = "no such folder"
+            if os.path.exists(given):
+                reason = "is a file, expected a run folder"
             left_out.append((str(given), reason))
             continue
         runs_before = len(found)
         for root, folders, files in os.walk(given):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if any(name.endswith((".json", ".jsonl", ".pth.tar")) for name in files):
-                found.setdefault(Path(root).resolve(), (Path(root), sorted(files)))
-        if len(found) == runs_before and given.resolve() not in found:
+                found.setdefault(_real(root), (Path(root), sorted(files)))
+        if len(found) == runs_before and _real(given) not in found:
             left_out.append((str(given), "there is no run in it"))
     return list(found.values())
 
 
-def _read_json(path: Path) -> dict:
+def _text(value: object) -> str:
+    if value is None:
+        return "none"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _Unusable(f"has no {path.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise _Unusable(f"{path.name} cannot be read: {_one_line(error)}") from None
-    if not isinstance(content, dict):
-        raise _Unusable(f"{path.name} holds a {type(content).__name__}, expected an object")
-    return content
+        return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+    except RecursionError:
+        raise Unusable(f"{ARGS} is nested too deeply") from None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _is_probe(folder: Path) -> bool:
-    if (folder / LINCLS_RESULT).exists():
-        return True
+def _is_evaluation(folder: Path) -> bool:
     try:
-        return "pretrained" in _read_json(folder / "args.json")
-    except _Unusable:
+        return os.path.exists(folder / LINCLS_RESULT) or "pretrained" in read_json(folder / ARGS)
+    except Unusable:
         return False
 
 
-def _read_run(folder: Path) -> Run:
-    args = _read_json(folder / "args.json")
+def _read_run(folder: Path) -> RunFolder:
+    args = read_json(folder / ARGS)
     for name, kind in _NEEDED.items():
-        if not isinstance(args.get(name), kind) or isinstance(args[name], bool):
-            raise _Unusable(
+        value = args.get(name)
+        usable = isinstance(value, kind) and not isinstance(value, bool)
+        if not usable or (isinstance(value, int) and abs(value) >= _LARGEST):
+            raise Unusable(
                 f"was written by another version: args.json has no usable {name!r} "
-                f"(got {json.dumps(args.get(name))[:60]})"
+                f"(got {_text(value)[:60]})"
             )
     if args["batch_size"] < 1 or args["images"] < 0 or args["epochs"] < 0:
-        raise _Unusable("args.json has a batch size, number of images or of epochs below zero")
+        raise Unusable("args.json has a batch size, number of images or of epochs below zero")
     _refuse_other_version(folder)
-    log = _read_log(folder / "log.jsonl")
-    planned = _planned_steps(args)
-    done = max((line["step"] for line in log if line["kind"] == "train"), default=0)
+    names = [name for name in LEARNED if name in args] + ["processes", "max_steps"]
+    learned = {name: _text(args.get(name)) for name in names}
+    return RunFolder(folder, args, _read_log(folder, _planned_steps(args)), learned)
+
+
+def _read_log(folder: Path, planned: int) -> list[dict]:
+    """The lines of a log; damaged ones are passed over, as one that was cut off at the end."""
+    if not os.path.isfile(folder / LOG):
+        raise Unusable(f"has no {LOG}")
+    try:
+        lines, bad = read_log(folder / LOG)
+    except OSError as error:
+        raise Unusable(f"{LOG} cannot be read: {one_line(error)}") from None
+    usable = [line for line in lines if 0 <= line["step"] < _LARGEST]
+    damaged = len(bad) + len(lines) - len(usable)
+    done = max((line["step"] for line in usable if line["kind"] == "train"), default=0)
     if done < planned:
-        raise _Unusable(f"is unfinished: step {done} of {planned}")
-    return Run(folder, args, log)
+        damage = f"; {LOG} has {damaged} damaged line(s)" if damaged else ""
+        raise Unusable(f"is unfinished: step {done} of {planned}{damage}")
+    return usable
 
 
 def _refuse_other_version(folder: Path) -> None:
-    """By the newest checkpoint, if any was kept: only its header and small values are read."""
-    checkpoints = run_checkpoints(folder)
+    """By a checkpoint, if any was kept; its tensors stay on disk."""
+    checkpoints = checkpoint_files(folder)
     if not checkpoints:
         return
     name = checkpoints[-1].name
     try:
-        content = torch.load(checkpoints[-1], map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle can make the reader fail in any way
-        raise _Unusable(f"{name} cannot be read: {_one_line(error).partition('. ')[0]}") from None
-    version = content.get("version") if isinstance(content, dict) else None
+        version = _format_version(checkpoints[-1])
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        raise Unusable(f"{name} cannot be read: {one_line(error)}") from None
     if version != FORMAT_VERSION:
-        raise _Unusable(
+        raise Unusable(
             f"is of another version: {name} has format version {version!r}, expected "
             f"{FORMAT_VERSION}"
         )
 
 
-def _read_log(path: Path) -> list[dict]:
-    """The lines of a log, without a last one that was cut off."""
+def _format_version(path: Path) -> int | None:
+    """The "version" of a checkpoint, which stands first in it. Nothing is unpickled: torch's file
+    is a zip archive with a pickle in it, whose opcodes give the key and then the number."""
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+        with archive.open(name) as file:
+            head = file.read(2**20)
+    before = None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise _Unusable("has no log.jsonl") from None
-    except (OSError, ValueError) as error:
-        raise _Unusable(f"log.jsonl cannot be read: {_one_line(error)}") from None
-    log = []
-    for i, text in enumerate(lines, start=1):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            if i == len(lines):
-                break
-            raise _Unusable(f"log.jsonl, line {i} is not JSON") from None
-        if (
-            not isinstance(line, dict)
-            or not isinstance(line.get("kind"), str)
-            or not isinstance(line.get("step"), int)
-            or not 0 <= line["step"] < 2**53
-        ):
-            raise _Unusable(
-                f"was written by another version: log.jsonl, line {i} has no kind and step"
-            )
-        log.append(line)
-    return log
+        for opcode, value, _ in pickletools.genops(head):
+            if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+                continue
+            if before == "version" and isinstance(value, int):
+                return value
+            before = value
+    except ValueError:  # cut off, or no pickle
+        pass
+    return None
 
 
-def _read_probe(folder: Path) -> dict:
-    """lincls.json, with "path"."""
-    if not (folder / LINCLS_RESULT).exists():
-        raise _Unusable(f"is an unfinished linear evaluation: it has no {LINCLS_RESULT}")
-    content = _read_json(folder / LINCLS_RESULT)
-    if not _names_checkpoint(content) or "arch" not in content:
-        raise _Unusable(f"{LINCLS_RESULT} names no checkpoint: it is of another version")
-    if content.get("evaluation") == "finetune" or "labels" in content:
-        kind = "fine-tuning" if "evaluation" in content else "training with part of the labels"
-        raise _Unusable(f"is {kind}: compared are linear evaluations with all labels")
-    if not any(isinstance(content.get(name), dict) for name in ("knn", "last", "best")):
-        raise _Unusable("evaluates a saved classifier (-e): it adds nothing to its probe's folder")
-    return {**content, "path": folder}
+# ------------------------------------------------------------------------------------------------
+# What belongs to which run
+# ------------------------------------------------------------------------------------------------
 
 
-def _names_checkpoint(content: dict) -> bool:
-    path = content.get("checkpoint")
-    return isinstance(path, str) and bool(path) and "\0" not in path
-
-
-def _read_measure(path: Path) -> dict | None:
-    """A result of measure_align_uniform.py on the projection at alpha 2 and t 2, or None."""
+def _real(path: str | Path) -> Path:
+    """Without symbolic links, as far as there are folders; Path.resolve raises where they loop."""
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            return None
-        content = _read_json(path)
-    except (_Unusable, OSError):
-        return None
-    if not _names_checkpoint(content):
-        return None
-    layers = content.get("layers")
-    found = {"checkpoint": content["checkpoint"], "path": path}
-    for name, parameter in (("alignment", "alpha"), ("uniformity", "t")):
-        if isinstance(layers, dict):  # by layer, then by alpha or t
-            values = layers.get("projection")
-            values = values.get(name) if isinstance(values, dict) else None
-            value = values.get("2") if isinstance(values, dict) else None
-        else:
-            at_2 = content.get("layer") == "projection" and content.get(parameter) == 2
-            value = content.get(name) if at_2 else None
-        found[name] = number(value)
-    return None if found["alignment"] is found["uniformity"] is None else found
+        return Path(os.path.realpath(path))
+    except ValueError:  # characters that no file system takes
+        return Path(path)
 
 
-def _by_checkpoint(path: str, runs: Sequence[Run]) -> Run | None:
+def _by_checkpoint(path: str, runs: Sequence[RunFolder]) -> RunFolder | None:
     """The run whose folder holds a checkpoint, or held it before the folder was moved."""
     parent = Path(path).parent
-    by_path = [run for run in runs if run.folder.resolve() == parent.resolve()]
-    by_record = [run for run in runs if isinstance(run.args.get("save_dir"), str)
-                 and Path(run.args["save_dir"]) == parent]  # fmt: skip
+    recorded = [(run, run.args.get("save_dir")) for run in runs]
+    by_path = [run for run in runs if run.place == _real(parent)]
+    by_record = [run for run, place in recorded if isinstance(place, str) and Path(place) == parent]
     return _only(by_path) or _only(by_record)
 
 
-def _by_place(path: Path, runs: Sequence[Run]) -> Run | None:
-    """The run in whose folder a result lies."""
-    inside = path.resolve()
-    return _only([run for run in runs if inside.is_relative_to(run.folder.resolve())])
+def _by_place(path: Path, runs: Sequence[RunFolder]) -> RunFolder | None:
+    """The run in whose folder a result is."""
+    return _only([run for run in runs if _real(path).is_relative_to(run.place)])
 
 
-def _only(runs: Sequence[Run]) -> Run | None:
+def _only(runs: Sequence[RunFolder]) -> RunFolder | None:
     return runs[0] if len(runs) == 1 else None
 
 
-def _epoch(found: dict, run: Run) -> int | None:
+def _epoch(content: dict, run: RunFolder) -> int | None:
     """How many epochs the evaluated encoder was trained."""
-    if isinstance(found.get("pretrained_epochs"), int):
-        return found["pretrained_epochs"]
-    name = re.match(r"(checkpoint|step)_(\d+)", Path(found["checkpoint"]).name)
+    if isinstance(content.get("pretrained_epochs"), int):
+        return content["pretrained_epochs"]
+    name = re.match(r"(checkpoint|step)_(\d{1,15})", Path(content["checkpoint"]).name)
     if name is None:
         return None
     count = int(name[2])

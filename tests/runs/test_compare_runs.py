@@ -14,69 +14,13 @@ import pytest
 import torch
 from harness import Processes
 from helpers import refusal, write_labelled
+from run_folders import ALIGN, NCE, make_measure, make_probe, make_run
 from scipy import stats
 
+from moco.runs import report
+from moco.runs.compare import rank_correlation, sign_flip_p
 from moco.runs.folder import read_runs, short_names
 from scripts import compare_runs
-
-ALIGN = "3 * align(alpha=2) + 1 * uniform(t=3, with intra-batch pairs)"
-NCE = "1 * InfoNCE(tau=0.2)"
-
-
-def make_run(
-    folder: Path, objective: str = ALIGN, seed: int = 0, *, steps: int = 20, **args
-) -> Path:
-    """A run folder of 5 epochs of 4 steps of 8 images, as main_moco.py leaves it."""
-    folder.mkdir(parents=True)
-    args = {
-        "objective": objective, "seed": seed, "epochs": 5, "batch_size": 8, "images": 35,
-        "processes": 1, "arch": "resnet8", "lr": 0.03, "max_steps": None, "schedule": [120, 160],
-        "save_dir": str(folder), "print_freq": 2,
-        "provenance": {"git": "abc", "torch": "2.15"}, **args,
-    }  # fmt: skip
-    (folder / "args.json").write_text(json.dumps(args))
-    lines = []
-    for step in range(2, steps + 1, 2):
-        facts = {"epoch": (step - 1) // 4, "loss": 1 / step + seed, "lr": 0.03}
-        rates = {"images_per_s": 16.0, "data_share": 0.1}  # 2 steps of 8 images take 1 s
-        lines.append({"kind": "train", "step": step, "time": 1e9 + 100 * step, **facts, **rates})
-        lines.append({"kind": "features", "step": step, "time": 0, "std": 0.5})
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
-
-def make_probe(
-    run: Path,
-    last: float,
-    *,
-    knn: float | None = None,
-    epoch: int = 5,
-    name: str = "lincls",
-    **more,
-) -> Path:
-    folder = run.with_name(f"{run.name}-{name}")
-    folder.mkdir()
-    (folder / "args.json").write_text(json.dumps({"pretrained": "x", "epochs": 100}))
-    content = {
-        "checkpoint": str(run / f"checkpoint_{epoch - 1:04d}.pth.tar"), "arch": "resnet8",
-        "pretrained_epochs": epoch, "best": {"top1": last + 1, "top5": 99.0, "epoch": 3},
-        "last": {"top1": last, "top5": 98.0, "epoch": 9}, "protocol": {"lr": 30.0, "seed": 0},
-        **more,
-    }  # fmt: skip
-    if knn is not None:
-        content["knn"] = {"top1": knn, "top5": 90.0, "k": 200, "temperature": 0.1, "images": 50}
-    (folder / "lincls.json").write_text(json.dumps(content))
-    return folder
-
-
-def make_measure(run: Path, alignment: float, uniformity: float, epoch: int = 5, **more) -> Path:
-    path = run / f"measured_{epoch}.json"
-    content = {
-        "checkpoint": str(run / f"checkpoint_{epoch - 1:04d}.pth.tar"), "layer": "projection",
-        "alpha": 2.0, "t": 2.0, "alignment": alignment, "uniformity": uniformity, **more,
-    }  # fmt: skip
-    path.write_text(json.dumps(content))
-    return path
 
 
 class Page(HTMLParser):
@@ -196,23 +140,23 @@ def test_sign_flip_test_counts_all_signs(n: int) -> None:
         for signs in itertools.product((1, -1), repeat=n)
     ]
     expected = sum(s >= abs(sum(differences)) - 1e-12 for s in sums) / 2**n
-    assert compare_runs.sign_flip_p(differences) == expected
-    assert compare_runs.sign_flip_p([-d for d in differences]) == expected
+    assert sign_flip_p(differences) == expected
+    assert sign_flip_p([-d for d in differences]) == expected
 
 
 def test_sign_flip_test_with_ties_and_zeros() -> None:
-    assert compare_runs.sign_flip_p([0.1] * 5) == 2 / 32
-    assert compare_runs.sign_flip_p([0.0, 0.0]) == 1
-    assert compare_runs.sign_flip_p([1.0, -1.0]) == 1
-    assert compare_runs.sign_flip_p([0.1, 0.2, 0.3]) == 0.25
-    assert compare_runs.sign_flip_p([1.0] * 40) == 2 / 2**40
+    assert sign_flip_p([0.1] * 5) == 2 / 32
+    assert sign_flip_p([0.0, 0.0]) == 1
+    assert sign_flip_p([1.0, -1.0]) == 1
+    assert sign_flip_p([0.1, 0.2, 0.3]) == 0.25
+    assert sign_flip_p([1.0] * 40) == 1 / (2**16 + 1), "not exact: none of 2^16 random ways"
 
 
 def test_rank_correlation_is_scipys() -> None:
     xs, ys = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0], [2.0, 7.0, 1.0, 8.0, 2.0, 8.0]
-    assert compare_runs.spearman(xs, ys) == pytest.approx(stats.spearmanr(xs, ys).statistic)
-    assert compare_runs.spearman([1, 2], [1, 2]) is None
-    assert compare_runs.spearman([1, 1, 1], [1, 2, 3]) is None
+    assert rank_correlation(xs, ys) == pytest.approx(stats.spearmanr(xs, ys).statistic)
+    assert rank_correlation([1, 2], [1, 2]) is None
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
 def test_rank_correlation_is_reported(two_objectives, tmp_path, capsys) -> None:
@@ -323,7 +267,7 @@ def test_evaluations_of_earlier_epochs_are_not_mixed_in(tmp_path, capsys) -> Non
     assert column(rows, "alignment") == ["0.500"]
     (read,), _ = read_runs([tmp_path])
     assert read.encoders() == [(2, 0.9, -1.0), (5, 0.5, -3.0)]
-    assert (read.linear("last", 2), read.knn(2)) == (20.0, 10.0)
+    assert (read.value("linear last", 2), read.knn(2)) == (20.0, 10.0)
 
 
 def test_measures_of_other_layers_and_exponents_are_not_mixed_in(tmp_path, capsys) -> None:
@@ -413,9 +357,12 @@ SPOILED = {
     "unfinished": (cut_log, "is unfinished: step 16 of 20"),
     "no log": (spoil_file("log.jsonl", None), "has no log.jsonl"),
     "empty log": (spoil_file("log.jsonl", b""), "is unfinished: step 0 of 20"),
-    "binary log": (spoil_file("log.jsonl", b"\xff\xfe\x00"), "log.jsonl cannot be read"),
-    "log of other lines": (spoil_file("log.jsonl", b"[1]\n[2]\n"), "another version"),
-    "text in the log": (spoil_file("log.jsonl", b"hello\n{}\n"), "log.jsonl, line 1 is not JSON"),
+    "binary log": (
+        spoil_file("log.jsonl", b"\xff\xfe\x00"),
+        "step 0 of 20; log.jsonl has 1 damaged line",
+    ),
+    "log of other lines": (spoil_file("log.jsonl", b"[1]\n[2]\n"), "log.jsonl has 2 damaged line"),
+    "text in the log": (spoil_file("log.jsonl", b"hello\n{}\n"), "log.jsonl has 2 damaged line"),
     "no args": (spoil_file("args.json", None), "has no args.json"),
     "args cut off": (spoil_file("args.json", b'{"seed": '), "args.json cannot be read"),
     "deep args": (spoil_file("args.json", b"[" * 100_000), "args.json cannot be read"),
@@ -423,7 +370,7 @@ SPOILED = {
     "older args": (spoil_args(objective="drop"), "another version"),
     "huge step": (
         spoil_file("log.jsonl", b'{"kind": "train", "step": 1%s}\n' % (b"0" * 400)),
-        "another version",
+        "log.jsonl has 1 damaged line",
     ),
     "seed as text": (spoil_args(seed="0"), "no usable 'seed'"),
     "no batch": (spoil_args(batch_size=0), "below zero"),
@@ -477,7 +424,7 @@ def test_a_probe_that_cannot_be_used_is_listed(content, reason, tmp_path, capsys
     if content is not None:
         (probe / "lincls.json").write_bytes(content)
     (run,), ((path, said),) = read_runs([tmp_path])
-    assert path == str(probe) and reason in said and run.linear("last") is None
+    assert path == str(probe) and reason in said and run.value("linear last") is None
 
 
 def test_values_that_are_no_numbers_are_missing(tmp_path, capsys) -> None:
@@ -545,20 +492,20 @@ def test_the_same_runs_make_the_same_page(two_objectives, tmp_path, capsys) -> N
 
 def test_numbers_are_told_from_text_that_begins_with_one() -> None:
     for text in ("43.65 ± 0.31", "-3.47", "+0.5 ± 0.1", "0.25", "1.82e-12", "–", "16 (of 2)"):
-        assert compare_runs._is_number(text), text
+        assert report.cell_kind(text) == "number", text
     for text in (NCE, ALIGN, "0, 1, 2", "1 − 2", "", "ResNet-50", "67.5 as cited"):
-        assert not compare_runs._is_number(text), text
+        assert report.cell_kind(text) == "", text
 
 
 def test_long_logs_make_short_curves() -> None:
-    thinned = compare_runs.thinned([float(i) for i in range(100_000)])
+    thinned = report.thinned([float(i) for i in range(100_000)])
     assert 200 < len(thinned) <= 400
     assert thinned[0] == statistics.fmean(range(250)) and thinned == sorted(thinned)
-    assert compare_runs.thinned([3.0, 1.0]) == [3.0, 1.0]
+    assert report.thinned([3.0, 1.0]) == [3.0, 1.0]
 
 
 def test_published_figures_have_sources() -> None:
-    rows = compare_runs.published_rows()
+    rows = report.published_rows(compare_runs.PUBLISHED)
     assert len(rows) > 20
     for row in rows[1:]:
         cells = dict(zip(rows[0], row, strict=True))
