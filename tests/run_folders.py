@@ -6,6 +6,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from helpers import ROOT
+
+from moco.runs import report
+from moco.runs.compare import Comparison
+from moco.runs.folder import read_runs
+
 ALIGN = "3 * align(alpha=2) + 1 * uniform(t=3, with intra-batch pairs)"
 NCE = "1 * InfoNCE(tau=0.2)"
 
@@ -64,3 +70,20 @@ def make_measure(run: Path, alignment: float, uniformity: float, epoch: int = 5,
     }  # fmt: skip
     path.write_text(json.dumps(content))
     return path
+
+
+def cut_log(run: Path) -> None:
+    """As of a run that was killed while it wrote."""
+    lines = (run / "log.jsonl").read_text().splitlines(keepends=True)
+    (run / "log.jsonl").write_text("".join(lines[:-4]) + lines[-4][:20])
+
+
+def compare(*paths: object) -> tuple[list[list[str]], str]:
+    """Rows of the first table of a comparison, and all that stands on the screen."""
+    comparison = Comparison(*read_runs(paths))
+    text = report.markdown(comparison, ROOT / "scripts" / "published.csv")
+    return report.result_rows(comparison), text
+
+
+def column(rows: list[list[str]], name: str) -> list[str]:
+    return [row[rows[0].index(name)] for row in rows[1:]]
