@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
@@ -11,30 +12,22 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from moco.runs.evaluations import KNN, LOGGED
+from moco.runs.evaluations import KNN, LOGGED, Protocol
 from moco.runs.folder import RunFolder, common_accuracy
 
+# Figures that always have a column, if only an empty one; the last two stand behind all others.
+FIRST = (KNN, "linear last", "linear best", "linear folds")
+PLACE = ("alignment", "uniformity")
 # Up to so many seeds the test goes through every way to swap, 2^16; beyond, through as many.
 EXACT_SEEDS = 16
 
 
 class Column(NamedTuple):
-    """A figure that runs are compared by. Accuracies are in percent."""
+    """A figure that runs are compared by, of one protocol. Accuracies are in percent."""
 
     title: str
-    value: Callable[[RunFolder], float | None]
+    values: Callable[[RunFolder], Sequence[float]]  # one for each evaluation
     decimals: int
-
-
-COLUMNS = (
-    Column(KNN, RunFolder.knn, 2),
-    *(Column(n, lambda run, n=n: run.value(n), 2)
-      for n in ("linear last", "linear best", "linear folds")),
-    *(Column(n, lambda run, n=n: run.value(n), 3) for n in ("alignment", "uniformity")),
-    Column("hours", RunFolder.hours, 3),
-    Column("images/s", RunFolder.images_per_s, 0),
-)  # fmt: skip
-TESTED = COLUMNS[:6]
 
 
 @dataclass
@@ -50,15 +43,18 @@ class Group:
         return self.objective if self.runs[0].steps else "untrained"
 
     def values(self, column: Column) -> list[float]:
-        return [value for value in map(column.value, self.runs) if value is not None]
+        """One of each run; of a single run one of each of its evaluations."""
+        found = [values for run in self.runs if (values := column.values(run))]
+        if len(self.runs) == 1 and found:
+            return list(found[0])
+        return [statistics.fmean(values) for values in found]
 
     def by_seed(self, column: Column) -> dict[int, float]:
         """Mean of the runs of each seed."""
         found: dict[int, list[float]] = {}
         for run in self.runs:
-            value = column.value(run)
-            if value is not None:
-                found.setdefault(run.seed, []).append(value)
+            if values := column.values(run):
+                found.setdefault(run.seed, []).append(statistics.fmean(values))
         return {seed: statistics.fmean(values) for seed, values in found.items()}
 
     def differences(self, reference: Group) -> list[str]:
@@ -90,6 +86,33 @@ class Comparison:
         for group in self.groups:
             group.runs.sort(key=lambda run: run.seed)
         self.runs = [run for group in self.groups for run in group.runs]
+        # Figures that any run has, by name, with their protocols; the first always have a column.
+        self.protocols: dict[str, list[Protocol]] = {name: [] for name in FIRST}
+        for name, protocol in (kind for run in self.runs for kind in run.final):
+            known = self.protocols.setdefault(name, [])
+            if protocol not in known:
+                known.append(protocol)
+        places = {name: self.protocols.pop(name, []) for name in PLACE}
+        self.protocols |= places
+        self.tested = [column for name in self.protocols for column in self._columns(name)]
+        self.columns = [
+            *self.tested,
+            Column("hours", lambda run: _known(run.hours()), 3),
+            Column("images/s", lambda run: _known(run.images_per_s()), 0),
+        ]
+
+    def _columns(self, name: str) -> list[Column]:
+        """One for each protocol; where there are several, the title has what tells them apart."""
+        decimals = 3 if name in PLACE else 2
+        protocols = self.protocols[name]
+        shared = set.intersection(*map(set, protocols)) if protocols else set()
+        columns = []
+        for protocol in protocols:
+            own = [" ".join(setting).strip() for setting in protocol if setting not in shared]
+            title = ", ".join([name, *own])
+            values = functools.partial(_of_kind, (name, protocol))
+            columns.append(Column(title, values, decimals))
+        return columns or [Column(name, lambda run: (), decimals)]
 
     def differing(self) -> list[str]:
         """Arguments of the recipe in which any two groups differ."""
@@ -99,24 +122,40 @@ class Comparison:
     def evaluation_differences(self) -> list[str]:
         """In what the evaluations of the runs are not alike."""
         found = []
-        for title, name in (("linear evaluation", "linear last"), ("k-NN", KNN)):
-            protocols = [
-                dict(protocol)
-                for run in self.runs
-                for n, protocol in run.found()
-                if n == name and LOGGED not in protocol
-            ]
-            for setting in dict.fromkeys(s for protocol in protocols for s in protocol):
-                values = dict.fromkeys(protocol.get(setting, "None") for protocol in protocols)
+        titles = {
+            KNN: "k-NN",
+            "linear last": "linear evaluation",
+            "uniformity": "alignment and uniformity",
+        }
+        for name, protocols in self.protocols.items():
+            if name.partition(",")[0].endswith((" best", " folds", "alignment")):
+                continue  # of the same evaluations as another name
+            title = titles.get(name, name)
+            evaluated = [dict(protocol) for protocol in protocols if LOGGED not in protocol]
+            for setting in dict.fromkeys(s for protocol in evaluated for s in protocol):
+                values = dict.fromkeys(protocol.get(setting, "not given") for protocol in evaluated)
                 if len(values) > 1:
                     found.append(f"{title}: {setting} is {' or '.join(values)}")
-        for title, name in (("k-NN", KNN), ("alignment and uniformity", "uniformity")):
-            sources = [LOGGED in p for run in self.runs for n, p in run.found() if n == name]
+            sources = [LOGGED in p for run in self.runs for n, p in run.final if n == name]
             if 0 < sum(sources) < len(sources):
                 found.append(
                     f"{title}: logged while training for {sum(sources)} of {len(sources)} runs"
                 )
+        for column in self.tested:
+            most = max((len(column.values(run)) for run in self.runs), default=0)
+            if most > 1:
+                found.append(
+                    f"{column.title}: a run's figure is the mean of up to {most} evaluations"
+                )
         return found
+
+
+def _of_kind(kind: tuple[str, Protocol], run: RunFolder) -> list[float]:
+    return run.final.get(kind, [])
+
+
+def _known(value: float | None) -> list[float]:
+    return [] if value is None else [value]
 
 
 class Paired(NamedTuple):
@@ -133,11 +172,11 @@ class Paired(NamedTuple):
         return sign_flip_p(self.differences)
 
 
-def paired_differences(groups: Sequence[Group]) -> list[Paired]:
+def paired_differences(comparison: Comparison) -> list[Paired]:
     """Of each pair of groups of different objectives with at least two seeds in common."""
     found = []
-    for (i, a), (j, b) in itertools.combinations(enumerate(groups, start=1), 2):
-        for column in TESTED if a.objective != b.objective else ():
+    for (i, a), (j, b) in itertools.combinations(enumerate(comparison.groups, start=1), 2):
+        for column in comparison.tested if a.objective != b.objective else ():
             mine, other = a.by_seed(column), b.by_seed(column)
             seeds = sorted(mine.keys() & other.keys())
             if len(seeds) >= 2:

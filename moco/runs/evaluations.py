@@ -8,7 +8,7 @@ import math
 import os
 from pathlib import Path
 
-from moco.run_files import LINCLS_RESULT
+from moco.run_files import ARGS, LINCLS_RESULT
 
 Protocol = tuple[tuple[str, str], ...]  # all that a figure depends on but the seed: (name, value)
 KNN = "k-NN top-1"
@@ -67,39 +67,91 @@ def read_evaluation(folder: Path) -> dict:
     content = read_json(folder / LINCLS_RESULT)
     if not is_path(content.get("checkpoint")) or "arch" not in content:
         raise Unusable(f"{LINCLS_RESULT} names no checkpoint: it is of another version")
-    if content.get("evaluation") == "finetune" or "labels" in content:
-        kind = "fine-tuning" if "evaluation" in content else "training with part of the labels"
-        raise Unusable(f"is {kind}: compared are linear evaluations with all labels")
     parts = {n: content[n] for n in ("knn", "last", "best") if isinstance(content.get(n), dict)}
     if not parts:
         raise Unusable("evaluates a saved classifier (-e): it adds nothing to its probe's folder")
-    trained, knn = protocol_of(content.get("protocol")), protocol_of(content.get("knn"))
-    names = {"knn": (KNN, knn), "last": ("linear last", trained), "best": ("linear best", trained)}
-    figures = []
-    for part, found in parts.items():
-        name, protocol = names[part]
-        figures.append((name, number(found.get("top1")), protocol))
-    figures.append(("linear folds", best_fold_mean(content), trained))
+    amp = _precision(folder, _dict(content.get("protocol")))
+    try:
+        figures = [
+            *_knn_figures(parts.pop("knn", {}), amp),
+            *_classifier_figures(content, parts, amp),
+        ]
+    except RecursionError:
+        raise Unusable(f"{LINCLS_RESULT} is nested too deeply") from None
     return {**content, "figures": figures}
 
 
-def protocol_of(settings: object) -> Protocol:
-    """The settings of an evaluation that its result lists, without the result and the seed."""
-    if not isinstance(settings, dict):
-        return ()
-    names = sorted(settings.keys() - {"seed", "top1", "top5"})
+def _dict(value: object) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def _precision(folder: Path, protocol: dict) -> str:
+    """In what the encoder computed: older files have it among the arguments only."""
     try:
-        return tuple((name, str(settings[name])) for name in names)
-    except RecursionError:
-        raise Unusable(f"{LINCLS_RESULT} is nested too deeply") from None
+        args = read_json(folder / ARGS)
+    except Unusable:
+        args = {}
+    found = protocol.get("amp", args.get("amp"))
+    if isinstance(found, str):
+        return found
+    return "off" if args.get("device") == "cpu" else "unknown"
 
 
-def best_fold_mean(content: dict) -> float | None:
+def _knn_figures(knn: dict, amp: str) -> list[tuple]:
+    return [(KNN, number(knn.get("top1")), _protocol({**knn, "amp": amp}))] if knn else []
+
+
+def _classifier_figures(content: dict, parts: dict[str, dict], amp: str) -> list[tuple]:
+    """Of trained classifiers. The name tells what kind of evaluation it was, so that no two kinds
+    are taken for one: "linear last", "cached last, 4 views", "fine-tune best, 10 % of labels"."""
+    protocol = {**_dict(content.get("protocol")), "amp": amp}
+    kind = content.get("evaluation", "standard")
+    kind = {"standard": "linear", "finetune": "fine-tune"}.get(str(kind), str(kind))
+    words = []
+    if protocol.get("cached_views"):
+        words.append(f"{protocol['cached_views']} views")
+    if "labels" in content:
+        labels = _dict(content["labels"]).get("of")
+        share = number(labels)  # drawn by a seed; else a list of files
+        if share is None:
+            words.append(f"labels of {Path(str(labels)).name}")
+        else:
+            words.append(f"{share:g} % of labels")
+            protocol.pop("labels_digest", None)
+    if protocol.get("images_per_class"):
+        words.append(f"{protocol['images_per_class']} images per class")
+    if amp not in ("off", "unknown"):
+        words.append(amp)
+    folds = _dict(content.get("folds"))
+    chosen = [f"chosen by {folds.get('count')} folds"] if folds else []
+    if not folds and isinstance(content.get("heads"), list):
+        chosen = [f"best of {len(content['heads'])} settings"]
+    figures = [
+        (f"{kind} {part}", number(found.get("top1")), [*words, *chosen])
+        for part, found in parts.items()
+        if part == "last" or not folds  # with folds only the last epoch is evaluated
+    ]
+    if folds:
+        protocol["folds"] = folds.get("count")
+        figures.append((f"{kind} folds", best_fold_mean(folds), words))
+    return [(", ".join([n, *words]), value, _protocol(protocol)) for n, value, words in figures]
+
+
+def _nested(value: object) -> bool:
+    return isinstance(value, (dict, list))
+
+
+def _protocol(settings: dict) -> Protocol:
+    """The settings of an evaluation that its result lists, without the result and the seed."""
+    names = sorted(settings.keys() - {"seed", "top1", "top5"})
+    return tuple((name, str(settings[name])) for name in names if settings[name] is not None)
+
+
+def best_fold_mean(folds: dict) -> float | None:
     """Top-1 (%) on held-out folds of the training set (--folds), of the setting that was chosen."""
-    folds = content.get("folds")
-    settings = folds.get("settings") if isinstance(folds, dict) else None
-    rows = [row for row in settings if isinstance(row, dict)] if isinstance(settings, list) else []
-    means = [number(row.get("mean")) for row in rows]
+    settings = folds.get("settings")
+    rows = settings if isinstance(settings, list) else []
+    means = [number(row.get("mean")) for row in rows if isinstance(row, dict)]
     return max((value for value in means if value is not None), default=None)
 
 
@@ -115,6 +167,9 @@ def read_measure(path: Path) -> dict | None:
     if not is_path(content.get("checkpoint")):
         return None
     layers = content.get("layers")
+    on = {name: content.get(name) for name in ("images", "data") if not _nested(content.get(name))}
+    if isinstance(on.get("data"), str):
+        on["data"] = Path(on["data"]).name  # the folder is elsewhere on another machine
     figures = []
     for name, parameter in (("alignment", "alpha"), ("uniformity", "t")):
         if isinstance(layers, dict):  # by layer, then by alpha or t
@@ -124,5 +179,5 @@ def read_measure(path: Path) -> dict | None:
         else:
             at_2 = content.get("layer") == "projection" and content.get(parameter) == 2
             value = content.get(name) if at_2 else None
-        figures.append((name, number(value), ()))
+        figures.append((name, number(value), _protocol(on)))
     return {"checkpoint": content["checkpoint"], "figures": figures}

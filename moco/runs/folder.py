@@ -161,18 +161,25 @@ class RunFolder:
         for line in self.log:
             top1 = number(line.get("top1"))
             if line["kind"] == "knn" and line["step"] == step and top1 is not None:
-                yield Figure(KNN, epoch, top1, (LOGGED,))
+                settings = ((n, number(line.get(n))) for n in ("k", "bank", "images"))
+                protocol = ((n, f"{value:g}") for n, value in settings if value is not None)
+                yield Figure(KNN, epoch, top1, (LOGGED, *protocol))
         if epoch == self.epochs:
             scalars = self.scalars()
             for name in ("alignment", "uniformity"):
                 if name in scalars:
                     yield Figure(name, epoch, scalars[name][1][-1], (LOGGED,))
 
+    @functools.cached_property
+    def final(self) -> dict[tuple[str, Protocol], list[float]]:
+        """What was found out about the last encoder."""
+        return self.found()
+
     def value(self, name: str, epoch: int | None = None) -> float | None:
-        """One figure of an encoder, the last if None; the mean where it was found several times."""
-        return mean(
-            [v for (n, _), values in self.found(epoch).items() if n == name for v in values]
-        )
+        """One figure of an encoder, the last if None: of several protocols that of most
+        evaluations, of several evaluations by one protocol their mean."""
+        found = [values for (n, _), values in self.found(epoch).items() if n == name]
+        return mean(max(found, key=len, default=()))
 
     def knn(self, epoch: int | None = None) -> float | None:
         """k-NN top-1 (%), as main_lincls.py found, else as was logged while training."""
@@ -202,11 +209,21 @@ class RunFolder:
 def common_accuracy(
     encoders: Sequence[tuple[RunFolder, int]],
 ) -> tuple[str, Callable[[RunFolder, int], float | None]]:
-    """What accuracy to compare encoders (run, epoch) by, and how to find it: the linear probe's
-    last where all of them have one, else k-NN's, so that no two kinds are mixed."""
-    if all(run.value("linear last", epoch) is not None for run, epoch in encoders):
-        return "linear top-1, last (%)", lambda run, epoch: run.value("linear last", epoch)
-    return "k-NN top-1 (%)", RunFolder.knn
+    """What accuracy to compare encoders (run, epoch) by, and how to find it: of one kind and
+    protocol, that most of them have; the linear probe's last rather than others, k-NN's last."""
+    counts: dict[tuple[str, Protocol], int] = {(KNN, ()): 0}
+    for run, epoch in encoders:
+        for name, protocol in run.found(epoch):
+            if name == KNN or name.split(",")[0].endswith(" last"):
+                counts[name, protocol] = counts.get((name, protocol), 0) + 1
+
+    def preference(kind: tuple[str, Protocol]) -> tuple:
+        return counts[kind], kind[0] == "linear last", kind[0] != KNN
+
+    kind = max(counts, key=preference)
+    title = "k-NN" if kind[0] == KNN else kind[0].replace(" last", "", 1)
+    last = "" if kind[0] == KNN else ", last"
+    return f"{title} top-1{last} (%)", lambda run, epoch: mean(run.found(epoch).get(kind, ()))
 
 
 def short_names(runs: Sequence[RunFolder]) -> list[str]:

@@ -13,7 +13,6 @@ import jinja2
 from markupsafe import Markup
 
 from moco.runs.compare import (
-    COLUMNS,
     Comparison,
     encoder_places,
     least_p,
@@ -74,24 +73,25 @@ def _render(name: str, comparison: Comparison, published: Path, **more: object) 
 # ------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float], decimals: int) -> str:
-    """Mean and standard deviation, "43.65 ± 0.31"; without the latter for one value."""
+def spread(values: Sequence[float], decimals: int, expected: int = 1) -> str:
+    """Mean, standard deviation and number of values, "43.65 ± 0.31 (of 3)"; a single one that was
+    expected stands alone."""
     if not values:
         return "–"
     text = f"{statistics.fmean(values):.{decimals}f}"
-    return f"{text} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else text
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{decimals}f}"
+    return text if len(values) == expected == 1 else f"{text} (of {len(values)})"
 
 
 def result_rows(comparison: Comparison) -> Rows:
-    titles = [column.title for column in COLUMNS]
+    titles = [column.title for column in comparison.columns]
     rows = [["#", "objective", "differs from row 1 in", "seeds", "ranks", *titles]]
     for i, group in enumerate(comparison.groups, start=1):
-        cells = []
-        for column in COLUMNS:
-            values = group.values(column)
-            cells.append(spread(values, column.decimals))
-            if values and len(values) < len(group.runs):
-                cells[-1] += f" (of {len(values)})"
+        cells = [
+            spread(group.values(column), column.decimals, len(group.runs))
+            for column in comparison.columns
+        ]
         seeds = ", ".join(str(run.seed) for run in group.runs)
         flag = "; ".join(group.flags(comparison.groups[0]))
         flag = f"⚠ {flag}" if flag else ""
@@ -102,7 +102,7 @@ def result_rows(comparison: Comparison) -> Rows:
 def test_rows(comparison: Comparison) -> Rows:
     titles = ["rows", "", "seeds", "mean difference ± deviation", "p", "least p possible"]
     rows = [[*titles, "differ also in"]]
-    for test in paired_differences(comparison.groups):
+    for test in paired_differences(comparison):
         a, b = (comparison.groups[i - 1] for i in (test.first, test.second))
         places = test.column.decimals + 1
         mean, deviation = statistics.fmean(test.differences), statistics.stdev(test.differences)
@@ -127,11 +127,10 @@ def recipe_rows(comparison: Comparison) -> Rows:
 
 
 def run_rows(comparison: Comparison) -> Rows:
-    rows = [["row", "seed", *(column.title for column in COLUMNS), "code", "folder"]]
+    rows = [["row", "seed", *(column.title for column in comparison.columns), "code", "folder"]]
     for i, group in enumerate(comparison.groups, start=1):
         for run in group.runs:
-            values = [(column.value(run), column.decimals) for column in COLUMNS]
-            cells = [spread([] if v is None else [v], decimals) for v, decimals in values]
+            cells = [spread(c.values(run), c.decimals) for c in comparison.columns]
             code = run.args.get("provenance")
             versions = [f"{k} {v}" for k, v in code.items()] if isinstance(code, dict) else []
             rows.append([str(i), str(run.seed), *cells, ", ".join(versions), str(run.folder)])

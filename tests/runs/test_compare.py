@@ -14,6 +14,7 @@ from run_folders import ALIGN, NCE, column, compare, make_measure, make_probe, m
 from scipy import stats
 
 from moco.runs.compare import rank_correlation, sign_flip_p
+from moco.runs.folder import common_accuracy, read_runs
 
 
 def test_seeds_are_one_row_with_mean_and_deviation(two_objectives, tmp_path) -> None:
@@ -21,14 +22,15 @@ def test_seeds_are_one_row_with_mean_and_deviation(two_objectives, tmp_path) -> 
     assert column(rows, "objective") == [ALIGN, NCE]
     assert column(rows, "seeds") == ["0, 1, 2"] * 2
     deviation = statistics.stdev([50, 52, 57])
-    assert column(rows, "linear last")[0] == f"53.00 ± {deviation:.2f}"
-    assert column(rows, "linear best")[0] == f"54.00 ± {deviation:.2f}"
-    assert column(rows, "k-NN top-1")[1] == f"{112 / 3:.2f} ± {statistics.stdev([45, 48, 49]):.2f}"
-    assert column(rows, "alignment")[0] == f"0.530 ± {deviation / 100:.3f}"
-    assert column(rows, "uniformity")[0] == f"-2.650 ± {deviation / 20:.3f}"
+    assert column(rows, "linear last")[0] == f"53.00 ± {deviation:.2f} (of 3)"
+    assert column(rows, "linear best")[0] == f"54.00 ± {deviation:.2f} (of 3)"
+    spread = statistics.stdev([45, 48, 49])
+    assert column(rows, "k-NN top-1")[1] == f"{112 / 3:.2f} ± {spread:.2f} (of 3)"
+    assert column(rows, "alignment")[0] == f"0.530 ± {deviation / 100:.3f} (of 3)"
+    assert column(rows, "uniformity")[0] == f"-2.650 ± {deviation / 20:.3f} (of 3)"
     # 20 steps at 2 steps a second; the clock of the log, with its pauses, says 1800 s.
-    assert column(rows, "hours")[0] == f"{10 / 3600:.3f} ± 0.000"
-    assert column(rows, "images/s")[0] == "16 ± 0"
+    assert column(rows, "hours")[0] == f"{10 / 3600:.3f} ± 0.000 (of 3)"
+    assert column(rows, "images/s")[0] == "16 ± 0 (of 3)"
     assert column(rows, "differs from row 1 in") == ["", ""]
     assert "Left out" not in screen
     for text in (ALIGN, NCE, f"53.00 ± {deviation:.2f}", "67.69", "cited"):
@@ -167,3 +169,100 @@ def test_values_logged_while_training_are_used_where_nothing_else_is(tmp_path) -
     make_probe(run, 60.0, knn=44.0)
     rows, _ = compare(run, f"{run}-lincls")
     assert column(rows, "k-NN top-1") == ["44.00"] and column(rows, "alignment") == ["0.500"]
+
+
+# ---- One figure for each protocol -----------------------------------------------------------
+
+
+EVALUATIONS = {  # what is in lincls.json -> the title of its column
+    "linear last": {},
+    "cached last": {"evaluation": "cached", "protocol": {"lr": 30.0, "cached": True}},
+    "cached last, 4 views": {
+        "evaluation": "cached",
+        "protocol": {"lr": 30.0, "cached": True, "cached_views": 4},
+    },
+    "linear last, chosen by 3 folds": {
+        "folds": {"count": 3, "settings": [{"mean": 40.0}]},
+        "protocol": {"lr": [1.0, 30.0], "folds": 3},
+    },
+    "linear last, best of 2 settings": {"heads": [{}, {}], "protocol": {"lr": [1.0, 30.0]}},
+    "fine-tune last": {"evaluation": "finetune", "protocol": {"lr": 0.2, "finetune": True}},
+    "fine-tune last, 10 % of labels": {
+        "evaluation": "finetune",
+        "labels": {"of": 10.0, "digest": "ab"},
+        "protocol": {"lr": 0.2, "finetune": True, "labels_digest": "ab"},
+    },
+    "linear last, labels of mine.txt": {"labels": {"of": "/data/mine.txt", "digest": "cd"}},
+    "linear last, 5 images per class": {"protocol": {"lr": 30.0, "images_per_class": 5}},
+    "linear last, bf16": {"protocol": {"lr": 30.0, "amp": "bf16"}},
+    "imagined last": {"evaluation": "imagined"},
+}
+
+
+def test_each_kind_of_evaluation_has_a_column_of_its_own(tmp_path) -> None:
+    run = make_run(tmp_path / "a")
+    usual = {"evaluation": "standard", "protocol": {"lr": 30.0, "seed": 0, "amp": "off"}}
+    for i, more in enumerate(EVALUATIONS.values()):
+        make_probe(run, 50.0 + i, name=f"probe{i}", **{**usual, **more})
+    (row, values), _ = compare(tmp_path)
+    found = dict(zip(row, values, strict=True))
+    assert {title for title in row if " last" in title} == set(EVALUATIONS)
+    assert [found[title] for title in EVALUATIONS] == [f"{50 + i:.2f}" for i in range(11)]
+    assert found["linear folds"] == "40.00"
+    assert not any("folds" in title for title in row if "best" in title), "it has only a last"
+
+
+@pytest.mark.parametrize(
+    ("older", "expected"),
+    [
+        ({"amp": "bf16"}, {"linear last": "50.00", "linear last, bf16": "70.00"}),
+        ({"amp": "off"}, {"linear last": "60.00 ± 14.14 (of 2)"}),
+        ({"device": "cpu"}, {"linear last": "60.00 ± 14.14 (of 2)"}),
+        ({}, {"linear last, amp off": "50.00", "linear last, amp unknown": "70.00"}),
+    ],
+)
+def test_older_files_tell_their_precision_among_the_arguments(older, expected, tmp_path) -> None:
+    run = make_run(tmp_path / "a")
+    make_probe(run, 50.0, name="new", protocol={"lr": 30.0, "amp": "off"})
+    probe = make_probe(run, 70.0, name="old")
+    (probe / "args.json").write_text(json.dumps({"pretrained": "x", **older}))
+    (titles, cells), _ = compare(tmp_path)
+    assert {t: c for t, c in zip(titles, cells, strict=True) if " last" in t} == expected
+
+
+def test_no_mean_is_over_two_protocols(tmp_path) -> None:
+    """Three seeds of one objective, each evaluated and measured otherwise, and each in two ways."""
+    for seed in range(3):
+        run = make_run(tmp_path / f"a{seed}", seed=seed)
+        for probe_seed, top1 in ((0, 40.0), (1, 42.0)):
+            protocol = {"lr": 10.0 + seed, "seed": probe_seed, "amp": "off"}
+            name = f"lincls{probe_seed}"
+            make_probe(run, top1 + seed, name=name, protocol=protocol)
+        make_probe(run, 0, knn=60.0 + seed, name="knn", protocol={"lr": 9.0, "amp": "off"})
+        path = tmp_path / f"a{seed}-knn" / "lincls.json"
+        path.write_text(path.read_text().replace('"k": 200', f'"k": {seed}'))
+        make_measure(run, 0.5 + seed, -1.0, images=100 * (1 + seed), data=f"/machine{seed}/val")
+    rows, text = compare(tmp_path)
+    for seed in range(3):
+        title = f"linear last, lr 1{seed}.0"
+        assert column(rows, title) == [f"{41 + seed:.2f} (of 1)"]
+        assert f"⚠ {title}: a run's figure is the mean of up to 2 evaluations" in text
+        assert column(rows, f"k-NN top-1, k {seed}") == [f"{60 + seed:.2f} (of 1)"]
+        assert column(rows, f"alignment, images {100 * (1 + seed)}") == [f"{0.5 + seed:.3f} (of 1)"]
+    assert "⚠ linear evaluation: lr is 9.0 or 10.0 or 11.0 or 12.0" in text
+    assert "⚠ k-NN: k is 0 or 1 or 2" in text
+    assert "⚠ alignment and uniformity: images is 100 or 200 or 300" in text
+    rows, _ = compare(tmp_path / "a1", *tmp_path.glob("a1-*"))
+    assert column(rows, "linear last, lr 11.0") == ["42.00 ± 1.41 (of 2)"]
+
+
+def test_encoders_are_compared_by_one_protocol(tmp_path) -> None:
+    for seed in range(3):
+        run = make_run(tmp_path / f"a{seed}", seed=seed)
+        make_probe(run, 40.0 + seed, protocol={"lr": 10.0 + seed}, name="own")
+        make_probe(run, 50.0 + seed, evaluation="cached", name="cached")
+    runs, _ = read_runs([tmp_path])
+    name, accuracy = common_accuracy([(run, run.epochs) for run in runs])
+    assert name == "cached top-1, last (%)"
+    assert [accuracy(run, run.epochs) for run in runs] == [50.0, 51.0, 52.0]
+    assert runs[0].value("linear last") == 40.0 and runs[0].value("linear last", 3) is None

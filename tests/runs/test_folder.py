@@ -190,11 +190,6 @@ def test_a_run_that_cannot_be_used_is_listed_with_the_reason(name, tmp_path) -> 
         (b'{"checkpoint": "/else/checkpoint_0004.pth.tar", "arch": "a", "knn": {}}', "in none of"),
         (b'{"checkpoint": "/else/m.tar", "arch": "a", "top1": 3}', "evaluates a saved classifier"),
         (b'{"checkpoint": "a\\u0000b", "arch": "a", "knn": {}}', "names no checkpoint"),
-        (b'{"checkpoint": "x", "arch": "a", "evaluation": "finetune", "last": {}}', "fine-tuning"),
-        (
-            b'{"checkpoint": "x", "arch": "a", "labels": {"of": 1}, "last": {}}',
-            "part of the labels",
-        ),
     ],
 )
 def test_a_probe_that_cannot_be_used_is_listed(content, reason, tmp_path) -> None:
