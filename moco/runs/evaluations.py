@@ -4,7 +4,6 @@ measure_align_uniform.py, each as named figures of one encoder."""
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from moco.run_files import ARGS, LINCLS_RESULT
 Protocol = tuple[tuple[str, str], ...]  # all that a figure depends on but the seed: (name, value)
 KNN = "k-NN top-1"
 LOGGED = ("logged while training", "")  # in the protocol of a figure that nobody has evaluated
+_LARGEST_NUMBER = 10**100  # squares, and sums of them, are still floats
 _LARGEST_MEASURE = 2**20  # bytes; a larger file is no result of a measurement
 
 
@@ -21,13 +21,10 @@ class Unusable(Exception):
 
 
 def number(value: object) -> float | None:
-    """A finite number as such, anything else as None."""
+    """A number as such, anything else as None: NaN too, and what is too large to be a result."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:  # of a whole number that no float can hold
-        return None
+    return float(value) if abs(value) < _LARGEST_NUMBER else None
 
 
 def one_line(error: Exception) -> str:

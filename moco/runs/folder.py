@@ -23,6 +23,7 @@ from moco.run_files import (
     LINCLS_RESULT,
     LOG,
     checkpoint_files,
+    printable,
     read_log,
 )
 from moco.runs.evaluations import (
@@ -272,7 +273,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunFolder], list[tuple[
                 if _is_evaluation(folder):
                     evaluations.append((folder, read_evaluation(folder)))
                 else:
-                    runs.append(_read_run(folder))
+                    runs.append(_read_run(folder, left_out))
             except Unusable as reason:
                 left_out.append((str(folder), str(reason)))
         measures = [n for n in files if n.endswith(".json") and n not in (ARGS, LINCLS_RESULT)]
@@ -300,7 +301,7 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunFolder], list[tuple[
                 for name, value, protocol in content["figures"]
                 if value is not None
             ]
-    return runs, left_out
+    return runs, [(printable(path), printable(reason)) for path, reason in left_out]
 
 
 def _folders(
@@ -341,7 +342,7 @@ def _is_evaluation(folder: Path) -> bool:
         return False
 
 
-def _read_run(folder: Path) -> RunFolder:
+def _read_run(folder: Path, left_out: list[tuple[str, str]]) -> RunFolder:
     args = read_json(folder / ARGS)
     for name, kind in _NEEDED.items():
         value = args.get(name)
@@ -356,11 +357,11 @@ def _read_run(folder: Path) -> RunFolder:
     _refuse_other_version(folder)
     names = [name for name in LEARNED if name in args] + ["processes", "max_steps"]
     learned = {name: _text(args.get(name)) for name in names}
-    return RunFolder(folder, args, _read_log(folder, _planned_steps(args)), learned)
+    return RunFolder(folder, args, _read_log(folder, _planned_steps(args), left_out), learned)
 
 
-def _read_log(folder: Path, planned: int) -> list[dict]:
-    """The lines of a log; damaged ones are passed over, as one that was cut off at the end."""
+def _read_log(folder: Path, planned: int, left_out: list[tuple[str, str]]) -> list[dict]:
+    """The lines of a finished run's log; damaged ones are passed over, and listed as left out."""
     if not os.path.isfile(folder / LOG):
         raise Unusable(f"has no {LOG}")
     try:
@@ -373,6 +374,8 @@ def _read_log(folder: Path, planned: int) -> list[dict]:
     if done < planned:
         damage = f"; {LOG} has {damaged} damaged line(s)" if damaged else ""
         raise Unusable(f"is unfinished: step {done} of {planned}{damage}")
+    if damaged:
+        left_out.append((str(folder / LOG), f"has {damaged} damaged line(s); the others are used"))
     return usable
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 import jinja2
 from markupsafe import Markup
 
+from moco.run_files import printable
 from moco.runs.compare import (
     Comparison,
     encoder_places,
@@ -52,6 +53,8 @@ def _render(name: str, comparison: Comparison, published: Path, **more: object) 
         keep_trailing_newline=name.endswith(".html"),
     )
     environment.filters |= {"cell": markdown_cell, "kind": cell_kind}
+    if name.endswith(".html"):
+        environment.finalize = lambda value: printable(value) if type(value) is str else value
     accuracy, places = encoder_places(comparison)
     return environment.get_template(name).render(
         comparison=comparison,
@@ -152,7 +155,7 @@ def published_rows(path: Path) -> Rows:
 
 
 def markdown_cell(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def cell_kind(text: str) -> str:
@@ -180,7 +183,7 @@ def _charts(comparison: Comparison, figures: ModuleType) -> dict[str, object]:
                 curves.setdefault(scalar, []).append((i, thinned(xs), thinned(ys)))
     names = [name for name in _FIRST_CURVES if name in curves]
     names += sorted(curves.keys() - set(names))
-    drawn = [figures.curves(name, curves[name]) for name in names]
+    drawn = [figures.curves(printable(name)[:80], curves[name]) for name in names]
     scatter = figures.scatter(places, accuracy=accuracy) if places else None
     return {
         "legend": legend,

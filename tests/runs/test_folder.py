@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -233,3 +234,85 @@ def test_a_checkpoint_of_this_version_is_accepted_without_its_tensors(tmp_path) 
     checkpoint.write_checkpoint(run / "checkpoint_0004.pth.tar", content)
     ((read,), left_out) = read_runs([run])
     assert read.seed == 0 and not left_out
+
+
+# ---- Nothing in a file can raise ------------------------------------------------------------
+
+VALUES = {
+    "deep": "[" * 900 + "]" * 900,
+    "NaN": "NaN",
+    "large": "1e308",
+    "huge": "1" + "0" * 4000,
+    "hostile text": r'"<b>\ud800 \u001b[31m\n|\u0000"',
+    "list": "[1, [2]]",
+    "null": "null",
+    "true": "true",
+    "below zero": "-1",
+}
+PLACES = [  # file, where in it: of a run, its evaluation and its measurement
+    *(("a/args.json", name) for name in ("objective", "seed", "epochs", "batch_size", "images",
+                                         "processes", "lr", "max_steps", "schedule", "save_dir",
+                                         "print_freq", "provenance", "init_from")),
+    *(("a-lincls/lincls.json", name) for name in ("checkpoint", "arch", "pretrained_epochs", "best",
+                                                  "protocol", "evaluation", "labels", "heads",
+                                                  "folds", "protocol.amp", "protocol.lr", "knn.k",
+                                                  "protocol.cached_views", "last.top1",
+                                                  "labels.of", "folds.count", "folds.settings")),
+    *(("a-lincls/args.json", name) for name in ("pretrained", "amp", "device")),
+    *(("a/measured_5.json", name) for name in ("checkpoint", "alignment", "images", "data",
+                                               "layers", "alpha")),
+]  # fmt: skip
+FULL = {"labels": {"of": 1.0}, "folds": {"count": 3, "settings": [{"mean": 1.0}]}}
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_no_value_in_a_file_raises(value, tmp_path) -> None:
+    """A run is compared or left out with a reason, and the report is text that can be written."""
+    for i, (file, place) in enumerate(PLACES):
+        root = tmp_path / str(i)
+        make_measure(make_run(root / "a"), 0.5, -1.0)
+        make_probe(root / "a", 50.0, knn=40.0, **FULL)
+        make_run(root / "good", NCE)
+        content = json.loads((root / file).read_text())
+        *outer, name = place.split(".")
+        (content[outer[0]] if outer else content)[name] = "@"
+        (root / file).write_text(json.dumps(content).replace('"@"', VALUES[value]))
+        _, text = compare(root)
+        assert NCE in text, (file, place)
+        text.encode("utf-8")
+        assert "\x1b" not in text and "<b>" not in text, (file, place)
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_no_value_in_a_log_raises(value, tmp_path) -> None:
+    for i, name in enumerate(("kind", "step", "loss", "images_per_s", "top1", "k", "uniformity")):
+        for kind in ("train", "knn"):
+            run = make_run(tmp_path / f"{i}-{kind}", seed=i)
+            line = json.dumps({"kind": kind, "step": 20, name: "@"}).replace('"@"', VALUES[value])
+            with open(run / "log.jsonl", "a") as log:
+                log.write(f"{line}\n{line}\n")
+    rows, _ = compare(tmp_path)
+    assert column(rows, "seeds") == ["0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6"]
+
+
+def test_damage_within_a_log_is_passed_over(tmp_path) -> None:
+    run = make_run(tmp_path / "a")
+    lines = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
+    bad = [b"[1]\n", b"null\n", b'{"step": null}\n', b"\xff\n", b"\0" * 99 + b"\n", b"[" * 10**5]
+    (run / "log.jsonl").write_bytes(b"".join([*lines[:4], *bad, b"\n", *lines[4:]]))
+    ((read,), left_out) = read_runs([run])
+    assert len(read.log) == len(lines) and read.hours() == pytest.approx(10 / 3600)
+    assert left_out == [(str(run / "log.jsonl"), "has 6 damaged line(s); the others are used")]
+
+
+def test_pipes_and_folders_in_place_of_files_are_no_files(tmp_path) -> None:
+    run = make_run(tmp_path / "a")
+    for name in ("args.json", "log.jsonl", "measured.json"):
+        bad = make_run(tmp_path / f"bad-{name}")
+        (bad / name).unlink(missing_ok=True)
+        os.mkfifo(bad / name)
+    (run / "lincls.json").mkdir()
+    runs, left_out = read_runs([tmp_path])
+    assert len(runs) == 1 and {reason for _, reason in left_out} == {
+        "has no args.json", "has no log.jsonl", "has no lincls.json",
+    }  # fmt: skip
