@@ -13,41 +13,49 @@ differs. Folders that cannot be compared are listed with the reason.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from align_uniform import figures  # noqa: E402
-from moco.runs import report  # noqa: E402
-from moco.runs.compare import Comparison  # noqa: E402
-from moco.runs.folder import read_runs  # noqa: E402
+from moco.run_files import write_text  # noqa: E402
+from moco.runs import command  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="compare run folders")
+    parser = command.Parser(description="compare run folders")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html",
                         help="the page (%(default)s)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
-        parser.exit(2, f"{parser.prog}: error: --out must end in .html, got {args.out}\n")
-    runs, left_out = read_runs(args.runs)
+        parser.refuse(f"--out must end in .html, got {args.out}")
+    with command.interruptible(parser.prog):
+        run(parser, args.runs, args.out)
+
+
+def run(parser: command.Parser, folders: Sequence[str], out: Path) -> None:
+    # What takes seconds to import is imported here, where Ctrl-C ends in one line.
+    from align_uniform import figures
+    from moco.runs import report
+    from moco.runs.compare import Comparison
+    from moco.runs.folder import read_runs
+
+    runs, left_out = read_runs(folders)
     if not runs:
         reasons = "; ".join(f"{path} {reason}" for path, reason in left_out[:4])
         more = f"; and {len(left_out) - 4} more" if len(left_out) > 4 else ""
-        parser.exit(2, f"{parser.prog}: error: no finished run to compare: {reasons}{more}\n")
+        parser.refuse(f"no finished run to compare: {reasons}{more}")
     comparison = Comparison(runs, left_out)
     try:
-        args.out.write_text(report.page(comparison, PUBLISHED, figures), encoding="utf-8")
+        write_text(out, report.page(comparison, PUBLISHED, figures))
     except OSError as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        parser.refuse(error, status=1)
     print(report.markdown(comparison, PUBLISHED))
-    print(f"wrote {args.out}", file=sys.stderr)
+    print(f"wrote {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,14 +22,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moco.runs import recipes  # noqa: E402
+from moco.runs import command, recipes  # noqa: E402
 
 TABLES = recipes.Tables(ROOT / "scripts" / "recipes")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> command.Parser:
     # fmt: off
-    parser = argparse.ArgumentParser(description="published rows as commands")
+    parser = command.Parser(description="published rows as commands")
     parser.add_argument("recipe", nargs="?", metavar="TABLE:ROW", help="see --list")
     parser.add_argument("data", nargs="?", metavar="DIR", help="not touched unless --run is given")
     parser.add_argument("--list", action="store_true", help="list all recipes")
@@ -53,7 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    with command.interruptible(parser.prog):
+        run(parser, parser.parse_args(argv))
+
+
+def run(parser: command.Parser, args: argparse.Namespace) -> None:
     if args.list:
         print("\n".join(recipes.overview(TABLES)))
         return
@@ -73,25 +75,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             recipes.check_classes(TABLES, plan.table, Path(args.data))
         recipes.claim(out / "recipe.json", plan.facts())
     except (ValueError, OSError) as error:
-        parser.error(str(error))
-    for file, command in plan.steps:
+        parser.refuse(error)
+    children = command.Children(parser.prog)
+    for file, (program, *words) in plan.steps:
         if not file.is_file():
-            status = run([sys.executable, str(ROOT / command[0]), *command[1:]])
+            status = children.run([str(ROOT / program), *words])
             if status:
                 sys.exit(status)
         if not file.is_file():  # --max-steps, say
-            sys.exit(f"run_recipe.py: error: {command[0]} has ended without {file}")
+            parser.refuse(f"{program} has ended without {file}", status=1)
     _, result, metrics = (file for file, _ in plan.steps)
     found = [json.loads(file.read_text(encoding="utf-8")) for file in (result, metrics)]
     print("\n".join(recipes.compared(plan.row, *found, changed=bool(plan.changes))))
-
-
-def run(command: list[str]) -> int:
-    """Run a command to its end, handing on requests to stop: it saves and ends with status 75."""
-    process = subprocess.Popen(command)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda received, _: process.send_signal(received))
-    return process.wait()
 
 
 if __name__ == "__main__":

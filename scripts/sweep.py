@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,14 +27,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from moco.runs import recipes, sweep  # noqa: E402
+from moco.runs import command, recipes, sweep  # noqa: E402
 
 TABLES = recipes.Tables(ROOT / "scripts" / "recipes")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> command.Parser:
     # fmt: off
-    parser = argparse.ArgumentParser(description="run a sweep and compare its runs")
+    parser = command.Parser(description="run a sweep and compare its runs")
     parser.add_argument("spec", type=Path, metavar="SPEC", help="TOML file")
     parser.add_argument("data", metavar="DIR", help="folder with train/ and val/")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
@@ -56,7 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    args = parser.parse_args(argv)
+    with command.interruptible(parser.prog):
+        run(parser, parser.parse_args(argv))
+
+
+def run(parser: command.Parser, args: argparse.Namespace) -> None:
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     flags = {"scale": args.scale, "pretrain": args.pretrain, "lincls": args.lincls}
@@ -75,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts = {"spec": sweep.read_spec(args.spec), "data": args.data, **flags}
         sweep.claim_folder(args.out, facts)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.refuse(error)
     report = args.out / "report.html"
     if args.slurm is not None:
         words = [sys.executable, str(Path(__file__).resolve()), str(args.spec.resolve()), args.data,
@@ -84,21 +87,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             job = sweep.submit(runs, args.out, words, args.slurm)
         except ValueError as error:
-            parser.exit(1, f"{parser.prog}: error: {error}\n")
+            parser.refuse(error, status=1)
         print(f"submitted {args.out / 'array.sbatch'} and, for {report}, job {job}")
         return
-    children = sweep.Children()
+    gpus = count_gpus() if args.only is None else 0
+    children = command.Children(parser.prog)
     if args.only is not None:
-        sys.exit(children.run(runs[args.only], {}))
-    failed = sweep.run_all(runs, sweep.device_shares(args.jobs, count_gpus()), children)
-    for name in failed:
-        print(f"not done: {name}, see {args.out / name / 'log.txt'}")
-    if children.stopped:
-        sys.exit(sweep.STOPPED)
+        sys.exit(sweep.run_one(runs[args.only], {}, children))
+    failed = sweep.run_all(runs, sweep.device_shares(args.jobs, gpus), children)
     done = [str(run.folder) for run in runs if run.evaluated]
-    if done:
-        command = [sys.executable, str(ROOT / "scripts" / "compare_runs.py"), *done]
-        failed += ["report"] if subprocess.run([*command, "--out", str(report)]).returncode else []
+    if children.status is None:
+        for name in failed:
+            print(f"not done: {name}, see {args.out / name / 'log.txt'}")
+        compare = [str(ROOT / "scripts" / "compare_runs.py"), *done, "--out", str(report)]
+        failed += ["report"] if done and children.run(compare) else []
+    if children.status is not None:
+        sys.exit(children.status)
     print(f"{len(done)} of {len(runs)} runs done; {report if done else 'no report'}")
     sys.exit(1 if failed else 0)
 

@@ -8,18 +8,16 @@ import os
 import queue
 import re
 import shlex
-import signal
 import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from moco.runs import recipes
+from moco.runs.command import STOPPED, Children
 
 SWEEP = "sweep.json"
-STOPPED = 75  # exit status of a run that was asked to stop and has saved
 
 
 @dataclass(frozen=True)
@@ -157,41 +155,20 @@ def claim_folder(out: Path, facts: dict) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-class Children:
-    """The running runs. A request to stop is handed on to them: they save, and go on next time."""
-
-    def __init__(self) -> None:
-        self.processes: list[subprocess.Popen] = []
-        self.stopped = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._stop)
-
-    def _stop(self, *_) -> None:
-        self.stopped = True
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
-
-    def run(self, run: SweepRun, environment: dict[str, str]) -> int:
-        """Start one run, wait for it and return its exit status."""
-        if self.stopped:
-            return STOPPED
-        command = [sys.executable, *run.command]
-        if run.after is not None:
-            encoders = sorted(run.after.folder.glob("pretrain/checkpoint_*.pth.tar"))
-            if not encoders:
-                print(f"{run.name}: no encoder in {run.after.folder} to start from", flush=True)
-                return 1
-            flag = next(i for i, word in enumerate(command) if word.startswith("--pretrain="))
-            command[flag] += f" --init-from {shlex.quote(str(encoders[-1]))}"
-        run.folder.mkdir(parents=True, exist_ok=True)
-        with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env={**os.environ, **environment}, start_new_session=True,
-            )  # fmt: skip
-            self.processes.append(process)
-            return process.wait()
+def run_one(run: SweepRun, environment: dict[str, str], children: Children) -> int:
+    """Run one to its end; its exit status. Its output goes to log.txt in its folder."""
+    command = list(run.command)
+    if run.after is not None:
+        encoders = sorted(run.after.folder.glob("pretrain/checkpoint_*.pth.tar"))
+        if not encoders:
+            print(f"{run.name}: no encoder in {run.after.folder} to start from", flush=True)
+            return 1
+        flag = next(i for i, word in enumerate(command) if word.startswith("--pretrain="))
+        command[flag] += f" --init-from {shlex.quote(str(encoders[-1]))}"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with open(run.folder / "log.txt", "a", encoding="utf-8") as log:
+        options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        return children.run(command, env={**os.environ, **environment}, **options)
 
 
 def run_all(
@@ -206,7 +183,7 @@ def run_all(
     def finish(run: SweepRun) -> bool:
         share = free.get()
         print(f"start {run.name}", flush=True)
-        status = children.run(run, share)
+        status = run_one(run, share, children)
         free.put(share)
         print(f"{'done' if status == 0 else f'status {status}'} {run.name}", flush=True)
         return status == 0

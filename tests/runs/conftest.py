@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +49,47 @@ def call(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
         return status or 0, out + err
 
     return call
+
+
+class Processes:
+    """Python programs of one test, with all that they start: each has a mark in its environment."""
+
+    LIMIT = 600  # seconds: a busy machine is no failure, but no test may hang
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def start(self, *words: object, **options: object) -> subprocess.Popen:
+        environment = {**os.environ, "MOCO_TEST_MARK": self.mark, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *map(str, words)]
+        return subprocess.Popen(command, env=environment, text=True, **options)
+
+    def running(self) -> list[int]:
+        """Of all that were started and their children."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                marked = f"MOCO_TEST_MARK={self.mark}\0".encode()
+                if marked in (folder / "environ").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:  # it has ended, or is another user's
+                continue
+        return found
+
+    def until(self, condition: Callable[[], object], process: subprocess.Popen | None = None):
+        """Wait for it; `process` must not end meanwhile."""
+        deadline = time.monotonic() + self.LIMIT
+        while not (found := condition()):
+            assert process is None or process.poll() is None, f"ended with {process.returncode}"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return found
+
+
+@pytest.fixture
+def processes(tmp_path: Path) -> Iterator[Processes]:
+    """Whatever a test starts by it ends with the test."""
+    processes = Processes(str(tmp_path))
+    yield processes
+    for pid in processes.running():
+        os.kill(pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,33 @@ def test_a_sweep_runs_reports_and_is_not_run_twice(images, tmp_path) -> None:
     # A sweep with other settings may not use the folder.
     other = run("--scale", "full")
     assert other.returncode == 2 and "another sweep" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_or_interrupted_leaves_nothing_running_and_goes_on(
+    images, processes, tmp_path
+) -> None:
+    (tmp_path / "spec.toml").write_text('run = [{ name = "long", recipe = "table10:32" }]')
+    out = tmp_path / "out"
+    words = [SCRIPT, tmp_path / "spec.toml", images, "--out", out, "--scale", "tiny"]
+    words += ["--pretrain=--epochs 100000 -j 0 --device cpu --knn-every 0 --keep-last 1"]
+    log = out / "long-s0" / "log.txt"
+
+    def said(text: str) -> bool:
+        return log.is_file() and text in log.read_text()
+
+    process = processes.start(*words)
+    processes.until(lambda: said("epoch ["), process)
+    process.kill()
+    process.wait()
+    processes.until(lambda: not processes.running())
+    assert said("stopped by SIGTERM after step")
+    assert list((out / "long-s0" / "pretrain").glob("*.pth.tar"))
+
+    process = processes.start(*words, stderr=subprocess.PIPE)
+    processes.until(lambda: "epoch [" in log.read_text().partition("resuming ")[2], process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=processes.LIMIT)
+    assert process.returncode == 130 and len(err.splitlines()) == 1, err
+    assert log.read_text().count("stopped by SIGTERM after step") == 2
+    assert not processes.running()
