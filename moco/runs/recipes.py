@@ -189,7 +189,8 @@ def rescale(pretrain: Flags, lincls: Flags, scale: dict) -> list[str]:
             share = new["epochs"] / flags["epochs"]
             new["schedule"] = [round(epoch * share) for epoch in flags["schedule"]]
         for flag, value in new.items():
-            if flags.get(flag) != value:
+            usual = False if value is False else None  # of a flag that is not there
+            if flags.get(flag, usual) != value:
                 before = value_text(flags[flag]) if flag in flags else "default"
                 changes.append(f"{program} --{flag}: {before} -> {value_text(value)}")
         flags.update(new)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT
 
 import main_lincls
 import main_moco
-from moco.runs import recipes
-from scripts import run_recipe
+from moco.runs import recipes, sweep
+from scripts import measure_align_uniform, run_recipe
 
 TABLES = run_recipe.TABLES
 PAPER = ROOT.parent / "shared" / "paper" / "table10.csv"
@@ -44,32 +46,65 @@ def test_the_tables_agree_with_each_other() -> None:
         assert recipes.flags_of(table3, row) == recipes.flags_of(table10, original)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """As many image files as the largest batch needs; nobody opens them."""
+    root = tmp_path_factory.mktemp("data")
+    for split in ("train", "val"):
+        (root / split / "a").mkdir(parents=True)
+        for i in range(512):
+            (root / split / "a" / f"{i}.png").touch()
+    return root
+
+
+def start(plan: recipes.Plan) -> tuple[argparse.Namespace, argparse.Namespace]:
+    """The three commands of a plan, as far as they come without training: flags are checked against
+    each other, and the encoder is built. Returns the arguments of both mains."""
+    (checkpoint, moco), (_, lincls), (_, measure) = plan.steps
+    with torch.device("meta"):  # without memory for weights
+        pretrained = main_moco.parse_args(moco[1:])
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    evaluated = main_lincls.parse_args(lincls[1:])
+    parser = measure_align_uniform.build_parser()
+    measure_align_uniform.check(parser, parser.parse_args(measure[1:]))
+    return pretrained, evaluated
+
+
 @pytest.mark.parametrize("scale", ["full", *TABLES.scales])
-@pytest.mark.parametrize("recipe", TABLES.names())
-def test_every_command_parses_into_the_objective_of_its_row(recipe, scale, call) -> None:
-    status, text = call(run_recipe.main, f"{recipe} /no/such/folder --scale {scale}")
-    assert status == 0
-    pretrain, lincls, _ = commands(text)
-    args = main_moco.build_parser().parse_args(pretrain)
-    main_moco._resolve_objective(args)
-    _, row = TABLES.find(recipe)
-    for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
-        weight = float(row[f"{term}_w"] or 0)
-        assert getattr(args, f"{term}_w") == weight and f"--moco-{term}-w" in pretrain
-        if weight:
-            assert getattr(args, f"{term}_{parameter}") == float(row[f"{term}_{parameter}"])
-    assert args.intra_batch == (row["intra_batch"] != "no")
-    assert not args.blur or not args.small_stem
-    probe = main_lincls.build_parser().parse_args(lincls)
-    assert Path(probe.pretrained).parent == Path(args.save_dir)
-    assert Path(probe.pretrained).name == f"checkpoint_{args.epochs - 1:04d}.pth.tar"
-    if scale == "full":
-        expected = ("resnet18", 32) if recipe.startswith("cifar10") else ("resnet50", 224)
-        assert (args.arch, args.image_size) == expected
-        assert (args.epochs, args.batch_size) == (int(row["epochs"]), int(row["batch_size"]))
-        assert args.lr == float(row["lr"]) and "changed" not in text
-    else:
-        assert "changed" in text and args.image_size == 32
+@pytest.mark.parametrize("table", TABLES.tables)
+def test_every_recipe_starts_with_the_objective_of_its_row(table, scale, data, tmp_path) -> None:
+    for i, row in enumerate(TABLES.tables[table]["rows"], start=1):
+        plan = recipes.plan(TABLES, f"{table}:{i}", str(data), tmp_path / str(i), scale=scale)
+        args, probe = start(plan)
+        for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
+            weight = float(row[f"{term}_w"] or 0)
+            assert getattr(args, f"{term}_w") == weight and f"--moco-{term}-w" in plan.pretrain
+            if weight:
+                assert getattr(args, f"{term}_{parameter}") == float(row[f"{term}_{parameter}"])
+        assert args.intra_batch == (row["intra_batch"] != "no")
+        assert not args.blur or not args.small_stem
+        assert Path(probe.pretrained).parent == Path(args.save_dir)
+        assert Path(probe.pretrained).name == f"checkpoint_{args.epochs - 1:04d}.pth.tar"
+        if scale == "full":
+            expected = ("resnet18", 32) if table == "cifar10" else ("resnet50", 224)
+            assert (args.arch, args.image_size) == expected
+            assert (args.epochs, args.batch_size) == (int(row["epochs"]), int(row["batch_size"]))
+            assert args.lr == float(row["lr"]) and not plan.changes
+        else:
+            assert plan.changes and args.image_size == 32
+            assert not any("default -> off" in change for change in plan.changes)
+
+
+SPECS = sorted((ROOT / "scripts" / "sweeps").glob("*.toml"))
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
+def test_every_run_of_every_sweep_starts(spec, data, tmp_path) -> None:
+    for run in sweep.plan(spec, TABLES, Path("run_recipe.py"), str(data), tmp_path, scale="tiny"):
+        args = run_recipe.build_parser().parse_args(run.command[1:])
+        flags = {"scale": args.scale, "pretrain": args.pretrain, "lincls": args.lincls}
+        start(recipes.plan(TABLES, args.recipe, args.data, args.out, **flags))
 
 
 def test_table10_32_is_the_papers_best_with_its_protocol(call) -> None:
