@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco.run_files import write_text  # noqa: E402
+from moco.run_files import printable, write_text  # noqa: E402
 from moco.runs import command  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
         parser.refuse(f"--out must end in .html, got {args.out}")
-    with command.interruptible(parser.prog):
+    with command.running(parser.prog):
         run(parser, args.runs, args.out)
 
 
@@ -55,7 +55,7 @@ def run(parser: command.Parser, folders: Sequence[str], out: Path) -> None:
     except OSError as error:
         parser.refuse(error, status=1)
     print(report.markdown(comparison, PUBLISHED))
-    print(f"wrote {out}", file=sys.stderr)
+    print(f"wrote {printable(out)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

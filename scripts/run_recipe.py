@@ -51,7 +51,7 @@ def build_parser() -> command.Parser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
-    with command.interruptible(parser.prog):
+    with command.running(parser.prog):
         run(parser, parser.parse_args(argv))
 
 

@@ -32,8 +32,10 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
-def interruptible(prog: str) -> Iterator[None]:
-    """Ctrl-C ends the command in one line."""
+def running(prog: str) -> Iterator[None]:
+    """Around all that a command does: Ctrl-C ends it in one line, and names of files that are not
+    UTF-8 are printed as the bytes that they are."""
+    sys.stdout.reconfigure(errors="surrogateescape")
     try:
         yield
     except KeyboardInterrupt:

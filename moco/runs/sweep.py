@@ -252,7 +252,8 @@ def submit(runs: Sequence[SweepRun], out: Path, command: Sequence[str], flags: s
         ValueError: there is no sbatch, or it refuses.
     """
     script = out / "array.sbatch"
-    script.write_text(ARRAY.format(command=shlex.join(command), stopped=STOPPED), encoding="utf-8")
+    text = ARRAY.format(command=shlex.join(command), stopped=STOPPED)
+    script.write_text(text, encoding="utf-8", errors="surrogateescape")  # names are bytes
     before: list[str] = []
     for numbers, _ in _levels(runs):
         if numbers:

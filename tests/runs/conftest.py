@@ -60,7 +60,8 @@ class Processes:
         self.mark = mark
 
     def start(self, *words: object, **options: object) -> subprocess.Popen:
-        environment = {**os.environ, "MOCO_TEST_MARK": self.mark, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "MOCO_TEST_MARK": self.mark, "OMP_NUM_THREADS": "1",
+                       "PYTHONIOENCODING": "utf-8:strict"}  # fmt: skip
         command = [sys.executable, *map(str, words)]
         return subprocess.Popen(command, env=environment, text=True, **options)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import subprocess
 
 import pytest
 from helpers import ROOT
-from run_folders import make_run
+from run_folders import make_probe, make_run
 
 from moco.run_files import write_text
 
@@ -152,3 +154,34 @@ def test_a_report_that_is_not_written_whole_leaves_the_one_before(tmp_path) -> N
         write_text(tmp_path / "none" / "report.html", "")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text() == "before"
+
+
+ODD = {"not UTF-8": os.fsdecode(b"od\xffd"), "300 characters": "n" * 300, "a line break": "a\nb"}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_names_of_folders_are_no_traceback(name, processes, tmp_path) -> None:
+    """Output goes to a file by an encoding that refuses what is no character."""
+    folder = tmp_path / ODD[name]
+    possible = name != "300 characters"
+    if possible:
+        make_probe(make_run(folder / "a"), 50.0)
+        make_run(folder / "unfinished", steps=4)
+    spec = ROOT / "scripts" / "sweeps" / "example.toml"
+    commands = [
+        ("compare_runs", [folder, "--out", folder / "r.html"], 0 if possible else 2),
+        ("run_recipe", ["table10:1", folder, "--out", folder], 0),
+        ("run_recipe", ["table10:1", folder, "--out", folder, "--run"], 2),
+        ("sweep", [spec, folder, "--out", folder, "--dry-run"], 0),
+        ("sweep", [folder / "spec.toml", folder, "--out", folder], 2),
+        ("sweep", [spec, folder, "--out", folder], 2),
+    ]
+    for command, words, status in commands:
+        script = ROOT / "scripts" / f"{command}.py"
+        process = processes.start(script, *words, stdout=-1, stderr=-1, errors="surrogateescape")
+        out, err = process.communicate(timeout=processes.LIMIT)
+        assert process.returncode == status, (command, err)
+        assert len(err.splitlines()) <= 1 and "Traceback" not in err, err
+        assert status == 0 or err.startswith(f"{command}.py: error: ")
+        if status == 0 and command != "compare_runs":  # a command that can be copied
+            assert shlex.quote(str(folder)) in out
