@@ -39,10 +39,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(parser: command.Parser, folders: Sequence[str], out: Path) -> None:
     # What takes seconds to import is imported here, where Ctrl-C ends in one line.
-    from align_uniform import figures
     from moco.runs import report
     from moco.runs.compare import Comparison
     from moco.runs.folder import read_runs
+
+    try:
+        from align_uniform import figures
+    except ModuleNotFoundError as error:
+        figures = None
+        print(f"{parser.prog}: no charts: pip install {error.name}", file=sys.stderr)
 
     runs, left_out = read_runs(folders)
     if not runs:

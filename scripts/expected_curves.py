@@ -21,8 +21,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from matplotlib import rc_context  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+try:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as missing:
+    sys.exit(f"expected_curves.py: error: figures need {missing.name}: pip install {missing.name}")
 
 from align_uniform.bounds import uniformity_infimum  # noqa: E402
 from align_uniform.figures import COLOURS, DASHES, save  # noqa: E402

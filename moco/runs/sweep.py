@@ -53,7 +53,7 @@ def read_spec(path: Path) -> dict:
     """
     try:
         spec = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no TOML file: {error}") from None
     unknown = set(spec) - {"title", "recipe", "run", "grid"}
     runs, grid = spec.get("run", []), spec.get("grid", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -82,6 +83,18 @@ def test_what_cannot_be_reported_is_refused(call, tmp_path) -> None:
         status, text = call(compare_runs.main, shlex.join(words))
         assert status == expected and message in text.replace(f"{tmp_path}/", ""), text
         assert len(text.splitlines()) == 1
+
+
+def test_without_matplotlib_there_are_tables(two_objectives, reported, monkeypatch) -> None:
+    for name in [n for n in sys.modules if n.split(".")[0] in ("matplotlib", "align_uniform")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    screen, page = reported(two_objectives)
+    assert "no charts: pip install matplotlib" in screen
+    assert "svg" not in Page(page).tags and "53.00 ± 3.61" in page
+    monkeypatch.delitem(sys.modules, "scripts.expected_curves")
+    with pytest.raises(SystemExit, match="figures need matplotlib: pip install matplotlib"):
+        importlib.import_module("scripts.expected_curves")
 
 
 def test_page_is_self_contained_and_harmless(two_objectives, reported, tmp_path) -> None:

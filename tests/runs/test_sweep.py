@@ -106,6 +106,25 @@ def test_a_spec_that_cannot_be_run_is_refused(text, message, tmp_path, call) -> 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_spec_that_cannot_be_read_is_one_line(tmp_path, call) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "deep.toml").write_text("run = " + "[" * 10_000)
+    (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
+    for spec, message in (
+        (tmp_path / "none.toml", "No such file or directory: "),
+        (tmp_path, "Is a directory: "),
+        (tmp_path / "binary.toml" / "spec.toml", "Not a directory: "),
+        (tmp_path / "binary.toml", f"{tmp_path}/binary.toml is no TOML file: "),
+        (tmp_path / "deep.toml", f"{tmp_path}/deep.toml is no TOML file: "),
+        (tmp_path / "loop.toml", "Too many levels of symbolic links"),
+    ):
+        status, out = call(sweep.main, f"{spec} DIR --out {tmp_path / 'out'}")
+        assert status == 2 and message in out and len(out.splitlines()) == 1, out
+    for words in ("", "spec.toml DIR", "spec.toml DIR --out o --seeds x", "spec.toml DIR --outt o"):
+        status, out = call(sweep.main, words)
+        assert status == 2 and len(out.splitlines()) == 1, out
+
+
 def test_what_would_fail_in_every_run_is_refused_before_the_first(tmp_path, call) -> None:
     for words, message in (
         ("", "no such data folder: DIR"),
