@@ -95,6 +95,8 @@ def test_sign_flip_test_counts_all_signs(n: int) -> None:
 def test_sign_flip_test_with_ties_and_zeros() -> None:
     assert sign_flip_p([0.1] * 5) == 2 / 32
     assert sign_flip_p([0.0, 0.0]) == 1
+    # A sum that is zero but for rounding: nothing is nearer.
+    assert sign_flip_p([-19.9, -4.7, 23.8, -3.9, -3.2, 7.9]) == 1
     assert sign_flip_p([1.0, -1.0]) == 1
     assert sign_flip_p([0.1, 0.2, 0.3]) == 0.25
     assert sign_flip_p([1.0] * 40) == 1 / (2**16 + 1), "not exact: none of 2^16 random ways"
@@ -254,6 +256,19 @@ def test_no_mean_is_over_two_protocols(tmp_path) -> None:
     assert "⚠ alignment and uniformity: images is 100 or 200 or 300" in text
     rows, _ = compare(tmp_path / "a1", *tmp_path.glob("a1-*"))
     assert column(rows, "linear last, lr 11.0") == ["42.00 ± 1.41 (of 2)"]
+
+
+def test_another_draw_of_the_same_share_of_labels_is_the_same_protocol(tmp_path) -> None:
+    for seed in range(2):
+        digest = f"{seed:012d}"
+        make_probe(
+            make_run(tmp_path / f"a{seed}", seed=seed),
+            40.0 + 2 * seed,
+            labels={"of": 1.0, "digest": digest},
+            protocol={"lr": 1.0, "labels_digest": digest},
+        )
+    rows, _ = compare(tmp_path)
+    assert column(rows, "linear last, 1 % of labels") == ["41.00 ± 1.41 (of 2)"]
 
 
 def test_encoders_are_compared_by_one_protocol(tmp_path) -> None:

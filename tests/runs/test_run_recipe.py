@@ -178,6 +178,14 @@ def test_later_flags_count_and_the_measurement_shares_those_of_the_data(call) ->
     assert f" D {shared} " in shlex.join(measure)
 
 
+def test_a_smaller_scale_moves_the_schedule_in_proportion(call) -> None:
+    _, text = call(run_recipe.main, "table10:32 DIR --scale tiny")
+    pretrain, lincls, _ = (" ".join(words) for words in commands(text))
+    assert "--epochs 30 " in pretrain and "--schedule 15 20 25 " in pretrain
+    assert "--epochs 20 " in lincls and "--schedule 10 13 17 " in lincls
+    assert "pretrain --epochs: 240 -> 30" in text
+
+
 def test_measured_figures_stand_beside_the_published_ones() -> None:
     _, row = TABLES.find("table10:32")
     last = {"top1": 70.0, "top5": 90.0, "epoch": 9}

@@ -194,6 +194,14 @@ def test_slurm_gets_an_array_for_each_level_and_then_the_report(
     again = report[4].removeprefix("--wrap=").split(" ", 2)[2]  # without python and this script
     assert "--seed 1" in call(sweep.main, f"{again} --dry-run")[1]
 
+    # What is done is not submitted again.
+    for name in ("start-s0", "start-s1", "both-s1"):
+        (out / name).mkdir()
+        (out / name / "align_uniform.json").touch()
+    assert call(sweep.main, f"{words} --slurm ''")[0] == 0
+    left = (tmp_path / "calls").read_text().split("\n---\n")[3]
+    assert left.split("\n")[1] == "--array=1,2,3,5,6"
+
     monkeypatch.setenv("PATH", "/nowhere")
     status, text = call(sweep.main, f"{words} --slurm ''")
     assert status == 1 and "there is no sbatch here" in text
