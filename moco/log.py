@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from moco import distributed
-from moco.run_files import read_log, write_in_one_piece
+from moco.run_files import read_log, write_text
 
 
 class RunLog:
@@ -132,7 +132,7 @@ def _drop_later_lines(path: Path, step: int) -> set[tuple[str, int]]:
         print(f"{len(bad)} damaged line(s) of {path.name} are now in {aside.name}", flush=True)
     if bad or len(kept) < len(lines):
         text = "".join(json.dumps(fields) + "\n" for fields in kept)
-        write_in_one_piece(path, text)
+        write_text(path, text)
     return {(fields["kind"], fields["step"]) for fields in kept}
 
 

@@ -9,6 +9,7 @@ import re
 import secrets
 from pathlib import Path
 
+FORMAT_VERSION = 1  # "version" in every checkpoint that is written
 ARGS = "args.json"
 LOG = "log.jsonl"
 # Written by main_lincls.py: the newest state, the best classifier so far, the result.
@@ -31,16 +32,22 @@ def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
 
 def write_json(path: str | Path, content: dict) -> None:
     """Write a small JSON file in one piece."""
-    write_in_one_piece(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_in_one_piece(path: str | Path, text: str) -> None:
-    """Write a small text file whole or not at all, whoever else writes it at the same time."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small UTF-8 file in one piece: it is there whole, or as it was before.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -79,3 +86,9 @@ def sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file's content, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def printable(text: object) -> str:
+    """Text of unknown origin as one line that every terminal and file takes: line breaks, control
+    characters and bytes that are no characters become backslash escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

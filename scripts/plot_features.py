@@ -35,7 +35,8 @@ from align_uniform import figures  # noqa: E402
 from align_uniform.figures import Features, Point  # noqa: E402
 from moco.cli import report_user_errors  # noqa: E402
 from moco.errors import DataError  # noqa: E402
-from scripts.run_folders import Run, common_accuracy, number, read_runs, short_names  # noqa: E402
+from moco.runs.folder import RunFolder as Run  # noqa: E402
+from moco.runs.folder import common_accuracy, number, read_runs, short_names  # noqa: E402
 
 FIGURES = ("3", "4", "5", "7", "8", "10", "11", "map")
 _MOST_NAMES = 16  # of runs in one scatter: more would cover each other

@@ -35,9 +35,7 @@ from torch import Tensor, nn
 
 from moco.checkpoint.unpickle import OtherPickle, read_arrays
 from moco.errors import CheckpointError
-
-FORMAT_VERSION = 1
-
+from moco.run_files import FORMAT_VERSION
 
 # ------------------------------------------------------------------------------------------------
 # Writing

@@ -61,6 +61,7 @@ from moco.config.pretrain import (
     objective_slug,
 )
 from moco.config.resume import (
+    LEARNED,
     SAMPLE_ORDER,
     learned_values,
     learning_changes,

@@ -29,10 +29,17 @@ _DERIVED = ("images", "images_digest", "bn_group_size")
 SAMPLE_ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_class", "seed")
 
 
+# Flat names of all that decides what is learned: runs that differ in one of them are other runs.
+LEARNED = (
+    *(name for name in _by_class(LEARNS) if name not in _OBJECTIVE or name == "symmetric"),
+    *_DERIVED,
+    "objective",
+)
+
+
 def learned_values(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Of flat values those that decide what is learned, the objective as its formula."""
-    names = [name for name in _by_class(LEARNS) if name not in _OBJECTIVE or name == "symmetric"]
-    values = {name: flat[name] for name in (*names, *_DERIVED) if name in flat}
+    values = {name: flat[name] for name in LEARNED if name in flat and name != "objective"}
     formula = objective_formula(flat)
     return values if formula is None else {**values, "objective": formula}
 

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from helpers import refusal
-from test_compare_runs import ALIGN, NCE, make_measure, make_probe, make_run
+from run_folders import ALIGN, NCE, make_measure, make_probe, make_run
 
 from scripts import plot_features
 

@@ -7,14 +7,13 @@ import json
 import math
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, TinyNet, read_log, two_views, write_labelled
+from helpers import TinyNet, read_log, two_views, write_labelled
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -24,11 +23,9 @@ import main_moco
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCo, MoCoLosses
 from moco.log import RunLog
+from moco.runs.folder import read_runs
 from moco.stop import StopRequest
 from moco.tasks import monitor
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from run_folders import read_runs  # noqa: E402
 
 # 30 images in batches of 8 are three steps an epoch.
 TINY = shlex.split(
