@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align_uniform._checks import check_positive
+
 # Keys per block of a sweep: few enough for a block of scores (N x 2048) to be still in the cache
 # when its exponentials are taken and when it is multiplied back onto the keys, many enough for what
 # a block costs whatever its size. On a GPU that is the launches, so blocks are longer there.
@@ -69,7 +71,7 @@ def align_loss(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
     """
     _check_features(x, "x")
     _check_features(y, "y", like=x)
-    _check_positive(alpha, "alpha")
+    check_positive(alpha, "alpha")
     if alpha < 1 and torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         raise ValueError(
             f"alpha={alpha:g} cannot be trained with: the slope of ||x - y||^alpha is infinite at "
@@ -98,7 +100,7 @@ def uniform_loss(x: Tensor, t: float = 2) -> Tensor:
         ValueError: for shapes, dtypes, N or t other than the above.
     """
     _check_features(x, "x")
-    _check_positive(t, "t")
+    check_positive(t, "t")
     if len(x) < 2:
         raise ValueError(f"uniform_loss needs at least 2 rows to make a pair, got {len(x)}")
     return _log_sum_pairs(x, t) - math.log(len(x) * (len(x) - 1) / 2)
@@ -129,7 +131,7 @@ def uniform_loss_with_queue(
     """
     _check_features(q, "q")
     _check_queue(queue, q)
-    _check_positive(t, "t")
+    check_positive(t, "t")
     keys = queue.t().to(q.dtype)
     per_query = _QueueLogSumExp.apply(q, keys, 2 * t, t, False) - t * q.square().sum(dim=1)  # (N,)
     total, pairs = per_query.logsumexp(dim=0), float(len(q) * len(keys))
@@ -159,7 +161,7 @@ def contrastive_loss(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
     _check_features(q, "q")
     _check_features(k, "k", like=q)
     _check_queue(queue, q)
-    _check_positive(tau, "tau")
+    check_positive(tau, "tau")
     positive = (q * k).sum(dim=1) / tau  # (N,)
     negatives = _QueueLogSumExp.apply(q, queue.t().to(q.dtype), 1 / tau, 0.0, False)  # (N,)
     # logaddexp(positive, negatives) - positive, without cancelling when the loss is small.
@@ -301,8 +303,3 @@ def _check_queue(queue: Tensor, q: Tensor) -> None:
         )
     if queue.requires_grad:
         raise ValueError("queue must not require a gradient: its keys are constants; detach it")
-
-
-def _check_positive(value: float, name: str) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
