@@ -27,7 +27,7 @@ from align_uniform.figures.style import (
     line_style,
     save,
 )
-from align_uniform.figures.theory import figure_10, figure_11, log_hyp0f1
+from align_uniform.figures.theory import figure_10, figure_11, log_hyp0f1, theorem_1
 
 __all__ = [
     "BANDWIDTH",
@@ -51,6 +51,7 @@ __all__ = [
     "log_hyp0f1",
     "save",
     "scatter",
+    "theorem_1",
     "trajectories",
     "von_mises_kde",
     "von_mises_sample",

@@ -1,4 +1,4 @@
-"""Figures 10 and 11: what the optimum does in high dimension."""
+"""Figures 10 and 11: what the optimum does in high dimension; and Theorem 1 in numbers."""
 
 from __future__ import annotations
 
@@ -57,3 +57,34 @@ def _dimension_axes(dims: Sequence[int]) -> tuple[Figure, Axes]:
     axes.set_xticks(dims, [str(m) for m in dims], rotation=45)
     axes.set_xlabel("dimension m of the space around the sphere")
     return figure, axes
+
+
+@styled
+def theorem_1(results: Sequence[dict]) -> Figure:
+    """How InfoNCE minus log M deviates from its limit as M grows, on logarithmic axes.
+
+    Args:
+        results: for each distribution of features its name `distribution`, a line of `rows` with
+            `M`, `deviation` and `mean_absolute_deviation`, and the `slope` of both fits.
+    """
+    figure = Figure(figsize=(9, 4))
+    panels = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, result in zip(panels, results, strict=True):
+        negatives = [row["M"] for row in result["rows"]]
+        for i, (key, fit, label) in enumerate(
+            (
+                ("mean_absolute_deviation", "slope_per_anchor", "per anchor, mean absolute"),
+                ("deviation", "slope_of_the_expected_loss", "expected loss"),
+            )
+        ):
+            values = [abs(row[key]) for row in result["rows"]]
+            text = f"{label}: slope {result[fit]['slope']:.2f}"
+            axes.loglog(negatives, values, label=text, **line_style(i))
+        axes.set_title(f"{result['distribution']} features")
+        axes.set_xlabel("negatives M")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panels[0].set_ylabel("deviation from the limit (nats)")
+    return figure
