@@ -222,6 +222,98 @@ def test_incoming_gradient_scales_the_gradient_and_backward_can_be_repeated(name
     torch.testing.assert_close(again, once, rtol=0, atol=0)
 
 
+def hessian_product(
+    loss: Loss, q: Tensor, k: Tensor, queue: Tensor, path: str
+) -> tuple[Tensor, ...]:
+    """The Hessian by (q, k) times a vector, through the normalisation, by one way to ask for it."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
+    vectors = [torch.cos(torch.arange(x.numel()).to(x)).view_as(x) for x in leaves]
+
+    def value(*leaves: Tensor) -> Tensor:
+        return loss(*(F.normalize(x, dim=1) for x in leaves), queue)
+
+    if path == "grad":
+        grads = torch.autograd.grad(
+            value(*leaves), leaves, create_graph=True, materialize_grads=True
+        )
+        return torch.autograd.grad(grads, leaves, vectors, materialize_grads=True)
+    if path == "backward":
+        value(*leaves).backward(create_graph=True)
+        grads = [x.grad for x in leaves if x.grad is not None]
+        for x in leaves:
+            x.grad = None
+        torch.autograd.backward(grads, vectors[: len(grads)])
+        return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
+    vectorize = path == "hessian, vectorized"
+    blocks = torch.autograd.functional.hessian(value, tuple(leaves), vectorize=vectorize)
+    return tuple(
+        sum(torch.tensordot(block, vector, 2) for block, vector in zip(row, vectors, strict=True))
+        for row in blocks
+    )
+
+
+@each_loss
+@pytest.mark.parametrize("path", ["grad", "backward", "hessian", "hessian, vectorized"])
+def test_second_derivatives_are_right(name: str, path: str) -> None:
+    """The sweeps know one derivative; asked with create_graph=True, the losses know all."""
+    inputs = [1.3 * x for x in batch(5, 3, 7)]
+    loss, expected_loss = LOSSES[name]
+    found = hessian_product(loss, *inputs, path)
+    wanted = hessian_product(expected_loss, *inputs, "grad")
+    assert any(part.abs().max() > 1e-3 for part in wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
+@each_queue_loss
+def test_third_derivative_is_right(name: str) -> None:
+    q, k, queue = batch(5, 3, 7)
+
+    def third(loss: Loss) -> Tensor:
+        x = q.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(x, k, queue), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(second.square().sum(), x)[0]
+
+    loss, expected_loss = LOSSES[name]
+    torch.testing.assert_close(third(loss), third(expected_loss), rtol=1e-8, atol=1e-10)
+
+
+@each_queue_loss
+def test_second_derivatives_in_half_precision_under_autocast(name: str) -> None:
+    q, k, queue = (x.bfloat16() for x in batch(6, 8, 40))
+    loss, expected_loss = LOSSES[name]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = hessian_product(lambda q, k, queue: loss(q, k, queue), q, k, queue, "grad")
+    wanted = hessian_product(expected_loss, q.double(), k.double(), queue.double(), "grad")
+    for part, target in zip(found, wanted, strict=True):
+        assert (part.double() - target).abs().max() <= 0.03 * target.abs().max()
+
+
+@each_queue_loss
+def test_second_derivatives_need_the_queue_as_it_was(name: str) -> None:
+    q, k, queue = batch(5, 4, 6)
+    q.requires_grad_()
+    value = LOSSES[name][0](q, k, queue)
+    queue.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, q, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["uniform default", *QUEUE_LOSSES])
+def test_other_ways_to_a_second_derivative_are_refused(name: str) -> None:
+    """torch.func's transforms and forward mode: an error, never a wrong number."""
+    q, k, queue = batch(5, 4, 6)
+
+    def value(q: Tensor) -> Tensor:
+        return LOSSES[name][0](q, k, queue)
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.vmap):
+        with pytest.raises(RuntimeError):
+            transform(value)(q if transform is not torch.func.vmap else q[None])
+    with pytest.raises(RuntimeError), torch.autograd.forward_ad.dual_level():
+        value(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
+
+
 @each_loss
 def test_value_is_the_same_without_gradient(name: str) -> None:
     q, k, queue = batch(5, 4, 6)
