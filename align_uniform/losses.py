@@ -1,9 +1,9 @@
 """The losses: alignment, uniformity (in the batch and against a queue) and MoCo's InfoNCE.
 
 Shapes: N batch on this rank, K queue, C feature dimension. `x, y, q, k` are (N, C) with unit rows,
-`queue` is (C, K) with unit columns. Unit length is the caller's business (`F.normalize`): checking
-it would make a GPU wait in every step. The equations hold as written for other lengths too, since
-squared distances are computed as |x|^2 + |y|^2 - 2<x, y>; only the published ranges do not.
+`queue` is (C, K) with unit columns. Unit length is the caller's business (`F.normalize`); lengths
+far from 1 are warned of once in a process. The equations hold as written for other lengths too,
+since squared distances are computed as |x|^2 + |y|^2 - 2<x, y>; only the published ranges do not.
 
 All losses return a float32 scalar (float64 for float64 input), under autocast as well: the error of
 bf16 products is 1 % in the alignment loss. They can be differentiated any number of times; for that
@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_uniform._checks import check_positive
+from align_uniform._checks import UnitLengthWarning, check_positive
 
 # Keys per block of a sweep: few enough for a block of scores (N x 2048) to be still in the cache
 # when its exponentials are taken and when it is multiplied back onto the keys, many enough for what
 # a block costs whatever its size. On a GPU that is the launches, so blocks are longer there.
 BLOCK_SIZE, GPU_BLOCK_SIZE = 2048, 16384
+
+_unit_length = UnitLengthWarning()
 
 # oneDNN's matrix product, which torch has in builds for x86 and shows in no public function.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -75,6 +77,8 @@ def align_loss(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
     _check_features(x, "x")
     _check_features(y, "y", like=x)
     check_positive(alpha, "alpha")
+    _unit_length.look_at(x, "x of align_loss")
+    _unit_length.look_at(y, "y of align_loss")
     if alpha < 1 and torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         raise ValueError(
             f"alpha={alpha:g} cannot be trained with: the slope of ||x - y||^alpha is infinite at "
@@ -106,6 +110,7 @@ def uniform_loss(x: Tensor, t: float = 2) -> Tensor:
     check_positive(t, "t")
     if len(x) < 2:
         raise ValueError(f"uniform_loss needs at least 2 rows to make a pair, got {len(x)}")
+    _unit_length.look_at(x, "x of uniform_loss")
     return _log_sum_pairs(x, t) - math.log(len(x) * (len(x) - 1) / 2)
 
 
@@ -135,6 +140,8 @@ def uniform_loss_with_queue(
     _check_features(q, "q")
     _check_queue(queue, q)
     check_positive(t, "t")
+    _unit_length.look_at(q, "q of uniform_loss_with_queue")
+    _unit_length.look_at(_some_keys(queue), "queue of uniform_loss_with_queue")
     per_query = _log_sum_keys(q, queue, 2 * t, t) - t * q.square().sum(dim=1)  # (N,)
     total, pairs = per_query.logsumexp(dim=0), float(len(q) * queue.shape[1])
     if intra_batch and len(q) > 1:
@@ -164,6 +171,9 @@ def contrastive_loss(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
     _check_features(k, "k", like=q)
     _check_queue(queue, q)
     check_positive(tau, "tau")
+    _unit_length.look_at(q, "q of contrastive_loss")
+    _unit_length.look_at(k, "k of contrastive_loss")
+    _unit_length.look_at(_some_keys(queue), "queue of contrastive_loss")
     positive = (q * k).sum(dim=1) / tau  # (N,)
     negatives = _log_sum_keys(q, queue, 1 / tau, 0.0)  # (N,)
     # logaddexp(positive, negatives) - positive, without cancelling when the loss is small.
@@ -318,6 +328,11 @@ def _plain_log_sum_exp(
     if skip_self:
         scores = scores.masked_fill(torch.eye(len(q), dtype=torch.bool, device=q.device), -math.inf)
     return scores.logsumexp(dim=1)
+
+
+def _some_keys(queue: Tensor) -> Tensor:
+    """At most 64 of the keys, (., C), from all over the queue."""
+    return queue[:, :: -(-queue.shape[1] // 64)].t()
 
 
 def _blocks(keys: Tensor) -> Iterator[Tensor]:

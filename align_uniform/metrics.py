@@ -22,13 +22,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from align_uniform._checks import check_positive
+from align_uniform._checks import UNIT_TOLERANCE, check_positive
 from align_uniform.bounds import add_self_pairs, uniformity_infimum
-
-# Largest accepted | |x_i| - 1 |: well above the rounding of a normalisation in the given type, far
-# below any feature that was not normalised.
-_UNIT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2}
-_UNIT_TOLERANCE[torch.bfloat16] = 3e-2
 
 _FLOAT64_ROWS, _FLOAT32_T = 4096, 8.0  # see above
 _LARGEST_INTERVAL_T = 170  # exp(-4t) is a normal float64
@@ -518,7 +513,7 @@ def _percentiles(values: Tensor, confidence: float) -> tuple[float, float]:
 
 def _unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
     """The rows checked and, if asked for, divided by their length (then at least float32)."""
-    if not isinstance(x, Tensor) or x.dtype not in _UNIT_TOLERANCE:
+    if not isinstance(x, Tensor) or x.dtype not in UNIT_TOLERANCE:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"{name} must be a floating-point torch tensor, got {got}; convert it first: "
@@ -545,7 +540,7 @@ def _unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
         x = x.to(torch.promote_types(torch.float32, x.dtype))
         return x / lengths.to(x.dtype)[:, None]
     error = (lengths - 1).abs()
-    if error.max() > _UNIT_TOLERANCE[x.dtype]:
+    if error.max() > UNIT_TOLERANCE[x.dtype]:
         row = int(error.argmax())
         raise ValueError(
             f"rows of {name} must have unit length, got {lengths[row].item():.6g} in row {row}; "

@@ -6,6 +6,7 @@ that a tolerance measures the loss's own rounding and not that of its input.
 
 import math
 import resource
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +24,7 @@ from align_uniform import (
     uniform_loss,
     uniform_loss_with_queue,
 )
+from align_uniform._checks import UnitLengthWarning
 from align_uniform.bounds import uniformity_infimum
 from align_uniform.metrics import uniformity
 
@@ -656,6 +658,84 @@ def test_uniform_loss_beyond_the_old_limit_of_pdist() -> None:
     assert loss.item() == pytest.approx(uniformity_infimum(2, 2), abs=1e-3)
     assert x.grad.isfinite().all()
     assert growth < 2 * 1024**2
+
+
+# ------------------------------------------------------------------------------ lengths of features
+
+
+@pytest.fixture
+def never_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has just started."""
+    monkeypatch.setattr("align_uniform.losses._unit_length", UnitLengthWarning())
+
+
+def length_warnings(call: Callable[[], object]) -> list[warnings.WarningMessage]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [one for one in caught if "unit length" in str(one.message)]
+
+
+@each_loss
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+@pytest.mark.parametrize("length", [40, 1.1, 0.5, 0])
+def test_features_far_from_unit_length_are_warned_of_once(
+    name: str, spoilt: int, length: float, never_warned: None
+) -> None:
+    """Whichever argument it is, and however many were of unit length before; from the caller's
+    line. Values and gradients are what the equation says all the same."""
+    loss, _ = LOSSES[name]
+    unit = [x.float() for x in batch(6, 4, 200)]
+    assert not length_warnings(lambda: [loss(*unit) for _ in range(3)])
+    inputs = [x.clone().requires_grad_(i < 2) for i, x in enumerate(unit)]
+    inputs[spoilt] = length * inputs[spoilt]
+    if spoilt < 2:
+        inputs[spoilt] = torch.cat([unit[spoilt][:5], inputs[spoilt][5:]])  # one row is enough
+    caught = length_warnings(lambda: [loss(*inputs) for _ in range(2)])
+    arguments = {"align": (0, 1), "uniform": (0,), "queue": (0, 2), "contrastive": (0, 1, 2)}
+    assert len(caught) == (spoilt in arguments[name.split()[0]])
+    for one in caught:
+        assert one.filename == __file__ and f"{length:.4g}" in str(one.message)
+    assert not length_warnings(lambda: loss(*(3 * x.detach() for x in inputs))) or not caught
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("c", [2, 128])
+def test_rounded_unit_rows_are_of_unit_length(
+    name: str, dtype: torch.dtype, c: int, never_warned: None
+) -> None:
+    """Rounded and cast back too. NaN is no length."""
+    q, k, queue = (x.to(dtype) for x in batch(64, c, 300))
+    loss, _ = LOSSES[name]
+    assert not length_warnings(lambda: loss(q, k, queue))
+    assert not length_warnings(lambda: loss(q.float(), k.float(), queue.float()))
+    assert not length_warnings(lambda: loss(math.nan * q, k, queue))
+
+
+def test_lengths_are_not_looked_at_where_there_are_no_numbers(never_warned: None) -> None:
+    """Under vmap, and while compiling."""
+    q, k, _ = batch(6, 4, 1)
+    pairs = torch.stack([2 * q, k])
+    assert not length_warnings(lambda: torch.func.vmap(align_loss)(pairs, pairs))
+    compiled = torch.compile(align_loss, fullgraph=True, backend="aot_eager")
+    assert not length_warnings(lambda: compiled(2 * q, k))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for(never_warned: None) -> None:
+    q, k, queue = (x.float().cuda() for x in batch(64, 8, 500))
+    q.requires_grad_()
+    for loss, _ in LOSSES.values():
+        loss(q, k, queue)  # what is made at first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for loss, _ in LOSSES.values():
+            loss(40 * q, k, queue).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert len(length_warnings(lambda: [align_loss(40 * q, k), align_loss(q, k)])) == 1
 
 
 # -------------------------------------------------------------------------------------- refusals
