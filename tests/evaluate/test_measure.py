@@ -330,29 +330,22 @@ def test_knn_of_a_class_that_the_bank_lacks_is_wrong(tmp_path: Path, capsys) -> 
 
 
 def test_bad_feature_files(tmp_path: Path, capsys) -> None:
+    """What the reader refuses is in test_feature_files.py."""
     x = unit_rows(6, 4, 0).numpy()
     spoilt, zero = x.copy(), x.copy()
     spoilt[3, 1], zero[2] = np.nan, 0
     cases = {
-        "nan": ({"features": spoilt}, "NaN or infinite values, first in row 3"),
-        "zero": ({"features": zero}, "row 2 of features is zero"),
-        "none": ({"x": x}, "no array `features`"),
-        "flat": ({"features": x[0]}, "(N, C)"),
-        "whole": ({"features": np.eye(4, dtype=int)}, "floating-point"),
+        "nan": ({"features": spoilt}, "NaN or infinite values in 1 of 6 rows, first in row 3"),
+        "zero": ({"features": x, "features_2": zero}, "row 2 of positives is zero"),
         "one": ({"features": x[:1]}, "at least 2 rows"),
-        "pairs": ({"features": x, "positives": x[:5]}, "pair up"),
-        "labels": ({"features": x, "labels": np.arange(5)}, "labels must be 6 whole numbers"),
-        "objects": ({"features": np.array([x, None], dtype=object)}, "plain arrays"),
         "thin": ({"features": np.ones((5, 1))}, "dim must be"),
     }
     for name, (arrays, message) in cases.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
         code, line = refusal(measure.main, ["--features", tmp_path / f"{name}.npz"], capsys)
         assert code == 1 and message in line and name in line, line
-    (tmp_path / "text.npz").write_text("no archive")
-    for name in ("text.npz", "nowhere.npz"):
-        code, line = refusal(measure.main, ["--features", tmp_path / name], capsys)
-        assert code == 1 and name in line
+    code, line = refusal(measure.main, ["--features", tmp_path / "nowhere.npz"], capsys)
+    assert code == 1 and "nowhere.npz" in line
     np.savez(tmp_path / "x.npz", features=x)
     np.savez(tmp_path / "other.npz", features=unit_rows(6, 3, 0).numpy(), labels=range(6))
     code, line = refusal(
