@@ -27,6 +27,9 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _timeout = timedelta(minutes=30)  # of all that ranks do together; see `set_timeout`
 
+# Newer torch has renamed the call, and warns of the old name.
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 # ------------------------------------------------------------------------------------------------
 # Who am I
 # ------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    getattr(dist, _GATHER)(gathered, rows.contiguous())
     return gathered
 
 
