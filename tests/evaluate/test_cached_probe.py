@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -303,14 +302,21 @@ def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path):
     write_images(tmp_path / "data", {f"train/{c}": 80 for c in "ab"} | {"val/a": 2, "val/b": 2})
     argv = [*TINY, "--cached", "--lr", 1, "--epochs", 5, "--pretrained", pretrained]
     argv += ["--save-dir", tmp_path / "run", "--cached-views", 5, tmp_path / "data"]
-    first = Processes(tmp_path / "first", *argv, code=MAIN)
-    while len(files(tmp_path / "run")) < 3:
-        assert first.running(), first.output()
-        time.sleep(0.005)
+    waits_with_the_fourth = f"""
+import os, pathlib, time
+move = os.replace
+def held(*paths):
+    while len(list(pathlib.Path({str(tmp_path / "run")!r}).rglob("view_*.pth.tar"))) == 3:
+        time.sleep(0.01)
+    move(*paths)
+os.replace = held
+"""
+    first = Processes(tmp_path / "first", *argv, code=MAIN, before=waits_with_the_fourth)
+    first.wait_until(lambda: len(files(tmp_path / "run")) == 3)
     first.kill()
     first.wait()
     kept = files(tmp_path / "run")
-    assert len(kept) < 40 and not (tmp_path / "run" / "lincls.json").exists()
+    assert len(kept) == 3 and not (tmp_path / "run" / "lincls.json").exists()
     second = Processes(tmp_path / "second", *argv, code=MAIN)
     assert second.wait() == [0], second.output()
     assert f"{len(kept)} of 40 files are there" in second.output()

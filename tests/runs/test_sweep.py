@@ -10,11 +10,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, write_labelled
+from harness import until
+from helpers import ROOT, finish, start_python, write_labelled
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
 SPECS = sorted((ROOT / "scripts" / "sweeps").glob("*.toml"))
@@ -215,15 +215,16 @@ def test_a_sweep_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
     spec.write_text('run = [{ name = "long", recipe = "table10:32" }]')
     out = tmp_path / "out"
     long = ["--scale", "tiny", "--pretrain=--epochs 4000 -j 0 --device cpu"]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(spec), str(data), "--out", str(out), *long]
-    )
+    process = start_python(SCRIPT, spec, data, "--out", out, *long, cwd=tmp_path)
     log = out / "long-s0" / "log.txt"
-    deadline = time.monotonic() + 90
-    while not (log.is_file() and "epoch [" in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
+
+    def trains() -> bool:
+        assert process.poll() is None, process.communicate()
+        return log.is_file() and "epoch [" in log.read_text()
+
+    until(trains, lambda: "no epoch in log.txt")
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == sweep.STOPPED
+    finish(process)
+    assert process.returncode == sweep.STOPPED
     assert "stopped by SIGTERM after step" in log.read_text()
     assert list((out / "long-s0" / "pretrain").glob("*.pth.tar"))

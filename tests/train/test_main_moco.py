@@ -22,7 +22,6 @@ from helpers import (
     refusal,
     start_python,
     write_images,
-    write_labelled,
 )
 
 import main_moco
@@ -42,11 +41,6 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
