@@ -568,7 +568,7 @@ def test_published_figures_have_sources() -> None:
     assert any(row[6] == "67.69" and row[0] == "ImageNet" for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_runs(tmp_path, capsys) -> None:
     data = write_labelled(tmp_path / "data", train=16, val=6)
     flags = (

@@ -210,7 +210,7 @@ def test_results_of_other_flags_are_not_taken_for_these(
     assert len(ran) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_run_ends_with_published_beside_measured(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", classes=6, train=24, val=5)
     words = [sys.executable, str(SCRIPT), "table10:32", str(data), "--run", "--scale", "tiny",

@@ -185,7 +185,7 @@ def test_slurm_gets_an_array_for_each_level_and_then_the_report(tmp_path: Path) 
     assert missing.returncode == 1 and "there is no sbatch here" in missing.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_runs_reports_and_is_not_run_twice(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", classes=6, train=24, val=5)
     spec = tmp_path / "spec.toml"
@@ -208,7 +208,7 @@ def test_a_sweep_runs_reports_and_is_not_run_twice(tmp_path: Path) -> None:
     assert other.returncode == 2 and "another sweep" in other.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
     data = write_labelled(tmp_path / "data", classes=6, train=24, val=5)
     spec = tmp_path / "spec.toml"

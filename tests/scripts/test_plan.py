@@ -449,7 +449,7 @@ def test_figures_of_another_run_are_refused_by_name(flags, name, measured, capsy
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_predictions_are_held_against_runs(tmp_path: Path) -> None:
     out = tmp_path / "check.json"
     done = subprocess.run(

@@ -31,7 +31,7 @@ from helpers import start_python
 
 from moco import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 # A run that would take minutes, for those that are interrupted before its end.
 LONG = ["--epochs", 300]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
@@ -17,6 +16,7 @@ from harness import (
     BATCH,
     FLAGS,
     IMAGES,
+    MAIN,
     STEPS,
     Processes,
     differences,
@@ -73,7 +73,7 @@ def unfinished(folder: Path) -> list[str]:
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("processes", "workers", "workers_then"),
     [(1, 0, 0), (1, 2, 2), (1, 2, 0), (1, 0, 2), (2, 0, 0), (2, 2, 2), (2, 0, 1)],
@@ -594,12 +594,10 @@ def test_an_unexpected_error_ends_a_run_that_has_loader_workers(data, tmp_path) 
     assert "ZeroDivisionError" in failed.output()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_chaos_counts_mismatches_and_lost_steps(tmp_path) -> None:
-    command = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
-    program = str(Path(main_moco.__file__).parent / "scripts" / "chaos.py")
-    code = f"sys.argv[0] = {program!r}\n{command}".replace("sys.argv[1]", "sys.argv[0]")
-    trials = Processes(tmp_path / "chaos", "--trials", 2, "--kills", 2, code=f"import sys\n{code}")
+    code = MAIN.replace("main_moco.py", "scripts/chaos.py")
+    trials = Processes(tmp_path / "chaos", "--trials", 2, "--kills", 2, code=code)
     assert trials.wait() == [0], trials.output()
     assert "2 trials" in trials.output() and ": 0 mismatches" in trials.output()
     assert trials.output().count("equal") == 2
@@ -609,7 +607,6 @@ def test_chaos_sees_a_single_bit() -> None:
     one = {"a": [torch.ones(3), 1.5], "b": {"c": torch.zeros(2)}}
     assert differences(one, {"a": [torch.ones(3), 1.5], "b": {"c": torch.zeros(2)}}) == []
     changed = {"a": [torch.ones(3), 1.5], "b": {"c": torch.tensor([0.0, -0.0])}}
-    assert differences(one, changed) == [".b.c"]
+    assert differences(one, changed) == ["/b/c"]
     changed = {"a": [torch.ones(3).nextafter(torch.tensor(2.0)), 1.0], "b": one["b"]}
     assert len(differences(one, changed)) == 2
-    assert signal.SIGKILL == 9

@@ -151,7 +151,7 @@ def test_accumulated_runs_train_and_enqueue_once_per_step(data, tmp_path, capsys
         assert line["loss"] == pytest.approx(3 * line["align"] + line["unif"], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("flags", ["--accumulate 2", "--accumulate 2 --symmetric --moco-t 0.2"])
 def test_accumulation_over_two_processes_keeps_ranks_equal(flags, images, tmp_path) -> None:
     """Gradients are averaged with the last part only; --check-every proves equal weights."""
@@ -399,7 +399,7 @@ main_moco.main(sys.argv[1:])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_encoders_train_the_same_under_the_same_names(images, tmp_path) -> None:
     """With groups of batch norm, both memory formats and parts; the file reads as any other."""
     try:
