@@ -16,6 +16,7 @@ import json
 import multiprocessing.util
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for the server, and for scripts/chaos.py
 PROGRAM = str(ROOT / "main_moco.py")
 MAIN = f"import runpy; runpy.run_path({PROGRAM!r}, run_name='__main__')"
 LIMIT = 600  # seconds until what hangs fails the test; nothing that works takes as long
@@ -49,7 +51,6 @@ TIMES = ("time", "images_per_s", "data_share", "seconds")
 def serve() -> None:
     """Fork a child per line of JSON on stdin and answer with its process id; or, for a line with
     `poll`, with its exit status, None while it runs."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     import moco.cli  # noqa: F401
@@ -346,14 +347,14 @@ def differences(a: object, b: object, name: str = "") -> list[str]:
         return [] if same and a.numpy().tobytes() == b.numpy().tobytes() else [name]
     if isinstance(a, dict):
         a, b = ({k: v for k, v in nest.items() if k != "checksum"} for nest in (a, b))
-        if a.keys() != b.keys():
-            return [f"{name}: keys {sorted(a.keys() ^ b.keys(), key=str)}"]
-        return [found for key in a for found in differences(a[key], b[key], f"{name}.{key}")]
+        alone = [f"{name}/{key} in one only" for key in sorted(a.keys() ^ b.keys(), key=str)]
+        both = [key for key in a if key in b]
+        return alone + [d for key in both for d in differences(a[key], b[key], f"{name}/{key}")]
     if isinstance(a, (list, tuple)):
         if len(a) != len(b):
             return [f"{name}: {len(a)} entries, {len(b)}"]
         pairs = enumerate(zip(a, b, strict=True))
-        return [found for i, (x, y) in pairs for found in differences(x, y, f"{name}[{i}]")]
+        return [d for i, (x, y) in pairs for d in differences(x, y, f"{name}/{i}")]
     return [] if a == b else [f"{name}: {a!r}, {b!r}"]
 
 
@@ -379,16 +380,27 @@ class Trial:
     late: int = 0
     different: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        kills = ", ".join(f"killed after step {step}" for step in self.killed_after)
+        verdict = f"DIFFERENT ({'; '.join(self.different[:3])}), see {self.run}"
+        return (
+            f"{self.run.name}: {kills or 'not killed'}, lost "
+            f"{'+'.join(map(str, self.lost)) or 0} steps: {verdict if self.different else 'equal'}"
+        )
+
 
 def trials(
-    folder: Path, reference: Path, count: int, *flags: object, kills: int, seed: int, **options
+    folder: Path, count: int, *flags: object, kills: int, seed: int, **options
 ) -> Iterator[Trial]:
-    """SIGKILL runs on `folder`/data within random steps, resume them, and compare their ends with
-    that of the run in `reference`, which has the same flags."""
-    expected, draw = final_state(reference), random.Random(seed)
+    """Make images and the run that nobody touches in `folder`, then `count` times SIGKILL a run
+    within random steps, resume it, and compare the ends. The folders of equal ones are removed."""
+    data, draw = folder / "data", random.Random(seed)
+    write_images(data)
+    finish(folder / "reference", data, *flags, **options)
+    expected = final_state(folder / "reference")
     for number in range(1, count + 1):
-        trial = Trial(folder / f"trial_{number:03d}")
-        run, data = trial.run, folder / "data"
+        run = folder / f"trial_{number:03d}"
+        trial = Trial(run)
         for _ in range(kills):
             done = logged_steps(run)
             if STEPS - done < 3:
@@ -402,6 +414,8 @@ def trials(
         statuses = start(run, data, *flags, **options).wait()
         failed = [f"exit status {status}" for status in statuses if status]
         trial.different = failed or differences(expected, final_state(run))
+        if not trial.different:
+            shutil.rmtree(run)
         yield trial
 
 
