@@ -23,6 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 _timeout = timedelta(minutes=30)  # of all that ranks do together; see `set_timeout`
 
+# Newer torch has renamed the call, and warns of the old name.
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 # ------------------------------------------------------------------------------------------------
 # Who am I
 # ------------------------------------------------------------------------------------------------
@@ -85,7 +88,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    getattr(dist, _GATHER)(gathered, rows.contiguous())
     return gathered
 
 

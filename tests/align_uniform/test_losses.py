@@ -646,7 +646,7 @@ def test_nan_shows_in_the_loss(name: str) -> None:
         assert LOSSES[name][0](*inputs).isnan().item() == depends
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_uniform_loss_beyond_the_old_limit_of_pdist() -> None:
     """torch.pdist failed past 46,341 rows, and holds all 1.08e9 distances (4.3 GB) at once."""
     x = unit_rows(46_500, 2).float().requires_grad_()

@@ -535,7 +535,7 @@ def test_other_architectures(tmp_path, arch, mlp):
     assert_loads(path, moco.encoder_q, "projection", arch=arch, small_stem=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ["vgg11_bn", "maxvit_t"])
 def test_large_architectures(tmp_path, arch):
     """vgg11_bn is half a GB of weights; maxvit_t has a linear layer without bias at its end."""
@@ -599,7 +599,7 @@ def test_a_checkpoint_without_an_encoder_is_refused_by_name(tmp_path, content, m
         load_encoder(path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tensors_of_no_known_architecture_are_refused_by_name(tmp_path):
     """Also when a single one is missing, or has another shape."""
     state = resnet8(9).state_dict()

@@ -34,7 +34,7 @@ from moco.builder import MoCo  # noqa: E402
 from moco.data.images import load_rgb  # noqa: E402
 from moco.errors import CheckpointError, DataError  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 MOST_SECONDS = 5.0  # of CPU, so that a busy machine does not fail the test
 PATIENCE = 60.0  # seconds until a process that does not answer is taken for hung

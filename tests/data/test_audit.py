@@ -146,7 +146,7 @@ def test_a_file_that_kills_its_reader_does_not_stop_the_check(
     assert found["deadly 1"] == [("kills its reader", "")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_spawned_processes(tmp_path: Path) -> None:
     for name in ("good.jpg", "grey.jpg"):
         (tmp_path / name).write_bytes(FILES[name][0])

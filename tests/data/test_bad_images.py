@@ -160,7 +160,7 @@ def test_too_many_pixels_are_refused_whatever_pillow_was_told(
         load_rgb(path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_large_images_are_read_without_a_warning(tmp_path: Path) -> None:
     """In a process of its own: pytest resets filters of warnings."""
     for name in ("a.png", "b.png"):
@@ -171,7 +171,7 @@ def test_large_images_are_read_without_a_warning(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "a.png"), str(tmp_path / "b.png")],
-        capture_output=True, text=True, cwd=ROOT, timeout=300,
+        capture_output=True, text=True, cwd=ROOT, timeout=600,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -257,7 +257,7 @@ def test_run_stops_at_a_bad_image(workers: str, tmp_path: Path, capsys) -> None:
     assert not checkpoint.run_checkpoints(tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["cpu", "device"])
 def test_run_that_skips_is_the_run_with_the_next_images_in_their_place(
     where: str, tmp_path: Path

@@ -184,7 +184,7 @@ def put(folder: Path, name: bytes, content: bytes) -> str:
     return os.fsdecode(path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_bad_image_whose_name_is_not_utf_8_is_listed_and_passed_over(workers, data, tmp_path):
     bad = put(data / "train", b"caf\xe9/bad\xff.jpg", bad_files()["truncated.jpg"][0])

@@ -240,7 +240,7 @@ def test_the_device_makes_the_views_that_processes_make(monkeypatch):
         assert difference.mean() < 0.75 and difference.mean((3, 4, 5)).max() < 3  # 16 px: edges
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", [V1, V2], ids=["v1", "v2"])
 def test_compiled_finishing_gives_the_same_views(recipe):
     images = small_images(8)
@@ -257,7 +257,7 @@ def test_compiled_finishing_gives_the_same_views(recipe):
     torch.compiler.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["folder", "cifar10"])
 def test_a_run_on_the_devices_views_is_resumed_bit_for_bit(kind, tmp_path, monkeypatch):
     """In the middle of an epoch, with another number of workers."""

@@ -104,7 +104,7 @@ def test_thin_images_are_cropped_before_they_are_resized_pixel_for_pixel(size, m
         assert torch.equal(eval_transform(size)(image), resized_then_cropped(image, size))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits memory")
 @pytest.mark.parametrize(
     "size", [(20_000, 1), (1, 20_000), (60_000, 1), (1, 60_000), (3_000_000, 2), (120_000, 300)]

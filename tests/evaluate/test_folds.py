@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from harness import Processes
+from harness import HOLD, Processes, wait_for_step
 from helpers import differences, read_log, refusal, write_labelled
 from hypothesis import given
 from hypothesis import strategies as st
@@ -186,14 +185,10 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(data, pretrained, tmp_
     flags = [*TINY, *GRID.split(), "--pretrained", pretrained, "--print-freq", 1]
     whole = Processes(tmp_path / "o1", *flags, "--save-dir", tmp_path / "whole", data, code=MAIN)
     again = [*flags, "--save-dir", tmp_path / "cut", "--resume", "auto", data]
-    cut = Processes(tmp_path / "o2", *again, code=MAIN)
     wanted = {"first fold": 5, "second fold": 13, "last stage": 31}[where]  # steps, 8 in a fold
-    deadline = time.monotonic() + 60
-    while not any(
-        line["step"] >= wanted for line in (safe_log(tmp_path / "cut") if cut.running() else [])
-    ):
-        assert time.monotonic() < deadline and cut.running(), cut.output()
-        time.sleep(0.002)
+    hold = HOLD.format(step=wanted, go="never")
+    cut = Processes(tmp_path / "o2", *again, code=MAIN, before=hold)
+    wait_for_step(tmp_path / "cut", wanted, cut)
     cut.kill()
     cut.wait()
     assert not (tmp_path / "cut" / "lincls.json").exists()
@@ -214,13 +209,6 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(data, pretrained, tmp_
             [line["step"] for line in read_log(tmp_path / name, kind)] for name in ("cut", "whole")
         )
         assert mine == theirs, kind
-
-
-def safe_log(folder: Path) -> list[dict]:
-    try:
-        return read_log(folder, "lincls")
-    except (OSError, ValueError):  # not there yet, or a line half written
-        return []
 
 
 def test_folds_go_on_with_as_many(data, pretrained, folded, capsys):

@@ -425,8 +425,8 @@ def test_another_arch_than_the_checkpoints_is_refused(data, pretrained, capsys):
         "cut off",
         "a list",
         "numbers",
-        pytest.param("no network", marks=pytest.mark.slow),
-        pytest.param("half a network", marks=pytest.mark.slow),
+        pytest.param("no network", marks=pytest.mark.long),
+        pytest.param("half a network", marks=pytest.mark.long),
     ],
 )
 def test_a_file_without_a_whole_encoder_is_refused(data, pretrained, tmp_path, capsys, kind):
@@ -642,6 +642,7 @@ def run_two(folder: Path, *argv: object) -> str:
     return processes.output()
 
 
+@pytest.mark.long
 def test_two_processes_count_every_image_once(odd, pretrained, tmp_path):
     out = run_two(tmp_path / "two", "--pretrained", pretrained, "--epochs", 2, "--knn", odd)
     assert "2 process(es)" in out and out.count("run folder:") == 1
@@ -656,6 +657,7 @@ def test_two_processes_count_every_image_once(odd, pretrained, tmp_path):
         assert one["top1"] * 7 / 100 == pytest.approx(round(one["top1"] * 7 / 100))
 
 
+@pytest.mark.long
 def test_fewer_images_than_processes_are_evaluated(odd, pretrained, tmp_path):
     shutil.copytree(odd, tmp_path / "data")
     for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[1:]:

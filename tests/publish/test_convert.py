@@ -160,7 +160,7 @@ def test_features_survive_every_pair_of_formats(a, b, first, features, tmp_path)
         assert torch.equal(features_of(weights(made)), features)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resnet50_of_one_checkpoint_in_all_tools(folder, tmp_path, capsys):
     """Wide features, bottleneck blocks: each tool's own network computes what ours does."""
     source = tmp_path / "r50.pth.tar"

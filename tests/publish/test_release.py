@@ -212,7 +212,7 @@ def test_the_python_of_the_card_runs(published, monkeypatch):
     assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accuracies_of_other_protocols_say_so(run_of, tmp_path, capsys):
     """Fewer labels, several settings and folds stand in the rows of the figures; what fine-tuning
     has reached is no figure of this encoder."""

@@ -207,7 +207,7 @@ def test_slurm_gets_an_array_for_each_level_and_then_the_report(
     assert status == 1 and "there is no sbatch here" in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_runs_reports_and_is_not_run_twice(images, tmp_path) -> None:
     """And each of its recipes goes on where files are missing; both objectives are compared."""
     spec = tmp_path / "spec.toml"
@@ -248,7 +248,7 @@ def test_a_sweep_runs_reports_and_is_not_run_twice(images, tmp_path) -> None:
     assert other.returncode == 2 and "another sweep" in other.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_that_is_killed_or_interrupted_leaves_nothing_running_and_goes_on(
     images, processes, tmp_path
 ) -> None:

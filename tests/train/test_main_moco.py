@@ -26,7 +26,6 @@ from helpers import (
     refusal,
     start_python,
     write_images,
-    write_labelled,
 )
 
 import main_moco
@@ -55,11 +54,6 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -428,7 +422,7 @@ def test_a_file_that_is_no_pretraining_checkpoint_is_refused(data, run, tmp_path
     assert any(word in message for word in ("checkpoint", "damaged", "dict of tensors")), message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_corrupt_image_ends_a_real_process_in_one_line(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     bad = tmp_path / "data" / "train" / "class_1" / "003.png"
@@ -950,7 +944,7 @@ def test_an_unset_shell_variable_is_no_data_folder(data, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_error_in_a_spawned_rank_ends_in_one_line(data, tmp_path, capfd):
     """As on a node of several GPUs, where this process starts the ranks: here on two CPUs."""
     shutil.copytree(data, tmp_path / "data")
@@ -976,7 +970,7 @@ torch.save(built[0].state_dict(), sys.argv[1] + os.environ.get("RANK", ""))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_launchers_give_bit_equal_ranks_and_checkpoints(data, tmp_path):
     """torchrun, and upstream's flags on two nodes; weights, queue and pointer of both ranks."""
     script = tmp_path / "on_each_rank.py"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TinyNet, read_log, two_views, write_labelled
+from helpers import TinyNet, read_log, two_views
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -32,11 +32,6 @@ TINY = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 --moco-dim 16 -j 0 --device cpu -p 1 "
     "--seed 1 --knn-every 2"
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
 
 
 def train(data: Path, run: Path, *flags: object) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import EPOCHS, chaos, finish, start
+from harness import EPOCHS, differences, final_state, finish, start
 from helpers import read_log, refusal, write_images, write_labelled
 
 import main_moco
@@ -28,10 +28,9 @@ TINY = shlex.split(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(images, tmp_path_factory) -> Path:
     """What the runs of tests/harness.py train on, and 41 images to classify: an odd share."""
-    folder = tmp_path_factory.mktemp("images")
-    chaos()["write_images"](folder)
+    folder = Path(shutil.copytree(images, tmp_path_factory.mktemp("images") / "data"))
     write_images(folder / "val", {"class_0": 20, "class_1": 21}, size=24, seed=5)
     return folder
 
@@ -46,8 +45,8 @@ def whole(data, tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("labelled"))
+def labelled(once) -> Path:
+    return once("labelled", write_labelled)
 
 
 def train(data: Path, run: Path, *flags: object) -> None:
@@ -55,7 +54,7 @@ def train(data: Path, run: Path, *flags: object) -> None:
 
 
 def without_knn(run: Path) -> dict:
-    state = chaos()["final_state"](run)
+    state = final_state(run)
     state["log"] = [line for line in state["log"] if line["kind"] != "knn"]
     return state
 
@@ -78,9 +77,7 @@ def test_a_run_is_bit_equal_with_and_without_it(processes, data, whole, tmp_path
     said = finish(tmp_path / "run", data, "--knn-every", 0, processes=processes)
     assert "k-NN" not in said and read_log(tmp_path / "run", "knn") == []
     assert len(read_log(whole[processes], "knn")) == EPOCHS
-    assert (
-        chaos()["differences"](without_knn(whole[processes]), without_knn(tmp_path / "run")) == []
-    )
+    assert differences(without_knn(whole[processes]), without_knn(tmp_path / "run")) == []
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -143,7 +140,7 @@ OnlineKnn.measure = dies
     assert [line["epoch"] for line in read_log(run, "knn")] == [1]
     finish(run, data, "--knn-every", 1, processes=processes)
     assert knn_lines(run) == knn_lines(whole[processes])
-    assert chaos()["differences"](without_knn(whole[processes]), without_knn(run)) == []
+    assert differences(without_knn(whole[processes]), without_knn(run)) == []
     said = finish(run, data, "--knn-every", 1, processes=processes)  # nothing is left to do
     assert said.count("k-NN after") == EPOCHS == len(knn_lines(run))
 

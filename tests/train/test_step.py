@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import FLAGS, Processes, chaos, finish, start
-from helpers import ROOT, TinyNet, read_log, two_views, write_labelled
+from harness import FLAGS, Processes, differences, final_state, finish, saved_step, start
+from helpers import ROOT, TinyNet, read_log, two_views
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,19 +35,6 @@ TINY = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu --print-freq 1 "
     "--check-every 1 --seed 1"
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
-    """What the runs of tests/harness.py train on."""
-    folder = tmp_path_factory.mktemp("images")
-    chaos()["write_images"](folder)
-    return folder
 
 
 def train(data: Path, run: Path, *flags: object) -> dict:
@@ -173,14 +160,14 @@ def test_accumulated_runs_train_and_enqueue_once_per_step(data, tmp_path, capsys
         assert line["loss"] == pytest.approx(3 * line["align"] + line["unif"], abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("flags", ["--accumulate 2", "--accumulate 2 --symmetric --moco-t 0.2"])
 def test_accumulation_over_two_processes_keeps_ranks_equal(flags, images, tmp_path) -> None:
     """Gradients are averaged with the last part only; --check-every proves equal weights."""
     more = ["--bn-splits", 1, "--check-every", 1, "--epochs", 1, *flags.split()]
     said = finish(tmp_path / "run", images, *more, processes=2)
     assert "16 over 2 process(es), 8 each, in 2 parts of 4" in said
-    final = chaos()["final_state"](tmp_path / "run")["checkpoint"]
+    final = final_state(tmp_path / "run")["checkpoint"]
     keys = 32 if "symmetric" in flags else 16
     assert final["state_dict"]["module.queue_ptr"].item() == 6 * keys % 64
 
@@ -214,7 +201,7 @@ class Watch(TorchFunctionMode):
         # Order and augmentation of samples are the host's own business, on the CPU.
         frame = sys._getframe(1)
         while frame is not None:
-            if frame.f_code.co_filename.endswith(("dataloader.py", "moco/loader.py")):
+            if frame.f_code.co_filename.endswith(("dataloader.py", "moco/data/loader.py")):
                 return
             frame = frame.f_back
         self.found.append((self.where, what))
@@ -303,7 +290,7 @@ def test_a_bad_step_between_checks_changes_nothing_and_is_named(
     run, whole = tmp_path / "run", tmp_path / "whole"
     flags = ["-p", 5, "--save-steps", 5]
     stopped = start(run, images, *flags, processes=processes, before=LATE + POISON + DIGESTS)
-    assert stopped.wait(limit=60) == [1] * processes, stopped.output()
+    assert stopped.wait() == [1] * processes, stopped.output()
     for rank in range(processes):
         said = stopped.output(rank)
         assert f"not finite in epoch 1, step 6: unif nan on rank {processes - 1}" in said
@@ -315,8 +302,7 @@ def test_a_bad_step_between_checks_changes_nothing_and_is_named(
     assert [line["step"] for line in read_log(run)] == [5]
     finish(run, images, *flags, processes=processes, before=LATE)
     finish(whole, images, *flags, processes=processes)  # with a check after every step
-    final_state = chaos()["final_state"]
-    assert chaos()["differences"](final_state(whole), final_state(run)) == []
+    assert differences(final_state(whole), final_state(run)) == []
 
 
 def test_a_request_to_stop_is_heard_at_the_next_check(images, tmp_path) -> None:
@@ -332,9 +318,9 @@ MoCo._losses = losses
 """
     run = tmp_path / "run"
     stopped = start(run, images, "-p", 5, processes=2, before=LATE + signal_in_step_7)
-    assert stopped.wait(limit=60) == [75, 75], stopped.output()
+    assert stopped.wait() == [75, 75], stopped.output()
     assert "stopped by a signal to another rank after step 10" in stopped.output(0)
-    assert chaos()["saved_step"](run) == 10
+    assert saved_step(run) == 10
 
 
 # ------------------------------------------------------------------------------------------------
@@ -413,7 +399,7 @@ main_moco.main(sys.argv[1:])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_encoders_train_the_same_under_the_same_names(images, tmp_path) -> None:
     """With groups of batch norm, both memory formats and parts; the file reads as any other."""
     if shutil.which("g++") is None:
@@ -423,7 +409,7 @@ def test_compiled_encoders_train_the_same_under_the_same_names(images, tmp_path)
         tmp_path / "out", *flags, "--compile", "--save-dir", tmp_path / "compiled", images,
         code=COMPILED,
     )  # fmt: skip
-    assert compiled.wait(limit=170) == [0], compiled.output()
+    assert compiled.wait() == [0], compiled.output()
     assert "channels_last, compile," in compiled.output()
     finish(tmp_path / "plain", images, *flags[len(FLAGS) :])
     a, b = (

@@ -1,4 +1,4 @@
-"""What the benchmarks share: paired timing, one kind of table row, and what machine it was.
+"""Timing of commands: paired measurements, one kind of table row, and what machine it was.
 
     times = timing.interleaved({"baseline": theirs, "ours": ours}, repeats=15, device=device)
     row = timing.row("align+uniform, N=256", times["baseline"], times["ours"],
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import re
@@ -25,11 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from align_uniform import losses  # noqa: E402
+from moco.run_files import write_json
 
 
 @dataclass
@@ -189,7 +188,7 @@ class Table:
             **more,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(path, content)
 
 
 def machine() -> dict:
@@ -227,11 +226,19 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def product_rate(device: str | torch.device, size: int = 2048) -> float:
-    """Flops per second of a square float32 product, by the faster of torch's two libraries on a
-    CPU; medians of 9."""
-    a = torch.randn(size, size, device=device)
-    times = interleaved(
-        {"@": lambda: a @ a, "onednn": lambda: losses._product(a, a)}, repeats=9, device=device
-    )
-    return 2 * size**3 / min(statistics.median(each) for each in times.values())
+def write_photographs(folder: Path, count: int, names: int | None = None) -> None:
+    """Write folder/00000.jpg, ...: smooth random pictures with some noise, 468 x 401 pixels as
+    ImageNet's are on average, and with that quality of about their 110 kB.
+
+    Args:
+        names: how many files, if more than `count`: further names of the same pictures.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (13, 15, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((468, 401), Image.Resampling.BICUBIC))
+        pixels = (pixels + rng.normal(0, 10, (401, 468, 1))).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i:05d}.jpg", quality=95)
+    for i in range(count, names or count):
+        os.link(folder / f"{i % count:05d}.jpg", folder / f"{i:05d}.jpg")
