@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Processes
-from helpers import differences, read_log, refusal, write_images, write_labelled
+from helpers import differences, read_log, refusal, write_images
 from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
 from torch import nn
 
@@ -23,20 +23,12 @@ from moco.encoders import build_encoder
 from moco.evaluate.feature_cache import without_batch_norm
 from moco.evaluate.heads import Frozen, head_losses, new_heads
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
+def pretrained(encoder_file) -> Path:
+    return encoder_file
 
 
 @pytest.fixture(scope="module")

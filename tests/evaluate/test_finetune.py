@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Processes
-from helpers import differences, read_log, refusal, write_labelled
+from helpers import differences, read_log, refusal
 from probes import BEST, LATEST, MAIN, TINY, evaluate, load, result, write_encoder
 from torch import nn
 
@@ -21,20 +21,12 @@ from moco.data.images import FolderImages, Subset, open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, lincls_recipe, normalize
 from moco.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
+def pretrained(encoder_file) -> Path:
+    return encoder_file
 
 
 RATES = "--lr 0.2 --lr-backbone 0.05 --wd 1e-3 --schedule 2"

@@ -12,16 +12,13 @@ from harness import HOLD, Processes, wait_for_step
 from helpers import differences, read_log, refusal, write_labelled
 from hypothesis import given
 from hypothesis import strategies as st
-from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
+from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result
 
 import main_lincls
 from moco.data.images import open_images
 from moco.data.subsets import stratified_folds
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +27,8 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
+def pretrained(encoder_file) -> Path:
+    return encoder_file
 
 
 GRID = "--lr 0.0001,0.3 --wd 0,0.1 --epochs 2 --schedule 1 --folds 3"

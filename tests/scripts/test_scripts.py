@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 import main_lincls
 import main_moco
 
-ROOT = Path(__file__).resolve().parents[2]
 SHELL_SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 
 

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from helpers import ROOT
 
 import main_moco
 

@@ -274,6 +274,7 @@ guards.StepGuard.step = step
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_step_between_checks_changes_nothing_and_is_named(
     processes, images, tmp_path
@@ -299,6 +300,7 @@ def test_a_bad_step_between_checks_changes_nothing_and_is_named(
     assert differences(final_state(whole), final_state(run)) == []
 
 
+@pytest.mark.long
 def test_a_request_to_stop_is_heard_at_the_next_check(images, tmp_path) -> None:
     signal_in_step_7 = """
 import os, signal
