@@ -159,12 +159,14 @@ def read_log(folder: Path, kind: str = "train") -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def start_python(*words: object, cwd: Path, **options: object) -> subprocess.Popen:
+def start_python(
+    *words: object, cwd: Path, path: Path = ROOT, **options: object
+) -> subprocess.Popen:
     """A Python process as a user starts it from the CPU-only folder `cwd`, output in pipes unless
-    `options`, those of Popen, say otherwise."""
+    `options`, those of Popen, say otherwise. It finds the packages in the folder `path`."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
-    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, *map(str, words)]
     return watch(

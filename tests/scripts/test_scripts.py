@@ -11,11 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import parsed
+from helpers import ROOT, parsed
 
 from moco.config import LinclsConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 SHELL_SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 
 

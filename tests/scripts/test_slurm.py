@@ -7,8 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import ROOT
-from helpers import parsed
+from helpers import ROOT, parsed
 
 from moco import cli
 

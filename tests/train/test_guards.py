@@ -43,6 +43,7 @@ MoCo._losses = poisoned
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
     processes, data, tmp_path
@@ -196,6 +197,7 @@ except TrainingError as error:
 """
 
 
+@pytest.mark.long
 def test_a_rank_with_other_weights_or_another_queue_is_named(tmp_path) -> None:
     """One element, one sign, the pointer, or two keys that have changed places."""
     ranks = Processes(tmp_path / "out", count=3, code=DRIFT)

@@ -43,17 +43,12 @@ TINY = shlex.split(
 MAIN = ROOT / "main_moco.py"
 
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
+
+
 def flat(argv: list) -> SimpleNamespace:
     """The flat values of a command line that has been checked."""
     return SimpleNamespace(**cli.pretrain_config(list(map(str, argv))).to_flat())
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Each test in an empty folder, outside of torchrun."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")

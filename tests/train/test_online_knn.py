@@ -71,6 +71,7 @@ def knn_lines(run: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_is_bit_equal_with_and_without_it(processes, data, whole, tmp_path) -> None:
     """Weights, queue, optimizer, generators of all ranks, and all that is logged but times."""
@@ -80,6 +81,7 @@ def test_a_run_is_bit_equal_with_and_without_it(processes, data, whole, tmp_path
     assert differences(without_knn(whole[processes]), without_knn(tmp_path / "run")) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_it_finds_what_the_saved_encoder_gives(processes, data, whole) -> None:
     """Of two ranks as well, whose batch-norm statistics differ: those of rank 0 are saved."""
@@ -121,6 +123,7 @@ def test_it_comes_every_so_many_epochs_and_at_the_end(flags, steps, labelled, tm
     assert [line["step"] for line in read_log(tmp_path / "run", "knn")] == steps
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_killed_in_it_does_it_again(processes, data, whole, tmp_path) -> None:
     killed_in_the_second = """
@@ -145,6 +148,7 @@ OnlineKnn.measure = dies
     assert said.count("k-NN after") == EPOCHS == len(knn_lines(run))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_request_to_stop_within_it_is_heard_at_once(processes, data, whole, tmp_path) -> None:
     """It reaches all processes of the job, loader workers too, while the second k-NN runs; of two
@@ -227,6 +231,7 @@ def test_without_labels_one_line_says_why_and_training_goes_on(
     assert read_log(tmp_path / "run", "knn") == [] and len(read_log(tmp_path / "run")) >= 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(processes, data, tmp_path) -> None:
     """One rank comes upon it, in a loader process."""

@@ -98,6 +98,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert_same_end(run, whole[processes])
 
 
+@pytest.mark.long
 def test_logged_means_that_began_before_a_save_are_the_same(data, tmp_path) -> None:
     """A line every 4 steps and a save every 3: the mean of steps 5 to 8 outlives a kill at 8."""
     run, reference = tmp_path / "run", tmp_path / "whole"
@@ -111,6 +112,7 @@ def test_logged_means_that_began_before_a_save_are_the_same(data, tmp_path) -> N
     assert_same_end(run, reference)
 
 
+@pytest.mark.long
 def test_another_world_size_is_said_not_to_be_bit_exact(stopped, data) -> None:
     """Two processes go on where one was stopped: same groups of batch norm, same samples."""
     said = finish(stopped, data, "--bn-splits", 1, processes=2)
@@ -457,6 +459,7 @@ checkpoint.write_checkpoint = limited
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_save_that_fails_stops_training_on_all_ranks(processes, data, tmp_path) -> None:
     run = tmp_path / "run"
@@ -476,6 +479,7 @@ def test_a_save_that_fails_stops_training_on_all_ranks(processes, data, tmp_path
     assert logged_steps(run) <= 9, "training went on as if saved"
 
 
+@pytest.mark.long
 def test_a_save_that_fails_at_the_very_end_is_no_success(data, tmp_path) -> None:
     """The last file is written after the last step: nothing would look at its error later."""
     run = tmp_path / "run"
@@ -528,6 +532,7 @@ def test_the_last_the_every_mth_and_the_final_checkpoint_are_kept(tmp_path) -> N
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_saves_by_minutes_happen(data, tmp_path) -> None:
     run = tmp_path / "run"
     finish(run, data, "--save-minutes", 1e-6, "--max-steps", 4, processes=2)

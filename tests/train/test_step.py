@@ -280,6 +280,7 @@ step.apply_gradients = applied
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_bad_step_between_checks_changes_nothing_and_is_named(
     processes, images, tmp_path
@@ -305,6 +306,7 @@ def test_a_bad_step_between_checks_changes_nothing_and_is_named(
     assert differences(final_state(whole), final_state(run)) == []
 
 
+@pytest.mark.long
 def test_a_request_to_stop_is_heard_at_the_next_check(images, tmp_path) -> None:
     signal_in_step_7 = """
 import os, signal
