@@ -197,7 +197,7 @@ def test_timm_models_with_weights_from_a_file(
         open_images("folder", data, "val"),
         pretrain_recipe(size, aug_plus=True),
         seed=0,
-        views=2,
+        num_views=2,
     )
     first = torch.stack([views[(0, i)][0] for i in range(15)])
     x, _ = evaluate.extract_features(
