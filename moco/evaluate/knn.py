@@ -66,7 +66,8 @@ def knn_predict(
         block_size: queries at a time; memory is block_size x M.
 
     Returns:
-        (N, classes) int64, the classes from most to fewest votes.
+        (N, classes) int64, the classes from most to fewest votes; then `classes`, which is no
+        class, in place of those that no neighbour votes for.
 
     Raises:
         ValueError: k or temperature not positive.
@@ -82,8 +83,12 @@ def knn_predict(
         # Shifted by each row's best, which changes no ranking and cannot overflow.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(queries), classes)
-        votes.scatter_add_(1, bank_labels[neighbours], weights)
-        ranked.append(votes.argsort(dim=1, descending=True))
+        labels = bank_labels[neighbours]
+        votes.scatter_add_(1, labels, weights)
+        # A far neighbour's weight can be 0 too.
+        without = torch.ones_like(votes, dtype=torch.bool).scatter_(1, labels, False)
+        order = votes.masked_fill_(without, -1).argsort(dim=1, descending=True)
+        ranked.append(order.masked_fill_(without.gather(1, order), classes))
     return torch.cat(ranked)
 
 

@@ -40,7 +40,7 @@ def loop_votes(features, bank, labels, classes: int, k: int, temperature: float)
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_classes_are_ranked_by_the_papers_votes(k, temperature):
-    """All classes, in the order of their votes; without votes they come last. In blocks as well."""
+    """Classes in the order of their votes, and none without votes. In blocks as well."""
     classes = 7
     features, bank = unit(30, 4), unit(50, 4, seed=1)
     labels = torch.randint(0, classes, (50,), generator=torch.Generator().manual_seed(2))
@@ -50,9 +50,8 @@ def test_classes_are_ranked_by_the_papers_votes(k, temperature):
         ranked = knn_predict(features, bank, labels, block_size=block_size, **options)
         assert ranked.dtype == torch.int64 and ranked.shape == (30, classes)
         for row, votes in zip(ranked.tolist(), wanted, strict=True):
-            assert sorted(row) == list(range(classes))
             with_votes = sorted((c for c in range(classes) if votes[c]), key=lambda c: -votes[c])
-            assert row[: len(with_votes)] == with_votes
+            assert row == with_votes + [classes] * (classes - len(with_votes))
 
 
 def test_weights_decide_and_not_the_number_of_neighbours():
@@ -63,6 +62,8 @@ def test_weights_decide_and_not_the_number_of_neighbours():
     sharp = knn_predict(query, bank, labels, classes=2, k=3, temperature=0.1)
     flat = knn_predict(query, bank, labels, classes=2, k=3, temperature=10)
     assert sharp.tolist() == [[0, 1]] and flat.tolist() == [[1, 0]]
+    sharper = knn_predict(query, bank, labels, classes=4, k=3, temperature=1e-4)
+    assert sharper.tolist() == [[0, 1, 4, 4]]  # a weight that is 0 in float32 is a vote
     nearest = knn_predict(query, bank, labels, classes=2, k=1, temperature=10)
     assert nearest[0, 0] == 0  # the far ones are not asked
 
@@ -175,6 +176,16 @@ def test_knn_accuracy_in_percent_of_a_case_worked_by_hand():
     val = coloured([(200, 20, 20), (20, 200, 20), (20, 20, 200), (190, 30, 30)], [0, 1, 2, 2])
     got = knn_accuracy(Colour(), bank, val, classes=3, device=CPU, mean=(0, 0, 0), std=(1, 1, 1))
     assert got == {"top1": 75.0, "top5": 100.0, "k": 3, "images": 4, "bank": 3}
+
+
+def test_top5_of_knn_counts_no_class_without_votes():
+    """One neighbour votes for one class; which others would come next is chance."""
+    bank = coloured([(250, 10, 10), (10, 250, 10), (10, 10, 250)], [0, 1, 2])
+    val = coloured([(200, 20, 20)] * 3, [0, 1, 2])
+    inputs = {"device": CPU, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    for k, top5 in ((1, 1), (2, 2), (3, 3)):
+        got = knn_accuracy(Colour(), bank, val, classes=3, k=k, **inputs)
+        assert got["top5"] == pytest.approx(100 * top5 / 3)
 
 
 def test_top5_of_knn_is_within_the_first_five_of_many_classes():
