@@ -44,7 +44,6 @@ def test_a_supervised_encoder_from_training_to_figure_3(data, tmp_path, monkeypa
     views = ["--layer", "projection", "--normalize", "--views", 2]
     run(extract_features, "a.pth.tar", data, "circle.npz", *views)
     plot_features.main(["3", "circle.npz", "--out", "circle.png"])
-    plot_features.main(["4", "circle.npz", "--out", "potential.png"])
     run(measure_align_uniform, "--features", "circle.npz", "--out", "circle.json")
     result = json.loads(Path("circle.json").read_text())
     assert result["layers"]["features"]["dim"] == 2 and result["alignment"] > 0
