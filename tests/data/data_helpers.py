@@ -87,6 +87,7 @@ def bad_files() -> dict[str, tuple[bytes, set[str], str]]:
         "empty.jpg": (b"", {"empty"}, "not that of any image"),
         "text.jpg": (b"<html>404</html>", {"unreadable"}, "not that of any image"),
         "truncated.jpg": (jpeg[: len(jpeg) // 2], {"truncated"}, "truncated"),
+        "rubbish.jpg": (b"\xff\xd8\xff\xe0 rubbish", {"truncated"}, "Truncated"),
         "truncated.png": (good_png[: len(good_png) // 2], {"truncated"}, "truncated"),
         "header.jpg": (jpeg[:20], {"unreadable"}, "not that of any image"),
         "header.png": (png(8, 8, 8, 2, b"")[:30], {"unreadable"}, ""),

@@ -9,7 +9,14 @@ from data_helpers import sums, write_cifar
 from helpers import write_images
 from torchvision import datasets
 
-from moco.data.images import FolderImages, in_memory, open_images
+from moco.data.images import (
+    ArrayImages,
+    FolderImages,
+    Subset,
+    image_names,
+    in_memory,
+    open_images,
+)
 from moco.errors import DataError
 
 # ------------------------------------------------------------------------------------------------
@@ -133,6 +140,22 @@ def test_per_class_keeps_the_first_images_of_each_class(tmp_path):
     assert len(images) == 5
     for i, j in enumerate([0, 1, 3, 4, 5]):
         assert np.array_equal(images.load(i), whole.load(j))
+
+
+@pytest.mark.parametrize("in_arrays", [False, True])
+def test_a_subset_of_a_subset_is_one_of_the_whole(in_arrays, tmp_path):
+    write_images(tmp_path, {"a": 3, "b": 3})
+    whole = FolderImages(tmp_path)
+    if in_arrays:
+        pixels = np.stack([whole.load(i) for i in range(6)])
+        whole = ArrayImages(pixels, whole.targets, whole.classes)
+    part = Subset(Subset(whole, [5, 4, 1, 0]), [2, 0])
+    assert part.targets == [0, 1] and part.classes == ["a", "b"] and len(part) == 2
+    assert image_names(part) == (["1", "5"] if in_arrays else ["a/001.png", "b/002.png"])
+    for i, j in enumerate((1, 5)):
+        assert np.array_equal(part.load(i), whole.load(j))
+    if in_arrays:
+        assert np.array_equal(in_memory(part), pixels[[1, 5]])
 
 
 # ------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_timm_models_with_weights_from_a_file(
         open_images("folder", data, "val"),
         pretrain_recipe(size, aug_plus=True),
         seed=0,
-        views=2,
+        num_views=2,
     )
     first = torch.stack([views[(0, i)][0] for i in range(15)])
     x, _ = evaluate.extract_features(
@@ -323,10 +323,13 @@ def test_knn_of_a_class_that_the_bank_lacks_is_wrong(tmp_path: Path, capsys) -> 
     x = unit_rows(4, 6, 0).numpy()
     np.savez(tmp_path / "q.npz", features=x, labels=[0, 5, 9, 1])
     np.savez(tmp_path / "b.npz", features=x, labels=[0, 5, 8, 8])
-    result = run(
-        capsys, "--features", tmp_path / "q.npz", "--bank", tmp_path / "b.npz", "--knn-k", 1
-    )
-    assert result["layers"]["features"]["knn"]["top1"] == 50
+    flags = ["--features", tmp_path / "q.npz", "--bank", tmp_path / "b.npz", "--knn-k", 1]
+    knn = run(capsys, *flags)["layers"]["features"]["knn"]
+    # Nor is it among the classes that the one neighbour has not.
+    assert (knn["top1"], knn["top5"], knn["classes"]) == (50, 50, 3)
+    measure.main([*map(str, flags), "--device", "cpu"])
+    table = capsys.readouterr().out
+    assert "k-NN top3, k 1" in table and "top5" not in table
 
 
 def test_bad_feature_files(tmp_path: Path, capsys) -> None:
