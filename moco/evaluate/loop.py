@@ -208,7 +208,6 @@ class _HeadLoop:
                 head.diverged, head.last = epoch, {}
                 if len(training.results) > 1:
                     zero_diverged_head(training.heads.linear[index], training.optimizer)
-                    training.optimizer.param_groups[index]["lr"] = 0.0
                     distributed.print_main(
                         f"{head.config} has diverged in epoch {epoch}, step {step}"
                     )
