@@ -117,6 +117,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.features:
         if args.checkpoint or args.timm or args.layer:
             parser.error("--features takes the place of CHECKPOINT and DIR; give one or the other")
+    elif args.data is None and args.timm and args.checkpoint:
+        parser.error(
+            f"--timm {args.timm} needs a file with its weights before DIR, nothing is downloaded; "
+            f"timm's own: python -c \"import timm, torch; torch.save(timm.create_model("
+            f"'{args.timm}', pretrained=True).state_dict(), '{args.timm}.pth')\""
+        )
     elif args.data is None:
         parser.error("CHECKPOINT and DIR are needed, or --features FILE")
     elif not Path(args.data).is_dir():

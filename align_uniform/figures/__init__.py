@@ -8,6 +8,12 @@ Colours are told apart by colour-blind people too (Okabe-Ito for kinds, cividis 
 lines and points differ in dash or shape as well. The same input gives the same bytes.
 """
 
+try:
+    import matplotlib  # noqa: F401
+except ImportError:
+    message = "align_uniform.figures needs the package matplotlib: pip install matplotlib"
+    raise ImportError(message, name="matplotlib") from None
+
 from align_uniform.figures.circle import Features, feature_map, figure_3, figure_4
 from align_uniform.figures.densities import (
     BANDWIDTH,

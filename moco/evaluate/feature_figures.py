@@ -70,11 +70,10 @@ def draw_map(
     count, dim = features.x.shape
     if dim == 2:
         return _drawn(figures.feature_map, features.x, features, shown, title=name, axis="feature")
-    manifold = import_optional(
-        "sklearn.manifold", "a map of more than two dimensions", "scikit-learn"
-    )
     if count < 4:
         raise DataError(f"t-SNE needs at least 4 images, got {count}")
+    purpose = "a map of more than two dimensions"
+    manifold = import_optional("sklearn.manifold", purpose, "scikit-learn")
     perplexity = min(30.0, (count - 1) / 3)
     embedding = manifold.TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
     places = torch.from_numpy(embedding.fit_transform(features.x.numpy()))

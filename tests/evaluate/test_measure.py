@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, refusal, write_images, write_labelled
+from helpers import refusal, write_images, write_labelled
 from torch import Tensor
 
 from align_uniform.bounds import uniformity_infimum
@@ -25,11 +24,7 @@ from moco.data import loader
 from moco.data.images import open_images
 from moco.data.views import eval_transform, pretrain_recipe
 from moco.evaluate import knn as evaluate
-
-SCRIPT = ROOT / "scripts" / "measure_align_uniform.py"
-_spec = importlib.util.spec_from_file_location("measure_align_uniform", SCRIPT)
-measure = sys.modules["measure_align_uniform"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(measure)
+from scripts import measure_align_uniform as measure
 
 ARGS = {
     "image_size": 16, "aug_plus": False, "crop_scale": [0.3, 1.0], "blur": False,
@@ -207,6 +202,28 @@ def test_timm_models_with_weights_from_a_file(
     assert result["uniformity"] == pytest.approx(uniformity(x), rel=1e-3)
 
 
+def test_timm_without_weights_says_how_to_save_them(
+    data: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """And that works (here without the download)."""
+    monkeypatch.chdir(tmp_path)
+    code, line = refusal(measure.main, ["--timm", "test_vit", data], capsys)
+    assert code == 2 and "needs a file with its weights before DIR" in line
+    command = line.partition('python -c "')[2].partition('" (')[0]
+    exec(command.replace("pretrained=True", "pretrained=False"), {})
+    assert run(capsys, "--timm", "test_vit", "test_vit.pth", data)["arch"] == "timm test_vit"
+
+
+@pytest.mark.parametrize("missing", ["timm", "timm.models"])
+def test_without_timm(missing: str, data: Path, plain_file: Path, capsys, monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    argv = ["--timm", "resnet18", plain_file, data, "-j", "0"]
+    code, line = refusal(measure.main, argv, capsys)
+    assert code == 1 and "--timm needs the package timm: pip install timm" in line
+
+
 def test_timm_refusals(data: Path, plain_file: Path, capsys) -> None:
     cases = (
         (["--timm", "resnet50", plain_file, data], r"does not fit timm's resnet50"),
@@ -322,7 +339,7 @@ def test_features_from_a_file(suffix: str, tmp_path: Path, capsys) -> None:
 def test_knn_of_a_class_that_the_bank_lacks_is_wrong(tmp_path: Path, capsys) -> None:
     x = unit_rows(4, 6, 0).numpy()
     np.savez(tmp_path / "q.npz", features=x, labels=[0, 5, 9, 1])
-    np.savez(tmp_path / "b.npz", features=x, labels=[0, 5, 8, 8])
+    np.savez(tmp_path / "b.npz", features=x, labels=[0, 5, 0, 8])
     flags = ["--features", tmp_path / "q.npz", "--bank", tmp_path / "b.npz", "--knn-k", 1]
     knn = run(capsys, *flags)["layers"]["features"]["knn"]
     # Nor is it among the classes that the one neighbour has not.

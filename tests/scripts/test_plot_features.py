@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import refusal
+from helpers import finish, refusal, start_python
 from runs.test_compare_runs import ALIGN, NCE, make_measure, make_probe, make_run
 
 from moco.evaluate import feature_figures
@@ -100,6 +100,41 @@ def test_map_without_scikit_learn(tmp_path, capsys, monkeypatch) -> None:
     status, line = refusal(plot_features.main, ["map", path, "--out", tmp_path / "a.png"], capsys)
     assert status == 1 and "pip install scikit-learn" in line
     draw("map", make_features(tmp_path / "b.npz"), tmp_path=tmp_path)  # two dimensions need none
+
+
+@pytest.mark.parametrize("figure", ["10", "3", "5"])
+def test_without_matplotlib(figure, tmp_path, capsys, monkeypatch) -> None:
+    """Before any file or run is looked at."""
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    inputs = [] if figure == "10" else [tmp_path / "missing"]
+    words = [figure, *inputs, "--out", tmp_path / "a.png"]
+    status, line = refusal(plot_features.main, words, capsys)
+    assert status == 1 and "needs the package matplotlib: pip install matplotlib" in line
+
+
+def test_commands_that_draw_nothing_need_no_package_for_it(tmp_path) -> None:
+    """--help of all, and measuring and reading features."""
+    np.savez(tmp_path / "a.npz", features=unit(9))
+    code = """
+import sys
+for name in ("matplotlib", "sklearn", "timm", "onnx"):
+    sys.modules[name] = None
+from scripts import extract_features, measure_align_uniform, plot_features, theorem1
+from scripts import train_supervised
+for script in (extract_features, measure_align_uniform, plot_features, theorem1, train_supervised):
+    script.build_parser().format_help()
+measure_align_uniform.main(["--features", sys.argv[1], "--device", "cpu"])
+try:
+    import align_uniform.figures
+except ImportError as error:
+    print(error, error.name)
+"""
+    status, out, err = finish(start_python("-c", code, tmp_path / "a.npz", cwd=tmp_path))
+    assert status == 0, err
+    assert "uniformity, t 2" in out
+    assert out.endswith("needs the package matplotlib: pip install matplotlib matplotlib\n")
 
 
 def test_a_map_has_equally_many_of_each_class() -> None:
