@@ -28,6 +28,7 @@ from moco.launch import (
     usable_cores,
     visible_devices,
 )
+from moco.printable import printable
 from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
@@ -381,5 +382,6 @@ def report_user_errors() -> Iterator[None]:
             # A loader process puts its own trace in front of the error that it raised.
             lines = [re.sub(r"^[\w.]*Error: ", "", lines[-1])]
         message = " ".join(line.strip() for line in lines)
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        message = f"{Path(sys.argv[0]).name}: error: {printable(message, limit=4000)}"
+        print(message, file=sys.stderr, flush=True)
         sys.exit(1)

@@ -1,101 +1,82 @@
-#!/usr/bin/env python
-"""Convert an encoder's checkpoint into the file that another tool reads.
-
-    python scripts/convert.py RUN/checkpoint_0199.pth.tar --to timm
-    python scripts/convert.py RUN/checkpoint_0199.pth.tar encoder.onnx --to onnx --head projection
-    python scripts/convert.py https://HOST/moco_v2_200ep_pretrain.pth.tar --to detectron2
-
-IN is whatever `moco.checkpoint.load_encoder` reads. OUT is made whole or not at all: it is written
-under another name, read again, its features are compared with IN's, and only then it is renamed.
-
-    torchvision    .pth or .safetensors, loads with strict=True (into a network without fc, unless
-                   IN has a trained linear classifier)
-    timm           the same for timm.create_model(..., checkpoint_path=OUT)
-    detectron2     .pkl with upstream MoCo's layout
-    upstream-moco  .pth.tar for facebookresearch/moco's linear evaluation
-    huggingface    a folder with config.json and model.safetensors, as timm puts them on the hub
-    onnx           .onnx with any batch size
-"""
+"""Convert a checkpoint into another tool's file, and prove that it gives the same features."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from moco import (
-    checkpoint,  # noqa: E402
-    cli,
-)
-from moco.checkpoint import download  # noqa: E402
-from moco.errors import CheckpointError  # noqa: E402
-from moco.publish import export  # noqa: E402
+from moco.checkpoint import is_url, load_encoder
+from moco.errors import CheckpointError
+from moco.printable import printable
+from moco.publish import export
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-HEADS = {"projection": "its projection head", "linear": "its linear classifier"}
 ONNX_TOLERANCE = 1e-4  # of features, relative to the largest where that is above 1
+_HEADS = {"projection": "its projection head", "linear": "its linear classifier"}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="convert a checkpoint for another tool", allow_abbrev=False
-    )
-    parser.add_argument("source", type=cli.non_empty, metavar="IN",
-                        help="file or URL of any kind that load_encoder reads")  # fmt: skip
-    parser.add_argument("out", type=cli.non_empty, nargs="?", metavar="OUT",
-                        help="default: beside IN (of a URL: here), under IN's name and the "
-                        "format's")  # fmt: skip
-    parser.add_argument("--to", choices=export.FORMATS, required=True)
-    parser.add_argument("--head", choices=export.ONNX_OUTPUTS, help="output of --to onnx: none "
-                        "(default) for features, or what the head makes of them")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace the file OUT")
-    return parser
+def output_path(
+    source: str, out: str | None, to: str, head: str = "none", *, overwrite: bool = False
+) -> Path:
+    """Where the converted file goes, by default beside `source` (a URL: here) under its name.
 
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = build_parser()
-    args = parser.parse_intermixed_args(argv)  # OUT may stand before or after --to
-    is_url = download.is_url(args.source)
-    if not is_url and not Path(args.source).exists():
-        parser.error(f"no such checkpoint: {args.source}")
-    if args.head and args.to != "onnx":
-        parser.error(f"--head is for --to onnx; --to {args.to} decides by itself what it can hold")
-    args.head = args.head or "none"
-    suffixes = export.FORMATS[args.to].suffixes
-    if args.out is None:
-        name = _stem(Path(urlparse(args.source).path if is_url else args.source))
-        folder = Path() if is_url else Path(args.source).parent
-        what = args.head if args.to == "onnx" else args.to
-        name += "" if what == "none" else f"-{what}"
-        args.out = folder / (name + (suffixes[0] if suffixes else ""))
+    Raises:
+        ValueError: there is no `source`, `out` cannot be written or its suffix is of another
+            format, or ONNX lacks packages; said before anything is loaded.
+    """
+    if not is_url(source) and not Path(source).exists():
+        raise ValueError(f"no such checkpoint: {source}")
+    suffixes = export.FORMATS[to].suffixes
+    if out is None:
+        path = Path(urlparse(source).path if is_url(source) else source)
+        what = head if to == "onnx" else to
+        name = _stem(path) + ("" if what == "none" else f"-{what}") + (*suffixes, "")[0]
+        path = path.with_name(name) if not is_url(source) else Path(name)
     else:
-        args.out = Path(args.out)
-        if suffixes and not args.out.name.endswith(suffixes):
-            parser.error(
-                f"OUT of --to {args.to} must end in {' or '.join(suffixes)}, got {args.out}"
-            )
-    if not args.out.parent.is_dir():
-        parser.error(f"no such folder: {args.out.parent}")
-    if args.out.exists():
-        if args.out.is_dir():
-            parser.error(f"{args.out} is a folder that exists already; choose another OUT")
-        if not is_url and args.out.samefile(args.source):
-            parser.error(f"OUT is IN: {args.out}")
-        if not args.overwrite:
-            parser.error(f"{args.out} exists; --overwrite replaces it, or choose another OUT")
+        path = Path(out)
+        _check_suffix(path, to)
+    parent = next(folder for folder in path.parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{parent} is a file, so there can be no {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder that exists already; choose another OUT")
+    if path.exists():
+        if not is_url(source) and path.samefile(source):
+            raise ValueError(f"OUT is IN: {path}")
+        if not overwrite:
+            raise ValueError(f"{path} exists; --overwrite replaces it, or choose another OUT")
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if args.to == "onnx" and missing:
-        parser.error(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    return args
+    if to == "onnx" and missing:
+        raise ValueError(f"--to onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    return path
+
+
+def suffixes_of(to: str) -> str:
+    """The suffixes of a format's file in words."""
+    return " or ".join(export.FORMATS[to].suffixes) or "none, a folder"
+
+
+def _check_suffix(path: Path, to: str) -> None:
+    suffixes = export.FORMATS[to].suffixes
+    others = [
+        name
+        for name, other in export.FORMATS.items()
+        if other.suffixes and path.name.endswith(other.suffixes)
+    ]
+    if suffixes and not path.name.endswith(suffixes):
+        hint = f"; {path.suffix} goes with --to {' or '.join(others)}" if others else ""
+        raise ValueError(f"OUT of --to {to} must end in {suffixes_of(to)}, got {path}{hint}")
+    if not suffixes and others:
+        raise ValueError(
+            f"OUT of --to {to} is a folder, got {path}; {path.suffix} goes with --to "
+            f"{' or '.join(others)}"
+        )
 
 
 def _stem(path: Path) -> str:
@@ -105,72 +86,83 @@ def _stem(path: Path) -> str:
     return name or "encoder"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    with cli.report_user_errors():
-        convert(args.source, args.out, args.to, args.head)
+def convert(
+    source: str, out: Path, to: str, head: str = "none", *, say: Callable[[str], object] = print
+) -> None:
+    """Write `out`, whole or not at all: it is read again, and its features are compared, before it
+    gets its name. `say` takes lines for the user.
 
-
-def convert(source: str, out: Path, to: str, head: str = "none") -> None:
-    """Write `out`, prove that it gives the features of `source`, and say how it is loaded.
+    Args:
+        source: file or URL that `load_encoder` reads.
+        out: an `output_path`; its folder is made.
+        to: a name in `export.FORMATS`.
+        head: for ONNX, the head whose output is exported: "none", "projection" or "linear".
 
     Raises:
-        CheckpointError: nothing was written.
+        CheckpointError, OSError: nothing was written.
     """
+
+    def tell(text: str) -> None:
+        say(printable(text, limit=10_000))
+
     form = export.FORMATS[to]
-    network = export.load_network(source, keep=form.keeps)
-    print(f"found {describe(network)}")
+    network = export.load_with_head(source, keep=form.keeps)
+    tell(f"found {_describe(network)}")
     unused = network.info["head_use"]
     if unused not in ("none", form.keeps, head):
         hint = f"; --head {unused} keeps it" if to == "onnx" else ""
-        print(f"left out: {HEADS[unused]}{hint}")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        tell(f"left out: {_HEADS[unused]}{hint}")
+    existing = next(folder for folder in out.parents if folder.exists())
+    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name[:100]}.") as folder:
         made = Path(folder) / out.name
         try:
             export.check_fits(network, to)
             if to == "onnx":
-                encoder, info = checkpoint.load_encoder(source, head=head)
+                encoder, info = load_encoder(source, head=head)
                 export.write_onnx(made, encoder, info, head)
-                proof = compare_onnx(made, encoder, info, export.ONNX_OUTPUTS[head])
+                proof = _compare_onnx(made, encoder, info, export.ONNX_OUTPUTS[head])
             else:
                 form.write(made, network)
-                proof = compare(made, network, form.keeps)
+                proof = _compare(made, network, form.keeps)
         except CheckpointError as error:
             raise CheckpointError(f"{source}: {error}") from error
+        out.parent.mkdir(parents=True, exist_ok=True)
         made.replace(out)
-    print(f"wrote {out}, {size_of(out)}; {proof}")
-    print("load it by")
-    print("\n".join(f"    {line}" for line in export.usage(to, str(out), network).splitlines()))
+    files = out.iterdir() if out.is_dir() else [out]
+    tell(f"wrote {out}, {sum(file.stat().st_size for file in files) / 2**20:.1f} MiB; {proof}")
+    tell("load it by")
+    for line in export.usage(to, str(out), network).splitlines():
+        tell(f"    {line}")
     size, mean, std = export.image_settings(network.encoder, network.info)
-    print(
+    tell(
         f"images: RGB in [0, 1], then (x - mean) / std with mean {mean}, std {std}; "
         f"{'trained' if 'image_size' in network.info['args'] else 'usually'} at {size} px"
     )
 
 
-def describe(network: export.Network) -> str:
+def _describe(network: export.LoadedEncoder) -> str:
     """What was in the file, in one line."""
     info = network.info
-    said = [f"{network.arch}{' with the small stem' if info['small_stem'] else ''}"]
-    said.append(f"{info['matched']} tensors of the encoder")
+    parts = [f"{network.arch}{' with the small stem' if info['small_stem'] else ''}"]
+    parts.append(f"{info['matched']} tensors of the encoder")
     if network.classes:
-        said.append(f"a linear classifier of {network.classes} classes")
+        parts.append(f"a linear classifier of {network.classes} classes")
     if info["epoch"] is not None:
-        said.append(f"epoch {info['epoch']}")
+        parts.append(f"epoch {printable(info['epoch'], limit=50)}")
     if info["objective"]:
-        said.append(info["objective"])
-    return f"{', '.join(said)} (layout: {info['layout']})"
+        parts.append(printable(info["objective"]))
+    return f"{', '.join(parts)} (layout: {info['layout']})"
 
 
 @torch.no_grad()
-def compare(made: Path, network: export.Network, keep: str) -> str:
+def _compare(made: Path, network: export.LoadedEncoder, keep: str) -> str:
     """Read the file back and compare what it computes with `network`.
 
     Raises:
         CheckpointError: not the same bits.
     """
-    again = export.load_network(made, keep=keep)
-    images = example_images(network.encoder, network.info, 2)
+    again = export.load_with_head(made, keep=keep)
+    images = _example_images(network.encoder, network.info, 2)
     wanted, found = network.encoder(images), again.encoder(images)
     same = again.arch == network.arch and torch.equal(wanted, found)
     if same and network.head:
@@ -178,12 +170,12 @@ def compare(made: Path, network: export.Network, keep: str) -> str:
     if not same:
         raise CheckpointError(f"{made.name} does not give the same features; nothing was written")
     return "read back: the same features, bit for bit" + (
-        f", and the same output of {HEADS[keep]}" if network.head else ""
+        f", and the same output of {_HEADS[keep]}" if network.head else ""
     )
 
 
 @torch.no_grad()
-def compare_onnx(made: Path, encoder: torch.nn.Module, info: dict, output: str) -> str:
+def _compare_onnx(made: Path, encoder: nn.Module, info: dict, output: str) -> str:
     """Run the file by onnxruntime on two batch sizes.
 
     Raises:
@@ -194,7 +186,7 @@ def compare_onnx(made: Path, encoder: torch.nn.Module, info: dict, output: str) 
     session = onnxruntime.InferenceSession(str(made), providers=["CPUExecutionProvider"])
     worst = 0.0
     for batch in (1, 3):
-        images = example_images(encoder, info, batch)
+        images = _example_images(encoder, info, batch)
         wanted = encoder(images)
         found = torch.from_numpy(session.run([output], {"images": images.numpy()})[0])
         scale = max(1.0, wanted.abs().max().item())
@@ -207,16 +199,7 @@ def compare_onnx(made: Path, encoder: torch.nn.Module, info: dict, output: str) 
     return f"run by onnxruntime: {output} within {worst:.1e} of torch's (relative to the largest)"
 
 
-def example_images(encoder: torch.nn.Module, info: dict, batch: int) -> Tensor:
+def _example_images(encoder: nn.Module, info: dict, batch: int) -> Tensor:
     """Noise of the size that the encoder takes, small where it takes any."""
     size = 64 if export.takes_any_size(encoder) else export.image_settings(encoder, info)[0]
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def size_of(path: Path) -> str:
-    files = path.iterdir() if path.is_dir() else [path]
-    return f"{sum(file.stat().st_size for file in files) / 2**20:.1f} MiB"
-
-
-if __name__ == "__main__":
-    main()
