@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from moco.printable import printable
+
 
 class DataError(ValueError):
     """The data on disk cannot be used; the message says what was found and what to do."""
@@ -43,5 +45,6 @@ def report_user_errors() -> Iterator[None]:
             # A loader process puts its own trace in front of the error that it raised.
             lines = [re.sub(r"^[\w.]*Error: ", "", lines[-1])]
         message = " ".join(line.strip() for line in lines)
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        message = f"{Path(sys.argv[0]).name}: error: {printable(message)}"
+        print(message, file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_status", 1))

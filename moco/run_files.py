@@ -86,9 +86,3 @@ def sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file's content, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def printable(text: object) -> str:
-    """Text of unknown origin as one line that every terminal and file takes: line breaks, control
-    characters and bytes that are no characters become backslash escapes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))

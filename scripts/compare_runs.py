@@ -19,7 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco.run_files import printable, write_text  # noqa: E402
+from moco.printable import printable
+from moco.run_files import write_text  # noqa: E402
 from moco.runs import command  # noqa: E402
 
 PUBLISHED = Path(__file__).with_name("published.csv")

@@ -32,7 +32,7 @@ from moco.data.folders import (
 )
 from moco.data.images import MAX_PIXELS, load_rgb
 from moco.errors import DataError
-from moco.text import printable
+from moco.printable import printable
 
 # What training does with files of each kind. It stops at the first group, or replaces the image
 # (--skip-bad-images).

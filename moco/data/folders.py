@@ -14,7 +14,7 @@ from pathlib import Path
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from moco.errors import DataError
-from moco.text import printable
+from moco.printable import printable
 
 # What file systems, network drives and operating systems put between a user's files, in lower case.
 TOOL_MADE = frozenset(

@@ -16,7 +16,7 @@ from torchvision import datasets
 from moco import distributed
 from moco.data.folders import IMG_EXTENSIONS, LeftOut, data_folder, image_paths, split_folder
 from moco.errors import DataError
-from moco.text import printable
+from moco.printable import printable
 
 DATASETS = ("folder", "cifar10", "cifar100", "stl10")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from moco.run_files import printable
+from moco.printable import printable
 from moco.runs import tied
 
 STOPPED = 75  # exit status of a run that was asked to stop and has saved

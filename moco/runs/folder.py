@@ -18,15 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moco.config import LEARNED
-from moco.run_files import (
-    ARGS,
-    FORMAT_VERSION,
-    LINCLS_RESULT,
-    LOG,
-    checkpoint_files,
-    printable,
-    read_log,
-)
+from moco.printable import printable
+from moco.run_files import ARGS, FORMAT_VERSION, LINCLS_RESULT, LOG, checkpoint_files, read_log
 from moco.runs.evaluations import (
     KNN,
     LOGGED,

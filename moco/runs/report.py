@@ -12,7 +12,7 @@ from types import ModuleType
 import jinja2
 from markupsafe import Markup
 
-from moco.run_files import printable
+from moco.printable import printable
 from moco.runs.compare import (
     Comparison,
     encoder_places,

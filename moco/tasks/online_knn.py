@@ -21,9 +21,9 @@ from moco.data.views import eval_transform
 from moco.errors import DataError
 from moco.evaluate import knn as evaluate
 from moco.log import RunLog
+from moco.printable import printable
 from moco.progress import StepPrinter, progress
 from moco.stop import StopRequest
-from moco.text import printable
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
 
