@@ -1,14 +1,11 @@
 """Checkpoint files, the checkpoints of a run folder, and encoders from files of any origin."""
 
+from moco.checkpoint.content import checksum, require_keys, saved_args, to_host
 from moco.checkpoint.download import is_url, read_url
 from moco.checkpoint.encoder import load_encoder
 from moco.checkpoint.files import (
     FORMAT_VERSION,
-    checksum,
     read_checkpoint,
-    require_keys,
-    saved_args,
-    to_host,
     write_atomically,
     write_checkpoint,
     write_safetensors,

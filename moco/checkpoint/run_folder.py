@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from moco.checkpoint.files import read_checkpoint
 from moco.errors import CheckpointError
+from moco.pickles import peek
 from moco.run_files import EPOCH_CHECKPOINT, STEP_CHECKPOINT, checkpoint_files
 
 
@@ -36,8 +35,7 @@ def _position(path: Path) -> tuple[float, int]:
     step = int(STEP_CHECKPOINT.fullmatch(path.name)[1])
     try:
         # Of a save within an epoch only the content tells the epoch; its tensors stay on disk.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return int(content["epoch"]), step
+        return int(peek(path)["epoch"]), step
     except Exception:  # damaged in whatever way: tried first by `newest_valid`, which says so
         return float("inf"), step
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import encoders
+from moco.batch_norm import has_batch_norm
 from moco.builder import MoCo, MoCoLosses
 from moco.checkpoint import load_encoder
 from moco.data.views import normalize
@@ -144,7 +145,7 @@ class MoCoTask(Task):
         config, part, groups = self.config, self.config.part_size, self.config.bn_groups
         accumulate = config.optim.accumulate
         where = "on each device" if accumulate == 1 else "in each part"
-        if not encoders.has_batch_norm(module.encoder_q):
+        if not has_batch_norm(module.encoder_q):
             return "none in this arch"
         if groups > 1:
             return f"{groups} groups of {part // groups} {where}"

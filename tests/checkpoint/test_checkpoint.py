@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from moco.batch_norm import SplitBatchNorm2d
 from moco.builder import MoCo
 from moco.checkpoint import (
     epoch_path,
@@ -26,7 +27,7 @@ from moco.checkpoint import (
     step_path,
     write_checkpoint,
 )
-from moco.encoders import SplitBatchNorm2d, add_mlp_head, build_encoder, get_head, set_head
+from moco.encoders import add_mlp_head, build_encoder, get_head, set_head
 from moco.errors import CheckpointError
 
 CONTENT = {

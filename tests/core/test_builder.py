@@ -14,8 +14,8 @@ from reference import ReferenceMoCo
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco.batch_norm import split_batch_norm
 from moco.builder import MoCo, MoCoLosses
-from moco.encoders import split_batch_norm
 
 N, C, K = 8, 6, 22  # five batches wrap around the queue within a batch
 STEPS = 5

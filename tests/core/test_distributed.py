@@ -17,9 +17,9 @@ from reference import ReferenceMoCo
 from torch import nn
 
 from moco import distributed
+from moco.batch_norm import split_batch_norm
 from moco.builder import MoCo
 from moco.data.loader import EpochBatches, RankShare
-from moco.encoders import split_batch_norm
 from moco.evaluate import knn as evaluate
 from moco.launch import launch, visible_devices
 

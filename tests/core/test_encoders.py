@@ -1,4 +1,4 @@
-"""Encoders: heads of many architectures, stems, batch norm in groups, small ResNets."""
+"""Encoders: heads of many architectures, stems, small ResNets."""
 
 import copy
 
@@ -11,17 +11,14 @@ from moco import encoders
 from moco.encoders import (
     CifarResNet,
     ProjectionHead,
-    SplitBatchNorm2d,
     add_mlp_head,
     build_encoder,
     build_head,
     check_image_size,
     feature_dim,
     get_head,
-    has_batch_norm,
     head_name,
     set_head,
-    split_batch_norm,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -229,132 +226,6 @@ def test_vit_refuses_a_size_that_is_no_multiple_of_its_patch():
     with pytest.raises(ValueError, match="40 pixels"):
         with torch.device("meta"):
             check_image_size(build_encoder("vit_b_16", 7, image_size=40), 40)
-
-
-# ------------------------------------------------------------------------------------------------
-# Batch norm in groups
-# ------------------------------------------------------------------------------------------------
-
-
-def same_norm(splits: int, **options) -> tuple[nn.BatchNorm2d, SplitBatchNorm2d]:
-    """Plain and split batch norm of 5 channels with the same, not trivial, state."""
-    torch.manual_seed(0)
-    plain = nn.BatchNorm2d(5, **options).double()
-    with torch.no_grad():
-        for tensor in (*plain.parameters(), plain.running_mean, plain.running_var):
-            tensor.uniform_(0.5, 2)
-    split = SplitBatchNorm2d(5, splits, **options).double()
-    split.load_state_dict(plain.state_dict())
-    return plain, split
-
-
-@pytest.mark.parametrize("splits", [1, 2, 4])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.3, "eps": 0.1}, {"affine": False}], ids=str)
-def test_split_batch_norm_is_one_batch_norm_per_group(splits, layout, options):
-    """Output, gradients of input, weight and bias; running statistics are the mean of what the
-    groups' own batch norms arrive at. Groups are consecutive samples, and the format stays."""
-    plain, split = same_norm(splits, **options)
-    x = torch.randn(8, 5, 3, 2).double().to(memory_format=layout).requires_grad_()
-    slope = torch.randn(8, 5, 3, 2).double()
-    (split(x) * slope).sum().backward()
-    got_gradient, x.grad = x.grad, None
-
-    norms = [copy.deepcopy(plain) for _ in range(splits)]
-    wanted = torch.empty_like(x)
-    for group, norm in enumerate(norms):
-        own = slice(group * 8 // splits, (group + 1) * 8 // splits)
-        wanted[own] = norm(x[own])
-    (wanted * slope).sum().backward()
-
-    torch.testing.assert_close(split.train()(x), wanted)
-    assert split(x).is_contiguous(memory_format=layout)
-    torch.testing.assert_close(got_gradient, x.grad)
-    for name, parameter in split.named_parameters():
-        total = sum(getattr(norm, name).grad for norm in norms)
-        torch.testing.assert_close(parameter.grad, total)
-    _, fresh = same_norm(splits, **options)
-    fresh(x)
-    for name in ("running_mean", "running_var"):
-        mean = torch.stack([getattr(norm, name) for norm in norms]).mean(dim=0)
-        torch.testing.assert_close(getattr(fresh, name), mean)
-    assert fresh.num_batches_tracked == 1
-
-
-def test_groups_are_normalised_apart():
-    """With a group far away from the others plain batch norm gives something else."""
-    plain, split = same_norm(2)
-    x = torch.randn(8, 5, 3, 3).double()
-    x[4:] += 10
-    assert (plain(x) - split(x)).abs().max() > 0.5
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_in_eval_mode_split_batch_norm_is_plain_batch_norm(layout):
-    """Whatever the batch, and running statistics stay."""
-    plain, split = same_norm(4)
-    x = torch.randn(7, 5, 3, 3).double().to(memory_format=layout)
-    before = copy.deepcopy(split.state_dict())
-    assert torch.equal(split.eval()(x), plain.eval()(x))
-    assert all(torch.equal(t, before[name]) for name, t in split.state_dict().items())
-
-
-def test_state_dict_loads_into_plain_batch_norm_and_back():
-    """Names and shapes are those of torchvision's networks, before and after training."""
-    split = build_encoder("resnet8", 7, bn_splits=2)
-    plain = build_encoder("resnet8", 7)
-    split(torch.randn(4, 3, 8, 8))
-    plain.load_state_dict(split.state_dict())
-    x = torch.randn(3, 3, 8, 8)
-    torch.testing.assert_close(plain.eval()(x), split.eval()(x))
-    again = build_encoder("resnet8", 7, bn_splits=2)
-    again.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(again.eval()(x), plain(x))
-
-
-@pytest.mark.parametrize("batch", [6, 1, 9])
-def test_a_batch_that_does_not_split_is_refused_in_training(batch):
-    _, split = same_norm(4)
-    message = f"a batch of {batch} cannot be split into 4 equal batch-norm groups"
-    with pytest.raises(ValueError, match=message):
-        split(torch.randn(batch, 5, 3, 3).double())
-
-
-def test_every_batch_norm_of_a_network_is_split_and_keeps_its_state():
-    encoder = build_encoder("resnet18", 7)
-    with torch.no_grad():
-        encoder.bn1.weight.fill_(3)
-        encoder.layer2[0].downsample[1].running_var.fill_(5)
-    count = sum(type(m) is nn.BatchNorm2d for m in encoder.modules())
-    before = copy.deepcopy(encoder.state_dict())
-    split_batch_norm(encoder, 4)
-    assert not any(type(m) is nn.BatchNorm2d for m in encoder.modules())
-    splits = [m for m in encoder.modules() if isinstance(m, SplitBatchNorm2d)]
-    assert len(splits) == count == 20
-    assert {m.splits for m in splits} == {4}
-    assert encoder.state_dict().keys() == before.keys()
-    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
-
-
-def test_split_keeps_eps_and_momentum():
-    """MobileNet's batch norm has its own."""
-    with torch.device("meta"):
-        encoder = build_encoder("mobilenet_v3_small", 7, bn_splits=2)
-    norms = [m for m in encoder.modules() if isinstance(m, SplitBatchNorm2d)]
-    assert {(m.eps, m.momentum) for m in norms} == {(0.001, 0.01)}
-
-
-def test_batch_norm_without_running_averages_cannot_be_split():
-    for norm in (nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, track_running_stats=False)):
-        with pytest.raises(ValueError, match="without running averages cannot be split"):
-            split_batch_norm(nn.Sequential(norm), 2)
-
-
-def test_has_batch_norm():
-    with torch.device("meta"):
-        assert has_batch_norm(build_encoder("resnet8", 7))
-        assert has_batch_norm(build_encoder("resnet8", 7, bn_splits=2))
-        assert not has_batch_norm(build_encoder("vit_b_16", 7))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,113 @@
+"""What a checkpoint holds: checks of its values, a checksum over them, a copy in host memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moco.checkpoint.refusals import damaged
+from moco.errors import CheckpointError
+
+
+def checksum(content: object) -> str:
+    """SHA-256 over names, types, shapes and bytes of everything in nested dicts and lists."""
+    digest = hashlib.sha256()
+
+    def add(value: object) -> None:
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous()
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            digest.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
+        elif isinstance(value, dict):
+            digest.update(f"dict{len(value)}".encode())
+            for key, item in value.items():
+                digest.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, (list, tuple)):
+            digest.update(f"list{len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode())
+
+    add(content)
+    return digest.hexdigest()
+
+
+def to_host(content: object) -> object:
+    """A copy of nested dicts and lists whose tensors are copies in host memory, row by row
+    whatever their memory format was (channels_last), as every reader expects."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if isinstance(content, dict):
+        return {key: to_host(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(to_host(value) for value in content)
+    return content
+
+
+def require_keys(content: dict, keys: Sequence[str], path: str | os.PathLike) -> None:
+    """Raise CheckpointError unless a pretraining checkpoint has all `keys`."""
+    for key in keys:
+        if key not in content:
+            raise CheckpointError(f"{path} has no {key!r}, so it is no pretraining checkpoint")
+
+
+def saved_args(content: dict) -> dict:
+    """The arguments in a checkpoint; {} for files of others."""
+    args = content.get("args")
+    return args if isinstance(args, dict) else {}
+
+
+def check_content(content: dict, path: Path) -> None:
+    """Refuse tensors that are larger than the file, and numbers that are not finite in what is
+    trained."""
+    size = path.stat().st_size
+    trained = content
+    if "state_dict" in content:
+        trained = ("state_dict", "state_dict_ema", "optimizer")
+    total = 0
+    for keys, tensor in _tensors(content):
+        name = ".".join(map(str, keys))
+        total += tensor.nbytes
+        if tensor.nbytes > size:
+            raise damaged(path, f"{name} declares more numbers than the file holds")
+        if total > _MOST_SHARING * size:
+            raise damaged(path, "its tensors together declare more numbers than the file holds")
+        if keys[0] in trained and not _is_finite(tensor):
+            raise CheckpointError(
+                f"{path} holds NaN or infinity in {name}: its training had failed, or it is "
+                "damaged. Use an earlier checkpoint"
+            )
+
+
+_MOST_SHARING = 4  # tied weights lie in a file once; so do tensors made to fill the memory
+
+
+def _tensors(value: object, keys: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
+    """Every tensor in nested dicts and lists, with the keys that lead there."""
+    if isinstance(value, Tensor):
+        yield keys, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors(item, (*keys, key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _tensors(item, (*keys, index))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    if tensor.dtype not in _WITH_RANGE:
+        return bool(tensor.to(torch.complex64).isfinite().all())
+    lowest, highest = torch.aminmax(tensor)  # in one pass, and NaN where there is one
+    return bool(lowest.isfinite() and highest.isfinite())
+
+
+_WITH_RANGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

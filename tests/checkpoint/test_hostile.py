@@ -1,0 +1,257 @@
+"""Files made to take time or memory, or to reach into this program: refused at once, by name."""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import pickle
+import resource
+import struct
+import tracemalloc
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moco import pickles
+from moco.checkpoint import load_encoder, newest_valid, read_checkpoint, run_checkpoints
+from moco.encoders import build_encoder
+from moco.errors import CheckpointError
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """A hash that never ends is no Python code that could be interrupted."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+# ------------------------------------------------------------------------------------------------
+# Pickles by hand
+# ------------------------------------------------------------------------------------------------
+
+PROTO, STOP = b"\x80\x02", b"."
+
+
+def text(word: str) -> bytes:
+    return b"X" + struct.pack("<I", len(word)) + word.encode()
+
+
+def name(module: str, attribute: str) -> bytes:
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def number(value: int) -> bytes:
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def dict_with(key: bytes, value: bytes = b"K\x01") -> bytes:
+    return PROTO + b"}" + key + value + b"s" + STOP
+
+
+def nested_tuples(depth: int = 45) -> bytes:
+    """((((1, 2), (1, 2)), ...): 2^depth numbers to hash."""
+    return b"K\x01K\x02\x86q\x00" + b"".join(
+        b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(depth)
+    )
+
+
+def one_hash(count: int = 20_000) -> bytes:
+    """A dict of numbers that all have the hash 0."""
+    items = (number(i * (2**61 - 1)) + b"N" for i in range(1, count))
+    return PROTO + b"}" + text("x") + b"}(" + b"".join(items) + b"us" + STOP
+
+
+def tuple_in_set(kind: str) -> bytes:
+    value = name("__builtin__", kind) + b"](" + nested_tuples() + b"e\x85R"
+    return dict_with(text("x"), value)
+
+
+def call(module: str, attribute: str, *args: bytes) -> bytes:
+    return dict_with(text("x"), name(module, attribute) + b"(" + b"".join(args) + b"tR")
+
+
+def shared_arrays(copies: int = 5000, size: int = 100_000) -> bytes:
+    """One text of `size` bytes that becomes `copies` arrays."""
+    data = b"B" + struct.pack("<I", size) + bytes(size)
+    start = name("numpy.core.multiarray", "_reconstruct") + name("numpy", "ndarray")
+    start += b"K\x00\x85" + text("b") + b"\x87R"
+    kind = name("numpy", "dtype") + text("u1") + b"K\x00K\x01\x87R"
+    state = b"(K\x01" + number(size) + b"\x85" + kind + b"I00\n"
+    arrays = text("a") + start + state + data + b"q\x00tb"
+    for i in range(copies):
+        arrays += text(str(i)) + start + state + b"h\x00tb"
+    return PROTO + b"}" + text("model") + b"}(" + arrays + b"us" + STOP
+
+
+def sharing_lists(depth: int = 40) -> bytes:
+    pickled = b"]q\x00"
+    for i in range(depth):
+        pickled += b"0](" + 10 * (b"h" + bytes([i])) + b"eq" + bytes([i + 1])
+    return PROTO + b"}" + text("x") + pickled + b"s" + STOP
+
+
+HARMFUL = {
+    "tuple as key": (dict_with(nested_tuples()), "a tuple is the key of a dict"),
+    "set of tuples": (tuple_in_set("set"), "no end of nested values"),
+    "frozenset of tuples": (tuple_in_set("frozenset"), "no end of nested values"),
+    "numbers of one hash": (one_hash(), "a large number is the key of a dict"),
+    "bytearray(N)": (call("__builtin__", "bytearray", number(2**33)), "builtins.bytearray"),
+    "bytes(N)": (call("builtins", "bytes", number(2**33)), "builtins.bytes"),
+    "numpy.zeros(N)": (call("numpy", "zeros", number(2**33)), "it asks for numpy.zeros"),
+    "[x] * N": (call("operator", "mul", b"]", number(2**33)), "it asks for operator.mul"),
+    "torch.ones(N)": (call("torch", "ones", number(2**33)), "it asks for torch.ones"),
+    "one text, many arrays": (shared_arrays(), "many times as large as the file"),
+    "lists in lists": (sharing_lists(), "no end of nested values"),
+    "deep lists": (dict_with(text("x"), 5_000 * b"](" + 5_000 * b"e"), "no end of nested"),
+    "attributes of a function": (
+        PROTO + name("moco.pickles", "parse") + b"}" + text("hacked") + b"K\x01sb" + STOP,
+        "pickle.BUILD of what is no object",
+    ),
+    "attributes of a class": (
+        PROTO + name("moco.errors", "DataError") + b"N}" + text("x") + b"K\x01s\x86b" + STOP,
+        "pickle.BUILD of what is no object",
+    ),
+    "an old class": (PROTO + b"(ios\nsystem\n.", "it asks for pickle.INST"),
+    "an extension": (PROTO + b"\x82\x01.", "it asks for pickle.EXT1"),
+    "a call of a call": (
+        dict_with(text("x"), name("pathlib", "Path") + b")R)R"),
+        "it asks for",
+    ),
+    "a far memo": (PROTO + b"}r" + struct.pack("<I", 2**32 - 1) + STOP, "no end of values"),
+}
+
+TAKING_MEMORY = ("bytearray(N)", "bytes(N)", "one text, many arrays")
+
+
+def in_zip(pickled: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for part, data in (("data.pkl", pickled), ("byteorder", "little"), ("version", "3\n")):
+            archive.writestr(f"x/{part}", data)
+    return buffer.getvalue()
+
+
+def in_old_format(pickled: bytes) -> bytes:
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    start = (torch.serialization.MAGIC_NUMBER, 1001, system)
+    return b"".join(pickle.dumps(v, 2) for v in start) + pickled + pickle.dumps([], 2)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pkl"])
+@pytest.mark.parametrize("kind", HARMFUL)
+def test_harmful_pickles_are_refused_at_once(kind: str, form: str, tmp_path: Path) -> None:
+    pickled, said = HARMFUL[kind]
+    path = tmp_path / ("a.pkl" if form == "pkl" else "checkpoint_0000.pth.tar")
+    path.write_bytes({"zip": in_zip, "old": in_old_format, "pkl": bytes}[form](pickled))
+    if kind in TAKING_MEMORY:
+        tracemalloc.start()
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * len(pickled) + 10_000_000
+    message = str(caught.value)
+    assert str(path) in message and said in message and "\n" not in message
+    assert not hasattr(pickles.parse, "hacked") and not hasattr(CheckpointError, "x")
+
+
+def test_a_run_folder_with_a_bomb_goes_on(tmp_path: Path) -> None:
+    """Its name is listed, the newest that is whole is found, and nothing hangs."""
+    torch.save(
+        {"epoch": 1, "state_dict": {"a": torch.ones(1)}}, tmp_path / "checkpoint_0000.pth.tar"
+    )
+    bomb = HARMFUL["tuple as key"][0]
+    (tmp_path / "step_00000007.pth.tar").write_bytes(in_zip(bomb))
+    (tmp_path / "checkpoint_0003.pth.tar").write_bytes(in_zip(bomb))
+    assert len(run_checkpoints(tmp_path)) == 3
+    said: list[str] = []
+    path, content = newest_valid(tmp_path, said.append)
+    assert path.name == "checkpoint_0000.pth.tar" and content["epoch"] == 1
+    assert len(said) == 2 and all("a tuple is the key" in line for line in said)
+
+
+def test_values_beside_tensors_are_read_without_them(tmp_path: Path) -> None:
+    content = {"epoch": 3, "args": {"lr": 0.1}, "state_dict": {"a": torch.ones(3)}}
+    torch.save(content, path := tmp_path / "a.pth")
+    found = pickles.peek(path)
+    assert found["epoch"] == 3 and found["args"] == {"lr": 0.1}
+    assert found["state_dict"] == {"a": "<torch._utils._rebuild_tensor_v2>"}
+    path.write_bytes(in_zip(HARMFUL["tuple as key"][0]))
+    with pytest.raises(pickles.Refused):
+        pickles.peek(path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [10**10, 2**62, -1])
+def test_storages_larger_than_an_old_file_are_refused(count: int, tmp_path: Path) -> None:
+    storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu")
+    storage += number(count) + b"NtQ"
+    tensor = (
+        name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00K\x01\x85K\x01\x85"
+    )
+    tensor += b"\x89" + name("collections", "OrderedDict") + b")RtR"
+    path = tmp_path / "a.pth"
+    path.write_bytes(in_old_format(dict_with(text("a"), tensor)))
+    with pytest.raises(CheckpointError, match="is damaged: .*more numbers than the file holds"):
+        read_checkpoint(path)
+
+
+def test_many_views_of_one_storage_are_refused(tmp_path: Path) -> None:
+    """Each is as large as the file, and whoever copies them fills the memory."""
+    one = torch.ones(50_000)
+    torch.save({str(i): one[:] for i in range(500)}, path := tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="its tensors together declare more numbers"):
+        read_checkpoint(path)
+    torch.save({"a": one, "b": one}, path)  # tied weights
+    assert torch.equal(read_checkpoint(path)["b"], one)
+
+
+@pytest.mark.parametrize("claim", ["regnet_y_128gf", "vit_h_14", "vgg19"])
+def test_a_large_architecture_that_is_only_claimed_costs_nothing(
+    claim: str, tmp_path: Path
+) -> None:
+    state = build_encoder("resnet8", 3).state_dict()
+    torch.save({"arch": claim, "state_dict": state}, path := tmp_path / "a.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert load_encoder(path)[1]["arch"] == "resnet8"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
+
+
+def test_a_large_architecture_that_nearly_fits_costs_nothing(tmp_path: Path) -> None:
+    """All names are there, with tensors of one number."""
+    with torch.device("meta"):
+        names = build_encoder("vit_b_16", 3).state_dict()
+    state = {key: torch.ones(1) for key in names}
+    torch.save({"arch": "vit_h_14", "state_dict": state}, path := tmp_path / "a.pth")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="no known architecture"):
+        load_encoder(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+
+
+# ------------------------------------------------------------------------------------------------
+# Arrays
+# ------------------------------------------------------------------------------------------------
+
+
+def test_arrays_in_pickles_of_this_python_are_read(tmp_path: Path) -> None:
+    """The by-hand pickles above are of the form that numpy's have."""
+    arrays = {"a": np.arange(4, dtype=np.uint8), "b": np.ones((2, 3), np.float32)}
+    (path := tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": arrays}, 2))
+    with warnings.catch_warnings(action="ignore"):
+        content = read_checkpoint(path)
+    assert all(np.array_equal(content["model"][key].numpy(), arrays[key]) for key in arrays)
+    path.write_bytes(shared_arrays(copies=2, size=10))
+    with warnings.catch_warnings(action="ignore"):
+        model = read_checkpoint(path)["model"]
+    assert [tuple(model[key].shape) for key in ("a", "0", "1")] == [(10,)] * 3

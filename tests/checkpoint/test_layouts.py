@@ -1,0 +1,355 @@
+"""Checkpoints of other projects: where their encoder is, and what lies beside it."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import enum
+import functools
+import pathlib
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from moco.checkpoint import load_encoder, read_checkpoint
+from moco.checkpoint.architectures import STEMS
+from moco.encoders import arch_names, build_encoder
+from moco.errors import CheckpointError
+
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """A ResNet-18 with batch-norm averages that are not those of a new one."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=7)
+    with torch.no_grad():
+        for _ in range(2):
+            network(torch.randn(4, 3, 64, 64))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def features(network: nn.Module) -> Tensor:
+    """(2, 512), what enters `fc`."""
+    with torch.no_grad():
+        return nn.Sequential(*list(network.children())[:-1])(IMAGES).flatten(1)
+
+
+@pytest.fixture
+def whole(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+@pytest.fixture
+def body(whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in whole.items() if not name.startswith("fc.")}
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}{name}": tensor for name, tensor in state.items()}
+
+
+def other(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same names with other weights."""
+    return {name: t * 0.5 if t.is_floating_point() else t for name, t in state.items()}
+
+
+def numbered(state: dict[str, Tensor], numbers: str = "0 1 4 5 6 7 9") -> dict[str, Tensor]:
+    """As a Sequential of the network's children names them."""
+    children = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+    of = dict(zip(children, numbers.split(), strict=False))
+    split = ((name.partition("."), tensor) for name, tensor in state.items())
+    return {f"{of[child]}.{rest}": tensor for (child, _, rest), tensor in split}
+
+
+MLP = {"0.weight": torch.ones(9, 512), "0.bias": torch.ones(9), "2.weight": torch.ones(4, 9)}
+PROBE = {"weight": torch.ones(3, 512), "bias": torch.ones(3)}
+
+
+def state_dict(*parts: dict) -> dict:
+    return {"state_dict": functools.reduce(dict.__or__, parts), "epoch": 3}
+
+
+# layout: (content from the backbone and from the whole network, what info calls the encoder)
+LAYOUTS = {
+    "lightly": (
+        lambda body, _: state_dict(
+            under("backbone.", numbered(body)),
+            under("backbone_momentum.", numbered(other(body))),
+            under("projection_head.layers.", MLP),
+        ),
+        "backbone",
+    ),
+    "lightly's own ResNet, whose ReLU has no number": (
+        lambda body, _: state_dict(under("backbone.", numbered(body, "0 1 2 3 4 5"))),
+        "backbone",
+    ),
+    "solo-learn": (
+        lambda body, _: state_dict(
+            under("backbone.", body),
+            under("momentum_backbone.", other(body)),
+            under("classifier.", PROBE),
+            {"queue": torch.ones(2, 8, 4)},
+        ),
+        "backbone",
+    ),
+    "mmselfsup": (
+        lambda body, _: state_dict(
+            under("backbone.", body), under("encoder_q.0.", body), under("encoder_q.1.mlp.", MLP),
+            under("encoder_k.0.", other(body)),
+        ),
+        "backbone",
+    ),
+    "mmpretrain": (
+        lambda body, _: {
+            "meta": {"epoch": 90},
+            **state_dict(under("backbone.", body), under("head.fc.", PROBE)),
+        },
+        "backbone",
+    ),
+    "Barlow Twins": (
+        lambda body, _: {
+            "epoch": 10, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
+            "model": under("module.", under("backbone.", body) | under("projector.", MLP)),
+        },
+        "backbone",
+    ),
+    "Barlow Twins' released file": (lambda body, _: body, None),
+    "VICReg": (lambda body, _: {"model": under("module.backbone.", body)}, "backbone"),
+    "DINO": (
+        lambda body, _: {
+            "student": under("module.backbone.", body) | under("module.head.mlp.", MLP),
+            "teacher": under("backbone.", other(body)) | under("head.mlp.", MLP),
+            "epoch": 5,
+        },
+        "student.module.backbone",
+    ),
+    "BYOL": (
+        lambda body, _: {
+            "online": under("net.", body), "target": under("net.", other(body)),
+        },
+        "online.net",
+    ),
+    "SwAV": (
+        lambda body, _: state_dict(
+            under("module.", body),
+            under("module.projection_head.", MLP),
+            {"module.prototypes.weight": torch.ones(3, 8)},
+        ),
+        None,
+    ),
+    "VISSL": (
+        lambda body, _: {
+            "classy_state_dict": {
+                "base_model": {"model": {"trunk": under("_feature_blocks.", body)}}
+            }
+        },
+        "classy_state_dict.base_model.model.trunk._feature_blocks",
+    ),
+    "SupContrast": (
+        lambda body, _: {"model": under("encoder.module.", body) | under("head.", MLP)},
+        "encoder.module",
+    ),
+    "fastai": (lambda body, _: {"model": under("0.", numbered(body)) | under("1.8.", PROBE)}, "0"),
+    "lightning": (lambda _, whole: state_dict(under("net.", whole)), "net"),
+    "lightning around MoCo": (
+        lambda _, whole: state_dict(
+            under("learner.encoder_q.", whole), under("learner.encoder_k.", other(whole))
+        ),
+        "learner.encoder_q",
+    ),
+    "a dict of another name": (lambda _, whole: {"model_state_dict": whole}, "model_state_dict"),
+    "a Sequential with its head": (lambda _, whole: numbered(whole), None),
+    "a teacher alone": (lambda body, _: {"teacher": under("backbone.", body)}, "teacher.backbone"),
+    "one encoder twice": (
+        lambda body, _: state_dict(under("a.", body), under("b.", body)),
+        "a",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_other_projects_give_their_encoder(
+    layout: str, body: dict, whole: dict, features: Tensor, tmp_path: Path
+) -> None:
+    make, name = LAYOUTS[layout]
+    torch.save(make(body, whole), path := tmp_path / "a.pth")
+    encoder, info = load_encoder(path)
+    with torch.no_grad():
+        assert torch.equal(encoder(IMAGES), features)
+    assert (info["arch"], info["encoder"]) == ("resnet18", name)
+    assert info["matched"] == len(body)
+    if layout == "lightning around MoCo":
+        assert (info["layout"], info["head_use"]) == ("moco", "projection")
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "regnet_x_400mf", "shufflenet_v2_x0_5"])
+def test_other_architectures_behind_a_prefix(arch: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = build_encoder(arch, 3).eval()
+    torch.save(state_dict(under("net.backbone.", network.state_dict())), path := tmp_path / "a.pth")
+    encoder, info = load_encoder(path, head="linear")
+    with torch.no_grad():
+        assert torch.equal(encoder(IMAGES), network(IMAGES))
+    assert (info["arch"], info["encoder"]) == (arch, "net.backbone")
+
+
+@pytest.mark.long
+def test_every_architecture_is_known_by_its_first_convolution() -> None:
+    for name in arch_names():
+        try:
+            with torch.device("meta"):
+                state = build_encoder(name, 3).state_dict()
+        except (ValueError, NotImplementedError):  # no last linear layer; RegNet
+            continue
+        stem = next(key for key, tensor in state.items() if tensor.dim() == 4)
+        assert re.match(STEMS[stem], name), name
+
+
+def test_two_encoders_that_differ_are_refused_by_name(body: dict, tmp_path: Path) -> None:
+    content = state_dict(under("left.", body), under("right.", other(body)))
+    torch.save(content, path := tmp_path / "a.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(path)
+    assert f"{path} holds encoders that differ, under left. and right.: give a" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("leader", "follower"),
+    [("backbone.", "backbone_momentum."), ("module.encoder_q.", "module.encoder_k."),
+     ("student.", "teacher."), ("base_encoder.", "momentum_encoder.")],
+)  # fmt: skip
+@pytest.mark.parametrize("lost", ["conv1.weight", "layer3.1.bn2.weight"])
+def test_a_damaged_encoder_is_not_replaced_by_its_average(
+    leader: str, follower: str, lost: str, body: dict, tmp_path: Path
+) -> None:
+    content = state_dict(under(leader, body), under(follower, other(body)))
+    del content["state_dict"][leader + lost]
+    torch.save(content, path := tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="no known architecture has these") as caught:
+        load_encoder(path)
+    if lost != "conv1.weight":
+        assert f"Against resnet18: 1 missing ({lost})" in str(caught.value)
+
+
+def test_what_is_no_head_beside_a_backbone_is_refused(body: dict, tmp_path: Path) -> None:
+    """It may take part in the features."""
+    torch.save(body | {"norm.weight": torch.ones(512)}, path := tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(norm.weight\)"):
+        load_encoder(path)
+
+
+def test_names_that_nothing_has_are_told_with_a_remedy(tmp_path: Path) -> None:
+    torch.save({"blocks.0.weight": torch.ones(1)}, path := tmp_path / "a.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(path)
+    message = str(caught.value)
+    assert "(first blocks.0.weight); expected torchvision's names" in message
+    assert "behind one and the same prefix" in message and "\n" not in message
+
+
+# ------------------------------------------------------------------------------------------------
+# Beside the weights
+# ------------------------------------------------------------------------------------------------
+
+
+class Phase(enum.Enum):
+    TRAIN = "train"
+
+
+class Settings(dict):
+    """As lightning's AttributeDict and mmengine's ConfigDict are."""
+
+
+class Plain:
+    def __init__(self) -> None:
+        self.value = 3
+
+
+BESIDE = {
+    "args": (argparse.Namespace(model="resnet18", lr=0.1), {"model": "resnet18", "lr": 0.1}),
+    "best": (np.float64(71.1), 71.1),
+    "count": (np.int64(7), 7),
+    "flag": (np.bool_(True), True),
+    "small": (np.float32(0.5), 0.5),
+    "word": (np.str_("ä"), "ä"),
+    "array": (np.arange(3.0), torch.arange(3.0, dtype=torch.float64)),
+    "names": (np.array(["cat", "dog"]), "<an array of type <U3>"),
+    "random": (np.random.RandomState(0).get_state()[0], "MT19937"),
+    "place": (pathlib.PurePosixPath("/data"), "<pathlib.PurePosixPath>"),
+    "when": (datetime.timedelta(seconds=3), "<datetime.timedelta>"),
+    "counts": (collections.Counter(a=2), {"a": 2}),
+    "default": (collections.defaultdict(list, {"a": [1]}), {"a": [1]}),
+    "queue": (collections.deque([1, 2], maxlen=3), [1, 2]),
+    "set": ({1, 2}, {1, 2}),
+    "frozen": (frozenset("a"), {"a"}),
+    "bytes": (b"\x00\xff", b"\x00\xff"),
+    "buffer": (bytearray(b"ab"), b"ab"),
+    "settings": (Settings(lr=0.1), {"lr": 0.1}),
+    "object": (Plain(), f"<{__name__}.Plain>"),
+    "class": (torch.optim.SGD, "<torch.optim.sgd.SGD>"),
+    "partial": (functools.partial(torch.optim.SGD, lr=1), "<functools.partial>"),
+    "dtype": (torch.float16, "<torch.float16>"),
+    "device": (torch.device("cpu"), "<torch.device>"),
+    "shape": (torch.Size([2, 3]), (2, 3)),
+    "parameter": (nn.Parameter(torch.ones(2)), torch.ones(2)),
+    "eighth": (torch.ones(2).to(torch.float8_e4m3fn), torch.ones(2).to(torch.float8_e4m3fn)),
+    "many bits": (torch.tensor([70_000], dtype=torch.uint32), torch.tensor([70_000])),
+}
+
+
+def assert_same(got: object, wanted: object, name: str) -> None:
+    if isinstance(wanted, Tensor):
+        assert torch.equal(got.float(), wanted.float()), name
+    else:
+        assert got == wanted and isinstance(got, type(wanted)), name
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
+def test_what_people_keep_beside_weights(
+    new: bool, protocol: int, whole: dict, features: Tensor, tmp_path: Path
+) -> None:
+    """Of every pickle protocol, in both of torch's formats; objects become text."""
+    content = {key: value for key, (value, _) in BESIDE.items()}
+    content |= {"phase": Phase.TRAIN} if protocol >= 2 else {}
+    torch.save({"model": whole, **content}, path := tmp_path / "a.pth",
+               pickle_protocol=protocol, _use_new_zipfile_serialization=new)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the old format has no checksums
+        found = read_checkpoint(path)
+        encoder, info = load_encoder(path)
+    for key, (_, wanted) in BESIDE.items():
+        assert_same(found[key], wanted, key)
+    assert found["phase"] == f"<{__name__}.Phase>"
+    with torch.no_grad():
+        assert torch.equal(encoder(IMAGES), features)
+    assert info["args"] == {"model": "resnet18", "lr": 0.1}
+
+
+def test_tied_weights_stay_tied_and_strides_are_kept(tmp_path: Path) -> None:
+    tied = torch.arange(12.0).reshape(3, 4)
+    torch.save({"a": tied, "b": tied.t(), "c": tied[1:, ::2]}, path := tmp_path / "a.pth")
+    found = read_checkpoint(path)
+    assert torch.equal(found["b"], tied.t()) and torch.equal(found["c"], tied[1:, ::2])
+    assert found["a"].data_ptr() == found["b"].data_ptr()
+
+
+def test_a_whole_network_is_refused_with_the_remedy(network: nn.Module, tmp_path: Path) -> None:
+    for content in (network, {"state_dict": network}, {"model": network, "epoch": 3}):
+        torch.save(content, path := tmp_path / "a.pth")
+        with pytest.raises(CheckpointError) as caught:
+            load_encoder(path)
+        message = str(caught.value)
+        assert "nothing in it was run: it asks for torchvision.models.resnet.ResNet" in message
+        assert "content.state_dict() of a whole network" in message
