@@ -11,9 +11,9 @@ from moco.checkpoint.files import (
     write_safetensors,
 )
 from moco.checkpoint.run_folder import (
+    Retention,
     epoch_path,
     newest_valid,
-    prune_checkpoints,
     remove_unfinished,
     run_checkpoints,
     step_path,
@@ -23,12 +23,12 @@ from moco.errors import CheckpointError
 __all__ = [
     "FORMAT_VERSION",
     "CheckpointError",
+    "Retention",
     "checksum",
     "epoch_path",
     "is_url",
     "load_encoder",
     "newest_valid",
-    "prune_checkpoints",
     "read_checkpoint",
     "read_url",
     "remove_unfinished",

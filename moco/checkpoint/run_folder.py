@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,32 +45,70 @@ def _position(path: Path) -> tuple[float, int]:
 def newest_valid(folder: str | os.PathLike, say: Callable[[str], None]) -> tuple[Path, dict] | None:
     """The newest checkpoint of a run folder that can be read whole; None when there is none.
 
-    Damaged ones are passed over and named by `say`.
+    Damaged ones are named by `say` and set aside, as NAME.damaged, so that nothing counts them as
+    a checkpoint again; but not while no other can be read.
 
     Raises:
         CheckpointError: there are checkpoints, and none can be read.
     """
     paths = run_checkpoints(folder)
+    damaged: list[tuple[Path, CheckpointError]] = []
     for path in reversed(paths):
         try:
-            return path, read_checkpoint(path)
+            content = read_checkpoint(path)
         except CheckpointError as error:
-            say(f"passing over a checkpoint: {error}")
+            damaged.append((path, error))
+            continue
+        for other, error in damaged:
+            aside = other.with_name(f"{other.name}.damaged")
+            other.replace(aside)
+            say(f"passing over a checkpoint: {error}; it is now {aside.name}")
+        return path, content
+    for _, error in damaged:
+        say(f"passing over a checkpoint: {error}")
     if paths:
         raise CheckpointError(f"none of the {len(paths)} checkpoints in {folder} can be read")
     return None
 
 
-def prune_checkpoints(folder: Path, *, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` and those of every `keep_every`-th epoch (0: none).
+class Retention:
+    """Deletes old checkpoints of a run folder: all but the newest `keep_last`, and those of every
+    `keep_every`-th epoch (0: none).
 
-    Saves within an epoch that cannot be read stay where they are, and take no other's place.
+    Only files that are known to be whole count. A file that is not stays where it is.
+
+    Args:
+        keep: never deleted, whatever the numbers say.
     """
-    readable = [path for path in run_checkpoints(folder) if _position(path)[0] < float("inf")]
-    for path in readable[:-keep_last]:
-        epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
-        if not (epoch and keep_every and (int(epoch[1]) + 1) % keep_every == 0):
-            path.unlink(missing_ok=True)
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.keep: set[Path] = set()
+        self._whole: dict[Path, bool] = {}  # each file is looked through once
+
+    def written(self, path: Path) -> None:
+        """Note that `path` has just been written, or read, whole."""
+        self._whole[path] = True
+
+    def prune(self, newest: Path) -> None:
+        """Delete what is not to be kept; `newest` has just been written, and stays."""
+        keep = {path.resolve() for path in (*self.keep, newest)}
+        whole = [path for path in run_checkpoints(self.folder) if self._is_whole(path)]
+        for path in whole[: -self.keep_last]:
+            epoch = EPOCH_CHECKPOINT.fullmatch(path.name)
+            of_an_epoch = epoch and self.keep_every and (int(epoch[1]) + 1) % self.keep_every == 0
+            if not of_an_epoch and path.resolve() not in keep:
+                path.unlink(missing_ok=True)
+                self._whole.pop(path, None)
+
+    def _is_whole(self, path: Path) -> bool:
+        if path not in self._whole:
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    self._whole[path] = archive.testzip() is None
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, zlib.error):
+                self._whole[path] = False
+        return self._whole[path]
 
 
 def remove_unfinished(folder: Path) -> None:

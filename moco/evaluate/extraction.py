@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from moco import checkpoint, encoders
 from moco.checkpoint.layouts import find_encoder
+from moco.checkpoint.presentation import image_settings
 from moco.data import loader
 from moco.data.images import FolderImages, Images, Subset, open_images, split_folder
 from moco.data.subsets import image_names
@@ -23,7 +24,6 @@ from moco.errors import CheckpointError
 from moco.evaluate.feature_files import FeatureSet
 from moco.packages import import_optional
 from moco.progress import progress
-from moco.publish.export import image_settings
 
 LAYERS = ("projection", "backbone")
 # Arguments of the views, and what stands for those that a file does not have: MoCo v2's.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.checkpoint import is_url, load_encoder
+from moco.checkpoint.presentation import image_settings
 from moco.errors import CheckpointError
 from moco.printable import printable
 from moco.publish import export
@@ -133,7 +134,7 @@ def convert(
     tell("load it by")
     for line in export.usage(to, str(out), network).splitlines():
         tell(f"    {line}")
-    size, mean, std = export.image_settings(network.encoder, network.info)
+    size, mean, std = image_settings(network.encoder, network.info)
     tell(
         f"images: RGB in [0, 1], then (x - mean) / std with mean {mean}, std {std}; "
         f"{'trained' if 'image_size' in network.info['args'] else 'usually'} at {size} px"
@@ -201,5 +202,5 @@ def _compare_onnx(made: Path, encoder: nn.Module, info: dict, output: str) -> st
 
 def _example_images(encoder: nn.Module, info: dict, batch: int) -> Tensor:
     """Noise of the size that the encoder takes, small where it takes any."""
-    size = 64 if export.takes_any_size(encoder) else export.image_settings(encoder, info)[0]
+    size = 64 if export.takes_any_size(encoder) else image_settings(encoder, info)[0]
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import logging
-import math
 import os
 import pickle
 import re
@@ -24,7 +23,7 @@ import torchvision
 from torch import Tensor, nn
 
 from moco.checkpoint import load_encoder, write_atomically, write_safetensors
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD
+from moco.checkpoint.presentation import image_settings
 from moco.encoders import CifarResNet, check_image_size, get_head, head_name
 from moco.errors import CheckpointError
 
@@ -87,28 +86,6 @@ def load_with_head(source: str | os.PathLike, keep: str = "linear") -> LoadedEnc
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def image_settings(encoder: nn.Module, info: dict) -> tuple[int, list[float], list[float]]:
-    """(image size, mean, std) of the training images; ImageNet's where the file has none.
-
-    Raises:
-        CheckpointError: the checkpoint has impossible values.
-    """
-    args = info["args"]
-    size = args.get("image_size", getattr(encoder, "image_size", 224))  # a ViT has one size
-    mean, std = args.get("mean", IMAGENET_MEAN), args.get("std", IMAGENET_STD)
-    for name, values in (("mean", mean), ("std", std)):
-        if not (
-            isinstance(values, (list, tuple))
-            and len(values) == 3
-            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
-            and (name == "mean" or min(values) > 0)
-        ):
-            raise CheckpointError(f"the checkpoint's {name} is {values!r}, expected three numbers")
-    if not isinstance(size, int) or size < 1:
-        raise CheckpointError(f"the checkpoint's image size is {size!r}, expected a number >= 1")
-    return size, list(mean), list(std)
 
 
 # Arguments that are places: folders and files of the run, an address in its network.

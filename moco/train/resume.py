@@ -16,7 +16,9 @@ from moco.run_files import ARGS, write_json
 from moco.train.handshake import refuse_other_arguments
 
 
-def settle(config: Any, at_exit: contextlib.ExitStack) -> tuple[Any, dict | None]:
+def settle(
+    config: Any, at_exit: contextlib.ExitStack
+) -> tuple[Any, dict | None, FolderLock | None]:
     """What processes agree on before anything is built; rank 0 locks the run folder.
 
     Processes that were started apart (torchrun, several nodes) drew and timed their own seed and
@@ -24,7 +26,7 @@ def settle(config: Any, at_exit: contextlib.ExitStack) -> tuple[Any, dict | None
     checkpoint, where the command line gives none.
 
     Returns:
-        (config, content of the checkpoint to go on from, or None).
+        (config, content of the checkpoint to go on from, or None, rank 0's lock).
 
     Raises:
         TrainingError: ranks were started with different arguments, or another job writes into the
@@ -35,7 +37,7 @@ def settle(config: Any, at_exit: contextlib.ExitStack) -> tuple[Any, dict | None
     seed, folder, path = distributed.broadcast_object(
         (config.optim.seed, config.saving.save_dir, config.saving.checkpoint)
     )
-    _lock(folder, at_exit)
+    lock = _lock(folder, at_exit)
     path, saved = _find_checkpoint(path, folder)
     optim = replace(config.optim, seed=seed)
     if saved:
@@ -45,15 +47,15 @@ def settle(config: Any, at_exit: contextlib.ExitStack) -> tuple[Any, dict | None
         if optim.init_from is None:
             optim = replace(optim, init_from=before.get("init_from"))
     saving = replace(config.saving, save_dir=folder, checkpoint=path)
-    return replace(config, optim=optim, saving=saving), saved
+    return replace(config, optim=optim, saving=saving), saved, lock
 
 
-def _lock(folder: Path, at_exit: contextlib.ExitStack) -> None:
+def _lock(folder: Path, at_exit: contextlib.ExitStack) -> FolderLock | None:
     """Hold the run folder on rank 0; all ranks raise where another job holds it."""
-    error = None
+    lock, error = None, None
     if distributed.is_main():
         try:
-            at_exit.enter_context(FolderLock(folder))
+            lock = at_exit.enter_context(FolderLock(folder))
         except TrainingError as caught:
             error = caught
         except OSError as caught:
@@ -61,6 +63,7 @@ def _lock(folder: Path, at_exit: contextlib.ExitStack) -> None:
     error = distributed.broadcast_object(error)
     if error:
         raise error
+    return lock
 
 
 def _find_checkpoint(path: str | None, folder: Path) -> tuple[str | None, dict | None]:

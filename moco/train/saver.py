@@ -11,6 +11,7 @@ import torch
 
 from moco import checkpoint, distributed
 from moco.errors import CheckpointError, PassingError, TrainingError
+from moco.lock import FolderLock
 from moco.train.state import TrainState
 
 # What trying again does not mend: disk full, read-only, gone, not allowed.
@@ -34,14 +35,16 @@ class BackgroundWriter:
     by the next call, so that training never goes on as if a file had been saved.
 
     Attributes:
-        resumed_from: a checkpoint that is never deleted.
-        lock: of the folder; without it nothing is deleted.
+        retention: which files are deleted after a save.
+        lock: of the folder; once another process has taken it, nothing is deleted.
     """
 
     pauses = (1, 2, 5, 10, 20, 40, 60, 60, 60)  # seconds, before each new try
 
     def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
-        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.folder = folder
+        self.retention = checkpoint.Retention(folder, keep_last=keep_last, keep_every=keep_every)
+        self.lock: FolderLock | None = None
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.waited = 0.0  # seconds that training has spent here
@@ -100,9 +103,9 @@ class BackgroundWriter:
                         flush=True,
                     )
                     time.sleep(pause)
-            checkpoint.prune_checkpoints(
-                self.folder, keep_last=self.keep_last, keep_every=self.keep_every
-            )
+            self.retention.written(path)
+            if self.lock is None or self.lock.is_held():
+                self.retention.prune(path)
         except Exception as error:  # whatever it is, training must hear of it
             self.error = error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def build_trainer(
     """
     stop = StopRequest()
     at_exit.callback(stop.restore)
-    config, saved = resume.settle(config, at_exit)
+    config, saved, lock = resume.settle(config, at_exit)
     torch.manual_seed(config.optim.seed)
     at_exit.enter_context(kernels(config.speed.deterministic))
     task = make_task(config)
@@ -102,6 +103,10 @@ def build_trainer(
     writer = BackgroundWriter(
         saving.save_dir, keep_last=saving.keep_last, keep_every=saving.keep_every
     )
+    writer.lock = lock
+    at_exit.callback(writer.wait)
+    if saving.checkpoint:  # until it is older than all that is kept, it may be the last good one
+        writer.retention.keep.add(Path(saving.checkpoint))
     trainer = Trainer(
         task=task,
         device=device,

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from moco.batch_norm import SplitBatchNorm2d
 from moco.builder import MoCo
 from moco.checkpoint import (
+    Retention,
     epoch_path,
     load_encoder,
     newest_valid,
-    prune_checkpoints,
     read_checkpoint,
     run_checkpoints,
     step_path,
@@ -311,32 +311,79 @@ def test_other_files_are_no_checkpoints_of_the_run(tmp_path):
     assert run_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_prune_keeps_the_newest_and_every_mth_epoch(tmp_path):
+def prune(
+    folder: Path, newest: str, *, keep_last: int, keep_every: int = 0, keep: str = ""
+) -> None:
+    """As after a save of `newest`; `keep` is the checkpoint that the run went on from."""
+    retention = Retention(folder, keep_last=keep_last, keep_every=keep_every)
+    retention.keep |= {folder / keep} if keep else set()
+    retention.written(folder / newest)
+    retention.prune(folder / newest)
+
+
+@pytest.fixture
+def eight(tmp_path) -> Path:
+    """A run folder of eight epochs."""
+    for epoch in range(8):
+        write_checkpoint(epoch_path(tmp_path, epoch), {"epoch": epoch + 1})
+    return tmp_path
+
+
+def test_prune_keeps_the_newest_and_every_mth_epoch(eight):
     """Epoch 4 is the fifth: its number is 0-based. Steps are never kept for their number."""
-    make_run(tmp_path, epochs(0, 1, 2, 3, 4, 5, 6, 7))
-    write_checkpoint(tmp_path / "step_00000038.pth.tar", {"epoch": 5, "step": 38})
-    (tmp_path / "model_best.pth.tar").touch()
-    prune_checkpoints(tmp_path, keep_last=2, keep_every=5)
-    assert names(tmp_path) == epochs(4, 6, 7)
-    assert (tmp_path / "model_best.pth.tar").exists()
+    write_checkpoint(eight / "step_00000038.pth.tar", {"epoch": 5, "step": 38})
+    (eight / "model_best.pth.tar").touch()
+    prune(eight, *epochs(7), keep_last=2, keep_every=5)
+    assert names(eight) == epochs(4, 6, 7)
+    assert (eight / "model_best.pth.tar").exists()
 
 
-def test_prune_passes_over_what_cannot_be_read(tmp_path):
-    """A damaged save within an epoch takes no good one's place, and is left to be looked at."""
-    make_run(tmp_path, epochs(0, 1, 2))
-    (tmp_path / "step_00000003.pth.tar").write_bytes(b"cut off")
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=0)
-    assert names(tmp_path) == [*epochs(2), "step_00000003.pth.tar"]
+def test_prune_by_age_alone(eight):
+    prune(eight, *epochs(7), keep_last=3)
+    assert names(eight) == epochs(5, 6, 7)
+    prune(eight, *epochs(7), keep_last=5)
+    assert names(eight) == epochs(5, 6, 7)
+    prune(eight, *epochs(7), keep_last=1, keep_every=1)
+    assert names(eight) == epochs(5, 6, 7)
 
 
-def test_prune_by_age_alone(tmp_path):
-    make_run(tmp_path, epochs(*range(8)))
-    prune_checkpoints(tmp_path, keep_last=3, keep_every=0)
-    assert names(tmp_path) == epochs(5, 6, 7)
-    prune_checkpoints(tmp_path, keep_last=5, keep_every=0)
-    assert names(tmp_path) == epochs(5, 6, 7)
-    prune_checkpoints(tmp_path, keep_last=1, keep_every=1)
-    assert names(tmp_path) == epochs(5, 6, 7)
+@pytest.mark.parametrize("content", [b"", b"cut off", "half", "a changed byte"])
+@pytest.mark.parametrize("torn", [*epochs(6), *epochs(7), "step_00000099.pth.tar"])
+def test_a_damaged_file_takes_no_good_ones_place(content, torn, eight):
+    """It is newer by its name than what is written after it, and not even deleted."""
+    whole = (eight / epochs(7)[0]).read_bytes()
+    if content == "half":
+        content = whole[: len(whole) // 2]
+    elif content == "a changed byte":
+        middle = whole.index(b"epoch")
+        content = whole[:middle] + b"E" + whole[middle + 1 :]
+    (eight / torn).write_bytes(content)
+    newest = "step_00000040.pth.tar"  # of a run that goes on from epoch 5
+    write_checkpoint(eight / newest, {"epoch": 5, "step": 40})
+    prune(eight, newest, keep_last=1)
+    assert newest in names(eight) and torn in names(eight)
+    good = [name for name in names(eight) if name not in (torn, newest)]
+    assert good == (epochs(6) if torn == epochs(7)[0] else epochs(7))
+
+
+def test_what_was_written_or_resumed_from_is_never_deleted(eight):
+    prune(eight, *epochs(2), keep_last=1, keep=epochs(0)[0])
+    assert names(eight) == epochs(0, 2, 7)
+
+
+def test_a_damaged_checkpoint_is_set_aside_once_another_was_read(eight):
+    (eight / epochs(7)[0]).write_bytes(b"cut off")
+    said = []
+    path, _ = newest_valid(eight, said.append)
+    assert path.name == epochs(6)[0]
+    assert names(eight) == epochs(*range(7))
+    assert (eight / "checkpoint_0007.pth.tar.damaged").read_bytes() == b"cut off"
+    assert len(said) == 1 and "it is now checkpoint_0007.pth.tar.damaged" in said[0]
+    for path in run_checkpoints(eight):
+        path.write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="none of the 7 checkpoints"):
+        newest_valid(eight, said.append)
+    assert names(eight) == epochs(*range(7)), "a folder without a good one stays as it is"
 
 
 # ------------------------------------------------------------------------------------------------

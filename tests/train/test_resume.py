@@ -151,7 +151,7 @@ def refusal(run: Path, data: Path, *flags: object) -> str:
     """What `refuse_changes` says to these flags, or "" when it lets them pass."""
     argv = [*FLAGS, "--save-dir", run, *flags, data]
     with contextlib.ExitStack() as at_exit:
-        config, saved = resume.settle(cli.pretrain_config(list(map(str, argv))), at_exit)
+        config, saved, _ = resume.settle(cli.pretrain_config(list(map(str, argv))), at_exit)
     flat = {**config.to_flat(), **MoCoTask(config).build_data(torch.device("cpu")).facts}
     path, allow = config.saving.checkpoint, config.saving.allow_changes
     try:
