@@ -327,6 +327,9 @@ def _run(rank, world, dist_url, backend, timeout, worker, device, args) -> None:
         dist.destroy_process_group()
         raise
     except BaseException as error:
+        if world == 1:
+            dist.destroy_process_group()
+            raise
         # The others may be inside a collective that this rank will never join; destroying the
         # group would talk to them, and hang. They hear of it when this process is gone.
         _leave(error)
