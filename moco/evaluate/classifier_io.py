@@ -39,7 +39,16 @@ class ClassifierWriter:
         self.best: dict | None = None  # not yet written
         self.written = time.monotonic()
 
-    def write(self, epochs: int, steps: int, *, improved: bool, ended: bool) -> None:
+    def write(
+        self, epochs: int, steps: int, *, improved: bool, ended: bool, step_in_epoch: int = 0
+    ) -> None:
+        """Note or write the state after so many epochs, or within the next one.
+
+        Args:
+            steps: of the whole run.
+            improved: whether a classifier is better than all before.
+            ended: nothing follows for now, so write.
+        """
         due = ended or time.monotonic() - self.written >= self.interval
         if improved:
             self.best = self._content(epochs, steps, by="best")
@@ -47,6 +56,10 @@ class ClassifierWriter:
                 self.best = checkpoint.to_host(self.best)
         if due:
             latest = self._content(epochs, steps, by="last")
+            if step_in_epoch:
+                training = self.training
+                latest["step_in_epoch"] = step_in_epoch
+                latest["losses"] = {"sum": training.loss_sum, "count": training.loss_count}
             if self.best is not None:
                 checkpoint.write_checkpoint(self.folder / LINCLS_BEST, self.best)
             checkpoint.write_checkpoint(self.folder / LINCLS_LATEST, latest)
@@ -151,8 +164,14 @@ def restore(training: HeadTraining, encoder: nn.Module, content: dict, config: L
     if config.protocol.finetune:
         encoder.load_state_dict(content["encoder"])
     training.optimizer.load_state_dict(content["optimizer"])
-    distributed.print_main(f"resuming {path} after epoch {content['epoch'] - 1}")
-    return content["epoch"]
+    epoch, step = content["epoch"], content.get("step_in_epoch", 0)
+    where = f"after epoch {epoch - 1}"
+    if step:
+        training.loss_sum = content["losses"]["sum"].to(training.loss_sum.device)
+        training.loss_count = content["losses"]["count"]
+        where = f"in epoch {epoch}, after step {step}"
+    distributed.print_main(f"resuming {path} {where}")
+    return epoch, step
 
 
 # ------------------------------------------------------------------------------------------------

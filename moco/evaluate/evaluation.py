@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, replace
 
@@ -26,19 +27,22 @@ from moco.evaluate.loop import LinearEvaluation
 from moco.evaluate.protocol import make_feed, train_classifiers
 from moco.log import RunLog, progress, provenance
 from moco.run_files import ARGS, LINCLS_RESULT, write_json
+from moco.stop import StopRequest
 
 
 def evaluate(device: torch.device, config: LinclsConfig) -> None:
     """The whole evaluation in this process, one of `config.placement.processes`.
 
-    Leaves args.json, log.jsonl, checkpoints of classifiers and lincls.json in the run folder. An
-    error that the user can act on is printed in one line, with exit status 1.
+    Leaves args.json, log.jsonl, checkpoints of classifiers and lincls.json in the run folder.
+
+    Exit status: 1 after an error that the user can act on, which is printed in one line; 130 after
+    Ctrl-C. While classifiers train, Ctrl-C and requests to stop (then 75) save first.
     """
-    with report_user_errors():
-        _evaluate(device, config)
+    with report_user_errors(), contextlib.ExitStack() as at_exit:
+        _evaluate(device, config, at_exit)
 
 
-def _evaluate(device: torch.device, config: LinclsConfig) -> None:
+def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.ExitStack) -> None:
     subject, config = load_subject(device, config)
     train, val, config = open_splits(config)
     classes = len(train.classes)
@@ -51,7 +55,9 @@ def _evaluate(device: torch.device, config: LinclsConfig) -> None:
     print_start(subject, config, device, result)
     warn_of_missing_classes(train, val)
     steps_done = before["args"].get("steps_done", 0) if before is not None else 0
-    log = RunLog(config.saving.save_dir, first_step=steps_done)
+    log = at_exit.enter_context(
+        contextlib.closing(RunLog(config.saving.save_dir, first_step=steps_done))
+    )
 
     show = Presentation.of(config, device)
     if config.knn.knn:
@@ -63,9 +69,10 @@ def _evaluate(device: torch.device, config: LinclsConfig) -> None:
         encoder, width = subject.encoder, subject.info["feature_dim"]
         feed = make_feed(config, encoder, width, train, val, show)
         about = checkpoint_facts(subject, config)
-        evaluation = LinearEvaluation(config, device, encoder, width, classes, about, log)
+        stop = StopRequest()
+        at_exit.callback(stop.restore)
+        evaluation = LinearEvaluation(config, device, encoder, width, classes, about, log, stop)
         result.update(train_classifiers(evaluation, feed, train.targets, before))
-    log.close()
     if distributed.is_main():
         path = config.saving.save_dir / LINCLS_RESULT
         write_json(path, result)

@@ -49,13 +49,17 @@ class Presentation:
         )
 
     def loader(self, images: Images, *, persistent: bool = False) -> DataLoader:
-        """This rank's share of centre crops: (N, 3, S, S) uint8 and targets (N,)."""
+        """This rank's share of centre crops: (N, 3, S, S) uint8 and targets (N,).
+
+        Persistent workers live until the caller ends them, whatever signals arrive.
+        """
         return eval_loader(
             PlainImages(images, eval_transform(self.image_size)),
             batch_size=self.batch_size,
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
             persistent=persistent,
+            outlive_stop=persistent,
         )
 
     def pixels(self, batch: Tensor) -> Tensor:
@@ -74,8 +78,8 @@ class Presentation:
 class ImageFeed:
     """Random crops of the images in every epoch: the standard protocol, and fine-tuning.
 
-    A feed gives the batches of an epoch (`train`), the tensors of a batch (`inputs`), and features
-    and targets of the images that are held out (`held_out`); of all this each rank has its share.
+    A feed gives the batches of an epoch, from a step on (`train`), the tensors of a batch
+    (`inputs`), and features and targets of held-out images (`held_out`); each rank has its share.
 
     Args:
         images: to train on.
@@ -102,11 +106,11 @@ class ImageFeed:
 
     def fold(self, rest: list[int], held_out: list[int]) -> ImageFeed:
         """Train on the images of some indices and hold out those of others."""
-        val = self.show.loader(Subset(self.images, held_out))
+        val = self.show.loader(Subset(self.images, held_out), persistent=True)
         return replace(self, images=Subset(self.images, rest), val=val)
 
-    def train(self, epoch: int) -> Iterable:
-        self.batches.set_epoch(epoch)
+    def train(self, epoch: int, start: int = 0) -> Iterable:
+        self.batches.set_epoch(epoch, start)
         return self.loader
 
     def inputs(self, batch: Sequence) -> tuple[Tensor, Tensor]:
@@ -120,6 +124,8 @@ class ImageFeed:
 
     def close(self) -> None:
         self.loader.end()
+        if self.val.num_workers and self.val._iterator is not None:
+            self.val._iterator._shutdown_workers()
 
 
 @dataclass
@@ -153,8 +159,8 @@ class CachedFeed:
         val, val_targets = self.centre[held_out], self.targets[held_out]
         return replace(self, rows=torch.tensor(rest), val=val, val_targets=val_targets)
 
-    def train(self, epoch: int) -> Iterable:
-        self.batches.set_epoch(epoch)
+    def train(self, epoch: int, start: int = 0) -> Iterable:
+        self.batches.set_epoch(epoch, start)
         return self.batches
 
     def inputs(self, batch: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:

@@ -152,6 +152,9 @@ class HeadTraining:
     Args:
         configs: learning rate and weight decay of each head.
         encoder, lr_backbone: an encoder that trains too, with the weight decay of the first head.
+
+    Attributes:
+        loss_sum, loss_count: of each head's losses since the last line of output, (heads,).
     """
 
     def __init__(
@@ -176,6 +179,11 @@ class HeadTraining:
             )
         self.optimizer = torch.optim.SGD(groups, momentum=momentum)
         self.base_rates = [group["lr"] for group in groups]
+        self.start_means()
+
+    def start_means(self) -> None:
+        device = self.heads.linear[0].weight.device
+        self.loss_sum, self.loss_count = torch.zeros(len(self.results), device=device), 0
 
     def set_learning_rates(self, factor: float) -> None:
         """To `factor` times the initial ones; 0 for heads that have diverged."""
@@ -189,6 +197,7 @@ class HeadTraining:
         self.optimizer.zero_grad()
         losses.sum().backward()
         self.optimizer.step()
+        self.loss_sum, self.loss_count = self.loss_sum + losses.detach(), self.loss_count + 1
 
 
 def head_losses(logits: Sequence[Tensor], targets: Tensor) -> Tensor:

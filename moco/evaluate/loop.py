@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from moco import distributed
 from moco.config import LinclsConfig
@@ -31,6 +30,7 @@ from moco.evaluate.heads import (
 )
 from moco.log import RunLog, StepPrinter
 from moco.schedule import learning_rate
+from moco.stop import AgreedStop, StopRequest
 
 CACHED_SAVE_SECONDS = 60.0
 
@@ -42,6 +42,7 @@ class LinearEvaluation:
     Args:
         config: with everything that the checkpoint tells.
         about: what every checkpoint holds beside tensors and accuracies.
+        stop: what is asked of this process.
     """
 
     config: LinclsConfig
@@ -51,6 +52,7 @@ class LinearEvaluation:
     classes: int
     about: dict
     log: RunLog
+    stop: StopRequest
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def train_heads(
 ) -> list[HeadResult]:
     """Train one head for each config, together; the encoder too with --finetune.
 
-    With --folds only the last epoch is evaluated.
+    With --folds only the last epoch is evaluated. A request to stop ends the process, with its
+    exit status, once the step is done and saved.
 
     Args:
         resume_from: a checkpoint to go on from, if it is of this stage.
@@ -85,12 +88,12 @@ def train_heads(
     config = evaluation.config
     with contextlib.closing(stage.feed):
         loop = _HeadLoop(evaluation, stage, configs)
-        first = config.schedule.start_epoch
+        first, done = config.schedule.start_epoch, 0
         if resume_from is not None and resume_from.get("fold") == stage.fold:
-            first = restore(loop.training, loop.encoder, resume_from, config)
-        loop.start(first)
+            first, done = restore(loop.training, loop.encoder, resume_from, config)
+        loop.start(first, done)
         for epoch in range(first, config.schedule.epochs):
-            loop.train_epoch(epoch)
+            loop.train_epoch(epoch, done if epoch == first else 0)
             loop.end_epoch(epoch)
         loop.printer.close()
     return loop.training.results
@@ -106,6 +109,7 @@ class _HeadLoop:
         self.device, self.encoder = evaluation.device, evaluation.encoder.encoder
         protocol, optim = self.config.protocol, self.config.optim
         self.finetune, self.epochs = protocol.finetune, self.config.schedule.epochs
+        self.print_freq = self.config.saving.print_freq
         self.steps = stage.feed.batches.batches_per_epoch()
         self.fold_line = {} if stage.fold is None else {"fold": stage.fold}  # for the log
         self.where = "" if stage.fold is None else f"fold {stage.fold + 1} of {protocol.folds}, "
@@ -116,14 +120,15 @@ class _HeadLoop:
             heads, configs, optim.momentum, **(backbone if self.finetune else {})
         )
 
-    def start(self, first_epoch: int) -> None:
+    def start(self, epoch: int, step: int) -> None:
+        """Begin to train at a step of an epoch."""
         heads, config = self.training.heads, self.config
         whole = EncoderWithHeads(self.encoder, heads, config.source.amp) if self.finetune else heads
         self.model = distributed.data_parallel(whole, self.device)
         self.printer = StepPrinter(
             total=self.epochs * self.steps,
             batch_size=config.optim.batch_size,
-            done=first_epoch * self.steps,
+            done=epoch * self.steps + step,
         )
         about = self.evaluation.about
         if config.protocol.folds:
@@ -133,8 +138,9 @@ class _HeadLoop:
             config.saving.save_dir, about, self.encoder, self.training, interval
         )
 
-    def train_epoch(self, epoch: int) -> None:
-        feed, schedule = self.stage.feed, self.config.schedule
+    def train_epoch(self, epoch: int, done: int) -> None:
+        """Train from a step of an epoch to its end."""
+        feed, schedule, print_freq = self.stage.feed, self.config.schedule, self.print_freq
         factor = learning_rate(
             epoch,
             base=1.0,
@@ -144,26 +150,44 @@ class _HeadLoop:
         )
         self.training.set_learning_rates(factor)
         self.encoder.train(self.finetune)  # a frozen encoder uses, and keeps, its running averages
-        total, count = torch.zeros(len(self.training.results), device=self.device), 0
-        for step, batch in enumerate(self.printer.batches(feed.train(epoch)), start=1):
+        batches = self.printer.batches(feed.train(epoch, done))
+        for step, batch in enumerate(batches, start=done + 1):
             inputs, targets = feed.inputs(batch)
-            losses = head_losses(self.model(inputs), targets)
-            self.training.step(losses)
+            self.training.step(head_losses(self.model(inputs), targets))
             self.printer.advance()
-            total, count = total + losses.detach(), count + 1
-            if step % self.config.saving.print_freq == 0 or step == self.steps:
-                self._report_losses(epoch, step, factor, total, count)
-                total, count = torch.zeros_like(total), 0
+            if step % print_freq == 0 or step == self.steps:
+                self._report_losses(epoch, step, factor)
+            if step < self.steps:
+                self._stop_if_asked(epoch, step)
 
-    def _report_losses(
-        self, epoch: int, step: int, factor: float, total: Tensor, count: int
-    ) -> None:
-        results = self.training.results
-        means = [value / count for value in total.tolist()]
+    def _stop_if_asked(self, epoch: int, step: int) -> None:
+        """Save and end, on all ranks together. Several look on a GPU only when a line is printed,
+        since they would have to wait for it."""
+        waits = self.device.type == "cuda" and distributed.world_size() > 1
+        if waits and step % self.print_freq and step != self.steps:
+            return
+        stop = self.evaluation.stop
+        if not distributed.any_rank(stop.requested, device=self.device)[0]:
+            return
+        epochs, within = (epoch, step) if step < self.steps else (epoch + 1, 0)
+        if distributed.is_main():
+            done = self._steps_done(epoch, step)
+            self.writer.write(epochs, done, improved=False, ended=True, step_in_epoch=within)
+        self.printer.close()
+        distributed.print_main(
+            f"stopped by {stop.name or 'a signal to another rank'} in {self.where}epoch {epoch}, "
+            f"after step {step}; go on with --save-dir {self.writer.folder} --resume auto"
+        )
+        raise AgreedStop(stop.exit_status)
+
+    def _report_losses(self, epoch: int, step: int, factor: float) -> None:
+        training, results = self.training, self.training.results
+        means = [value / training.loss_count for value in training.loss_sum.tolist()]
+        training.start_means()
         self._end_diverged(means, epoch, step)
         values = {**log_names("loss", results, means), "lr_factor": factor}
         if len(results) == 1:
-            values = {"loss": means[0], "lr": self.training.base_rates[0] * factor}
+            values = {"loss": means[0], "lr": training.base_rates[0] * factor}
         values |= self.printer.rates()
         self.evaluation.log.scalars(
             "lincls", self._steps_done(epoch, step), {"epoch": epoch, **self.fold_line, **values}
@@ -211,6 +235,8 @@ class _HeadLoop:
             done = self._steps_done(epoch, self.steps)
             improved = improved and self.stage.fold is None
             self.writer.write(epoch + 1, done, improved=improved, ended=ended)
+        if not ended or self.stage.fold is not None:
+            self._stop_if_asked(epoch, self.steps)
 
     def _report_accuracy(self, found: list[dict], epoch: int) -> None:
         results = self.training.results
