@@ -186,16 +186,17 @@ class HeadTraining:
         self.loss_sum, self.loss_count = torch.zeros(len(self.results), device=device), 0
 
     def set_learning_rates(self, factor: float) -> None:
-        """To `factor` times the initial ones; 0 for heads that have diverged."""
+        """To `factor` times the initial ones."""
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
-        for group, head in zip(self.optimizer.param_groups, self.results, strict=False):
-            if head.diverged is not None:
-                group["lr"] = 0.0
 
     def step(self, losses: Tensor) -> None:
+        """Step the optimizer; heads that have diverged stay as they are."""
         self.optimizer.zero_grad()
         losses.sum().backward()
+        for linear, head in zip(self.heads.linear, self.results, strict=True):
+            if head.diverged is not None:
+                linear.zero_grad()
         self.optimizer.step()
         self.loss_sum, self.loss_count = self.loss_sum + losses.detach(), self.loss_count + 1
 

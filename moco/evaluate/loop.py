@@ -170,6 +170,7 @@ class _HeadLoop:
         if not distributed.any_rank(stop.requested, device=self.device)[0]:
             return
         epochs, within = (epoch, step) if step < self.steps else (epoch + 1, 0)
+        self._end_diverged(epoch, step)  # so that no NaN is saved
         if distributed.is_main():
             done = self._steps_done(epoch, step)
             self.writer.write(epochs, done, improved=False, ended=True, step_in_epoch=within)
@@ -182,9 +183,8 @@ class _HeadLoop:
 
     def _report_losses(self, epoch: int, step: int, factor: float) -> None:
         training, results = self.training, self.training.results
-        means = [value / training.loss_count for value in training.loss_sum.tolist()]
+        means = self._end_diverged(epoch, step)
         training.start_means()
-        self._end_diverged(means, epoch, step)
         values = {**log_names("loss", results, means), "lr_factor": factor}
         if len(results) == 1:
             values = {"loss": means[0], "lr": training.base_rates[0] * factor}
@@ -197,17 +197,17 @@ class _HeadLoop:
         text += f"  lr {', '.join(f'{head.config.lr * factor:g}' for head in results)}"
         self.printer.line(f"{text}  {values['images_per_s']:.0f} images/s", short=text)
 
-    def _end_diverged(self, losses: Sequence[float], epoch: int, step: int) -> None:
-        """End the heads whose mean training loss is NaN or infinite on any rank; with the last one
-        of them the run stops, on all ranks together."""
+    def _end_diverged(self, epoch: int, step: int) -> list[float]:
+        """Means of the losses. Heads with one that is not finite on any rank end; with the last of
+        them the run stops, on all ranks together."""
         training = self.training
+        losses = [value / max(1, training.loss_count) for value in training.loss_sum.tolist()]
         failed = distributed.any_rank(*(not math.isfinite(x) for x in losses), device=self.device)
         for index, head in enumerate(training.results):
             if failed[index] and head.diverged is None:
                 head.diverged, head.last = epoch, {}
                 if len(training.results) > 1:
                     zero_diverged_head(training.heads.linear[index], training.optimizer)
-                    training.optimizer.param_groups[index]["lr"] = 0.0
                     distributed.print_main(
                         f"{head.config} has diverged in epoch {epoch}, step {step}"
                     )
@@ -220,6 +220,7 @@ class _HeadLoop:
                 + (f" or --lr-backbone {backbone:g}" if self.finetune else "")
                 + ", and see that --mean and --std are those of pretraining"
             )
+        return losses
 
     def end_epoch(self, epoch: int) -> None:
         """Evaluate and save, where that is due."""

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from harness import Processes
-from helpers import differences, read_log
+from helpers import differences, read_log, refusal
 from probes import BEST, LATEST, MAIN, TINY, evaluate, load, result
 
+import main_lincls
 from moco.evaluate.heads import HeadTraining
 
 MODES = {
@@ -40,7 +41,7 @@ def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("step", "number", "status"),
     [
-        (1, signal.SIGINT, 130),  # of three in an epoch
+        (2, signal.SIGINT, 130),  # of three in an epoch
         (3, signal.SIGTERM, 75),
         (5, signal.SIGHUP, 75),
     ],
@@ -48,7 +49,7 @@ def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     data, pretrained, monkeypatch, capsys, mode, step, number, status
 ):
-    flags = [MODES[mode], "--pretrained", pretrained, "--print-freq 2"]
+    flags = [MODES[mode], "--pretrained", pretrained, "--print-freq 3"]
     evaluate(data, *flags, "--save-dir whole")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as context, pytest.raises(SystemExit) as stopped:
@@ -77,6 +78,14 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
             for name in ("whole", "cut")
         )
         assert whole == cut
+
+
+def test_nan_that_no_line_has_shown_yet_is_not_saved(data, pretrained, monkeypatch, capsys):
+    signal_at(2, signal.SIGTERM, monkeypatch)
+    argv = [*TINY, "--finetune", "--lr-backbone", "1e30", "--print-freq", 3, "--save-dir", "r"]
+    status, message = refusal(main_lincls.main, [*argv, "--pretrained", pretrained, data], capsys)
+    assert status == 1 and "not finite in epoch 0, step 2" in message
+    assert not Path("r", LATEST).exists()
 
 
 def test_a_request_in_the_last_step_changes_nothing(data, pretrained, monkeypatch):
