@@ -7,6 +7,7 @@ the holder touches the file every few seconds instead, and counts as dead once i
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from moco import distributed
 from moco.errors import TrainingError
 
 NAME = ".lock"
@@ -108,6 +110,26 @@ class FolderLock:
                 os.utime(self.path)
             except OSError:
                 continue  # the file system is away; others judge by the last beat
+
+
+def hold_on_main(folder: Path, at_exit: contextlib.ExitStack) -> FolderLock | None:
+    """Hold the run folder on rank 0, until `at_exit` is closed.
+
+    Raises:
+        TrainingError: on all ranks, where another job holds it, or it cannot be written to.
+    """
+    lock, error = None, None
+    if distributed.is_main():
+        try:
+            lock = at_exit.enter_context(FolderLock(folder))
+        except TrainingError as caught:
+            error = caught
+        except OSError as caught:
+            error = TrainingError(f"cannot write to the run folder: {caught}")
+    error = distributed.broadcast_object(error)
+    if error:
+        raise error
+    return lock
 
 
 def _job_id() -> str | None:

@@ -32,6 +32,7 @@ from moco.evaluate.heads import FrozenEncoder, Heads, head_accuracy
 from moco.evaluate.knn import knn_accuracy
 from moco.evaluate.loop import LinearEvaluation
 from moco.evaluate.protocol import make_feed, train_classifiers
+from moco.lock import hold_on_main
 from moco.log import RunLog, provenance
 from moco.progress import progress
 from moco.run_files import ARGS, LINCLS_RESULT, write_json
@@ -59,7 +60,7 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
     before = subject.resume_from
     if before is not None:
         refuse_changes(before, config, classes)
-    begin_folder(config)
+    begin_folder(config, at_exit)
     print_start(subject, config, device, result)
     warn_of_missing_classes(train, val)
     steps_done = before["args"].get("steps_done", 0) if before is not None else 0
@@ -220,11 +221,11 @@ def evaluate_classifier(
     return {"top1": found["top1"], "top5": found["top5"]}
 
 
-def begin_folder(config: LinclsConfig) -> None:
-    """Make the run folder with args.json; all ranks go on when it is there."""
+def begin_folder(config: LinclsConfig, at_exit: contextlib.ExitStack) -> None:
+    """Hold the run folder and write args.json; all ranks go on when it is there."""
+    hold_on_main(config.saving.save_dir, at_exit)
     if distributed.is_main():
         folder = config.saving.save_dir
-        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_unfinished(folder)
         write_json(folder / ARGS, {**sorted_flat(config), "provenance": provenance()})
     distributed.barrier()

@@ -61,7 +61,7 @@ def train_supervised(
     parameters = [*encoder.parameters(), *classifier.parameters()]
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=weight_decay)
     batches = EpochBatches(len(images), loading.batch_size, seed=seed)
-    views = AugmentedViews(images, recipe, seed=seed, views=1)
+    views = AugmentedViews(images, recipe, seed=seed, num_views=1)
     loader = TrainLoader(views, batches, workers=loading.workers, device=device)
     try:
         for epoch in range(epochs):

@@ -10,7 +10,7 @@ from typing import Any
 from moco import checkpoint, distributed
 from moco.config import SAMPLE_ORDER, learning_changes, rounding_changes
 from moco.errors import CheckpointError, TrainingError
-from moco.lock import FolderLock
+from moco.lock import FolderLock, hold_on_main
 from moco.log import provenance
 from moco.run_files import ARGS, write_json
 from moco.train.handshake import refuse_other_arguments
@@ -37,7 +37,7 @@ def settle(
     seed, folder, path = distributed.broadcast_object(
         (config.optim.seed, config.saving.save_dir, config.saving.checkpoint)
     )
-    lock = _lock(folder, at_exit)
+    lock = hold_on_main(folder, at_exit)
     path, saved = _find_checkpoint(path, folder)
     optim = replace(config.optim, seed=seed)
     if saved:
@@ -48,22 +48,6 @@ def settle(
             optim = replace(optim, init_from=before.get("init_from"))
     saving = replace(config.saving, save_dir=folder, checkpoint=path)
     return replace(config, optim=optim, saving=saving), saved, lock
-
-
-def _lock(folder: Path, at_exit: contextlib.ExitStack) -> FolderLock | None:
-    """Hold the run folder on rank 0; all ranks raise where another job holds it."""
-    lock, error = None, None
-    if distributed.is_main():
-        try:
-            lock = at_exit.enter_context(FolderLock(folder))
-        except TrainingError as caught:
-            error = caught
-        except OSError as caught:
-            error = TrainingError(f"cannot write to the run folder: {caught}")
-    error = distributed.broadcast_object(error)
-    if error:
-        raise error
-    return lock
 
 
 def _find_checkpoint(path: str | None, folder: Path) -> tuple[str | None, dict | None]:
