@@ -92,7 +92,7 @@ def test_commands_of_upstream_parse_and_resolve(tmp_path, pretrained, launch):
 
 def test_run_folder_and_result(probe, pretrained):
     names = {path.name for path in probe.iterdir() if "tfevents" not in path.name}
-    assert names == {"args.json", "log.jsonl", "lincls.json", LATEST, BEST}
+    assert names == {".lock", "args.json", "log.jsonl", "lincls.json", LATEST, BEST}
     found = result(probe)
     assert found["checkpoint"] == str(pretrained)
     assert (found["arch"], found["pretrained_epochs"]) == ("resnet8", 1)
