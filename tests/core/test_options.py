@@ -169,7 +169,7 @@ def test_torchrun_overrules_world_size_and_rank(checked, monkeypatch):
     ],
 )
 def test_nodes(checked, monkeypatch, flags, environment, nodes, rank):
-    for name, value in environment.items():
+    for name, value in {**environment, "MASTER_ADDR": "host", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     args = checked("-b", "12", *flags.split())
     assert (args.nodes, args.node_rank, args.processes) == (nodes, rank, nodes)

@@ -15,7 +15,7 @@ FOREIGN = [
     ("\x1b]0;title\x07\x9b2J\x08\x7f", r"\x1b]0;title\x07\x9b2J\x08\x7f"),
     ("one\ntwo\r\nthree\x0bfour\x85five\u2028six\u2029", "one two  three four five six "),
     ("\u202egnp.exe\u2066\u200f", r"\u202egnp.exe\u2066\u200f"),
-    ("caf\udce9\ud800", r"caf\udce9\ud800"),
+    ("caf\udce9\ud800", r"caf\xe9\ud800"),
     ("a\u200bb\ufeffc\u00ad", r"a\u200bb\ufeffc\xad"),
     ("\U0010ffff\ue000\U000e0041", r"\U0010ffff\ue000\U000e0041"),
 ]
