@@ -7,14 +7,15 @@ line breaks that fake a second message, marks that turn the reading direction ar
 from __future__ import annotations
 
 import re
+import unicodedata
 
 
 def printable(text: object, limit: int = 4000) -> str:
     """One line of text for people to read.
 
-    White space of every kind becomes a plain space. A character that cannot be seen (control
-    characters, bidirectional and zero-width marks, lone surrogates, unassigned code points) becomes
-    its escape, such as `\\x1b` or `\\u202e`. Letters of every language stay.
+    What cannot be seen becomes its escape, as `\\n`, `\\x1b` or `\\u202e`: line breaks, control
+    characters, bidirectional and zero-width marks, unassigned code points; of a name that is not
+    UTF-8 the bytes. Spaces of other widths become plain ones. Letters of every language stay.
 
     Args:
         text: any value; `str` of it is used.
@@ -25,12 +26,12 @@ def printable(text: object, limit: int = 4000) -> str:
 
 
 def _visible(character: str) -> str:
-    if character.isspace():
-        return " "
     if character.isprintable():
         return character
-    if "\udc80" <= character <= "\udcff":  # a byte of a file name that is not UTF-8
+    if "\udc80" <= character <= "\udcff":  # a byte that was no UTF-8, by surrogateescape
         return f"\\x{ord(character) - 0xDC00:02x}"
+    if unicodedata.category(character) == "Zs":
+        return " "
     return character.encode("unicode_escape").decode("ascii")
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -371,9 +372,11 @@ def usage(to: str, file: str, network: LoadedEncoder) -> str:
             ".eval()"
         )
     if to == "huggingface":
-        return f"import timm\nmodel = timm.create_model('local-dir:{file}', pretrained=True).eval()"
+        name = f"local-dir:{file}"
+        return f"import timm\nmodel = timm.create_model({name!r}, pretrained=True).eval()"
     if to == "upstream-moco":
-        return f"python main_lincls.py -a {arch} --pretrained {file} ...  # facebookresearch/moco"
+        path = shlex.quote(file)
+        return f"python main_lincls.py -a {arch} --pretrained {path} ...  # facebookresearch/moco"
     if to == "detectron2":
         _, mean, std = image_settings(network.encoder, network.info)
         resnet = network.encoder

@@ -13,7 +13,8 @@ from moco.printable import markdown, markdown_code, printable
 FOREIGN = [
     ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
     ("\x1b]0;title\x07\x9b2J\x08\x7f", r"\x1b]0;title\x07\x9b2J\x08\x7f"),
-    ("one\ntwo\r\nthree\x0bfour\x85five\u2028six\u2029", "one two  three four five six "),
+    ("one\ntwo\r\n\tthree\x0b\x85\u2028\u2029", r"one\ntwo\r\n\tthree\x0b\x85\u2028\u2029"),
+    ("a\xa0b\u3000c", "a b c"),
     ("\u202egnp.exe\u2066\u200f", r"\u202egnp.exe\u2066\u200f"),
     ("caf\udce9\ud800", r"caf\xe9\ud800"),
     ("a\u200bb\ufeffc\u00ad", r"a\u200bb\ufeffc\xad"),
@@ -48,7 +49,7 @@ def test_any_value_and_no_more_than_the_limit():
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        ("a\n# Title", "a # Title"),
+        ("a\n# Title", r"a\\n# Title"),
         ("<script>x</script>", "&lt;script&gt;x&lt;/script&gt;"),
         ("<!-- hidden", "&lt;!-- hidden"),
         ("[a](http://x) ![b](y)", r"\[a\](http://x) !\[b\](y)"),
@@ -65,7 +66,7 @@ def test_markdown_shows_the_text_itself(text, shown):
 
 
 def test_a_code_span_cannot_be_left():
-    assert markdown_code("a` <b> | `c*_\n") == r"a' \x3cb> / 'c*_"
+    assert markdown_code("a` <b> | `c*_\n") == r"a' \x3cb> / 'c*_\n"
 
 
 @pytest.mark.parametrize("kind", [CheckpointError, DataError, TrainingError, OSError])

@@ -130,30 +130,22 @@ def nothing_but(folder: Path, *names: str) -> bool:
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def first(pretrained, tmp_path_factory) -> dict[str, Path]:
-    """The pretraining checkpoint in each format that can be read again."""
-    folder = tmp_path_factory.mktemp("first")
-    found = {}
-    for to in FORMATS[:-1]:
-        suffix = {"detectron2": ".pkl", "upstream-moco": ".pth.tar", "huggingface": ""}
-        found[to] = folder / f"{to}{suffix.get(to, '.pth')}"
-        run(pretrained, found[to], "--to", to)
-    return found
-
-
-@pytest.mark.parametrize("b", FORMATS)
-@pytest.mark.parametrize("a", FORMATS[:-1])
-def test_features_survive_every_pair_of_formats(a, b, first, features, tmp_path):
-    source = weights(first[a])
-    assert torch.equal(features_of(source), features), a
-    run(source, "--to", b, tmp_path / {"detectron2": "x.pkl", "onnx": "x.onnx",
-        "upstream-moco": "x.pth.tar", "huggingface": "x"}.get(b, "x.pth"))  # fmt: skip
-    (made,) = tmp_path.iterdir()
-    if b == "onnx":
-        torch.testing.assert_close(onnx_features(made), features, rtol=1e-4, atol=1e-4)
-    else:
-        assert torch.equal(features_of(weights(made)), features)
+def test_features_survive_each_format_after_the_other(pretrained, features, tmp_path):
+    """Every one is made of another, and read by the next."""
+    source = pretrained
+    for to, name in (
+        ("timm", "a.pth"),
+        ("detectron2", "a.pkl"),
+        ("upstream-moco", "a.pth.tar"),
+        ("huggingface", "a"),
+        ("torchvision", "a.safetensors"),
+    ):
+        run(source, "--to", to, name)
+        source = weights(tmp_path / name)
+        assert torch.equal(features_of(source), features), to
+    run(source, "--to", "onnx", "a.onnx")
+    found = onnx_features(tmp_path / "a.onnx")
+    torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.long
@@ -413,7 +405,7 @@ def test_default_names_are_beside_the_source_and_never_overwrite(tmp_path, capsy
         ("in.pth in.pth --to timm --overwrite", "OUT is IN"),
         ("in.pth folder --to huggingface --overwrite", "folder that exists"),
         ("in.pth a.pth --to timm --head linear", "--head is for --to onnx"),
-        ("no\x1b[2J\nsuch.pth --to timm", r"no such checkpoint: no\x1b[2J such.pth"),
+        ("no\x1b[2J\nsuch.pth --to timm", r"no such checkpoint: no\x1b[2J\nsuch.pth"),
     ],
 )  # fmt: skip
 def test_what_can_be_refused_at_once(argv, said, tmp_path, capsys):

@@ -61,8 +61,12 @@ def published(run_of) -> Path:
 
 @pytest.fixture
 def copy(published, tmp_path) -> Path:
-    shutil.copytree(published, tmp_path / "copy")
-    return tmp_path / "copy"
+    """A release to tamper with. Files with weights share their bytes with the original."""
+
+    def link_or_copy(source: str, target: str) -> None:
+        (os.link if WEIGHTS.search(source) else shutil.copy)(source, target)
+
+    return shutil.copytree(published, tmp_path / "copy", copy_function=link_or_copy)
 
 
 def sum_again(folder: Path) -> None:
@@ -288,6 +292,7 @@ def test_a_flipped_byte_a_missing_and_an_unlisted_file_are_named(copy, capsys):
     path = weights_of(copy, "full", "safetensors")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
+    path.unlink()
     path.write_bytes(data)
     found = findings(copy, capsys)
     assert path.name in found and "damaged" in found
@@ -406,7 +411,7 @@ def test_words_may_be_added_to_the_card(copy, capsys):
         (lambda f: (f / "dangling\x1b").symlink_to("nowhere"), r"dangling\x1b is a symbolic link"),
         (lambda f: os.mkfifo(f / "pipe"), "pipe is neither a file nor a folder"),
         (lambda f: (f / "/".join("a" * 900)).mkdir(parents=True), "more than 4 folders deep"),
-        (lambda f: (f / "x\ny\x1b[2J\udce9").write_text(""), r"x y\x1b[2J\udce9 is not in SHA"),
+        (lambda f: (f / "x\ny\x1b[2J\udce9").write_text(""), r"x\ny\x1b[2J\xe9 is not in SHA"),
     ],
 )  # fmt: skip
 def test_what_no_release_holds_is_refused_in_one_line(make, said, copy, capsys):
@@ -451,6 +456,7 @@ def test_text_from_files_is_no_markup_and_no_terminal_sequence(run_of, tmp_path,
     assert "verified" in out and all(line.isprintable() for line in (out + err).splitlines())
 
     card = Path("out/README.md").read_text()
+    assert "    align(alpha) = mean_i" in card, "by the numbers, whatever the formula says"
     assert card.count("Owned") >= 10 and "\x1b" not in card and "\u202e" not in card
     titles = [line for line in card.splitlines() if line.startswith("#")]
     assert titles == ["# out", *(f"## {title}" for title in (
@@ -466,11 +472,11 @@ def test_text_from_files_is_no_markup_and_no_terminal_sequence(run_of, tmp_path,
         ), line
 
 
-@pytest.mark.parametrize("depth", [100, 600, 900])
+@pytest.mark.parametrize("depth", [600, 900])
 def test_deep_values_are_no_traceback(depth, copy, capsys):
     """Where Python's recursion ends differs between versions; what is left is one line at most."""
     deep = '{"a": ' * depth + "1" + "}" * depth
-    for file in ("args.json", "lincls/lincls.json", "align_uniform.json", "config.json"):
+    for file in ("args.json", "align_uniform.json", "config.json"):
         edit(copy / file, "{", '{"deep": ' + deep + ", ")
         sum_again(copy)
         found = findings(copy, capsys)
