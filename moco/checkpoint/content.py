@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -65,8 +67,8 @@ def saved_args(content: dict) -> dict:
 
 
 def check_content(content: dict, path: Path) -> None:
-    """Refuse tensors that are larger than the file, and numbers that are not finite in what is
-    trained."""
+    """Refuse tensors that are larger than the file and, in what is trained, numbers that are not
+    finite and variances below zero."""
     size = path.stat().st_size
     trained = content
     if "state_dict" in content:
@@ -79,10 +81,40 @@ def check_content(content: dict, path: Path) -> None:
             raise damaged(path, f"{name} declares more numbers than the file holds")
         if total > _MOST_SHARING * size:
             raise damaged(path, "its tensors together declare more numbers than the file holds")
-        if keys[0] in trained and not _is_finite(tensor):
+        if keys[0] not in trained:
+            continue
+        lowest, highest = _range(tensor)
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise CheckpointError(
                 f"{path} holds NaN or infinity in {name}: its training had failed, or it is "
                 "damaged. Use an earlier checkpoint"
+            )
+        if name.endswith("running_var") and lowest < 0:
+            raise CheckpointError(
+                f"{path} holds a variance below zero in {name}: it is damaged. Use an earlier "
+                "checkpoint"
+            )
+
+
+def warn_of_numbers(state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """One warning that names the tensors of an encoder that no training leaves: weights or
+    variances that are all zero, or absurdly large ones."""
+    zero, large = [], []
+    for name, tensor in state.items():
+        lowest, highest = _range(tensor)
+        size = max(-lowest, highest)
+        is_variance = name.endswith("running_var")
+        if not size and (is_variance or tensor.dim() > 1) and tensor.numel():
+            zero.append(name)
+        if tensor.is_floating_point() and size > (1e12 if is_variance else 1e6):
+            large.append(f"{name} (up to {size:.0e})")
+    for names, what in ((zero, "nothing but zeros"), (large, "absurdly large numbers")):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warnings.warn(
+                f"{path} holds {what} in {', '.join(names[:3])}{more}: it is damaged, or its "
+                "training had failed",
+                stacklevel=4,
             )
 
 
@@ -101,13 +133,18 @@ def _tensors(value: object, keys: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
             yield from _tensors(item, (*keys, index))
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    if tensor.dtype not in _WITH_RANGE:
-        return bool(tensor.to(torch.complex64).isfinite().all())
-    lowest, highest = torch.aminmax(tensor)  # in one pass, and NaN where there is one
-    return bool(lowest.isfinite() and highest.isfinite())
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """The lowest and highest number, in one pass; NaN where there is one; 0 where there is none."""
+    if not tensor.numel() or tensor.dtype is torch.bool:
+        return 0.0, 0.0
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    elif tensor.is_floating_point() and tensor.dtype not in _WITH_RANGE:
+        tensor = tensor.float()
+    elif not tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_signed():
+        return 0.0, 0.0  # uint16 to uint64, which torch has few operations for
+    lowest, highest = torch.aminmax(tensor)
+    return float(lowest), float(highest)
 
 
 _WITH_RANGE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -21,10 +21,10 @@ from urllib.parse import unquote, urlsplit
 import torch.hub
 
 from moco import distributed
-from moco.checkpoint.files import read_unwarned, warn_of_old_format
+from moco.checkpoint.files import read_unwarned, warn_of
+from moco.checkpoint.hashes import check_hash, checked_digits, has_hash, hash_in_name
 from moco.errors import CheckpointError
 
-_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")  # as torch.hub writes and checks it
 _SILENCE = 60.0  # seconds without a byte until a server counts as gone
 # What a server or the way to it can do; any other OSError is of this machine's disk.
 _NETWORK = (
@@ -64,13 +64,13 @@ def read_url(url: str, sha256: str | None = None) -> dict:
     cached = folder / name
     # Several processes write files of their own; the last one to finish gives the name.
     temporary = folder / f".{uuid.uuid4().hex}.{name}"
-    is_new = not (cached.is_file() and _has_hash(cached, expected))
+    is_new = not (cached.is_file() and has_hash(cached, expected))
     try:
         if is_new:
             folder.mkdir(parents=True, exist_ok=True)
             _download(url, temporary)
             check_hash(temporary, expected, url)
-        content, is_unchecked = read_unwarned(temporary if is_new else cached)
+        content, unchecked = read_unwarned(temporary if is_new else cached)
         if is_new:
             os.replace(temporary, cached)
     except CheckpointError as error:
@@ -87,30 +87,9 @@ def read_url(url: str, sha256: str | None = None) -> dict:
     finally:
         if temporary.exists():
             temporary.unlink()
-    if is_unchecked and expected is None:
-        warn_of_old_format(url)
+    if unchecked and expected is None:
+        warn_of(url, unchecked)
     return content
-
-
-def check_hash(path: Path, expected: str | None, called: object) -> None:
-    """Raise CheckpointError unless the file's SHA-256 begins with `expected` (None: any)."""
-    if not _has_hash(path, expected):
-        raise CheckpointError(
-            f"{called} has SHA-256 {_sha256(path)}, expected {expected}...: it is another file, "
-            f"was changed, or did not arrive whole ({path.stat().st_size} bytes); download it "
-            "again, and compare with the hash that its author gives"
-        )
-
-
-def checked_digits(sha256: str | None) -> str | None:
-    """A hash as users give it, in lower case.
-
-    Raises:
-        ValueError: not 8 to 64 hexadecimal digits.
-    """
-    if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
-        raise ValueError(f"sha256 must be 8 to 64 hexadecimal digits, got {sha256!r}")
-    return sha256 and sha256.lower()
 
 
 def _name_and_hash(url: str, sha256: str | None) -> tuple[str, str | None]:
@@ -128,9 +107,7 @@ def _name_and_hash(url: str, sha256: str | None) -> tuple[str, str | None]:
         )
     if not host or name in ("", "..") or not name.isprintable() or len(name.encode()) > 150:
         raise CheckpointError(f"{url} does not name a file; give the address of the checkpoint")
-    expected, in_name = checked_digits(sha256), _HASH_IN_NAME.search(name)
-    if in_name and expected is None:
-        expected = in_name[1]
+    expected = checked_digits(sha256) or hash_in_name(name)
     if expected is None:
         stem, dot, rest = name.partition(".")
         name = f"{stem}@{hashlib.sha256(url.encode()).hexdigest()[:8]}{dot}{rest}"
@@ -157,12 +134,3 @@ def _download(url: str, path: Path) -> None:
         ) from error
     finally:
         socket.setdefaulttimeout(before)
-
-
-def _has_hash(path: Path, expected: str | None) -> bool:
-    return expected is None or _sha256(path).startswith(expected)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from moco.checkpoint.content import saved_args
-from moco.checkpoint.download import check_hash, checked_digits, is_url, read_url
+from moco.checkpoint.content import saved_args, warn_of_numbers
+from moco.checkpoint.download import is_url, read_url
 from moco.checkpoint.files import read_checkpoint
+from moco.checkpoint.hashes import checked_digits
 from moco.checkpoint.layouts import PRETRAINING, Source, find_encoder
 from moco.encoders import (
     build_head,
@@ -99,9 +100,7 @@ def _read(path: str | os.PathLike, sha256: str | None) -> dict:
     path = Path(path)
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
-    content = read_checkpoint(path)
-    check_hash(path, sha256, path)
-    return content
+    return read_checkpoint(path, sha256=sha256)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -164,6 +163,7 @@ def _fill(encoder: nn.Module, state: dict[str, Tensor], path: str | os.PathLike)
             raise CheckpointError(
                 f"{path}: {key} holds {state[key].dtype}, expected {tensor.dtype}"
             )
+    warn_of_numbers({key: state[key] for key in wanted}, path)
     for key in wanted:  # in place of a new dict: this one knows the versions of its modules
         wanted[key] = state[key]
     encoder.load_state_dict(wanted)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from moco.checkpoint.content import check_content, checksum
 from moco.checkpoint.formats import ABOUT, read_arrays, read_old, read_safetensors, read_zip
+from moco.checkpoint.hashes import check_hash, check_name, checked_digits
 from moco.checkpoint.refusals import (
     RESAVE,
     ZIP,
@@ -107,8 +108,10 @@ def write_safetensors(path: str | os.PathLike, state: dict[str, Tensor], about: 
     said = json.dumps({"version": FORMAT_VERSION, **about}, sort_keys=True, allow_nan=False)
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
+        for name, tensor in sorted(state.items())
     }
+    said = json.loads(said)  # as it will be read
+    said = json.dumps({**said, "checksum": checksum({**said, "state_dict": copies})})
     data = memoryview(save(copies, {"format": "pt", ABOUT: said}))
     # The package leaves the order of the metadata to chance, and a file's name carries its hash.
     start = 8 + int.from_bytes(data[:8], "little")
@@ -146,39 +149,73 @@ class _Sink:
 # ------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: str | os.PathLike, *, sha256: str | None = None) -> dict:
     """Read a checkpoint or state dict of any origin onto the CPU, without running code from it.
 
     Of detectron2's pickles the arrays come as tensors; of this project's safetensors the tensors
-    come under `state_dict`, beside what the file says about them.
+    come under `state_dict`, beside what the file says about them. Of objects beside the weights an
+    argparse.Namespace comes as a dict, numpy's numbers as numbers, others as their name in a text.
 
     What is checked: torch's zip format by the archive's own CRCs, which `torch.load` does not look
-    at; this project's files by their checksum too; the sizes that a file declares against what it
-    holds; weights and optimizer state for NaN and infinity. Torch's old format (before 1.6) has no
-    checksums, so a changed number goes unnoticed there: a warning says so. Nor have safetensors
-    and pickles: compare a hash that their author gives.
+    at; this project's files by their checksum too; a hash in the name (`name-<8 or more hex
+    digits>.pth`); the sizes that a file declares against what it holds; weights and optimizer state
+    for NaN and infinity, and variances for being negative. Torch's old format (before 1.6), other
+    projects' safetensors and pickles have no checksums, so a changed number goes unnoticed there: a
+    warning says so.
+
+    Args:
+        path: the file.
+        sha256: the hash that the file must have, or its first 8 digits or more; default: the one
+            in its name, if any.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, damaged, not finite, of a newer format, or one that wants
-            to run code. The message says what the file seems to be, what was expected and what to
-            do.
+        CheckpointError: not a checkpoint, damaged, not finite, of a newer format, of another hash,
+            or one that wants to run code. The message says what the file seems to be, what was
+            expected and what to do.
+        ValueError: `sha256` is no hash.
     """
-    path = Path(path)
-    content, is_unchecked = read_unwarned(path)
-    if is_unchecked:
-        warn_of_old_format(path)
+    path, sha256 = Path(path), checked_digits(sha256)
+    content, unchecked = read_unwarned(path)
+    if sha256 is not None:
+        check_hash(path, sha256, path)
+    elif not check_name(path) and unchecked:
+        warn_of(path, unchecked)
     return content
 
 
-def read_unwarned(path: Path) -> tuple[dict, bool]:
-    """`read_checkpoint` without its warning; and whether the warning would be due."""
+_RENAME = (
+    "Compare its SHA-256 with the one that its author gives; with its first 8 digits in the name "
+    "(NAME-<digits>.ext) it is checked each time"
+)
+_UNCHECKED = {
+    "old": (
+        "is in torch's old format, which has no checksums",
+        "To have checksums from now on, load it with torch.load(FILE, weights_only=True) and "
+        "torch.save it again",
+    ),
+    "safetensors": ("is a safetensors file without a checksum", _RENAME),
+    "arrays": ("is a pickle of arrays, which has no checksum", _RENAME),
+}
+
+
+def warn_of(name: object, kind: str) -> None:
+    what, remedy = _UNCHECKED[kind]
+    warnings.warn(
+        f"{name} {what}: only its structure could be checked, changed numbers go unnoticed. "
+        f"{remedy}",
+        stacklevel=3,
+    )
+
+
+def read_unwarned(path: Path) -> tuple[dict, str | None]:
+    """`read_checkpoint` without hash and warning; and the kind of file that a warning is due of."""
     if path.is_dir():
         raise FileNotFoundError(f"no such checkpoint: {path} is a folder; give a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
-        content, is_old = _read(path)
+        content, unchecked = _read(path)
         check_content(content, path)
         expected = content.pop("checksum", None)
         if expected is not None and expected != checksum(content):
@@ -198,39 +235,29 @@ def read_unwarned(path: Path) -> tuple[dict, bool]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise damaged(path, f"{type(error).__name__}: {first_sentence(error)}") from error
-    return content, is_old and expected is None
+    return content, unchecked if expected is None else None
 
 
-def _read(path: Path) -> tuple[dict, bool]:
-    """The content, of a version that this code knows; whether it is in torch's old format."""
+def _read(path: Path) -> tuple[dict, str | None]:
+    """The content, of a version that this code knows; the kind of file if it has no checksums."""
     with open(path, "rb") as file:
         head = file.read(512)
     refuse_other_files(path, head)
-    is_old = False
     if path.suffix == ".safetensors":
-        content = read_safetensors(path)
+        content, unchecked = read_safetensors(path), "safetensors"
     elif head.startswith(ZIP):
-        content = read_zip(path)
+        content, unchecked = read_zip(path), None
     elif _OLD in head[:32]:
-        content, is_old = read_old(path), True
+        content, unchecked = read_old(path), "old"
     else:
-        content = read_arrays(path)
+        content, unchecked = read_arrays(path), "arrays"
     if isinstance(content, Inert):
         raise unsafe(path, content.strip("<>"))
     if not isinstance(content, dict):
         what = f"holds a {type(content).__name__} instead of a dict"
         raise not_a_checkpoint(path, what, RESAVE)
     _check_version(content, path)
-    return content, is_old
-
-
-def warn_of_old_format(name: object) -> None:
-    warnings.warn(
-        f"{name} is in torch's old format, which has no checksums: only its structure could be "
-        "checked, changed numbers go unnoticed. To have checksums from now on, load it with "
-        "torch.load(FILE, weights_only=True) and torch.save it again",
-        stacklevel=3,
-    )
+    return content, unchecked
 
 
 def _check_version(content: dict, path: Path) -> None:

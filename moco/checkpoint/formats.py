@@ -262,4 +262,4 @@ def read_safetensors(path: Path) -> dict:
     about = json.loads(said)
     if not isinstance(about, dict):
         raise CheckpointError(f"{path}: its metadata {ABOUT} is no JSON object")
-    return {**about, "state_dict": state}
+    return {**about, "state_dict": dict(sorted(state.items()))}  # in the checksum's order

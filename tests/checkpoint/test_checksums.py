@@ -1,0 +1,170 @@
+"""Damage that a format does not show: own checksums, hashes in names, numbers that cannot be."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint, write_safetensors
+from moco.encoders import build_encoder
+from moco.errors import CheckpointError
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {name: t.clone() for name, t in build_encoder("resnet8", 10).state_dict().items()}
+
+
+def write_arrays(path: Path, state: dict[str, Tensor]) -> None:
+    names = {name: f"stem.{name}".replace("stem.bn1", "stem.conv1.norm") for name in state}
+    arrays = {names[name]: tensor.numpy() for name, tensor in state.items()}
+    path.write_bytes(pickle.dumps({"model": arrays}))
+
+
+def write_old(path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+# Files without checksums: suffix, how they are written, what the warning calls them.
+FOREIGN = {
+    "safetensors": (".safetensors", lambda path, state: save_file(state, path), "a safetensors"),
+    "arrays": (".pkl", write_arrays, "a pickle of arrays"),
+    "old": (".pth", write_old, "torch's old format"),
+}
+
+
+def test_own_safetensors_are_never_read_with_other_content(state: dict, tmp_path: Path) -> None:
+    """One flipped bit anywhere, and text of the metadata that is still JSON."""
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, state, {"arch": "resnet8", "args": {"lr": 0.1, "sizes": (1, 2)}})
+    right, whole = read_checkpoint(path), path.read_bytes()
+    assert right["args"] == {"lr": 0.1, "sizes": [1, 2]} and "checksum" not in right
+    rng = random.Random(0)
+    changed = [whole.replace(b"0.1", b"0.2"), whole.replace(b"resnet8", b"resnet9")]
+    for at in [*rng.sample(range(len(whole)), 150), *range(0, 9000, 90)]:
+        changed.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
+    refused = 0
+    for data in changed:
+        path.write_bytes(data)
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                found = read_checkpoint(path)
+        except CheckpointError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            refused += 1
+            continue
+        # The name of the metadata itself: then it is another's file, and the load says so.
+        state_dict = found if said else found["state_dict"]
+        if not said:
+            assert found.keys() == right.keys() and found["args"] == right["args"]
+        assert all(torch.equal(t, right["state_dict"][name]) for name, t in state_dict.items())
+    assert refused > len(changed) * 0.8
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_files_without_checksums_say_so_once(kind: str, state: dict, tmp_path: Path) -> None:
+    suffix, write, said = FOREIGN[kind]
+    write(path := tmp_path / f"a{suffix}", state)
+    with pytest.warns(UserWarning, match=f"^{path} is .*{said}.*changed numbers") as warned:
+        read_checkpoint(path)
+    assert len(warned) == 1 and "\n" not in str(warned[0].message)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    with warnings.catch_warnings(action="error"):  # with a hash all has been checked
+        read_checkpoint(path, sha256=digest[:8])
+        for digits in (digest[:8], digest[:10].upper(), digest):
+            read_checkpoint(path.rename(path := tmp_path / f"a-{digits}{suffix}"))
+
+
+@pytest.mark.parametrize("name", ["a-0123abcd.pth", "a-0123ABCD45.pth.tar", "x-y-00000000.pth"])
+def test_another_hash_in_a_name_is_refused(name: str, state: dict, tmp_path: Path) -> None:
+    write_checkpoint(path := tmp_path / name, {"arch": "resnet8", "state_dict": state})
+    for read in (read_checkpoint, load_encoder):
+        with pytest.raises(CheckpointError) as caught:
+            read(path)
+        message = str(caught.value)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert f"{path} has SHA-256 {digest}, expected" in message and "\n" not in message
+        assert "if the digits in its name are no hash, rename it" in message
+        read(path, sha256=digest)  # who knows the hash is believed
+
+
+@pytest.mark.parametrize(
+    "name", ["a-20260722.pth", "a-1234567.pth", "a_0123abcd.pth", "0123abcd.pth"]
+)
+def test_names_that_hold_no_hash(name: str, state: dict, tmp_path: Path) -> None:
+    write_checkpoint(path := tmp_path / name, {"arch": "resnet8", "state_dict": state})
+    assert load_encoder(path)[1]["arch"] == "resnet8"
+
+
+WRITERS = {
+    "ours": lambda path, state: write_checkpoint(path, {"state_dict": state}),
+    "safetensors": lambda path, state: save_file(state, path),
+    "own safetensors": lambda path, state: write_safetensors(path, state, {}),
+    "arrays": write_arrays,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*only its structure")
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    ("name", "number", "said"),
+    [
+        ("layer1.0.bn2.running_var", -0.5, "a variance below zero in"),
+        ("layer1.0.bn2.running_var", float("nan"), "NaN or infinity in"),
+        ("layer2.0.conv1.weight", float("inf"), "NaN or infinity in"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_by_name(
+    name: str, number: float, said: str, writer: str, state: dict, tmp_path: Path
+) -> None:
+    state[name].view(-1)[3] = number
+    suffix = {"ours": ".pth", "arrays": ".pkl"}.get(writer, ".safetensors")
+    WRITERS[writer](path := tmp_path / f"a{suffix}", state)
+    with pytest.raises(CheckpointError) as caught:
+        load_encoder(path)
+    assert f"{path} holds {said}" in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "said"),
+    [
+        ("layer2.0.conv1.weight", 0.0, "nothing but zeros"),
+        ("bn1.running_var", 0.0, "nothing but zeros"),
+        ("layer2.0.conv1.weight", 1e30, "absurdly large numbers"),
+        ("layer2.0.conv1.weight", -1e30, "absurdly large numbers"),
+        ("bn1.bias", 1e9, "absurdly large numbers"),
+        ("bn1.running_mean", 1e9, "absurdly large numbers"),
+        ("bn1.running_var", 1e20, "absurdly large numbers"),
+    ],
+)
+def test_numbers_that_training_does_not_leave_are_warned_of(
+    name: str, number: float, said: str, state: dict, tmp_path: Path
+) -> None:
+    if number:
+        state[name].view(-1)[3] = number
+    else:
+        state[name].zero_()
+    torch.save(state, path := tmp_path / "a.pth")
+    with pytest.warns(UserWarning, match=f"^{path} holds {said} in {name}.*damaged") as warned:
+        load_encoder(path)
+    assert len(warned) == 1
+
+
+def test_ordinary_numbers_are_not_warned_of(state: dict, tmp_path: Path) -> None:
+    """A residual branch that starts at zero, a head of zeros, averages of images up to 255."""
+    for name in ("layer1.0.bn2.weight", "bn1.bias", "bn1.running_mean", "fc.weight"):
+        state[name].zero_()
+    state["bn1.running_var"].fill_(1e7)
+    torch.save(state, path := tmp_path / "a.pth")
+    with warnings.catch_warnings(action="error"):
+        load_encoder(path)
