@@ -33,6 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
+from moco.config import check_image_statistics
 from moco.data.images import DATASETS
 from moco.evaluate.extraction import LAYERS, Loading, folder_features, load_image_encoder
 from moco.evaluate.feature_files import SUFFIXES, write_features
@@ -87,7 +88,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             flag = name.replace("_", "-")
             parser.error(f"--{flag} must be at least {smallest}, got {value}")
     try:
-        cli.check_image_statistics(args.mean or (), args.std or ())
+        check_image_statistics(args.mean or (), args.std or ())
         args.device = visible_devices(args.device, None)[0]
     except ValueError as error:
         parser.error(str(error))

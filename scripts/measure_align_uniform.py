@@ -28,8 +28,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
+from moco.config import IMAGENET_MEAN, IMAGENET_STD, check_image_statistics
 from moco.data.images import DATASETS
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD
 from moco.evaluate.extraction import LAYERS, Loading, load_image_encoder
 from moco.evaluate.measure import HeldOut, Quantities, measure_encoder, measure_features
 from moco.launch import usable_cores, visible_devices
@@ -137,7 +137,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"no such folder for --out: {args.out.parent}")
     if args.mean or args.std:
         try:
-            cli.check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
+            check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
         except ValueError as error:
             parser.error(str(error))
 

@@ -18,8 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import checkpoint, cli
+from moco.config import IMAGENET_MEAN, IMAGENET_STD, check_image_statistics
 from moco.data.images import DATASETS, open_images
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, pretrain_recipe
+from moco.data.views import pretrain_recipe
 from moco.evaluate.extraction import Loading
 from moco.evaluate.supervised import train_supervised
 from moco.launch import visible_devices
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.out.parent.is_dir() or args.out.exists():
         parser.error(f"{args.out} must be a new file in a folder that is there")
     try:
-        cli.check_image_statistics(args.mean, args.std)
+        check_image_statistics(args.mean, args.std)
         device = visible_devices(args.device, None)[0]
     except ValueError as error:
         parser.error(str(error))

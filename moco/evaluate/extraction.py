@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco import checkpoint, encoders
-from moco.checkpoint.layouts import find_encoder
+from moco.checkpoint.layouts import named_tensors
 from moco.checkpoint.presentation import image_settings
-from moco.data import loader
+from moco.data import samples
 from moco.data.images import FolderImages, Images, Subset, open_images, split_folder
 from moco.data.subsets import image_names
 from moco.data.views import eval_transform, normalize, pretrain_recipe
@@ -146,7 +146,7 @@ def _load_timm(name: str, path: str) -> ImageEncoder:
     module = timm.create_model(name, pretrained=False, num_classes=0).eval()
     content = checkpoint.read_checkpoint(path)
     # The average of the weights, which timm prefers too.
-    state = find_encoder(content.get("model_ema", content), path).state
+    state, _ = named_tensors(content.get("model_ema", content), path)
     wanted = module.state_dict()
     missing = [key for key in wanted if key not in state]
     shapes = {
@@ -223,11 +223,11 @@ def extract(
     """
     encoder.module.to(loading.device)
     if views == 1:
-        dataset = loader.PlainImages(images, eval_transform(encoder.image_size))
+        dataset = samples.PlainImages(images, eval_transform(encoder.image_size))
         keys = range(len(images))
     else:
         recipe = pretrain_recipe(encoder.image_size, **encoder.augmentation)
-        dataset = loader.AugmentedViews(images, recipe, seed=seed, views=views)
+        dataset = samples.AugmentedViews(images, recipe, seed=seed, num_views=views)
         keys = [(0, index) for index in range(len(images))]
     batches = DataLoader(
         dataset,

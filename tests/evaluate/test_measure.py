@@ -284,7 +284,7 @@ def test_refusals(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
         ([moco_file, data, "--std", 0, 1, 1], 2, "std"),
         ([moco_file, data, "--out", tmp_path / "no" / "o.json"], 2, "no such folder for --out"),
         ([tmp_path / "no.pth", data], 1, "no such checkpoint"),
-        ([data / "val" / "class_0" / "000.png", data], 1, "PNG image"),
+        ([data / "val" / "class_0" / "000.png", data], 1, "as torch.save writes it"),
         ([moco_file, one], 1, "at least 2"),
         ([moco_file, empty], 1, "no images in"),
         ([moco_file, broken], 1, "001.png"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import finish, refusal, start_python
-from runs.test_compare_runs import ALIGN, NCE, make_measure, make_probe, make_run
+from run_folders import ALIGN, NCE, make_measure, make_probe, make_run
 
 from moco.evaluate import feature_figures
 from scripts import plot_features
