@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -319,7 +320,7 @@ def _spawned(local_rank, first_rank, world, url, backend, timeout, worker, devic
 def _run(rank, world, dist_url, backend, timeout, worker, device, args) -> None:
     distributed.set_timeout(timeout)
     _set_device(device)
-    with report_user_errors(), _one_line_meeting(rank, world, dist_url):
+    with report_user_errors(), _one_line_meeting(rank, world, dist_url, timeout):
         _meet(rank, world, dist_url, backend, timeout, device)
     try:
         worker(device, args)
@@ -355,21 +356,34 @@ def _meet(rank, world, dist_url, backend, timeout, device) -> None:
 
 
 @contextlib.contextmanager
-def _one_line_meeting(rank: int, world: int, dist_url: str) -> Iterator[None]:
-    """What keeps processes from meeting, as an error for the user."""
-    try:
-        yield
-    except (RuntimeError, ValueError, OSError) as error:
-        where = dist_url
-        if dist_url == "env://":
-            names = ("MASTER_ADDR", "MASTER_PORT")
-            where = " ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
-        reason = " ".join(str(error).split())[:200]
-        raise TrainingError(
+def _one_line_meeting(rank: int, world: int, dist_url: str, timeout: timedelta) -> Iterator[None]:
+    """What keeps processes from meeting, as an error for the user, within the time-out."""
+    where = dist_url
+    if dist_url == "env://":
+        names = ("MASTER_ADDR", "MASTER_PORT")
+        where = " ".join(f"{name}={os.environ.get(name, '(not set)')}" for name in names)
+
+    def error(reason: str) -> TrainingError:
+        return TrainingError(
             f"rank {rank} of {world} could not meet the others at {where}: {reason}; all ranks "
             "need the same address, a port that nothing else uses, and to start within "
             "--timeout-minutes"
-        ) from error
+        )
+
+    def give_up() -> None:  # torch waits for ever for what accepts connections and says nothing
+        with contextlib.suppress(SystemExit), report_user_errors():
+            raise error("no answer")
+        os._exit(1)
+
+    watch = threading.Timer(timeout.total_seconds() + 5, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as caught:
+        raise error(" ".join(str(caught).split())[:200]) from caught
+    finally:
+        watch.cancel()
 
 
 def _leave(error: BaseException) -> NoReturn:

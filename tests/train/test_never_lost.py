@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 
 import pytest
 from harness import (
@@ -192,3 +193,21 @@ loop.train_step = fails
     assert "a fault of one rank alone" in ranks.output(1)
     (line,) = [text for text in ranks.output(0).splitlines() if "error" in text]
     assert "rank 0 could not talk to the others in epoch 0, step 3" in line
+
+
+@pytest.mark.parametrize("says", ["nothing", "that the port is taken"])
+def test_ranks_that_cannot_meet_say_so_in_one_line(says, images, tmp_path) -> None:
+    """Something else listens on the port; rank 0 cannot, rank 1 gets no answer from it."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = f"import os; os.environ['MASTER_PORT'] = '{other.getsockname()[1]}'"
+        alone = f"{port}; os.environ['RANK'] == '0' and os._exit(0)"
+        flags = ["--timeout-minutes", 0.02]
+        before = alone if says == "nothing" else port
+        ranks = start(tmp_path / "run", images, *flags, processes=2, before=before)
+        assert ranks.wait() == ([0, 1] if says == "nothing" else [1, 1])
+    for rank in range(2 if says != "nothing" else 0):
+        (line,) = [text for text in ranks.output(rank).splitlines() if "error" in text]
+        assert f"rank {rank} of 2 could not meet the others at MASTER_ADDR=127.0.0.1" in line
+    assert "Traceback" not in ranks.output()
