@@ -40,6 +40,9 @@ class FolderLock:
 
     def __init__(self, folder: str | os.PathLike) -> None:
         self.path = Path(folder) / NAME
+        self._made = [
+            path for path in (self.path.parent, *self.path.parent.parents) if not path.exists()
+        ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.me = {
             "host": socket.gethostname(),
@@ -71,12 +74,19 @@ class FolderLock:
         return same and self.file.read() == json.dumps(self.me)
 
     def release(self) -> None:
-        """Let another process have the folder."""
-        if not self.file.closed:
-            self._ended.set()
+        """Let another process have the folder; folders that were made for nothing else go again."""
+        if self.file.closed:
+            return
+        self._ended.set()
+        if self._made and [path.name for path in self.path.parent.iterdir()] == [NAME]:
+            self.path.unlink()
+            with contextlib.suppress(OSError):  # somebody has put something into one of them
+                for folder in self._made:
+                    folder.rmdir()
+        else:
             self.file.seek(0)
             self.file.truncate()
-            self.file.close()
+        self.file.close()
 
     def __enter__(self) -> FolderLock:
         return self

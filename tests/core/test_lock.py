@@ -51,6 +51,19 @@ def test_a_holder_that_was_killed_is_taken_over(holder, tmp_path) -> None:
         assert mine.is_held()
 
 
+def test_folders_that_were_made_for_nothing_go_again(tmp_path) -> None:
+    folder = tmp_path / "results" / "run"
+    with FolderLock(folder):
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
+    with FolderLock(folder):
+        (folder / "args.json").touch()
+    assert {path.name for path in folder.iterdir()} == {lock.NAME, "args.json"}
+    (tmp_path / "mine").mkdir()
+    FolderLock(tmp_path / "mine").release()
+    assert (tmp_path / "mine" / lock.NAME).exists(), "it was there before"
+
+
 def test_a_holder_sees_that_its_file_is_gone_or_another_one(tmp_path) -> None:
     with FolderLock(tmp_path) as mine:
         for _ in range(3):

@@ -189,11 +189,11 @@ def work(device, args):
         tensor.copy_(before)
     swapped = moco.queue.t()[[1, 0]] if distributed.rank() == 1 else moco.queue.t()[[0, 1]]
     moco.queue.t()[:2] = swapped
-    guards.stop_if_ranks_differ(tensors, 6)
-try:
-    launch(work, None, devices=[torch.device("cpu")])
-except TrainingError as error:
-    print("swapped", error, flush=True)
+    try:
+        guards.stop_if_ranks_differ(tensors, 6)
+    except TrainingError as error:
+        print("swapped", error, flush=True)
+launch(work, None, devices=[torch.device("cpu")])
 """
 
 

@@ -437,9 +437,8 @@ def test_a_corrupt_image_ends_a_real_process_in_one_line(data, tmp_path):
 
 def test_run_folder(run):
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
-    assert names == {
-        "args.json", "log.jsonl", "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"
-    }  # fmt: skip
+    saved = {"checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"}
+    assert names == {".lock", "args.json", "log.jsonl", *saved}
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
     facts = json.loads((run / "args.json").read_text())
     assert facts["objective"] == DEFAULT_OBJECTIVE
