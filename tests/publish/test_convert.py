@@ -311,6 +311,7 @@ def test_huggingface_folder_is_one_that_timm_writes(classes, pretrained, classif
     assert list(data["mean"]) == ([0.485, 0.456, 0.406] if classes else MEAN)
     assert list(data["input_size"]) == ([3, 224, 224] if classes else [3, 64, 64])
     assert data["interpolation"] == "bilinear"
+    assert data["crop_pct"] == (0.875 if classes else 1.0)  # as main_lincls.py crops
 
 
 def test_onnx_of_any_batch_and_size_says_no_more_than_it_should(pretrained, tmp_path, capfd):
