@@ -12,7 +12,7 @@ try:
     import matplotlib  # noqa: F401
 except ImportError:
     message = "align_uniform.figures needs the package matplotlib: pip install matplotlib"
-    raise ImportError(message, name="matplotlib") from None
+    raise ModuleNotFoundError(message, name="matplotlib") from None
 
 from align_uniform.figures.circle import Features, feature_map, figure_3, figure_4
 from align_uniform.figures.densities import (
