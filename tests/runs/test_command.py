@@ -58,7 +58,12 @@ def family(tmp_path, processes):
     [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGHUP, 75), (signal.SIGINT, 130)],
 )
 def test_a_request_to_stop_is_handed_on(number, status, family, processes, tmp_path) -> None:
-    process = family(generations=2)
+    # Children inherit what pytest was started with, and under nohup a hang-up is ignored.
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        process = family(generations=2)
+    finally:
+        signal.signal(number, before)
     process.send_signal(number)
     _, err = process.communicate(timeout=processes.LIMIT)
     assert process.returncode == status and (tmp_path / "asked-15").exists()
