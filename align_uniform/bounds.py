@@ -16,6 +16,8 @@ import math
 
 import torch
 
+from align_uniform._checks import check_positive
+
 
 def uniformity_infimum(dim: int, t: float = 2) -> float:
     """Least uniformity of any distribution on the unit sphere in `dim` dimensions.
@@ -38,7 +40,7 @@ def uniformity_infimum(dim: int, t: float = 2) -> float:
     """
     if not dim >= 2 or dim % 1 != 0:  # NaN and infinity are no whole numbers either
         raise ValueError(f"dim must be a whole number of at least 2, got {dim!r}")
-    _check_t(t)
+    check_positive(t, "t")
     return -2 * t + log_hyp0f1(dim / 2, torch.tensor(t * t, dtype=torch.float64)).item()
 
 
@@ -123,11 +125,6 @@ def remove_self_pairs(value: float, n: int) -> float:
             f"{-math.log(n):.6g}; is it one without them?"
         )
     return math.log1p(n / (n - 1) * math.expm1(value))
-
-
-def _check_t(t: float) -> None:
-    if not 0 < t < math.inf:
-        raise ValueError(f"t must be a positive finite number, got {t!r}")
 
 
 def _check_count(n: int) -> None:

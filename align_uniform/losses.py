@@ -1,12 +1,14 @@
 """The losses: alignment, uniformity (in the batch and against a queue) and MoCo's InfoNCE.
 
 Shapes: N batch on this rank, K queue, C feature dimension. `x, y, q, k` are (N, C) with unit rows,
-`queue` is (C, K) with unit columns. Unit length is the caller's business (`F.normalize`): checking
-it would make a GPU wait in every step. The equations hold as written for other lengths too, since
-squared distances are computed as |x|^2 + |y|^2 - 2<x, y>; only the published ranges do not.
+`queue` is (C, K) with unit columns. Unit length is the caller's business (`F.normalize`); lengths
+far from 1 are warned of once in a process. The equations hold as written for other lengths too,
+since squared distances are computed as |x|^2 + |y|^2 - 2<x, y>; only the published ranges do not.
 
 All losses return a float32 scalar (float64 for float64 input), under autocast as well: the error of
-bf16 products is 1 % in the alignment loss.
+bf16 products is 1 % in the alignment loss. They can be differentiated any number of times; for that
+the queue must still be what it was. torch.compile and torch.func's transforms refuse second
+derivatives of those that sweep.
 """
 
 from __future__ import annotations
@@ -19,10 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from align_uniform._checks import UnitLengthWarning, check_positive
+
 # Keys per block of a sweep: few enough for a block of scores (N x 2048) to be still in the cache
 # when its exponentials are taken and when it is multiplied back onto the keys, many enough for what
 # a block costs whatever its size. On a GPU that is the launches, so blocks are longer there.
 BLOCK_SIZE, GPU_BLOCK_SIZE = 2048, 16384
+
+_unit_length = UnitLengthWarning()
 
 # oneDNN's matrix product, which torch has in builds for x86 and shows in no public function.
 _ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -66,10 +72,13 @@ def align_loss(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
 
     The distance is the norm of the difference, not (2 - 2<x, y>)^(1/2): rounding makes the latter's
     base negative for about a fifth of all coincident float32 pairs, and its power NaN.
+    The second derivative is NaN where a pair coincides.
     """
     _check_features(x, "x")
     _check_features(y, "y", like=x)
-    _check_positive(alpha, "alpha")
+    check_positive(alpha, "alpha")
+    _unit_length.look_at(x, "x of align_loss")
+    _unit_length.look_at(y, "y of align_loss")
     if alpha < 1 and torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         raise ValueError(
             f"alpha={alpha:g} cannot be trained with: the slope of ||x - y||^alpha is infinite at "
@@ -98,9 +107,10 @@ def uniform_loss(x: Tensor, t: float = 2) -> Tensor:
         ValueError: for shapes, dtypes, N or t other than the above.
     """
     _check_features(x, "x")
-    _check_positive(t, "t")
+    check_positive(t, "t")
     if len(x) < 2:
         raise ValueError(f"uniform_loss needs at least 2 rows to make a pair, got {len(x)}")
+    _unit_length.look_at(x, "x of uniform_loss")
     return _log_sum_pairs(x, t) - math.log(len(x) * (len(x) - 1) / 2)
 
 
@@ -129,10 +139,11 @@ def uniform_loss_with_queue(
     """
     _check_features(q, "q")
     _check_queue(queue, q)
-    _check_positive(t, "t")
-    keys = queue.t().to(q.dtype)
-    per_query = _QueueLogSumExp.apply(q, keys, 2 * t, t, False) - t * q.square().sum(dim=1)  # (N,)
-    total, pairs = per_query.logsumexp(dim=0), float(len(q) * len(keys))
+    check_positive(t, "t")
+    _unit_length.look_at(q, "q of uniform_loss_with_queue")
+    _unit_length.look_at(_some_keys(queue), "queue of uniform_loss_with_queue")
+    per_query = _log_sum_keys(q, queue, 2 * t, t) - t * q.square().sum(dim=1)  # (N,)
+    total, pairs = per_query.logsumexp(dim=0), float(len(q) * queue.shape[1])
     if intra_batch and len(q) > 1:
         total = torch.logaddexp(total, _log_sum_pairs(q, t))
         pairs += len(q) * (len(q) - 1) / 2
@@ -159,9 +170,12 @@ def contrastive_loss(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
     _check_features(q, "q")
     _check_features(k, "k", like=q)
     _check_queue(queue, q)
-    _check_positive(tau, "tau")
+    check_positive(tau, "tau")
+    _unit_length.look_at(q, "q of contrastive_loss")
+    _unit_length.look_at(k, "k of contrastive_loss")
+    _unit_length.look_at(_some_keys(queue), "queue of contrastive_loss")
     positive = (q * k).sum(dim=1) / tau  # (N,)
-    negatives = _QueueLogSumExp.apply(q, queue.t().to(q.dtype), 1 / tau, 0.0, False)  # (N,)
+    negatives = _log_sum_keys(q, queue, 1 / tau, 0.0)  # (N,)
     # logaddexp(positive, negatives) - positive, without cancelling when the loss is small.
     return -F.logsigmoid(positive - negatives).mean()
 
@@ -191,13 +205,29 @@ def contrastive_rank(q: Tensor, k: Tensor, queue: Tensor) -> Tensor:
     return rank
 
 
+def _log_sum_keys(q: Tensor, queue: Tensor, scale: float, key_norm_weight: float) -> Tensor:
+    """log sum_j exp(scale * <q_i, queue_j> - w * |queue_j|^2) for every row of q: (N,)."""
+    swept = _QueueLogSumExp.apply(q, queue.t().to(q.dtype), scale, key_norm_weight, False)
+
+    def plain(q: Tensor, queue: Tensor) -> Tensor:
+        return _plain_log_sum_exp(q, queue.t().to(q.dtype), scale, key_norm_weight)
+
+    return _differentiable_again(swept, q, queue, plain)
+
+
 def _log_sum_pairs(x: Tensor, t: float) -> Tensor:
     """log sum_{i<j} exp(-t ||x_i - x_j||^2), for any N, in blocks."""
     one_side = _QueueLogSumExp.apply(x, x.detach(), 2 * t, t, True) - t * x.square().sum(dim=1)
     total = one_side.logsumexp(dim=0) - math.log(2)  # each pair stands in two rows
     # `one_side` moves x_i against constant x_j. Both ends of a pair move alike, so the whole
     # gradient is twice that one; the value stays.
-    return 2 * total - total.detach()
+    swept = 2 * total - total.detach()
+
+    def plain(x: Tensor, keys: Tensor) -> Tensor:
+        one_side = _plain_log_sum_exp(x, keys, 2 * t, t, skip_self=True)
+        return (one_side - t * x.square().sum(dim=1)).logsumexp(dim=0) - math.log(2)
+
+    return _differentiable_again(swept, x, x, plain)
 
 
 class _QueueLogSumExp(torch.autograd.Function):
@@ -212,10 +242,13 @@ class _QueueLogSumExp(torch.autograd.Function):
     on until backward. Two products of 2NKC flops each are the arithmetic limit.
 
     With `skip_self`, keys_i is left out of row i (keys are the rows of q themselves).
+
+    The gradient is known once only: what the losses return goes through `_DifferentiableAgain`.
     """
 
     @staticmethod
     def forward(ctx, q, keys, scale, key_norm_weight, skip_self):
+        ctx.set_materialize_grads(False)
         want_gradient = ctx.needs_input_grad[0]
         scaled = (scale * q).contiguous()
         # The running maximum starts at the least number, not at -inf: a row whose only key so far
@@ -246,8 +279,60 @@ class _QueueLogSumExp(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if grad is None:
+            return None, None, None, None, None
         (gradient,) = ctx.saved_tensors
         return grad.unsqueeze(1) * gradient, None, None, None, None
+
+
+def _differentiable_again(
+    swept: Tensor, x: Tensor, keys: Tensor, plain: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`swept`, and its derivatives of every order: see `_DifferentiableAgain`."""
+    if not swept.requires_grad or torch.compiler.is_compiling():  # compiled: one derivative only
+        return swept
+    return _DifferentiableAgain.apply(swept, x, keys, plain)
+
+
+class _DifferentiableAgain(torch.autograd.Function):
+    """A value that came out of a sweep, with its gradient; and higher derivatives without one.
+
+    To autograd the sweep's gradient is a constant: differentiated again it would be silently wrong.
+    So under `create_graph=True` the gradient is that of `plain(x, keys)` instead, the same value by
+    operations that autograd records, with all scores in memory. In an ordinary backward pass this
+    does nothing; the keys may have been overwritten by then, as they are not looked at.
+    """
+
+    @staticmethod
+    def forward(ctx, swept, x, keys, plain):
+        ctx.save_for_backward(x, keys)
+        ctx.plain = plain
+        return swept.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if not torch.is_grad_enabled():
+            return grad, None, None, None
+        x, keys = ctx.saved_tensors  # an error where they have been overwritten
+        with torch.autocast(x.device.type, enabled=False):
+            value = ctx.plain(x, keys)
+        (gradient,) = torch.autograd.grad(value, x, grad, create_graph=True)
+        return None, gradient, None, None
+
+
+def _plain_log_sum_exp(
+    q: Tensor, keys: Tensor, scale: float, key_norm_weight: float, skip_self: bool = False
+) -> Tensor:
+    """What `_QueueLogSumExp` computes, as one expression."""
+    scores = scale * (q @ keys.t()) - key_norm_weight * keys.square().sum(dim=1)
+    if skip_self:
+        scores = scores.masked_fill(torch.eye(len(q), dtype=torch.bool, device=q.device), -math.inf)
+    return scores.logsumexp(dim=1)
+
+
+def _some_keys(queue: Tensor) -> Tensor:
+    """At most 64 of the keys, (., C), from all over the queue."""
+    return queue[:, :: -(-queue.shape[1] // 64)].t()
 
 
 def _blocks(keys: Tensor) -> Iterator[Tensor]:
@@ -301,8 +386,3 @@ def _check_queue(queue: Tensor, q: Tensor) -> None:
         )
     if queue.requires_grad:
         raise ValueError("queue must not require a gradient: its keys are constants; detach it")
-
-
-def _check_positive(value: float, name: str) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise ValueError(f"{name} must be a positive finite number, got {value!r}")

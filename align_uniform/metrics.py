@@ -22,12 +22,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from align_uniform._checks import UNIT_TOLERANCE, check_positive
 from align_uniform.bounds import add_self_pairs, uniformity_infimum
-
-# Largest accepted | |x_i| - 1 |: well above the rounding of a normalisation in the given type, far
-# below any feature that was not normalised.
-_UNIT_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2}
-_UNIT_TOLERANCE[torch.bfloat16] = 3e-2
 
 _FLOAT64_ROWS, _FLOAT32_T = 4096, 8.0  # see above
 _LARGEST_INTERVAL_T = 170  # exp(-4t) is a normal float64
@@ -118,8 +114,7 @@ def _pair_powers(x: Tensor, y: Tensor, alpha: float, normalize: bool) -> Tensor:
         raise ValueError(
             f"x and y must pair up row by row, got shapes {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be a positive finite number, got {alpha!r}")
+    check_positive(alpha, "alpha")
     distances = [
         torch.linalg.vector_norm(a.double() - b.double(), dim=1)
         for a, b in zip(x.split(65536), y.split(65536), strict=True)
@@ -297,7 +292,7 @@ def uniformity_interval(
             a resample without the nearest pair can have a potential of 0.
     """
     _check_bootstrap(confidence, resamples)
-    _check_t(t)
+    check_positive(t, "t")
     if t > _LARGEST_INTERVAL_T:
         raise ValueError(f"t must be at most {_LARGEST_INTERVAL_T} for an interval, got {t!r}")
     x = _unit_rows(x, "x", normalize)
@@ -323,7 +318,7 @@ def _log_mean_potential(
 ) -> list[float]:
     """log( 1/pairs * sum exp(-t d^2) ) for each t: over all of x times y, or i > j in x alone."""
     for t in ts:
-        _check_t(t)
+        check_positive(t, "t")
     x, y = _prepared(x, y, ts)
     # Sums of exp(t (nearest - d^2)), with the least squared distance so far taken out: for large t
     # the plain exponentials are all zero.
@@ -518,7 +513,7 @@ def _percentiles(values: Tensor, confidence: float) -> tuple[float, float]:
 
 def _unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
     """The rows checked and, if asked for, divided by their length (then at least float32)."""
-    if not isinstance(x, Tensor) or x.dtype not in _UNIT_TOLERANCE:
+    if not isinstance(x, Tensor) or x.dtype not in UNIT_TOLERANCE:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"{name} must be a floating-point torch tensor, got {got}; convert it first: "
@@ -545,7 +540,7 @@ def _unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
         x = x.to(torch.promote_types(torch.float32, x.dtype))
         return x / lengths.to(x.dtype)[:, None]
     error = (lengths - 1).abs()
-    if error.max() > _UNIT_TOLERANCE[x.dtype]:
+    if error.max() > UNIT_TOLERANCE[x.dtype]:
         row = int(error.argmax())
         raise ValueError(
             f"rows of {name} must have unit length, got {lengths[row].item():.6g} in row {row}; "
@@ -568,11 +563,6 @@ def _check_labels(labels: Tensor | Sequence[int], x: Tensor) -> Tensor:
             f"{tuple(labels.shape)}"
         )
     return labels
-
-
-def _check_t(t: float) -> None:
-    if not 0 < t < math.inf:
-        raise ValueError(f"t must be a positive finite number, got {t!r}")
 
 
 def _check_bootstrap(confidence: float, resamples: int) -> None:

@@ -49,12 +49,6 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return f"{super().extra_repr()}, splits={self.splits}"
 
 
-def automatic_bn_splits(batch: int) -> int:
-    """Groups of 32 images, which the published runs had on each device; one group where the batch
-    is not above 32 or not a multiple of it."""
-    return batch // 32 if batch > 32 and batch % 32 == 0 else 1
-
-
 def split_batch_norm(module: nn.Module, splits: int) -> None:
     """Replace every BatchNorm2d inside `module` by SplitBatchNorm2d, keeping its parameters."""
     for name, child in module.named_children():

@@ -1,34 +1,63 @@
-"""The command-line flags that both mains share, spelled as upstream MoCo spells them."""
+"""The command lines of both mains: flags made from the config's fields, configs made from flags.
+
+Flags are spelled as upstream MoCo spells them. What can be known at parse time is refused here, in
+one line with exit status 2. Other commands use the parser and the argument types.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import math
+import dataclasses
+import difflib
 import os
 import re
 import secrets
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from types import UnionType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
-from torch.multiprocessing import ProcessExitedException
 
-from moco.checkpoint import run_checkpoints
-from moco.data.images import DATASETS, image_paths, split_folder
-from moco.encoders import arch_names
-from moco.errors import CheckpointError, DataError, TrainingError
-from moco.launch import (
-    launch,
-    planned_world_size,
-    started_by_torchrun,
-    usable_cores,
-    visible_devices,
+from moco import encoders
+from moco.checkpoint import is_url, run_checkpoints
+from moco.config import (
+    FINETUNE_DEFAULTS,
+    FINETUNE_RATES,
+    PROBE_DEFAULTS,
+    Data,
+    Folder,
+    LinclsConfig,
+    Part,
+    PretrainConfig,
+    help_of,
+    objective_slug,
+    parts_of,
 )
+from moco.data.images import image_paths, split_folder
+from moco.errors import DataError, report_user_errors
+from moco.launch import place, usable_cores
+from moco.precision import channels_last_helps
 from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT
+
+__all__ = [
+    "Parser",
+    "folder",
+    "lincls_config",
+    "non_empty",
+    "pretrain_config",
+    "report_user_errors",
+]
+
+# ------------------------------------------------------------------------------------------------
+# Parser and types of arguments
+# ------------------------------------------------------------------------------------------------
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
 _LIST_FLAGS = ("--gpus", "--schedule")
@@ -46,7 +75,17 @@ class Parser(argparse.ArgumentParser):
             joined = _join_lists(sys.argv[1:] if args is None else args)
         except ValueError as error:
             self.error(str(error))
-        return super().parse_args(joined, namespace)
+        parsed, unknown = self.parse_known_args(joined, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._suggestion(unknown)}")
+        return parsed
+
+    def _suggestion(self, unknown: Sequence[str]) -> str:
+        word = next((word.partition("=")[0] for word in unknown if word.startswith("--")), "")
+        flags = list(self._option_string_actions)
+        longer = [flag for flag in flags if word and flag.startswith(word)]
+        near = longer or difflib.get_close_matches(word, flags, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
@@ -82,242 +121,337 @@ def folder(text: str) -> Path:
     return path
 
 
-def numbers(text: str) -> list[int]:
+def numbers(text: str) -> tuple[int, ...]:
     """argparse type of a list of whole numbers, "0,1,2"."""
     try:
-        return [int(part) for part in text.split(",") if part]
+        return tuple(int(part) for part in text.split(",") if part)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected whole numbers, got {text!r}") from None
 
 
-def rates(text: str) -> float | list[float]:
+def rates(text: str) -> tuple[float, ...]:
     """argparse type of one number, or of several with commas: "30" or "1,3,10,30"."""
     try:
-        values = [float(part) for part in text.split(",")]
+        values = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"expected a number, or several as 1,3,10, got {text!r}"
         ) from None
     if len(set(values)) < len(values):
         raise argparse.ArgumentTypeError(f"a number is there twice in {text!r}")
-    return values if len(values) > 1 else values[0]
+    return values
 
 
-def add_shared_options(
-    parser: argparse.ArgumentParser,
-    *,
-    lr: float,
-    weight_decay: float,
-    epochs: int,
-    schedule: list[int],
-    rate: Callable[[str], float | list[float]] = float,
-) -> None:
-    """Flags of both mains; what differs is an argument.
-
-    Args:
-        lr, weight_decay, epochs, schedule: defaults.
-        rate: argparse type of --lr and --wd; `rates` where several are trained together.
-    """
-    # fmt: off
-    data = parser.add_argument_group("data")
-    data.add_argument("data", type=non_empty, metavar="DIR", help="folder with train/ and val/")
-    data.add_argument(
-        "--dataset", choices=DATASETS, default="folder",
-        help="folder of images, or one that torchvision has already put into DIR (%(default)s)",
-    )
-    data.add_argument(
-        "--images-per-class", type=int, metavar="N", help="use the first N images of each class"
-    )
-    data.add_argument(
-        "-j", "--workers", type=int, metavar="N",
-        help="data loading processes of this node (default: its cores)",
-    )
-
-    model = parser.add_argument_group("encoder")
-    model.add_argument("-a", "--arch", metavar="ARCH", help="a torchvision classifier, or one of "
-                       + ", ".join(a for a in arch_names() if a.startswith("resnet")))
-
-    training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=int, default=epochs, metavar="N", help="%(default)s")
-    training.add_argument("--start-epoch", type=int, default=0, metavar="N",
-                          help="0-based, for restarts without --resume")
-    training.add_argument("-b", "--batch-size", type=int, default=256, metavar="N",
-                          help="over all GPUs of all nodes (%(default)s)")
-    training.add_argument("--lr", "--learning-rate", type=rate, default=lr, metavar="LR",
-                          help="initial learning rate (%(default)s)")
-    training.add_argument("--schedule", type=numbers, default=schedule, metavar="EPOCH ...",
-                          help="epochs at which the learning rate drops (%(default)s)")
-    training.add_argument("--schedule-factor", type=float, default=0.1, metavar="F",
-                          help="what it is multiplied by there (%(default)s)")
-    training.add_argument("--momentum", type=float, default=0.9, metavar="M",
-                          help="of SGD (%(default)s)")
-    training.add_argument("--wd", "--weight-decay", dest="weight_decay", type=rate,
-                          default=weight_decay, metavar="W", help="%(default)s")
-    training.add_argument("--seed", type=int, help="default: one is drawn, printed and saved")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--save-dir", type=folder, metavar="RUN",
-                     help="the run folder (default: results/<name>-<time>)")
-    run.add_argument("--resume", type=non_empty, metavar="CHECKPOINT",
-                     help="go on from it; auto: from the newest in --save-dir, or start fresh")
-    run.add_argument("-p", "--print-freq", type=int, default=10, metavar="N",
-                     help="steps between lines of output (%(default)s)")
-
-    launch = parser.add_argument_group("devices and processes")
-    launch.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="auto: all visible GPUs, else the CPU")
-    launch.add_argument("--gpu", type=int, metavar="I", help="use this GPU only")
-    launch.add_argument("--gpus", type=numbers, metavar="I ...", help="use these GPUs")
-    launch.add_argument("--multiprocessing-distributed", action="store_true",
-                        help="one process per GPU (always so here; upstream's flag)")
-    launch.add_argument("--world-size", type=int, default=-1, metavar="N", help="number of nodes")
-    launch.add_argument("--rank", type=int, default=-1, metavar="R", help="number of this node")
-    launch.add_argument("--dist-url", metavar="URL",
-                        help="tcp://HOST:PORT of the first node, or env://")
-    launch.add_argument("--dist-backend", choices=("nccl", "gloo"),
-                        help="default: nccl on GPUs, gloo on CPUs")
-    launch.add_argument("--timeout-minutes", type=float, default=30, metavar="M",
-                        help="give up when a process has been waited for so long (%(default)s)")
-    # fmt: on
-
-
-def check_shared_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse what can be refused before any process is started, and fill in derived values:
-    `devices`, `nodes`, `processes` (over all nodes) and per-process `workers`."""
+def label_source(text: str) -> float | str:
+    """argparse type of --labels: percent, or a file."""
     try:
-        if args.gpu is not None and args.gpus is not None:
-            raise ValueError("--gpu and --gpus were both given; --gpus takes several")
-        if args.gpus == []:
-            raise ValueError("--gpus needs at least one number; use --device cpu for the CPU")
-        gpus = args.gpus if args.gpu is None else [args.gpu]
-        args.devices = visible_devices(args.device, gpus)
-        _check_nodes(args)
-        args.processes = planned_world_size(args.devices, args.nodes)
-        _check_numbers(args)
-        if not 0 < args.timeout_minutes < 60 * 24 * 365:
-            raise ValueError(f"--timeout-minutes must be positive, got {args.timeout_minutes:g}")
-        if args.images_per_class is not None and args.images_per_class < 1:
-            raise ValueError(f"--images-per-class must be at least 1, got {args.images_per_class}")
-        if args.resume == "auto" and args.save_dir is None:
-            raise ValueError(
-                "--resume auto looks for checkpoints in the run folder: give --save-dir"
-            )
+        percent = float(text.removesuffix("%"))
+    except ValueError:
+        if Path(non_empty(text)).is_file():
+            return text
+        raise argparse.ArgumentTypeError(
+            f"expected percent, as 1 or 10, or a file that lists images, got {text!r}"
+        ) from None
+    if not 0 < percent <= 100:
+        raise argparse.ArgumentTypeError(f"expected percent above 0 and up to 100, got {text}")
+    return percent
+
+
+# How text is read where the annotation of a field does not say it.
+KINDS: dict[str | None, Callable[[str], Any]] = {
+    "path": non_empty,
+    "folder": folder,
+    "numbers": numbers,
+    "rate": float,
+    "rates": rates,
+    "labels": label_source,
+}
+
+# ------------------------------------------------------------------------------------------------
+# Flags from fields, parts from flags
+# ------------------------------------------------------------------------------------------------
+
+
+def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add the flags of all parts of a config, in a group for each part."""
+    for part in parts_of(config).values():
+        title, _, description = part.__doc__.partition("\n\n")[0].partition(": ")
+        hints, helps = get_type_hints(part), help_of(part)
+        group = parser.add_argument_group(title.strip(), " ".join(description.split()) or None)
+        for field in dataclasses.fields(part):
+            if field.metadata["flags"]:
+                _add_option(group, field, hints[field.name], helps.get(field.name))
+
+
+def _add_option(
+    group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any, help: str | None
+) -> None:
+    flags, given = field.metadata["flags"], dict(field.metadata["parse"])
+    given["help"] = help
+    if flags[0].startswith("-"):
+        given |= {"dest": field.name, "default": None if field.metadata["unset"] else field.default}
+    kind = get_args(hint)[0] if isinstance(hint, UnionType) else hint
+    if kind is bool and field.default is None:
+        given["action"] = argparse.BooleanOptionalAction
+    elif kind is bool:
+        given["action"] = "store_false" if field.default else "store_true"
+    elif field.metadata["kind"] is not None:
+        given["type"] = KINDS[field.metadata["kind"]]
+    elif get_origin(kind) is tuple:
+        given |= {"type": float, "nargs": len(get_args(kind))}
+    else:
+        given["type"] = kind
+    if given.get("type") in (int, float) and "nargs" not in given:
+        given.setdefault("metavar", "N" if kind is int else "X")
+    group.add_argument(*flags, **given)
+
+
+def make_parts(options: argparse.Namespace, config: type) -> dict[str, Part]:
+    """The parts of a config from parsed options.
+
+    Raises:
+        ValueError: a part refuses its values.
+    """
+    parts = {}
+    for name, part in parts_of(config).items():
+        values = {
+            field.name: _frozen(getattr(options, field.name))
+            for field in dataclasses.fields(part)
+            if field.metadata["flags"]
+        }
+        if values:
+            make = getattr(part, "from_options", None)
+            parts[name] = make(values) if make else part(**values)
+    return parts
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _settle(parts: dict[str, Part]) -> dict[str, Part]:
+    """What both mains work out: devices and processes, loader processes of each, the seed."""
+    placement = place(parts["launch"])
+    workers = parts["data"].workers
+    workers = usable_cores() if workers is None else workers
+    # -j counts per node, as upstream; each process gets its share, rounded up.
+    workers = -(-workers // placement.local_processes)
+    seed = parts["optim"].seed
+    seeding = {"seed": secrets.randbelow(2**31) if seed is None else seed}
+    return {
+        **parts,
+        "placement": placement,
+        "data": replace(parts["data"], workers=workers),
+        "optim": replace(parts["optim"], **seeding, seed_given=seed is not None),
+    }
+
+
+@contextlib.contextmanager
+def _refusals(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Report a value that does not fit as argparse does."""
+    try:
+        yield
     except ValueError as error:
         parser.error(str(error))
-    if args.workers is None:
-        args.workers = usable_cores()
-    # -j counts per node, as upstream; each process gets its share, rounded up.
-    args.workers = -(-args.workers // args.local_processes)
-    args.seed_given = args.seed is not None
-    if args.seed is None:
-        args.seed = secrets.randbelow(2**31)
 
 
-def _check_nodes(args: argparse.Namespace) -> None:
-    if started_by_torchrun():
-        args.nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
-        args.node_rank = int(os.environ.get("GROUP_RANK", 0))
-        on_each_node = int(os.environ["WORLD_SIZE"]) // args.nodes
-        args.local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", on_each_node))
-        return
-    args.local_processes = len(args.devices)
-    from_environment = args.dist_url == "env://"
-    nodes, rank = args.world_size, args.rank
-    if from_environment and nodes == -1:
-        nodes = int(os.environ.get("WORLD_SIZE", 1))
-    if from_environment and rank == -1:
-        rank = int(os.environ.get("RANK", 0))
-    args.nodes, args.node_rank = (1 if nodes == -1 else nodes), (0 if rank == -1 else rank)
-    if args.nodes < 1:
-        raise ValueError(f"--world-size is the number of nodes, at least 1, got {nodes}")
-    if not 0 <= args.node_rank < args.nodes:
-        raise ValueError(
-            f"--rank {rank} is outside 0..{args.nodes - 1}: it numbers the {args.nodes} nodes "
-            "of --world-size"
-        )
-    if args.nodes > 1 and args.dist_url is None:
-        raise ValueError(f"{args.nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
-    if args.dist_url and not re.match(r"(tcp|file|env)://", args.dist_url):
-        raise ValueError(f"--dist-url must begin with tcp:// or be env://, got {args.dist_url!r}")
+# ------------------------------------------------------------------------------------------------
+# main_moco.py
+# ------------------------------------------------------------------------------------------------
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    for name, least in (
-        ("epochs", 0),
-        ("batch_size", 1),
-        ("start_epoch", 0),
-        ("print_freq", 1),
-        ("workers", 0),
-        ("seed", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if args.seed is not None and args.seed >= 2**63:
-        raise ValueError(f"--seed must be below 2^63, got {args.seed}")
-    if args.schedule and min(args.schedule) < 0:
-        raise ValueError(f"--schedule must be epochs of at least 0, got {args.schedule}")
-    if args.epochs and args.start_epoch >= args.epochs:
-        raise ValueError(
-            f"--start-epoch {args.start_epoch} leaves nothing of --epochs {args.epochs} (0-based)"
-        )
-    for name in ("lr", "schedule_factor", "weight_decay", "momentum"):
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [given]:
-            if not 0 <= value < float("inf"):
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be a number of at least 0, got {value}"
-                )
-    if args.batch_size % args.processes:
-        raise ValueError(
-            f"--batch-size {args.batch_size} is over all processes and must be a multiple of "
-            f"their number, {args.processes}; use {args.batch_size // args.processes or 1} x "
-            f"{args.processes} = {max(1, args.batch_size // args.processes) * args.processes}"
-        )
+def pretrain_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="MoCo pretraining with alignment + uniformity", allow_abbrev=False)
+    add_options(parser, PretrainConfig)
+    return parser
 
 
-def check_image_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
-    """Raise ValueError for a mean or standard deviation that cannot normalise images."""
-    if not all(math.isfinite(value) for value in mean):
-        raise ValueError(f"--mean must be three finite numbers, got {list(mean)}")
-    if not all(0 < value < math.inf for value in std):
-        raise ValueError(f"--std must be three positive numbers, got {list(std)}")
+def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
+    """The config that a command line of main_moco.py describes; else exit status 2."""
+    parser = pretrain_parser()
+    options = parser.parse_args(argv)
+    with _refusals(parser):
+        config = PretrainConfig(**_settle(make_parts(options, PretrainConfig)))
+        _check_encoder(config)
+        device = torch.device(config.placement.devices[0])
+        if config.speed.channels_last is None:
+            helps = channels_last_helps(device, config.optim.amp)
+            config = replace(config, speed=replace(config.speed, channels_last=helps))
+        if config.speed.compile:
+            _check_compiler(device)
+    check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
+    return replace(config, saving=_pretrain_folder(parser, config))
 
 
-def check_run_folder(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, *, pretraining: bool
-) -> None:
-    """Never start over in a folder that holds a run, nor mix two runs in one."""
-    if args.save_dir is None:
-        return
-    pretrained = [path.name for path in run_checkpoints(args.save_dir)]
-    probed = [n for n in (LINCLS_RESULT, LINCLS_LATEST) if (args.save_dir / n).exists()]
-    own, other = (pretrained, probed) if pretraining else (probed, pretrained)
-    continued = args.resume == "auto" or (
-        args.resume and Path(args.resume).resolve().parent == args.save_dir.resolve()
+def _check_encoder(config: PretrainConfig) -> None:
+    """Refuse an unknown arch, or a stem or image size that does not fit it."""
+    arch, size = config.encoder, config.views.image_size
+    encoder = encoders.build_encoder(
+        arch.arch, arch.moco_dim, image_size=size, small_stem=arch.small_stem
     )
-    if pretraining and not own and (args.save_dir / ARGS).exists():
+    encoders.check_image_size(encoder, size)
+
+
+def _check_compiler(device: torch.device) -> None:
+    """torch.compile makes C++ code for a CPU, and on a GPU Triton compiles its launcher in C."""
+    if device.type == "cpu":
+        usual = ["clang++" if sys.platform == "darwin" else "g++"]
+        variable, language = "CXX", "C++"
+    else:
+        usual, variable, language = ["gcc", "clang", "cc"], "CC", "C"
+    names = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(map(shutil.which, names)):
+        raise ValueError(
+            f"--compile needs a {language} compiler, and {' or '.join(names)} is not on the PATH; "
+            f"install one, name it in the environment variable {variable}, or leave out --compile"
+        )
+
+
+def _pretrain_folder(parser: argparse.ArgumentParser, config: PretrainConfig) -> Folder:
+    """The run folder, and the checkpoint to go on from: a path, "auto" or None."""
+    saving, init_from = config.saving, config.optim.init_from
+    check_run_folder(parser, saving, pretraining=True)
+    resume, run = saving.resume, saving.save_dir
+    checkpoint = resume
+    if resume == "auto":
+        checkpoint = "auto" if run_checkpoints(run) else None
+    elif resume and Path(resume).is_dir():
+        parser.error(
+            f"--resume: {resume} is a folder, expected a checkpoint; to go on from its newest one "
+            f"give --save-dir {resume} --resume auto"
+        )
+    elif resume and not Path(resume).is_file():
+        parser.error(f"--resume: no such checkpoint: {resume}")
+    elif resume and run:
+        own = [path.resolve() for path in run_checkpoints(run)]
+        if Path(resume).resolve() in own[:-1]:
+            parser.error(
+                f"{run} holds a later checkpoint than {resume} ({own[-1].name}); go "
+                "back in another --save-dir, or move the later ones away"
+            )
+    if init_from and resume not in (None, "auto"):
+        parser.error("--init-from starts a run and --resume goes on with one: give one of them")
+    if init_from and checkpoint is None and not Path(init_from).is_file():
+        parser.error(f"--init-from: no such checkpoint: {init_from}")
+    if run is None:
+        encoder = config.encoder
+        name = f"moco-{encoder.arch}-{objective_slug(config.objective)}-k{encoder.moco_k}"
+        run = _new_folder(f"{name}-b{config.optim.batch_size}", config.optim.seed)
+    return replace(saving, save_dir=run, checkpoint=checkpoint)
+
+
+def _new_folder(name: str, seed: int) -> Path:
+    return Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{seed}"
+
+
+# ------------------------------------------------------------------------------------------------
+# main_lincls.py
+# ------------------------------------------------------------------------------------------------
+
+
+def lincls_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="linear evaluation of a frozen encoder", allow_abbrev=False)
+    add_options(parser, LinclsConfig)
+    parser.set_defaults(**PROBE_DEFAULTS)
+    return parser
+
+
+def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
+    """The config that a command line of main_lincls.py describes; else exit status 2."""
+    parser = lincls_parser()
+    options = parser.parse_args(argv)
+    if options.finetune:  # again, with the defaults of fine-tuning
+        lr, lr_backbone = FINETUNE_RATES["1 %" if options.labels == 1 else "10 %"]
+        parser.set_defaults(**FINETUNE_DEFAULTS, lr=(lr,), lr_backbone=lr_backbone)
+        options = parser.parse_args(argv)
+    with _refusals(parser):
+        parts = _settle(make_parts(options, LinclsConfig))
+        parts["saving"] = _lincls_resume(parser, parts["saving"])
+        parts["source"] = replace(
+            parts["source"], pretrained=_pretrained_file(parser, parts["source"].pretrained)
+        )
+        config = LinclsConfig(**parts)
+    source = config.source.pretrained or config.saving.resume
+    if source is None:
+        parser.error("give the encoder to evaluate: --pretrained CHECKPOINT")
+    for flag, path in (("resume", config.saving.resume), ("pretrained", config.source.pretrained)):
+        address = flag == "pretrained" and path and is_url(path)
+        if path and not address and not Path(path).is_file():
+            parser.error(f"--{flag}: no such checkpoint: {path}")
+    batch = config.optim.batch_size if config.trains else 1
+    check_data_folder(parser, config.data, {"train": batch, "val": 1})
+    if config.saving.save_dir is None:
+        source = source.split("?")[0]  # of an address
+        stem = Path(source).name.removesuffix(".tar").removesuffix(".pth")
+        name = f"lincls-{Path(source).resolve().parent.name}-{stem}"
+        run = _new_folder(name, config.optim.seed)
+        config = replace(config, saving=replace(config.saving, save_dir=run))
+    return config
+
+
+def _lincls_resume(parser: argparse.ArgumentParser, saving: Folder) -> Folder:
+    check_run_folder(parser, saving, pretraining=False)
+    if saving.resume != "auto":
+        return saving
+    latest = saving.save_dir / LINCLS_LATEST
+    return replace(saving, resume=str(latest) if latest.is_file() else None)
+
+
+def _pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | None:
+    """A run folder stands for its newest checkpoint; folders with a model.safetensors for that."""
+    if path is None or is_url(path) or not Path(path).is_dir():
+        return path
+    if (Path(path) / "model.safetensors").is_file():
+        return str(Path(path) / "model.safetensors")
+    own = run_checkpoints(path)
+    if not own:
+        parser.error(
+            f"--pretrained: {path} is a folder without checkpoints of main_moco.py; expected a "
+            "checkpoint file or a run folder"
+        )
+    return str(own[-1])
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders
+# ------------------------------------------------------------------------------------------------
+
+
+def check_run_folder(parser: argparse.ArgumentParser, saving: Folder, *, pretraining: bool) -> None:
+    """Never start over in a folder that holds a run, nor mix two runs in one."""
+    folder = saving.save_dir
+    if folder is None:
+        return
+    pretrained = [path.name for path in run_checkpoints(folder)]
+    probed = [name for name in (LINCLS_RESULT, LINCLS_LATEST) if (folder / name).exists()]
+    own, other = (pretrained, probed) if pretraining else (probed, pretrained)
+    continued = saving.resume == "auto" or (
+        saving.resume and Path(saving.resume).resolve().parent == folder.resolve()
+    )
+    if pretraining and not own and (folder / ARGS).exists():
         own = [ARGS]  # that run may be in its first epoch
     if other or (own and not continued):
         parser.error(
-            f"{args.save_dir} already holds a run ({(other or own)[-1]}): "
+            f"{folder} already holds a run ({(other or own)[-1]}): "
             + ("" if other else "go on with --resume auto, or ")
             + "choose another --save-dir"
         )
 
 
 def check_data_folder(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, splits: dict[str, int]
+    parser: argparse.ArgumentParser, data: Data, splits: Mapping[str, int]
 ) -> None:
     """Refuse a folder that is missing or has too few images, without listing it all.
 
     Args:
         splits: name of a split and the number of images it needs.
     """
-    root = Path(args.data)
+    root = Path(data.data)
+    if root.is_file():
+        parser.error(f"{root} is a file, expected a data folder with train/ and val/")
     if not root.is_dir():
         parser.error(f"no such data folder: {root}")
-    if args.dataset != "folder":
+    if data.dataset != "folder":
         return
     for split, needed in splits.items():
         try:
@@ -334,52 +468,3 @@ def check_data_folder(
             parser.error(
                 f"{folder} has {found} images, fewer than one batch of {needed}; lower --batch-size"
             )
-
-
-def plain_values(args: argparse.Namespace) -> dict:
-    """The arguments as JSON and `weights_only` can hold them: derived objects left out."""
-    plain = {}
-    for name, value in sorted(vars(args).items()):
-        if isinstance(value, Path):
-            value = str(value)
-        if isinstance(value, (str, int, float, bool, list, tuple, type(None))):
-            plain[name] = list(value) if isinstance(value, tuple) else value
-    plain.pop("devices")
-    return plain
-
-
-def run_worker(
-    worker: Callable[[torch.device, argparse.Namespace], None], args: argparse.Namespace
-) -> None:
-    """Launch `worker` on all devices; errors that the user can mend end in one line, not a trace.
-
-    Exit status 1 for those; others raise.
-    """
-    try:
-        launch(
-            worker,
-            args,
-            devices=args.devices,
-            nodes=args.nodes,
-            node_rank=args.node_rank,
-            dist_url=args.dist_url,
-            backend=args.dist_backend,
-            timeout_minutes=args.timeout_minutes,
-        )
-    except ProcessExitedException as error:  # the child has said why
-        sys.exit(error.exit_code or 1)
-
-
-@contextlib.contextmanager
-def report_user_errors() -> Iterator[None]:
-    """Print an error that the user can act on in one line, and exit with status 1; others raise."""
-    try:
-        yield
-    except (DataError, CheckpointError, TrainingError, OSError) as error:
-        lines = str(error).strip().splitlines()
-        if any(line.startswith("Original Traceback") for line in lines):
-            # A loader process puts its own trace in front of the error that it raised.
-            lines = [re.sub(r"^[\w.]*Error: ", "", lines[-1])]
-        message = " ".join(line.strip() for line in lines)
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-        sys.exit(1)

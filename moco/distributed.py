@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -22,10 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-# What clusters send before they take a job's machines away.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
 _timeout = timedelta(minutes=30)  # of all that ranks do together; see `set_timeout`
+
+# Newer torch has renamed the call, and warns of the old name.
+_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
 # ------------------------------------------------------------------------------------------------
 # Who am I
@@ -89,7 +88,7 @@ def all_gather(rows: Tensor) -> Tensor:
     if world_size() == 1:
         return rows
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    getattr(dist, _GATHER)(gathered, rows.contiguous())
     return gathered
 
 
@@ -211,6 +210,15 @@ def broadcast_object(value: object) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's value on all ranks, in rank order; plain Python data of any size."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def ranks_that_differ(tensors: Sequence[Tensor]) -> list[int]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +15,9 @@ import torchvision
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
 from moco import distributed
-from moco.profiling import label
+from moco.run_files import read_log, write_text
 
 
 class RunLog:
@@ -122,23 +120,20 @@ class RunLog:
 
 
 def _drop_later_lines(path: Path, step: int) -> set[tuple[str, int]]:
-    """Kind and step of the lines that stay."""
-    known: set[tuple[str, int]] = set()
+    """Keep the lines up to `step`, set damaged ones aside; kind and step of the lines that stay."""
     if not path.is_file():
-        return known
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            fields = json.loads(line)
-            if fields["step"] <= step:
-                known.add((fields["kind"], fields["step"]))
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):  # cut off within a line
-            break
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
-    return known
+        return set()
+    lines, bad = read_log(path)
+    kept = [fields for fields in lines if fields["step"] <= step]
+    if bad:
+        aside = path.with_name(f"{path.name}.damaged")
+        with open(aside, "ab") as file:
+            file.write(b"".join(line + b"\n" for line in bad))
+        print(f"{len(bad)} damaged line(s) of {path.name} are now in {aside.name}", flush=True)
+    if bad or len(kept) < len(lines):
+        text = "".join(json.dumps(fields) + "\n" for fields in kept)
+        write_text(path, text)
+    return {(fields["kind"], fields["step"]) for fields in kept}
 
 
 class Means:
@@ -165,100 +160,6 @@ class Means:
         means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
         self.__init__()
         return means
-
-
-class StepPrinter:
-    """A bar on a terminal, plain lines every `print_freq` steps elsewhere; rank 0 only.
-
-    Counts images per second and the share of time spent waiting for data.
-    """
-
-    def __init__(self, *, total: int, batch_size: int, done: int = 0) -> None:
-        """
-        Args:
-            total: steps of the whole run; `done` of them before this process started.
-            batch_size: images per step over all ranks.
-        """
-        self.total, self.batch_size, self.step = total, batch_size, done
-        self.first = done
-        self.start = self.last_print = time.perf_counter()
-        self.last_step = done
-        self.waited = 0.0
-        self.bar = None
-        if distributed.is_main() and _has_terminal():
-            self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, unit="step")
-
-    def batches(self, loader: Iterable) -> Iterable:
-        """Iterate over `loader`, measuring how long each batch was waited for."""
-        iterator = iter(loader)
-        while True:
-            asked = time.perf_counter()
-            with label("data"):
-                batch = next(iterator, None)
-            self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def advance(self) -> None:
-        self.step += 1
-        if self.bar is not None:
-            self.bar.update()
-
-    def rates(self) -> dict[str, float]:
-        """Since the last call: images/s and the share of time waiting for data."""
-        now = time.perf_counter()
-        elapsed = now - self.last_print
-        rates = {
-            "images_per_s": (self.step - self.last_step) * self.batch_size / elapsed,
-            "data_share": self.waited / elapsed,
-        }
-        self.last_print, self.last_step, self.waited = now, self.step, 0.0
-        return rates
-
-    def line(self, text: str, short: str) -> None:
-        """Print `text`, or put `short` behind the bar where there is one."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(short)
-            return
-        pace = (time.perf_counter() - self.start) / max(1, self.step - self.first)
-        left = round(pace * (self.total - self.step))
-        distributed.print_main(f"{text}  left {left // 3600}:{left % 3600 // 60:02}:{left % 60:02}")
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What is done within is no training: neither images/s nor the time left count it."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - began
-            self.start += spent
-            self.last_print += spent
-            if self.bar is not None:
-                self.bar.start_t += spent
-                self.bar.last_print_t += spent
-
-    def note(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
-        with tqdm.external_write_mode():
-            distributed.print_main(text)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-def _has_terminal() -> bool:
-    """A terminal that has a size: on one without, as some containers and CI have, tqdm draws
-    nothing, and lines would be left out for it."""
-    return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
-
-
-def progress(iterable: Iterable, description: str) -> Iterable:
-    """A bar over a loop on a terminal, silent elsewhere and on ranks other than 0."""
-    shown = distributed.is_main() and _has_terminal()
-    return tqdm(iterable, desc=description, leave=False, dynamic_ncols=True, disable=not shown)
 
 
 def provenance() -> dict[str, str]:

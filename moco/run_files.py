@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 
+FORMAT_VERSION = 1  # "version" in every checkpoint that is written
 ARGS = "args.json"
 LOG = "log.jsonl"
 # Written by main_lincls.py: the newest state, the best classifier so far, the result.
@@ -30,10 +32,24 @@ def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
 
 def write_json(path: str | Path, content: dict) -> None:
     """Write a small JSON file in one piece."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small UTF-8 file in one piece: it is there whole, or as it was before.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_log(path: str | os.PathLike) -> tuple[list[dict], list[bytes]]:

@@ -13,244 +13,15 @@ rotation, ...), and class folders that do not fit. Exit status: 1 when something
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import sys
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import ExifTags, Image
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from moco.data.images import IMG_EXTENSIONS, MAX_PIXELS, image_paths, load_rgb  # noqa: E402
+from moco.data.audit import audit  # noqa: E402
 from moco.errors import DataError  # noqa: E402
 from moco.launch import usable_cores  # noqa: E402
-
-# kind: what happens in training. The first group stops it (or is replaced: --skip-bad-images).
-REFUSED = {
-    "empty": "refused: the file has no bytes",
-    "truncated": "refused: the end of the file is missing",
-    "unreadable": "refused: damaged, or no image",
-    "too large": f"refused before it is decoded: more than {MAX_PIXELS / 1e6:.0f} million pixels",
-    "32-bit": "refused: what is black and white in 32-bit pixels is not defined",
-    "missing": "refused: a link to nowhere, a pipe or a device",
-    "kills its reader": "training would end: the process that decodes it dies (memory, or a crash)",
-}
-READ = {
-    "large": "read, slowly: half of what is refused or more",
-    "CMYK": "converted to RGB without its colour profile",
-    "greyscale": "the one channel three times",
-    "black and white": "0 and 255 in three channels",
-    "16-bit": "the high byte of each value",
-    "palette": "the colours of its palette",
-    "transparency": "dropped; what lies under transparent pixels is seen",
-    "other colours": "converted to RGB (YCbCr, HSV, ...)",
-    "animated": "the first frame or page",
-    "EXIF-rotated": "not rotated: seen as it is stored",
-    "wrong extension": "read as what it is, whatever its name says",
-}
-CLASSES = {
-    "class without images": "not a class: classes are numbered without it",
-    "class of val not in train": "refused by linear evaluation",
-    "class of train not in val": "trained, never validated",
-    "image outside the class folders": "refused by linear evaluation; pretraining reads it",
-}
-STOPS = {*REFUSED, "class of val not in train", "image outside the class folders"}
-_MODES = {
-    "1": ["black and white"],
-    "L": ["greyscale"],
-    "LA": ["greyscale", "transparency"],
-    "La": ["greyscale", "transparency"],
-    "P": ["palette"],
-    "PA": ["palette", "transparency"],
-    "RGB": [],
-    "RGBX": [],
-    "RGBA": ["transparency"],
-    "RGBa": ["transparency"],
-    "CMYK": ["CMYK"],
-    "I": ["greyscale", "16-bit"],
-}
-Finding = tuple[str, str]  # kind, details
-
-
-def check_file(path: str) -> list[Finding]:
-    """What there is to say about one image file; [] for an ordinary RGB image."""
-    if not os.path.isfile(path):
-        return [("missing", "")]
-    if not os.path.getsize(path):
-        return [("empty", "")]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            found = _look_at_header(path)
-    except Exception as error:  # Pillow's readers fail in any way
-        found = [("unreadable", str(error))]
-    try:
-        load_rgb(path)  # the judge: this is what training does
-    except DataError as error:
-        reason = str(error).removeprefix(f"cannot read image {path}: ")
-        reason = reason.removesuffix("; replace or remove it")
-        kind = next((kind for mark, kind in _REASONS if mark in reason), "unreadable")
-        return [(kind, reason)]
-    return [finding for finding in found if finding[0] not in REFUSED]
-
-
-_REASONS = (
-    ("pixels, the most is", "too large"),
-    ("decompression bomb", "too large"),
-    ("32-bit", "32-bit"),
-    ("truncated", "truncated"),
-    ("Truncated", "truncated"),
-)
-
-
-def _look_at_header(path: str) -> list[Finding]:
-    """Kinds that can be told without decoding the pixels."""
-    found = []
-    with Image.open(path) as image:
-        if 2 * image.width * image.height > MAX_PIXELS:
-            found.append(("large", f"{image.width} x {image.height}"))
-        if image.mode.startswith("I;16"):
-            found += [("greyscale", image.mode), ("16-bit", image.mode)]
-        else:
-            kinds = _MODES.get(image.mode, ["other colours"])
-            found += [(kind, image.mode) for kind in kinds]
-            if ";16" in str(image.tile) and "16-bit" not in kinds:
-                found.append(("16-bit", image.mode))
-        if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
-            found.append(("transparency", f"{image.mode} with a transparent colour"))
-        frames = getattr(image, "n_frames", 1)
-        if frames > 1:
-            found.append(("animated", f"{image.format}, {frames} frames"))
-        if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode it all to look
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            if orientation not in (0, 1):
-                found.append(("EXIF-rotated", f"orientation {orientation}"))
-        suffix = os.path.splitext(path)[1].lower()
-        named = Image.registered_extensions().get(suffix)
-        if named != image.format and (named, image.format) != ("JPEG", "MPO"):
-            found.append(("wrong extension", f"{image.format} inside"))
-    return found
-
-
-def check_files(
-    paths: Sequence[str], workers: int, context: multiprocessing.context.BaseContext | None = None
-) -> Iterator[tuple[str, list[Finding]]]:
-    """`check_file` of all paths by several processes, in any order.
-
-    A file that kills the process that reads it does not stop the check: those that were in work
-    are then tried one by one, each in a process of its own.
-    """
-    left = iter(paths)
-    while True:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            pending = {}
-            try:
-                while True:
-                    for path in islice(left, 4 * workers - len(pending)):
-                        pending[pool.submit(check_file, path)] = path
-                    if not pending:
-                        return
-                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                        result = future.result()
-                        yield pending.pop(future), result
-            except BrokenProcessPool:
-                suspects = list(pending.values())
-        for path in suspects:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                try:
-                    yield path, pool.submit(check_file, path).result()
-                except BrokenProcessPool:
-                    yield path, [("kills its reader", "")]
-
-
-# ------------------------------------------------------------------------------------------------
-# Folders
-# ------------------------------------------------------------------------------------------------
-
-
-def splits_of(root: Path) -> list[Path]:
-    """Folders that are read: train and val where they are there, else the folder itself."""
-    if not (root / "train").is_dir():
-        return [root]
-    return [root / name for name in ("train", "val") if (root / name).is_dir()]
-
-
-def check_classes(root: Path, images: Iterable[str]) -> list[tuple[str, Finding]]:
-    """What does not fit between class folders and images, and between train and val."""
-    found = []
-    classes: dict[str, set[str]] = {}
-    for split in splits_of(root):
-        inside = [Path(path).relative_to(split).parts for path in images if _lies_in(path, split)]
-        with_images = {parts[0] for parts in inside if len(parts) > 1}
-        classes[split.name] = with_images
-        for folder in sorted(entry.name for entry in split.iterdir() if entry.is_dir()):
-            if folder not in with_images:
-                found.append((str(split / folder), ("class without images", "")))
-        if with_images and split != root:
-            loose = [parts[0] for parts in inside if len(parts) == 1]
-            found += [
-                (str(split / name), ("image outside the class folders", "")) for name in loose
-            ]
-    if {"train", "val"} <= set(classes):
-        for name in sorted(classes["val"] - classes["train"]):
-            found.append((str(root / "val" / name), ("class of val not in train", "")))
-        for name in sorted(classes["train"] - classes["val"]):
-            found.append((str(root / "train" / name), ("class of train not in val", "")))
-    return found
-
-
-def _lies_in(path: str, folder: Path) -> bool:
-    return path.startswith(f"{folder}{os.sep}")
-
-
-def ignored_files(folder: Path) -> Counter:
-    """Number of files that training does not look at, by extension."""
-    count: Counter = Counter()
-    for _, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if name.startswith(".") or not name.lower().endswith(IMG_EXTENSIONS):
-                hidden = name.startswith(".")
-                count["hidden" if hidden else os.path.splitext(name)[1] or "no extension"] += 1
-    return count
-
-
-# ------------------------------------------------------------------------------------------------
-# Report
-# ------------------------------------------------------------------------------------------------
-
-
-def report(
-    root: Path, images: int, ignored: Counter, kinds: dict[str, list[tuple[str, str]]], show: int
-) -> str:
-    lines = [f"{root}: {images} images checked"]
-    if ignored:
-        kinds_of = ", ".join(f"{count} {name}" for name, count in ignored.most_common(5))
-        lines[0] += f", {sum(ignored.values())} other files ignored ({kinds_of})"
-    width = max(map(len, kinds), default=0)
-    for title, group in (
-        ("training refuses", REFUSED), ("training reads", READ), ("class folders", CLASSES)
-    ):  # fmt: skip
-        present = [kind for kind in group if kind in kinds]
-        if present:
-            lines += ["", f"{title}:"]
-        for kind in present:
-            found = kinds[kind]
-            lines.append(f"  {kind:<{width}} {len(found):>8}  {group[kind]}")
-            for path, details in found[:show]:
-                note = f"  ({details})" if details else ""
-                lines.append(f"      {os.path.relpath(path, root)}{note}")
-            if len(found) > show:
-                lines.append(f"      ... and {len(found) - show} more")
-    refused = sum(len(kinds.get(kind, [])) for kind in STOPS)
-    lines += ["", f"{refused} would be refused" if refused else "nothing would be refused"]
-    return "\n".join(lines)
+from moco.run_files import write_json  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -270,40 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no such folder: {args.root}")
     if args.workers < 1:
         parser.error(f"-j must be at least 1, got {args.workers}")
-
-    paths = [path for split in splits_of(args.root) for path in image_paths(split)]
-    ignored = Counter()
-    for split in splits_of(args.root):
-        ignored += ignored_files(split)
-    if not paths:
-        parser.error(f"no images in {args.root} (looked for {', '.join(IMG_EXTENSIONS)})")
-    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for path, (kind, details) in check_classes(args.root, paths):
-        kinds[kind].append((path, details))
-    with tqdm(total=len(paths), unit="image", disable=None) as bar:
-        for path, findings in check_files(paths, min(args.workers, len(paths))):
-            bar.update()
-            for kind, details in findings:
-                kinds[kind].append((path, details))
-    for found in kinds.values():
-        found.sort()
-    print(report(args.root, len(paths), ignored, kinds, args.show))
+    try:
+        found = audit(args.root, args.workers)
+    except DataError as error:
+        parser.error(str(error))
+    print(found.report(args.show))
     if args.out:
-        content = {
-            "root": str(args.root),
-            "images": len(paths),
-            "ignored": dict(ignored),
-            "kinds": {
-                kind: {
-                    "in_training": {**REFUSED, **READ, **CLASSES}[kind],
-                    "refused": kind in STOPS,
-                    "files": [{"path": path, "details": details} for path, details in found],
-                }
-                for kind, found in sorted(kinds.items())
-            },
-        }
-        args.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return int(any(kinds.get(kind) for kind in STOPS))
+        write_json(args.out, found.to_dict())
+    return int(found.refused > 0)
 
 
 if __name__ == "__main__":

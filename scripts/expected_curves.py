@@ -13,7 +13,6 @@ What has been finished in FOLDER is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -22,13 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from matplotlib import rc_context  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+try:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as missing:
+    sys.exit(f"expected_curves.py: error: figures need {missing.name}: pip install {missing.name}")
 
 from align_uniform.bounds import uniformity_infimum  # noqa: E402
 from align_uniform.figures import COLOURS, DASHES, save  # noqa: E402
-from moco.train.monitor import ALPHA, T  # noqa: E402
+from moco.runs.folder import read_runs  # noqa: E402
 
 BATCH, QUEUE, DIM, EPOCHS = 64, 1024, 128, 16
 SHARED = (
@@ -43,13 +44,16 @@ RUNS = {
     "no alignment: --moco-align-w 0": "--lr 0.03 --moco-align-w 0 --moco-unif-w 1 --moco-unif-t 2",
     "dead: --lr 1e-6": "--lr 1e-6 --moco-align-w 2 --moco-unif-w 1 --moco-unif-t 2",
 }
-PANELS = ("loss", "alignment", "uniformity", "top1")
-TITLES = {
+PANELS = {
     "loss": "loss (of each objective)",
-    "alignment": f"alignment (alpha {ALPHA:g}; 0 is best)",
-    "uniformity": f"uniformity (t {T:g}; dotted: its infimum)",
-    "top1": "k-NN top-1 (%)",
+    "alignment": "alignment (alpha 2; 0 is best)",
+    "uniformity": "uniformity (t 2; dotted: its infimum)",
+    "knn top1": "k-NN top-1 (%)",
 }
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False,
+         "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "x"}  # fmt: skip
+
+Curves = dict[str, tuple[list[float], list[float]]]  # of each panel: (epochs, values)
 
 
 def main() -> None:
@@ -73,7 +77,10 @@ def main() -> None:
             argv = shlex.split(f"{SHARED} {flags}")
             folder = ["--save-dir", str(run), "--resume", "auto", str(data)]
             call([str(ROOT / "main_moco.py"), *argv, *folder])
-        curves[name] = read_curves(run)
+        found, left_out = read_runs([run])
+        if not found:
+            parser.exit(2, f"{parser.prog}: error: {left_out[0][0]} {left_out[0][1]}\n")
+        curves[name] = found[0].scalars()
     figure = draw(curves)
     for suffix in ("png", "svg"):
         save(figure, args.out / f"expected_curves.{suffix}")
@@ -89,64 +96,41 @@ def call(command: list[str]) -> None:
         sys.exit(status)
 
 
-def read_curves(run: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Name of each panel -> (steps, values) as logged."""
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text("utf-8").splitlines()]
-    curves = {}
-    for name in PANELS:
-        found = [(line["step"], line[name]) for line in lines if name in line]
-        curves[name] = [step for step, _ in found], [value for _, value in found]
-    return curves
-
-
-def draw(curves: dict[str, dict]) -> Figure:
+def draw(curves: dict[str, Curves]) -> Figure:
     """All runs above, the first steps of the healthy one below."""
-    style = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False,
-             "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "x"}  # fmt: skip
     filled = QUEUE // BATCH
-    with rc_context(style):
+    with rc_context(STYLE):
         figure = Figure(figsize=(12, 5.2), layout="constrained")
         whole, beginning = figure.subplots(2, 4)
-        for axes, name in zip(whole, PANELS, strict=True):
-            axes.set_title(TITLES[name])
-            axes.set_xlabel("epoch")
-            for i, (run, of_run) in enumerate(curves.items()):
-                steps, values = of_run[name]
-                per_epoch = max(of_run["loss"][0]) / EPOCHS
-                if name != "top1":  # every second step: a file of half the size
-                    steps, values = steps[::2], values[::2]
-                axes.plot([step / per_epoch for step in steps], values, label=run,
-                          color=COLOURS[i], linestyle=DASHES[i], linewidth=1.2,
-                          marker="o" if name == "top1" else "", markersize=3)  # fmt: skip
-        for axes, name in zip(beginning, PANELS[:3], strict=False):
-            axes.set_title(f"healthy, first steps: {name}")
-            axes.set_xlabel("step")
-            steps, values = curves[HEALTHY][name]
-            axes.plot(steps[: 4 * filled], values[: 4 * filled], color=COLOURS[0], linewidth=1.2)
+        for axes, (name, title) in zip(whole, PANELS.items(), strict=True):
+            axes.set(title=title, xlabel="epoch")
+            every = 1 if name == "knn top1" else 2  # a file of half the size
+            for i, (run, panels) in enumerate(curves.items()):
+                epochs, values = panels[name]
+                axes.plot(epochs[::every], values[::every], label=run, color=COLOURS[i],
+                          linestyle=DASHES[i], linewidth=1.2, markersize=3,
+                          marker="o" if name == "knn top1" else "")  # fmt: skip
+        for axes, name in zip(beginning, list(PANELS)[:3], strict=False):
+            axes.set(title=f"healthy, first steps: {name}", xlabel="step")
+            values = curves[HEALTHY][name][1][: 4 * filled]
+            axes.plot(range(1, 1 + len(values)), values, color=COLOURS[0], linewidth=1.2)
             axes.axvline(filled, color="0.4", linewidth=0.8)
         beginning[0].annotate(f"queue of {QUEUE}\nfilled once", (filled, 0.1),
                               xycoords=("data", "axes fraction"), xytext=(4, 0),
                               textcoords="offset points", fontsize=8)  # fmt: skip
         for axes in (whole[2], beginning[2]):
-            draw_bound(axes)
+            bound = axes.axhline(uniformity_infimum(DIM, 2), color="0.4", linestyle=":",
+                                 label=f"infimum of uniformity, {DIM} dimensions")  # fmt: skip
         beginning[3].axis("off")
-        handles, labels = whole[0].get_legend_handles_labels()
-        bound, bound_label = whole[2].get_legend_handles_labels()
-        beginning[3].legend([*handles, bound[-1]], [*labels, bound_label[-1]], loc="center",
-                            frameon=False)  # fmt: skip
+        beginning[3].legend(handles=[*whole[0].lines, bound], loc="center", frameon=False)
     return figure
 
 
-def draw_bound(axes: Axes) -> None:
-    label = f"infimum of uniformity, {DIM} dimensions"
-    axes.axhline(uniformity_infimum(DIM, T), color="0.4", linestyle=":", label=label)
-
-
-def print_table(curves: dict[str, dict]) -> None:
+def print_table(curves: dict[str, Curves]) -> None:
     wide = max(map(len, curves))
-    print(f"\n{'':{wide}}  " + "  ".join(f"{name:>10}" for name in PANELS))
-    for run, of_run in curves.items():
-        last = (of_run[name][1][-1] for name in PANELS)
+    print(f"\n{'':{wide}}  " + "  ".join(f"{name.split()[-1]:>10}" for name in PANELS))
+    for run, panels in curves.items():
+        last = (panels[name][1][-1] for name in PANELS)
         print(f"{run:{wide}}  " + "  ".join(f"{value:10.3f}" for value in last))
 
 

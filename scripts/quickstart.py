@@ -10,8 +10,6 @@ run by hand as well. What has been finished in FOLDER is not run again.
 Each objective was chosen among three on toy images of another seed; the README has the figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
@@ -20,8 +18,11 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from moco.run_files import LINCLS_RESULT, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
 # Everything that the encoders share: the budget.
 SHARED = "-a resnet8x2s2 --image-size 32 --batch-size 64 --bn-splits 8 --moco-k 128 --moco-m 0.99 "
 SHARED += "--lr 0.03 --wd 1e-4 --mlp --aug-plus --cos --seed 0"
@@ -80,7 +81,7 @@ def check_settings(parser: argparse.ArgumentParser, out: Path, settings: dict) -
             parser.error(f"{out} holds results of other settings; choose another --out")
         return
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(path, settings)
 
 
 def evaluate(name: str, flags: str, out: Path, data: Path, settings: dict) -> dict:
@@ -96,13 +97,13 @@ def evaluate(name: str, flags: str, out: Path, data: Path, settings: dict) -> di
     if not file.is_file():
         folder = ["--save-dir", str(pretrained), "--resume", "auto"]
         run([str(ROOT / "main_moco.py"), *pretrain, *folder, str(data)])
-    if not (probed / "lincls.json").is_file():
+    if not (probed / LINCLS_RESULT).is_file():
         source = ["--pretrained", str(file), "--save-dir", str(probed), "--resume", "auto"]
         run([str(ROOT / "main_lincls.py"), *shlex.split(settings["probe"]), *source, str(data)])
     if not measured.is_file():
         run([str(ROOT / "scripts" / "measure_align_uniform.py"), str(file), str(data), "--t", T,
              "--out", str(measured)])  # fmt: skip
-    linear = json.loads((probed / "lincls.json").read_text(encoding="utf-8"))
+    linear = json.loads((probed / LINCLS_RESULT).read_text(encoding="utf-8"))
     metrics = json.loads(measured.read_text(encoding="utf-8"))
     return {
         "encoder": name,

@@ -2,11 +2,11 @@
 # The whole test suite, from a fresh clone: makes .venv, installs what is missing, lints, runs pytest.
 #
 #     bash scripts/test.sh                    everything (CPU, no network beyond the package index)
-#     bash scripts/test.sh -m "not slow"      without the end-to-end cases
+#     bash scripts/test.sh -m "not long"      without kills, several processes, fuzzing, end to end
+#     bash scripts/test.sh -m gpu             what needs a GPU
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" requirements.txt scripts/requirements.txt tests/requirements.txt
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-# Whole files go to one of two workers, so that what a file prepares is prepared once.
-exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n 2 --dist worksteal -m "" "$@"

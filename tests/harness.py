@@ -1,9 +1,10 @@
-"""Real training processes for tests, started within milliseconds.
+"""Real training processes for tests and for scripts/chaos.py: start, hold, kill, compare.
 
 Importing torch takes seconds, so one server process does it once and forks a child for each rank
 of each run. A child executes a piece of code (`MAIN` is what `python main_moco.py` does) with an
 environment, a command line and an output file of its own. Forking from pytest itself would copy
-whatever threads the tests before have left.
+whatever threads the tests before have left. The server ends what it started when its input ends,
+so nothing outlives the tests, however they end.
 """
 
 from __future__ import annotations
@@ -14,19 +15,23 @@ import functools
 import json
 import multiprocessing.util
 import os
-import runpy
+import random
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for the server, and for scripts/chaos.py
 PROGRAM = str(ROOT / "main_moco.py")
 MAIN = f"import runpy; runpy.run_path({PROGRAM!r}, run_name='__main__')"
-LIMIT = 100  # seconds that any run may take before the test fails: no test can hang
+LIMIT = 600  # seconds until what hangs fails the test; nothing that works takes as long
 
 # The run that the tests cut off in many ways: 3 epochs of 6 steps.
 IMAGES, BATCH, EPOCHS, STEPS = 96, 16, 3, 18
@@ -34,6 +39,8 @@ FLAGS = (
     f"-a resnet8 --image-size 16 --batch-size {BATCH} --moco-k 64 --moco-dim 32 --bn-splits 2 "
     f"--mlp --cos --aug-plus --epochs {EPOCHS} --lr 0.1 --seed 1 -p 1 --check-every 5 --resume auto"
 ).split()
+# What may differ between two lines of a log.
+TIMES = ("time", "images_per_s", "data_share", "seconds")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -44,12 +51,12 @@ FLAGS = (
 def serve() -> None:
     """Fork a child per line of JSON on stdin and answer with its process id; or, for a line with
     `poll`, with its exit status, None while it runs."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
     import moco.cli  # noqa: F401
 
     torch.set_num_threads(1)
+    groups = set()
     for line in sys.stdin:
         order = json.loads(line)
         if "poll" in order:
@@ -57,9 +64,13 @@ def serve() -> None:
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
             answer = os.fork() or child(order)
+            groups.add(order["group"] or answer)
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 os.setpgid(answer, order["group"])  # before the next one wants to join the group
         print(json.dumps(answer), flush=True)
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def child(order: dict) -> None:
@@ -89,10 +100,13 @@ def child(order: dict) -> None:
 @functools.cache
 def server() -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    atexit.register(process.kill)
+    )
+    atexit.register(process.communicate)  # its input ends, and it with all that it started
     return process
 
 
@@ -103,8 +117,10 @@ def ask(order: dict) -> int | None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Runs
+# Processes
 # ------------------------------------------------------------------------------------------------
+
+_started: list[Processes | subprocess.Popen] = []
 
 
 class Processes:
@@ -122,6 +138,8 @@ class Processes:
     ) -> None:
         self.outs = [Path(f"{out}.{rank}") for rank in range(count)]
         self.pids: list[int] = []
+        self.statuses: dict[int, int] = {}
+        _started.append(self)
         port = str(free_port())
         for rank in range(count):
             several = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
@@ -134,7 +152,6 @@ class Processes:
                 "code": f"{before}\n{code}",
             }
             self.pids.append(ask(order))
-        self.statuses: dict[int, int] = {}
 
     def running(self) -> list[int]:
         for pid in self.pids:
@@ -142,19 +159,26 @@ class Processes:
                 self.statuses[pid] = status
         return [pid for pid in self.pids if pid not in self.statuses]
 
-    def wait(self, limit: float = LIMIT) -> list[int]:
-        """Exit statuses by rank; the test fails, with the output, when it takes too long."""
-        deadline = time.monotonic() + limit
-        while self.running():
-            if time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"still running after {limit} s:\n{self.output()}")
-            time.sleep(0.02)
+    def wait(self) -> list[int]:
+        """Exit statuses by rank; what hangs fails the test, with the output."""
+        until(lambda: not self.running(), self.output)
         return [self.statuses[pid] for pid in self.pids]
+
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        """The same for something that must happen before any process ends."""
+
+        def now() -> bool:
+            alive = len(self.running()) == len(self.pids)
+            found = happened()
+            assert alive or found, f"ended too early:\n{self.output()}"
+            return found
+
+        until(now, self.output)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to the whole process group, loader workers included."""
-        os.killpg(self.pids[0], number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.killpg(self.pids[0], number)
 
     def send(self, rank: int, number: int) -> None:
         os.kill(self.pids[rank], number)
@@ -165,29 +189,46 @@ class Processes:
         return "\n".join(path.read_text() if path.exists() else "" for path in paths)
 
 
-def start(
-    run: Path, data: Path, *flags: object, processes: int = 1, workers: int = 0, before: str = ""
-) -> Processes:
-    """Start the run of `FLAGS` in the folder `run`."""
-    more = ["-j", workers * processes, "--save-dir", run, *flags, data]
-    return Processes(run.with_suffix(".out"), *FLAGS, *more, count=processes, before=before)
-
-
-def finish(run: Path, data: Path, *flags: object, **options) -> str:
-    """The same to its end; what it has printed."""
-    processes = start(run, data, *flags, **options)
-    statuses = processes.wait()
-    assert not any(statuses), (statuses, processes.output())
-    return processes.output()
-
-
-def wait_for_step(run: Path, step: int, processes: Processes, limit: float = LIMIT) -> None:
-    """Until `step` has been logged."""
-    deadline = time.monotonic() + limit
-    while chaos()["logged_steps"](run) < step:
-        assert time.monotonic() < deadline, processes.output()
-        assert processes.running(), f"ended too early:\n{processes.output()}"
+def until(happened: Callable[[], bool], output: Callable[[], str]) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not happened():
+        assert time.monotonic() < deadline, f"nothing for {LIMIT} s:\n{output()}"
         time.sleep(0.005)
+
+
+def watch(process: subprocess.Popen) -> subprocess.Popen:
+    """Let `end_all` end it too: a process that is not forked from the server, and that leads a
+    session of its own."""
+    _started.append(process)
+    return process
+
+
+def end_all(folder: Path) -> None:
+    """End what a test has started and not waited for: its process groups, and what those have put
+    into groups of their own, known by `folder` on its command line."""
+    for process in _started:
+        if isinstance(process, Processes):
+            if process.running():
+                process.kill()
+                process.wait()
+        else:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            for pid in processes_of(folder):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    _started.clear()
+
+
+def processes_of(path: Path) -> list[int]:
+    """Ids of all processes that name `path` on their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            if str(path) in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+    return found
 
 
 def free_port() -> int:
@@ -196,10 +237,206 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@functools.cache
-def chaos() -> dict:
-    """The functions of scripts/chaos.py: what a run has left, and in what two of them differ."""
-    return runpy.run_path(str(ROOT / "scripts" / "chaos.py"))
+# ------------------------------------------------------------------------------------------------
+# Runs
+# ------------------------------------------------------------------------------------------------
+
+# Rank 0 logs a step and waits there, so that what the test does next does not race with training.
+HOLD = """
+import os, time
+from moco.log import RunLog
+event = RunLog.event
+def held(self, kind, step, **facts):
+    event(self, kind, step, **facts)
+    while step >= {step} and not os.path.exists({go!r}):
+        time.sleep(0.01)
+RunLog.event = held
+"""
+
+
+def write_images(folder: Path) -> None:
+    """The images that the run of `FLAGS` trains on."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    for index in range(IMAGES):
+        path = folder / "train" / f"class_{index % 2}" / f"{index:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+
+
+def start(
+    run: Path, data: Path, *flags: object, processes: int = 1, workers: int = 0, before: str = "",
+    hold_at: int | None = None,
+) -> Processes:  # fmt: skip
+    """Start the run of `FLAGS` in the folder `run`; with `hold_at` it waits in that step, once
+    logged, for `go_on`."""
+    if hold_at is not None:
+        before = HOLD.format(step=hold_at, go=str(run.with_suffix(".go"))) + before
+    more = ["-j", workers * processes, "--save-dir", run, *flags, data]
+    return Processes(run.with_suffix(".out"), *FLAGS, *more, count=processes, before=before)
+
+
+def go_on(run: Path) -> None:
+    run.with_suffix(".go").touch()
+
+
+def finish(run: Path, data: Path, *flags: object, **options) -> str:
+    """`start`, then wait for the end; what has been printed."""
+    processes = start(run, data, *flags, **options)
+    statuses = processes.wait()
+    assert not any(statuses), (statuses, processes.output())
+    return processes.output()
+
+
+def wait_for_step(run: Path, step: int, processes: Processes) -> None:
+    """Until `step` has been logged."""
+    processes.wait_until(lambda: logged_steps(run) >= step)
+
+
+# ------------------------------------------------------------------------------------------------
+# What is left of them
+# ------------------------------------------------------------------------------------------------
+
+
+def log_lines(run: Path) -> list[dict]:
+    from moco.run_files import LOG, read_log
+
+    path = run / LOG
+    return read_log(path)[0] if path.is_file() else []
+
+
+def logged_steps(run: Path) -> int:
+    """The last step that the log calls done."""
+    return max((line["step"] for line in log_lines(run)), default=0)
+
+
+def saved_step(run: Path) -> int:
+    """The step of the newest whole checkpoint."""
+    from moco.checkpoint import newest_valid
+
+    found = newest_valid(run, lambda _: None)
+    return found[1]["step"] if found else 0
+
+
+def final_state(run: Path) -> dict:
+    """The newest checkpoint, and the log without times."""
+    from moco.checkpoint import newest_valid
+
+    _, content = newest_valid(run, lambda _: None)
+    del content["args"]  # holds the folder's name
+    log = [
+        {name: value for name, value in line.items() if name not in TIMES}
+        for line in log_lines(run)
+    ]
+    return {"checkpoint": content, "log": log}
+
+
+def differences(a: object, b: object, name: str = "") -> list[str]:
+    """Names of everything in nested dicts and lists that is not equal bit for bit.
+
+    The checksum of a checkpoint is passed over: it is of the arguments and paths as well.
+    """
+    from torch import Tensor
+
+    if type(a) is not type(b):
+        return [f"{name}: {type(a).__name__}, {type(b).__name__}"]
+    if isinstance(a, Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape
+        return [] if same and a.numpy().tobytes() == b.numpy().tobytes() else [name]
+    if isinstance(a, dict):
+        a, b = ({k: v for k, v in nest.items() if k != "checksum"} for nest in (a, b))
+        alone = [f"{name}/{key} in one only" for key in sorted(a.keys() ^ b.keys(), key=str)]
+        both = [key for key in a if key in b]
+        return alone + [d for key in both for d in differences(a[key], b[key], f"{name}/{key}")]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{name}: {len(a)} entries, {len(b)}"]
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for i, (x, y) in pairs for d in differences(x, y, f"{name}/{i}")]
+    return [] if a == b else [f"{name}: {a!r}, {b!r}"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Kills at random steps
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trial:
+    """A run that was killed, resumed and compared with one that nobody touched.
+
+    Args:
+        killed_after: the last step that had been logged, for each kill.
+        lost: how many of these steps had to be done again, for each kill.
+        late: kills that came after the end of the run.
+        different: what differs from the other run.
+    """
+
+    run: Path
+    killed_after: list[int] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)
+    late: int = 0
+    different: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        kills = ", ".join(f"killed after step {step}" for step in self.killed_after)
+        verdict = f"DIFFERENT ({'; '.join(self.different[:3])}), see {self.run}"
+        return (
+            f"{self.run.name}: {kills or 'not killed'}, lost "
+            f"{'+'.join(map(str, self.lost)) or 0} steps: {verdict if self.different else 'equal'}"
+        )
+
+
+def trials(
+    folder: Path, count: int, *flags: object, kills: int, seed: int, **options
+) -> Iterator[Trial]:
+    """Make images and the run that nobody touches in `folder`, then `count` times SIGKILL a run
+    within random steps, resume it, and compare the ends. The folders of equal ones are removed."""
+    data, draw = folder / "data", random.Random(seed)
+    write_images(data)
+    finish(folder / "reference", data, *flags, **options)
+    expected = final_state(folder / "reference")
+    for number in range(1, count + 1):
+        run = folder / f"trial_{number:03d}"
+        trial = Trial(run)
+        for _ in range(kills):
+            done = logged_steps(run)
+            if STEPS - done < 3:
+                break
+            processes = start(run, data, *flags, **options)
+            if kill_after(run, processes, draw.randint(done + 1, STEPS - 2), draw.random()):
+                trial.killed_after.append(logged_steps(run))
+                trial.lost.append(trial.killed_after[-1] - saved_step(run))
+            else:
+                trial.late += 1
+        statuses = start(run, data, *flags, **options).wait()
+        failed = [f"exit status {status}" for status in statuses if status]
+        trial.different = failed or differences(expected, final_state(run))
+        if not trial.different:
+            shutil.rmtree(run)
+        yield trial
+
+
+def kill_after(run: Path, processes: Processes, step: int, share: float) -> bool:
+    """SIGKILL everything once `step` has been logged and `share` of another step's time has gone
+    by. False when the run was over before."""
+    count, seen, before, pace = len(processes.pids), 0, time.monotonic(), 0.02
+
+    def reached() -> bool:
+        nonlocal seen, before, pace
+        if (now := logged_steps(run)) > seen:
+            pace = 0.5 * pace + 0.5 * min(0.2, time.monotonic() - before)
+            seen, before = now, time.monotonic()
+        return now >= step or len(processes.running()) < count
+
+    until(reached, processes.output)
+    time.sleep(share * pace)
+    alive = len(processes.running()) == count
+    processes.kill()
+    processes.wait()
+    return alive
 
 
 if __name__ == "__main__":

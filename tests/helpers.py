@@ -1,19 +1,26 @@
 """Small things that several test files share: a tiny encoder, images on disk, objectives."""
 
+import importlib.util
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from harness import LIMIT, ROOT, watch
+from harness import differences as differences
+from harness import free_port as free_port
 from PIL import Image
 from torch import Tensor, nn
+
+from moco import cli
+from moco.config import PretrainConfig, flat_values, objective_formula
 
 # name: (arguments of MoCo, weights of combine). A weight is 0 where the term is off.
 OBJECTIVES: dict[str, tuple[dict, dict]] = {}
@@ -96,8 +103,6 @@ def noise_image(size: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
 
 # ---- The mains: data, command lines, what they leave behind ---------------------------------
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def write_labelled(root: Path, *, classes: int = 3, train: int = 10, val: int = 5) -> Path:
     """root/{train,val}/class_C/*.png, 32 pixels: coarse noise with a cast that tells the class."""
@@ -114,6 +119,22 @@ def write_labelled(root: Path, *, classes: int = 3, train: int = 10, val: int = 
     return root
 
 
+def parsed(argv: list[str], config: type = PretrainConfig) -> SimpleNamespace:
+    """The flat values that a command line gives, without a look at the files that it names."""
+    parser = cli.pretrain_parser() if config is PretrainConfig else cli.lincls_parser()
+    parts = cli.make_parts(parser.parse_args(argv), config)
+    values = {name: value for part in parts.values() for name, value in flat_values(part).items()}
+    return SimpleNamespace(**values, objective=objective_formula(values))
+
+
+def load_script(name: str) -> ModuleType:
+    """The module of scripts/NAME.py, whose `main(argv)` a test can call."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def refusal(main: Callable, argv: list, capsys: pytest.CaptureFixture) -> tuple[int, str]:
     """Exit status and last line on stderr of a `main(argv)` that must refuse.
 
@@ -127,25 +148,6 @@ def refusal(main: Callable, argv: list, capsys: pytest.CaptureFixture) -> tuple[
     return stop.value.code, lines[-1]
 
 
-def differences(a: object, b: object, where: str = "") -> list[str]:
-    """Paths at which two nests of dicts, lists and tensors are not bit for bit the same.
-
-    The checksum of a checkpoint is passed over: it is of the arguments and paths as well.
-    """
-    if isinstance(a, dict) and isinstance(b, dict):
-        a, b = ({k: v for k, v in nest.items() if k != "checksum"} for nest in (a, b))
-        found = [f"{where}/{key} in one only" for key in a.keys() ^ b.keys()]
-        for key in a.keys() & b.keys():
-            found += differences(a[key], b[key], f"{where}/{key}")
-        return found
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True))
-                for d in differences(x, y, f"{where}/{i}")]  # fmt: skip
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
-    return [] if a == b else [where]
-
-
 def read_log(folder: Path, kind: str = "train") -> list[dict]:
     """The lines of one kind in log.jsonl; NaN and Infinity, which are not JSON, raise."""
 
@@ -157,30 +159,29 @@ def read_log(folder: Path, kind: str = "train") -> list[dict]:
     return [line for line in lines if line["kind"] == kind]
 
 
-def start_python(*words: object, cwd: Path) -> subprocess.Popen:
-    """A Python process as a user starts it from the CPU-only folder `cwd`, output in pipes."""
+def start_python(
+    *words: object, cwd: Path, path: Path = ROOT, **options: object
+) -> subprocess.Popen:
+    """A Python process as a user starts it from the CPU-only folder `cwd`, output in pipes unless
+    `options`, those of Popen, say otherwise. It finds the packages in the folder `path`."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in dropped}
-    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=cwd, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
+    env |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, *map(str, words)]
+    return watch(
+        subprocess.Popen(
+            command, cwd=cwd, env=env, text=True, start_new_session=True, **{**pipes, **options}
+        )
+    )
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     """Exit status, stdout and stderr; a process that hangs is killed and fails the test."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with its children
         out, err = process.communicate()
-        pytest.fail(f"still running after {timeout} s:\n{out}\n{err}")
+        pytest.fail(f"still running after {LIMIT} s:\n{out}\n{err}")
     return process.returncode, out, err
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -20,17 +20,28 @@ LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 TINY = shlex.split("--batch-size 8 -j 0 --device cpu --print-freq 2 --seed 5 --image-size 32")
 
 
-def write_encoder(path: Path, *, seed: int = 0, scale: float = 1.0) -> Path:
-    """A ResNet-8 with random weights and batch-norm averages that are not those of a new one."""
+def write_encoder(
+    path: Path,
+    *,
+    arch: str = "resnet8",
+    small_stem: bool = False,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Path:
+    """An encoder with random weights and batch-norm averages that are not those of a new one.
+
+    `scale` multiplies the features of a ResNet-8.
+    """
     torch.manual_seed(seed)
-    encoder = build_encoder("resnet8", 1)
+    encoder = build_encoder(arch, 1, image_size=32, small_stem=small_stem)
     set_head(encoder, nn.Identity())
     for _ in range(3):
         encoder(torch.randn(16, 3, 32, 32))
     state = encoder.state_dict()
-    for name in ("bn2.weight", "bn2.bias"):
-        state[f"layer3.0.{name}"] *= scale
-    write_checkpoint(path, {"arch": "resnet8", "epoch": 7, "state_dict": state})
+    if scale != 1:
+        for name in ("bn2.weight", "bn2.bias"):
+            state[f"layer3.0.{name}"] *= scale
+    write_checkpoint(path, {"arch": arch, "epoch": 7, "state_dict": state})
     return path
 
 

@@ -1,4 +1,4 @@
-"""What README.md says can be run: its commands parse, its files exist, its names import."""
+"""README.md and docs/: their commands parse, their files exist, names import, links resolve."""
 
 from __future__ import annotations
 
@@ -9,49 +9,95 @@ from pathlib import Path
 
 import pytest
 
-import main_lincls
-import main_moco
+from moco import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+BLOCKS = [
+    (page, kind, block)
+    for page, text in PAGES.items()
+    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+]
+# What `python scripts/make_toy_dataset.py toy` makes, and the place of the user's images.
+DATA = ("DIR", "toy")
 
 
-def commands(program: str) -> list[str]:
-    lines = [line for kind, text in BLOCKS if kind == "sh" for line in text.splitlines()]
-    return [line.split(" #")[0].strip() for line in lines if program in line.split(" #")[0]]
+def commands(program: str) -> list[tuple[str, str]]:
+    return [
+        (page, line.split(" #")[0].strip())
+        for page, kind, block in BLOCKS
+        if kind == "sh"
+        for line in block.splitlines()
+        if program in line.split(" #")[0].split()
+    ]
 
 
 @pytest.mark.parametrize(
-    ("main", "program"), [(main_moco, "main_moco.py"), (main_lincls, "main_lincls.py")]
+    ("parser", "programs"),
+    [
+        (cli.pretrain_parser(), ("main_moco.py", "own_task.py")),
+        (cli.lincls_parser(), ("main_lincls.py",)),
+    ],
 )
-def test_commands_parse(main, program: str) -> None:
-    found = commands(program)
-    assert len(found) >= 3
-    for command in found:
+def test_commands_parse(parser, programs: tuple[str, ...]) -> None:
+    found = [(*command, program) for program in programs for command in commands(program)]
+    assert len(found) >= 9
+    for page, command, program in found:
         words = shlex.split(command)
-        args = main.build_parser().parse_args(words[words.index(program) + 1 :])
-        assert args.data == "DIR", command
+        args = parser.parse_args(words[words.index(program) + 1 :])
+        assert args.data in DATA, f"{page}: {command}"
 
 
-def test_files_exist() -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page: str) -> None:
     named = set(
-        re.findall(r"(?:scripts|moco|align_uniform|tests)/[\w./-]+\.(?:py|sh|sbatch)", README)
+        re.findall(
+            r"(?<![\w/])(?:scripts|moco|align_uniform|tests|docs)/[\w./-]+\.\w+", PAGES[page]
+        )
     )
-    assert len(named) > 20
     assert not sorted(name for name in named if not (ROOT / name).is_file())
 
 
 def test_names_import() -> None:
-    lines = [line for kind, text in BLOCKS if kind == "python" for line in text.splitlines()]
-    imports = [re.match(r"from ([\w.]+) import ([\w, ]+)", line) for line in lines]
-    imports = [found for found in imports if found]
-    assert len(imports) >= 4
-    for found in imports:
-        module = importlib.import_module(found[1])
-        for name in found[2].split(","):
-            assert hasattr(module, name.strip()), f"{found[1]} has no {name}"
+    code = "\n".join(block for _, kind, block in BLOCKS if kind == "python")
+    imports = re.findall(r"^from ([\w.]+) import (\([^)]*\)|[\w, ]+)", code, re.M)
+    assert len(imports) >= 12
+    for module, names in imports:
+        found = importlib.import_module(module)
+        for name in re.findall(r"\w+", names):
+            assert hasattr(found, name), f"{module} has no {name}"
+
+
+def anchors(page: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    outside = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.*)$", outside, re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_resolve(page: str) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert path.is_file(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(str(path.relative_to(ROOT))), f"{page}: {target}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    assert not [page for page in PAGES if page != "README.md" and page not in PAGES["README.md"]]
+
+
+def test_the_readme_is_short() -> None:
+    assert len(PAGES["README.md"].splitlines()) <= 170
 
 
 def test_nothing_is_left_to_fill_in() -> None:
-    assert not re.findall(r"\b[A-Z0-9]+_(?:TABLE|OUTPUT|TIME|SPEED|NOTE)\b", README)
+    for page, text in PAGES.items():
+        assert not re.findall(r"\b[A-Z0-9]+_(?:TABLE|OUTPUT|TIME|SPEED|NOTE)\b", text), page

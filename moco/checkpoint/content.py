@@ -104,7 +104,8 @@ def warn_of_numbers(state: dict[str, Tensor], path: str | os.PathLike) -> None:
         lowest, highest = _range(tensor)
         size = max(-lowest, highest)
         is_variance = name.endswith("running_var")
-        if not size and (is_variance or tensor.dim() > 1) and tensor.numel():
+        is_weight = name.endswith("weight") and tensor.dim() > 1
+        if not size and (is_variance or is_weight) and tensor.numel():
             zero.append(name)
         if tensor.is_floating_point() and size > (1e12 if is_variance else 1e6):
             large.append(f"{name} (up to {size:.0e})")

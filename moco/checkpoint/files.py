@@ -22,6 +22,7 @@ import errno
 import json
 import os
 import pickle
+import secrets
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -46,8 +47,8 @@ from moco.checkpoint.refusals import (
 )
 from moco.errors import CheckpointError
 from moco.pickles import Inert, Refused
+from moco.run_files import FORMAT_VERSION
 
-FORMAT_VERSION = 1
 _OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # the first pickle in it
 
 
@@ -62,7 +63,7 @@ _NO_FSYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # network an
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Have `write(file)` make a file: after a crash at any moment it is whole or not there."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)

@@ -42,7 +42,26 @@ def find_encoder(content: dict, path: str | os.PathLike) -> Source:
     Raises:
         CheckpointError: there is none, or there are several that differ.
     """
-    named, layout = _named_tensors(content, path)
+    state, layout = named_tensors(content, path)
+    if "stem.conv1.norm.weight" in state:
+        state, layout = {_from_detectron2(name): t for name, t in state.items()}, "detectron2"
+    prefix, fit = _choose(state, content.get("arch"), path)
+    name = prefix.removesuffix(".")
+    if prefix:
+        layout = _ENCODERS.get(name.rpartition(".")[2], "plain")
+    if layout == "simsiam" and not _is_simsiam(state):
+        layout = "plain"
+    beside = sorted(key for key in state if not key.startswith(prefix))
+    return Source(fit, layout, name or None, beside)
+
+
+def named_tensors(content: dict, path: str | os.PathLike) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a checkpoint by the names that they have in the network, and the layout.
+
+    Raises:
+        CheckpointError: there are none, or one twice.
+    """
+    named, layout = _state_dict(content, path)
     state: dict[str, Tensor] = {}
     for key, value in named.items():
         name = _bare(str(key))
@@ -59,16 +78,7 @@ def find_encoder(content: dict, path: str | os.PathLike) -> Source:
             f"{path} holds no tensors by name, only {names}; expected an encoder's state dict, or "
             "a dict that has one as state_dict"
         )
-    if "stem.conv1.norm.weight" in state:
-        state, layout = {_from_detectron2(name): t for name, t in state.items()}, "detectron2"
-    prefix, fit = _choose(state, content.get("arch"), path)
-    name = prefix.removesuffix(".")
-    if prefix:
-        layout = _ENCODERS.get(name.rpartition(".")[2], "plain")
-    if layout == "simsiam" and not _is_simsiam(state):
-        layout = "plain"
-    beside = sorted(key for key in state if not key.startswith(prefix))
-    return Source(fit, layout, name or None, beside)
+    return state, layout
 
 
 # ------------------------------------------------------------------------------------------------
@@ -76,7 +86,7 @@ def find_encoder(content: dict, path: str | os.PathLike) -> Source:
 # ------------------------------------------------------------------------------------------------
 
 
-def _named_tensors(content: dict, path: str | os.PathLike) -> tuple[dict, str]:
+def _state_dict(content: dict, path: str | os.PathLike) -> tuple[dict, str]:
     """The state dict, which may lie in a dict of other things, and the layout that this means."""
     if _is_state_dict(content.get("state_dict_ema")):
         return content["state_dict_ema"], "timm"  # the average, which timm prefers too

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from moco import distributed
+from moco.data.folders import IMG_EXTENSIONS, LeftOut, data_folder, image_paths, split_folder
 from moco.errors import DataError
+from moco.printable import printable
 
 DATASETS = ("folder", "cifar10", "cifar100", "stl10")
 
@@ -92,7 +94,8 @@ def _refusing_truncated() -> Iterator[None]:
 class FolderImages:
     """Image files below a folder; the class of a file is the first folder on its way.
 
-    Without class folders (files directly in `root`) there are no labels.
+    Without class folders (files directly in `root`) there are no labels. `left_out` counts hidden
+    and tool-made entries, and links to what is read without them (see `folders`).
     """
 
     def __init__(self, root: str | os.PathLike, classes: Sequence[str] | None = None) -> None:
@@ -102,11 +105,13 @@ class FolderImages:
             classes: class names in the order of their indices, where another split fixes them.
         """
         self.root = Path(root)
-        self.paths = list(image_paths(self.root))
+        self.left_out = LeftOut(self.root)
+        self.paths = list(image_paths(self.root, self.left_out))
         if not self.paths:
             raise DataError(
                 f"no images in {self.root} (looked for {', '.join(IMG_EXTENSIONS)}); expected "
                 "FOLDER/train/CLASS/IMAGE as for ImageNet, or any folder with images"
+                + (f"; {self.left_out}" if self.left_out.counts else "")
             )
         names = [os.path.relpath(path, self.root).split(os.sep) for path in self.paths]
         self.targets: list[int] | None = None
@@ -145,14 +150,18 @@ class ArrayImages:
 
 
 class Subset:
-    """Some images of a data set, in the given order."""
+    """Some images of a data set, in the given order. A subset of a subset is one of the whole:
+    `images` is never a Subset itself."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
-        self.images = images
         self.indices = list(indices)
         self.classes = images.classes
         targets = images.targets
         self.targets = None if targets is None else [targets[i] for i in self.indices]
+        if isinstance(images, Subset):
+            self.indices = [images.indices[i] for i in self.indices]
+            images = images.images
+        self.images: FolderImages | ArrayImages = images
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -164,12 +173,28 @@ class Subset:
 Images = FolderImages | ArrayImages | Subset
 
 
+def base_and_indices(images: Images) -> tuple[FolderImages | ArrayImages, Sequence[int]]:
+    """The whole data set, and which of its images these are."""
+    if isinstance(images, Subset):
+        return images.images, images.indices
+    return images, range(len(images))
+
+
+def image_names(images: Images) -> list[str]:
+    """A name for each image that is the same on any machine: CLASS/FILE with forward slashes for
+    folders, the index for data sets that are held in memory."""
+    base, indices = base_and_indices(images)
+    if isinstance(base, FolderImages):
+        return [Path(os.path.relpath(base.paths[i], base.root)).as_posix() for i in indices]
+    return [str(i) for i in indices]
+
+
 def in_memory(images: Images) -> np.ndarray | None:
     """All pixels, (M, H, W, 3) uint8, of a data set that holds them in memory, else None."""
-    if isinstance(images, Subset):
-        array = in_memory(images.images)
-        return None if array is None else array[images.indices]
-    return images.array if isinstance(images, ArrayImages) else None
+    base, indices = base_and_indices(images)
+    if not isinstance(base, ArrayImages):
+        return None
+    return base.array if base is images else base.array[indices]
 
 
 def open_images(
@@ -198,6 +223,7 @@ def open_images(
         raise DataError(f"no such data folder: {root}")
     if dataset == "folder":
         images: Images = FolderImages(split_folder(root, split), classes)
+        _tell(root, split, images, known_classes=classes)
     else:
         images = _open_torchvision(dataset, root, split)
     if images.targets is None and (split != "pretrain" or per_class is not None):
@@ -211,21 +237,35 @@ def open_images(
     return images
 
 
+def _tell(
+    root: Path, split: str, images: FolderImages, known_classes: Sequence[str] | None
+) -> None:
+    """Say on rank 0 what a user may not expect of the folder, in one line each."""
+    lines = []
+    whole = data_folder(root)
+    if whole != root and split != "val":  # once, though val follows
+        lines.append(f"{root} is the train/ of {whole}, which is read: with its val/")
+    if images.left_out.counts:
+        lines.append(str(images.left_out))
+    if split == "val" and known_classes and images.targets is not None:
+        seen = set(images.targets)
+        absent = [name for index, name in enumerate(images.classes) if index not in seen]
+        if absent:
+            names = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+            lines.append(
+                f"{images.root} has no images of {len(absent)} of the {len(known_classes)} classes "
+                f"of the training set: {names}; they are never validated"
+            )
+    for line in lines:
+        distributed.print_main(printable(line))
+
+
 def _image_outside_classes(images: Images) -> str:
     if isinstance(images, FolderImages):
         for path in images.paths:
             if os.path.dirname(path) == str(images.root):
                 return f" because of {path}"
     return ""
-
-
-def split_folder(root: Path, split: str) -> Path:
-    folder = root / ("val" if split == "val" else "train")
-    if folder.is_dir():
-        return folder
-    if split == "pretrain":
-        return root
-    raise DataError(f"no folder {folder}: expected {root}/train/CLASS/IMAGE and {root}/val/...")
 
 
 def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
@@ -246,31 +286,10 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
 
 def names_digest(images: Images) -> str:
     """Twelve hex digits over which image has which index: for files, of their names in `root`."""
-    indices = []
-    while isinstance(images, Subset):
-        indices.append(images.indices)
-        images = images.images
-    if isinstance(images, FolderImages):
-        names = [os.path.relpath(path, images.root) for path in images.paths]
-    else:
-        names = [len(images)]
+    base, _ = base_and_indices(images)
+    names = image_names(base) if isinstance(base, FolderImages) else [len(base)]
+    indices = [images.indices] if isinstance(images, Subset) else []
     return hashlib.sha256(repr((names, indices)).encode()).hexdigest()[:12]
-
-
-def image_paths(root: Path) -> Iterator[str]:
-    """Image files below root in ImageFolder's order: class by class, and those in root first."""
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    yield from _images_in(str(root), [entry.name for entry in entries if entry.is_file()])
-    for entry in entries:
-        if entry.is_dir():
-            for folder, _, names in sorted(os.walk(entry.path, followlinks=True)):
-                yield from _images_in(folder, names)
-
-
-def _images_in(folder: str, names: list[str]) -> Iterator[str]:
-    for name in sorted(names):
-        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-            yield os.path.join(folder, name)
 
 
 def first_per_class(targets: Sequence[int], count: int) -> list[int]:

@@ -1,153 +1,24 @@
-"""Who sees which sample when: batches of an epoch over ranks, loader processes, random views.
+"""Samplers and data loaders: the batches of an epoch over ranks, and the loader processes.
 
-A sample's augmentation is a function of (seed, epoch, index, view) alone: the same pictures with
-any number of workers or processes, and after a resume. Workers hand over uint8 pixels; the device
-normalises them, which is a quarter of the bytes to move between processes.
+Workers hand over uint8 pixels; the device normalises them, which is a quarter of the bytes to move
+between processes.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from moco import distributed
-from moco.data import views
-from moco.data.images import Images, in_memory
+from moco.data import device_views
+from moco.data.images import in_memory
+from moco.data.samples import AugmentedViews, PlainImages
 from moco.errors import DataError
-
-# ------------------------------------------------------------------------------------------------
-# Random views of images
-# ------------------------------------------------------------------------------------------------
-
-
-MOST_BAD_IN_A_ROW = 1000  # then the fault is not in the images
-
-
-class AugmentedViews(Dataset):
-    """(epoch, index) -> (view_1, ..., view_n, target, replaced): random views of one image, each
-    (3, S, S) uint8.
-
-    Target is -1 where the images have no labels. With `skip_bad` an image that cannot be read is
-    replaced by the next one that can, and `replaced` holds one line for each that could not; it
-    is "" otherwise. With `unfinished` the views are crops, which `views.finish` finishes, and the
-    parameters for it, (n, 16), come last.
-
-    Raises:
-        DataError: an image cannot be read; with `skip_bad`, `MOST_BAD_IN_A_ROW` of them.
-    """
-
-    # Parameters are drawn for several images at a time, as a call costs the same for one as for
-    # many; the decoded images are held until then, so there are few of them where they are large.
-    DRAWN_TOGETHER, PIXELS_HELD = 16, 2**24
-
-    def __init__(
-        self,
-        images: Images,
-        recipe: views.Recipe,
-        *,
-        seed: int,
-        views: int,
-        skip_bad: bool = False,
-        unfinished: bool = False,
-    ) -> None:
-        self.images = images
-        self.recipe = recipe
-        self.seed = seed
-        self.views = views
-        self.skip_bad = skip_bad
-        self.unfinished = unfinished
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | int | str, ...]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[tuple[Tensor | int | str, ...]]:
-        """Many samples, as torch's DataLoader asks for them; all of one epoch."""
-        samples: list[tuple[Tensor | int | str, ...]] = []
-        loaded, pixels = [], 0
-        for i, (_, index) in enumerate(keys):
-            loaded.append(self._load(index))
-            pixels += loaded[-1][0].width * loaded[-1][0].height
-            if (
-                len(loaded) == self.DRAWN_TOGETHER or pixels >= self.PIXELS_HELD
-                or i + 1 == len(keys)
-            ):  # fmt: skip
-                samples += self._samples(keys[i + 1 - len(loaded) : i + 1], loaded)
-                loaded, pixels = [], 0
-        return samples
-
-    def _samples(
-        self, keys: Sequence[tuple[int, int]], loaded: list[tuple[Image.Image, int, str]]
-    ) -> Iterator[tuple[Tensor | int | str, ...]]:
-        widths, heights = zip(*(image.size for image, _, _ in loaded), strict=True)
-        drawn = self.draw(keys, heights, widths)
-        tables = torch.stack([params.table() for params in drawn], dim=1)  # (N, views, 16)
-        for i, (image, used, replaced) in enumerate(loaded):
-            if self.unfinished:
-                pixels = views.pixels_of(image)
-                crops = [views.crop(pixels, self.recipe, params, i) for params in drawn]
-                yield (*crops, self.target(used), replaced, tables[i])
-            else:
-                made = [views.pil_view(image, self.recipe, params, i) for params in drawn]
-                yield (*map(views.pixels_of, made), self.target(used), replaced)
-
-    def draw(
-        self, keys: Sequence[tuple[int, int]], heights: Sequence[int], widths: Sequence[int]
-    ) -> list[views.ViewParams]:
-        """The parameters of each view of some samples of one epoch."""
-        epoch, indices = keys[0][0], [index for _, index in keys]
-        return [
-            views.draw(self.recipe, self.seed, epoch, indices, view, heights, widths)
-            for view in range(self.views)
-        ]
-
-    def target(self, index: int) -> int:
-        return -1 if self.images.targets is None else self.images.targets[index]
-
-    def _load(self, index: int) -> tuple[Image.Image, int, str]:
-        """The image, the index it really has, and what could not be read before it."""
-        unreadable = []
-        for offset in range(min(len(self.images), MOST_BAD_IN_A_ROW)):
-            used = (index + offset) % len(self.images)
-            try:
-                return self.images.load(used), used, "\n".join(unreadable)
-            except DataError as error:
-                if not self.skip_bad:
-                    raise
-                unreadable.append(" ".join(str(error).split()))
-        raise DataError(
-            f"{len(unreadable)} images in a row, of {len(self.images)}, are unreadable; is the "
-            f"data still where it was? The first: {unreadable[0]}"
-        )
-
-
-class PlainImages(Dataset):
-    """index -> (image, target) through a transform without randomness."""
-
-    def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.images = images
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        targets = self.images.targets
-        image = self.transform(self.images.load(index))
-        return image, -1 if targets is None else targets[index]
-
-
-# ------------------------------------------------------------------------------------------------
-# Who sees which sample when
-# ------------------------------------------------------------------------------------------------
+from moco.stop import ignore_stop_signals
 
 
 class EpochBatches(Sampler):
@@ -213,21 +84,14 @@ class RankShare(Sampler):
         return iter(self.indices)
 
 
-def _ignore_stop_signals(_: int) -> None:
-    """A request to stop is sent to all processes of a job. Workers must live on until the training
-    process has finished its step; they end with it."""
-    for number in distributed.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 class TrainLoader:
     """Batches of random views on the device: (view_1, ..., view_n, target, replaced) for each of
     `batches`, a view being (N, 3, S, S) uint8, target (N,) int64 in host memory, and `replaced` one
     text per sample.
 
-    Views come from loader processes, and unfinished ones are finished on the device. Where the
-    views are `unfinished` and all images are in memory and small enough to lie on the device, they
-    do, and the device makes the whole view. `compile` fuses what it does there into few kernels.
+    Views come from loader processes. With the samples' `augment_on_device` these only crop, and the
+    device does the rest; images that are all in memory, and small enough, are kept on the device,
+    which then crops too. `compile` fuses the augmentation into few kernels.
     """
 
     def __init__(
@@ -240,8 +104,12 @@ class TrainLoader:
         compile: bool = False,
     ) -> None:
         self.data, self.batches, self.device = data, batches, device
-        self.finish = torch.compile(views.finish, dynamic=False) if compile else views.finish
-        array = in_memory(data.images) if data.unfinished else None
+        self.augment = (
+            torch.compile(device_views.augment_on_device, dynamic=False)
+            if compile
+            else device_views.augment_on_device
+        )
+        array = in_memory(data.images) if data.augment_on_device else None
         self.pixels: Tensor | None = None  # (M, 3, H, W) uint8
         if array is not None and _fits(array, device):
             self.pixels = torch.from_numpy(array).permute(0, 3, 1, 2).to(device).contiguous()
@@ -250,7 +118,7 @@ class TrainLoader:
             data,
             batch_sampler=batches,
             num_workers=workers,
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # else every epoch draws from the training process's own
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -263,14 +131,14 @@ class TrainLoader:
         return self._from_workers() if self.pixels is None else self._on_the_device()
 
     def _from_workers(self) -> Iterator[tuple]:
-        count = self.data.views
+        count = self.data.num_views
         for batch in self.workers:
             made = [view.to(self.device, non_blocking=True) for view in batch[:count]]
             target, replaced = batch[count : count + 2]
-            if self.data.unfinished:
+            if self.data.augment_on_device:
                 tables = batch[-1].to(self.device, non_blocking=True).unbind(1)
                 made = [
-                    self.finish(crops, table, self.data.recipe)
+                    self.augment(crops, table, self.data.recipe)
                     for crops, table in zip(made, tables, strict=True)
                 ]
             yield (*made, target, replaced)
@@ -281,12 +149,12 @@ class TrainLoader:
             indices = [index for _, index in keys]
             sizes = np.full(len(keys), height), np.full(len(keys), width)
             # All views as one batch: small kernels cost the time that it takes to start them.
-            tables = torch.cat([params.table() for params in self.data.draw(keys, *sizes)])
+            tables = torch.cat([params.as_tensor() for params in self.data.draw(keys, *sizes)])
             tables = distributed.to_device(tables, self.device)
             chosen = distributed.to_device(torch.tensor(indices), self.device)
-            pixels = self.pixels[chosen].repeat(self.data.views, 1, 1, 1)
-            crops = views.crop_all(pixels, tables, self.data.recipe.image_size)
-            made = self.finish(crops, tables, self.data.recipe).chunk(self.data.views)
+            pixels = self.pixels[chosen].repeat(self.data.num_views, 1, 1, 1)
+            crops = device_views.crop_on_device(pixels, tables, self.data.recipe.image_size)
+            made = self.augment(crops, tables, self.data.recipe).chunk(self.data.num_views)
             target = torch.tensor([self.data.target(index) for index in indices])
             yield (*made, target, ("",) * len(keys))
 
@@ -322,7 +190,7 @@ def eval_loader(
         batch_size=batch_size,
         sampler=RankShare(len(dataset)),
         num_workers=workers,
-        worker_init_fn=_ignore_stop_signals if outlive_stop else None,
+        worker_init_fn=ignore_stop_signals if outlive_stop else None,
         generator=torch.Generator(),
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,

@@ -1,4 +1,4 @@
-"""Parts of a training set: the images whose labels are used, and folds for cross-validation."""
+"""Subsets of a training set: images whose labels are used, and folds for cross-validation."""
 
 from __future__ import annotations
 
@@ -9,19 +9,8 @@ from pathlib import Path
 
 import torch
 
-from moco.data.images import FolderImages, Images, Subset
+from moco.data.images import FolderImages, Images, image_names
 from moco.errors import DataError
-
-
-def image_names(images: Images) -> list[str]:
-    """A name for each image that is the same on any machine: CLASS/FILE with forward slashes for
-    folders, the index for data sets that are held in memory."""
-    if isinstance(images, Subset):
-        names = image_names(images.images)
-        return [names[i] for i in images.indices]
-    if isinstance(images, FolderImages):
-        return [Path(os.path.relpath(path, images.root)).as_posix() for path in images.paths]
-    return [str(i) for i in range(len(images))]
 
 
 def percent_of_labels(images: Images, percent: float, seed: int) -> list[int]:

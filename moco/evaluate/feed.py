@@ -1,128 +1,176 @@
-"""What a probe trains on and is evaluated on: images seen anew in every epoch, or kept features."""
+"""Batches that classifiers train on: random crops anew in every epoch, or features from a cache."""
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco import distributed
+from moco.config import LinclsConfig
 from moco.data.images import Images, Subset
-from moco.data.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
+from moco.data.loader import EpochBatches, RankShare, TrainLoader, eval_loader
+from moco.data.samples import AugmentedViews, PlainImages
 from moco.data.views import eval_transform, lincls_recipe, normalize
-from moco.evaluate.feature_cache import cached_features
-from moco.evaluate.heads import Frozen
+from moco.evaluate.heads import FrozenEncoder
+
+
+@dataclass(frozen=True)
+class Presentation:
+    """How images are presented to an encoder: size, normalisation, this rank's batches, device."""
+
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    batch_size: int  # of this rank, where nothing is trained
+    workers: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, config: LinclsConfig, device: torch.device) -> Presentation:
+        """As a config says that has image size, mean and standard deviation."""
+        source = config.source
+        return cls(
+            image_size=source.image_size,
+            mean=source.mean,
+            std=source.std,
+            batch_size=config.optim.batch_size // config.placement.processes,
+            workers=config.data.workers,
+            device=device,
+        )
+
+    def loader(self, images: Images, *, persistent: bool = False) -> DataLoader:
+        """This rank's share of centre crops: (N, 3, S, S) uint8 and targets (N,).
+
+        Persistent workers live until the caller ends them, whatever signals arrive.
+        """
+        return eval_loader(
+            PlainImages(images, eval_transform(self.image_size)),
+            batch_size=self.batch_size,
+            workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            persistent=persistent,
+            outlive_stop=persistent,
+        )
+
+    def pixels(self, batch: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 -> normalised float32 on the device."""
+        return normalize(batch.to(self.device, non_blocking=True), self.mean, self.std)
+
+    def features(
+        self, batches: Iterable[tuple[Tensor, Tensor]], encoder: FrozenEncoder
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (N, C) float32 and targets (N,) on the device, batch by batch."""
+        for batch, targets in batches:
+            yield encoder(self.pixels(batch)), targets.to(self.device, non_blocking=True)
 
 
 @dataclass
-class Feed:
-    """Training batches and held-out features of one stage; each rank has its share."""
-
-    batches: EpochBatches
-    train: Iterable  # one epoch of batches, as `inputs` takes them
-    inputs: Callable[..., tuple[Tensor, Tensor]]  # of a batch: what is trained on, targets
-    held_out: Callable[[], Iterator[tuple[Tensor, Tensor]]]  # features, targets
-
-
-def with_features(
-    images: DataLoader, frozen: Frozen, args: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch, targets in images:
-        batch = normalize(batch.to(device, non_blocking=True), args.mean, args.std)
-        yield frozen(batch), targets.to(device, non_blocking=True)
-
-
-def image_feed(
-    args: argparse.Namespace,
-    frozen: Frozen,
-    images: Images,
-    val: DataLoader,
-    eval_loader: Callable[..., DataLoader],
-    device: torch.device,
-    at_end: contextlib.ExitStack,
-    fold: tuple[list[int], list[int]] | None = None,
-) -> Feed:
+class ImageFeed:
     """Random crops of the images in every epoch: the standard protocol, and fine-tuning.
 
-    `fold`: indices to train on and to hold out, in place of all images and `val`.
+    A feed gives the batches of an epoch, from a step on (`train`), the tensors of a batch
+    (`inputs`), and features and targets of held-out images (`held_out`); each rank has its share.
+
+    Args:
+        images: to train on.
+        val: centre crops of the held-out images.
+        batch_size: over all ranks.
+        finetune: train on images, not on the frozen encoder's features.
     """
-    if fold is not None:
-        held_out = Subset(images, fold[1])
-        val = eval_loader(PlainImages(held_out, eval_transform(args.image_size)))
-        images = Subset(images, fold[0])
-    batches = EpochBatches(len(images), args.batch_size, seed=args.seed)
-    views = AugmentedViews(images, lincls_recipe(args.image_size), seed=args.seed, views=1)
-    train = TrainLoader(views, batches, workers=args.workers, device=device)
-    at_end.callback(train.end)
 
-    def inputs(batch: Sequence) -> tuple[Tensor, Tensor]:
-        view, target, _ = batch
-        view = normalize(view, args.mean, args.std)
-        return (view if args.finetune else frozen(view)), target.to(device, non_blocking=True)
+    encoder: FrozenEncoder
+    images: Images
+    val: DataLoader
+    show: Presentation
+    batch_size: int
+    seed: int
+    finetune: bool = False
 
-    return Feed(batches, train, inputs, lambda: with_features(val, frozen, args, device))
+    def __post_init__(self) -> None:
+        self.batches = EpochBatches(len(self.images), self.batch_size, seed=self.seed)
+        recipe = lincls_recipe(self.show.image_size)
+        views = AugmentedViews(self.images, recipe, seed=self.seed, num_views=1)
+        self.loader = TrainLoader(
+            views, self.batches, workers=self.show.workers, device=self.show.device
+        )
+
+    def fold(self, rest: list[int], held_out: list[int]) -> ImageFeed:
+        """Train on the images of some indices and hold out those of others."""
+        val = self.show.loader(Subset(self.images, held_out), persistent=True)
+        return replace(self, images=Subset(self.images, rest), val=val)
+
+    def train(self, epoch: int, start: int = 0) -> Iterable:
+        self.batches.set_epoch(epoch, start)
+        return self.loader
+
+    def inputs(self, batch: Sequence) -> tuple[Tensor, Tensor]:
+        view, targets, _ = batch
+        view = normalize(view, self.show.mean, self.show.std)
+        inputs = view if self.finetune else self.encoder(view)
+        return inputs, targets.to(self.show.device, non_blocking=True)
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.show.features(self.val, self.encoder)
+
+    def close(self) -> None:
+        self.loader.end()
+        if self.val.num_workers and self.val._iterator is not None:
+            self.val._iterator._shutdown_workers()
 
 
-def cached_feed(
-    args: argparse.Namespace,
-    frozen: Frozen,
-    width: int,
-    images: Images,
-    val_images: Images,
-    device: torch.device,
-) -> Callable[..., Feed]:
-    """Features, `width` numbers each, that are extracted once and kept; returns what `image_feed`
-    is otherwise."""
-    extract = functools.partial(
-        cached_features,
-        frozen,
-        width=width,
-        folder=args.cache_dir or args.save_dir / "features",
-        seed=args.seed,
-        image_size=args.image_size,
-        mean=args.mean,
-        std=args.std,
-        device=device,
-        batch_size=args.batch_size // args.processes,
-        workers=args.workers,
-        say=distributed.print_main,
-    )
-    train = to_device_if_it_fits(extract(images, views=args.cached_views), device)
-    val = extract(val_images, views=0)[0]
-    centre = train[0]
-    if args.folds and args.cached_views:
-        centre = extract(images, views=0)[0]
-    targets = torch.tensor(images.targets)
-    val_targets = torch.tensor(val_images.targets)
+@dataclass
+class CachedFeed:
+    """Features that were extracted once; the methods are those of `ImageFeed`.
 
-    def feed(at_end: contextlib.ExitStack, fold: tuple[list[int], list[int]] | None = None) -> Feed:
-        held_out, held_out_targets, rows = val, val_targets, torch.arange(len(targets))
-        if fold is not None:
-            rows = torch.tensor(fold[0])
-            held_out, held_out_targets = centre[fold[1]], targets[fold[1]]
-        batches = EpochBatches(len(rows), args.batch_size, seed=args.seed)
+    Args:
+        views: (V, N, C) float16 of the training images; epoch e trains on view e modulo V.
+        targets: (N,).
+        centre: (N, C) of their centre crops, for images that are held out in a fold.
+        val: (M, C) of the held-out images; val_targets: (M,).
+        batch_size: over all ranks.
+    """
 
-        def inputs(batch: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-            chosen = rows[[index for _, index in batch]]
-            view = train[batch[0][0] % len(train)]
-            features = view[distributed.to_device(chosen, view.device)].to(device).float()
-            return features, distributed.to_device(targets[chosen], device)
+    views: Tensor
+    targets: Tensor
+    centre: Tensor
+    val: Tensor
+    val_targets: Tensor
+    batch_size: int
+    seed: int
+    device: torch.device
+    rows: Tensor | None = field(default=None)  # of the images to train on; None: all
 
-        def own_share() -> Iterator[tuple[Tensor, Tensor]]:
-            mine = torch.tensor(list(RankShare(len(held_out))), dtype=torch.int64)
-            for part in mine.split(4096):
-                part_features = held_out[part.to(held_out.device)].to(device).float()
-                yield part_features, held_out_targets[part].to(device)
+    def __post_init__(self) -> None:
+        if self.rows is None:
+            self.rows = torch.arange(len(self.targets))
+        self.batches = EpochBatches(len(self.rows), self.batch_size, seed=self.seed)
 
-        return Feed(batches, batches, inputs, own_share)
+    def fold(self, rest: list[int], held_out: list[int]) -> CachedFeed:
+        val, val_targets = self.centre[held_out], self.targets[held_out]
+        return replace(self, rows=torch.tensor(rest), val=val, val_targets=val_targets)
 
-    return feed
+    def train(self, epoch: int, start: int = 0) -> Iterable:
+        self.batches.set_epoch(epoch, start)
+        return self.batches
+
+    def inputs(self, batch: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        chosen = self.rows[[index for _, index in batch]]
+        view = self.views[batch[0][0] % len(self.views)]
+        features = view[distributed.to_device(chosen, view.device)].to(self.device).float()
+        return features, distributed.to_device(self.targets[chosen], self.device)
+
+    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        mine = torch.tensor(list(RankShare(len(self.val))), dtype=torch.int64)
+        for part in mine.split(4096):
+            features = self.val[part.to(self.val.device)].to(self.device).float()
+            yield features, self.val_targets[part].to(self.device)
+
+    def close(self) -> None:
+        """There are no loader processes to end."""
 
 
 def to_device_if_it_fits(features: Tensor, device: torch.device) -> Tensor:

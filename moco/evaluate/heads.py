@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,45 +13,11 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.evaluate.knn import count_correct
+from moco.precision import autocast
 
-
-@dataclass
-class Setting:
-    """One classifier's learning rate and weight decay, and what has come of it."""
-
-    lr: float
-    weight_decay: float
-    best: dict = field(default_factory=lambda: {"top1": -1.0})
-    last: dict = field(default_factory=dict)
-    diverged: int | None = None  # the epoch in which its loss was no longer finite
-
-    def __str__(self) -> str:
-        return f"lr {self.lr:g}, wd {self.weight_decay:g}"
-
-
-def leading(settings: Sequence[Setting], when: str) -> Setting:
-    """The setting of highest "best" or "last" accuracy, the first of equals."""
-    return max(settings, key=lambda one: getattr(one, when).get("top1", -1.0))
-
-
-def by_setting(name: str, settings: Sequence[Setting], values: Sequence[float]) -> dict:
-    """A name for each setting's value in the log; values that are not finite are left out."""
-    return {
-        f"{name}_lr{one.lr:g}_wd{one.weight_decay:g}": value
-        for one, value in zip(settings, values, strict=True)
-        if math.isfinite(value)
-    }
-
-
-def note_accuracy(settings: Sequence[Setting], found: list[dict], epoch: int) -> bool:
-    """Enter the accuracies of an epoch; returns whether the best of all settings has changed."""
-    before = leading(settings, "best").best["top1"]
-    for one, accuracy in zip(settings, found, strict=True):
-        if one.diverged is None:
-            one.last = {"top1": accuracy["top1"], "top5": accuracy["top5"], "epoch": epoch}
-            if accuracy["top1"] > one.best["top1"]:
-                one.best = one.last
-    return leading(settings, "best").best["top1"] > before
+# ------------------------------------------------------------------------------------------------
+# Modules
+# ------------------------------------------------------------------------------------------------
 
 
 class Heads(nn.Module):
@@ -78,7 +44,7 @@ def new_heads(features: int, classes: int, count: int) -> Heads:
     return Heads([first, *(copy.deepcopy(first) for _ in range(count - 1))])
 
 
-class Frozen(nn.Module):
+class FrozenEncoder(nn.Module):
     """Normalised images -> an encoder's features, (N, C) float32 without gradient.
 
     Args:
@@ -101,7 +67,7 @@ class Frozen(nn.Module):
         return features.float().clone()  # outside: autograd takes no tensor of inference mode
 
 
-class Network(nn.Module):
+class EncoderWithHeads(nn.Module):
     """Encoder and heads that train together: normalised images -> for each head (N, classes)."""
 
     def __init__(self, encoder: nn.Module, heads: Heads, amp: str) -> None:
@@ -114,17 +80,125 @@ class Network(nn.Module):
         return self.heads(features.float())
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp != "off")
+# ------------------------------------------------------------------------------------------------
+# Settings and results of heads
+# ------------------------------------------------------------------------------------------------
 
 
-def default_amp(device: torch.device) -> str:
-    """bf16 on GPUs that have it, float32 elsewhere."""
-    return (
-        "bf16"
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "off"
-    )
+@dataclass(frozen=True)
+class HeadConfig:
+    """Learning rate and weight decay of one linear classifier."""
+
+    lr: float
+    weight_decay: float
+
+    def __str__(self) -> str:
+        return f"lr {self.lr:g}, wd {self.weight_decay:g}"
+
+
+@dataclass
+class HeadResult:
+    """Best and last accuracy of one linear classifier: {"top1", "top5", "epoch"}."""
+
+    config: HeadConfig
+    best: dict = field(default_factory=lambda: {"top1": -1.0})
+    last: dict = field(default_factory=dict)
+    diverged: int | None = None  # the epoch in which its loss was no longer finite
+
+    def to_flat(self) -> dict:
+        """As lincls.json and checkpoints hold it."""
+        flat = asdict(self)
+        return {**flat.pop("config"), **flat}
+
+    @classmethod
+    def from_flat(cls, flat: dict) -> HeadResult:
+        rest = {name: flat[name] for name in ("best", "last", "diverged")}
+        return cls(HeadConfig(flat["lr"], flat["weight_decay"]), **rest)
+
+
+def best_head(results: Sequence[HeadResult], by: str) -> HeadResult:
+    """The head of highest "best" or "last" top-1 accuracy, the first of equals."""
+    return max(results, key=lambda head: getattr(head, by).get("top1", -1.0))
+
+
+def record_accuracy(results: Sequence[HeadResult], found: list[dict], epoch: int) -> bool:
+    """Enter the accuracies of an epoch; returns whether the best of all heads has changed."""
+    before = best_head(results, "best").best["top1"]
+    for head, accuracy in zip(results, found, strict=True):
+        if head.diverged is None:
+            head.last = {"top1": accuracy["top1"], "top5": accuracy["top5"], "epoch": epoch}
+            if accuracy["top1"] > head.best["top1"]:
+                head.best = head.last
+    return best_head(results, "best").best["top1"] > before
+
+
+def log_names(name: str, results: Sequence[HeadResult], values: Sequence[float]) -> dict:
+    """A name for each head's value in the log; values that are not finite are left out."""
+    return {
+        f"{name}_lr{head.config.lr:g}_wd{head.config.weight_decay:g}": value
+        for head, value in zip(results, values, strict=True)
+        if math.isfinite(value)
+    }
+
+
+# ------------------------------------------------------------------------------------------------
+# Training and accuracy
+# ------------------------------------------------------------------------------------------------
+
+
+class HeadTraining:
+    """Heads that train together, one for each config: their optimizer and their results.
+
+    Args:
+        configs: learning rate and weight decay of each head.
+        encoder, lr_backbone: an encoder that trains too, with the weight decay of the first head.
+
+    Attributes:
+        loss_sum, loss_count: of each head's losses since the last line of output, (heads,).
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        configs: Sequence[HeadConfig],
+        momentum: float,
+        *,
+        encoder: nn.Module | None = None,
+        lr_backbone: float | None = None,
+    ) -> None:
+        self.heads = heads
+        self.results = [HeadResult(config) for config in configs]
+        groups = [
+            {"params": head.parameters(), **asdict(config)}
+            for head, config in zip(heads.linear, configs, strict=True)
+        ]
+        if encoder is not None:
+            decay = configs[0].weight_decay
+            groups.append(
+                {"params": encoder.parameters(), "lr": lr_backbone, "weight_decay": decay}
+            )
+        self.optimizer = torch.optim.SGD(groups, momentum=momentum)
+        self.base_rates = [group["lr"] for group in groups]
+        self.start_means()
+
+    def start_means(self) -> None:
+        device = self.heads.linear[0].weight.device
+        self.loss_sum, self.loss_count = torch.zeros(len(self.results), device=device), 0
+
+    def set_learning_rates(self, factor: float) -> None:
+        """To `factor` times the initial ones."""
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+
+    def step(self, losses: Tensor) -> None:
+        """Step the optimizer; heads that have diverged stay as they are."""
+        self.optimizer.zero_grad()
+        losses.sum().backward()
+        for linear, head in zip(self.heads.linear, self.results, strict=True):
+            if head.diverged is not None:
+                linear.zero_grad()
+        self.optimizer.step()
+        self.loss_sum, self.loss_count = self.loss_sum + losses.detach(), self.loss_count + 1
 
 
 def head_losses(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -132,18 +206,9 @@ def head_losses(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(each, targets) for each in logits])
 
 
-def sgd(heads: Heads, settings: Sequence[Setting], momentum: float) -> torch.optim.SGD:
-    """A parameter group for each head, in their order."""
-    groups = [
-        {"params": head.parameters(), "lr": one.lr, "weight_decay": one.weight_decay}
-        for head, one in zip(heads.linear, settings, strict=True)
-    ]
-    return torch.optim.SGD(groups, momentum=momentum)
-
-
 @torch.no_grad()
-def silence(head: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
-    """Zero a head that has diverged, with its momentum, so that nothing that is saved is NaN."""
+def zero_diverged_head(head: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+    """Zero a head and its momentum, so that nothing that is saved is NaN."""
     for parameter in head.parameters():
         parameter.zero_()
         buffer = optimizer.state[parameter].get("momentum_buffer")

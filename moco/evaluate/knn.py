@@ -66,7 +66,8 @@ def knn_predict(
         block_size: queries at a time; memory is block_size x M.
 
     Returns:
-        (N, classes) int64, the classes from most to fewest votes.
+        (N, classes) int64, the classes from most to fewest votes, then -1 for each class that no
+        neighbour has.
 
     Raises:
         ValueError: k or temperature not positive.
@@ -82,8 +83,12 @@ def knn_predict(
         # Shifted by each row's best, which changes no ranking and cannot overflow.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes = weights.new_zeros(len(queries), classes)
-        votes.scatter_add_(1, bank_labels[neighbours], weights)
-        ranked.append(votes.argsort(dim=1, descending=True))
+        labels = bank_labels[neighbours]  # (B, k)
+        votes.scatter_add_(1, labels, weights)
+        # A weight may round to 0; it is a vote all the same.
+        voted = torch.zeros_like(votes, dtype=torch.bool).scatter_(1, labels, True)
+        votes, order = votes.masked_fill_(~voted, -1).sort(dim=1, descending=True)
+        ranked.append(order.masked_fill_(votes < 0, -1))
     return torch.cat(ranked)
 
 
@@ -91,10 +96,11 @@ def count_correct(ranked: Tensor, targets: Tensor, topk: Sequence[int]) -> Tenso
     """How many targets are among the first k of their row, for each k; float64 (len(topk),).
 
     Args:
-        ranked: (N, >= max(topk)) classes from most to least likely.
-        targets: (N,).
+        ranked: (N, >= max(topk)) classes from most to least likely; -1 for none.
+        targets: (N,); -1, for a class that is not known, is never right.
     """
-    hits = ranked[:, : max(topk)] == targets.unsqueeze(1)  # (N, max k)
+    ranked = ranked[:, : max(topk)]
+    hits = (ranked == targets.unsqueeze(1)) & (ranked >= 0)  # (N, max k)
     return torch.stack([hits[:, :k].any(dim=1).sum() for k in topk]).double()
 
 

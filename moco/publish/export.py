@@ -1,7 +1,7 @@
-"""Encoders for other tools: the same weights under their names and in their files.
+"""Write encoders as torchvision, timm, detectron2, upstream MoCo, Hugging Face and ONNX read them.
 
-The names of torchvision's ResNets are timm's and, behind a prefix, upstream MoCo's; detectron2 has
-its own. Each writer makes one file (Hugging Face: a folder) and leaves being atomic to its caller.
+timm names the tensors of a ResNet as torchvision does, and so does upstream MoCo behind a prefix;
+detectron2 has names of its own. Each writer makes one file (Hugging Face: a folder).
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import dataclasses
 import io
 import json
 import logging
-import math
 import os
 import pickle
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,24 +24,23 @@ import torchvision
 from torch import Tensor, nn
 
 from moco.checkpoint import load_encoder, write_atomically, write_safetensors
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD
+from moco.checkpoint.presentation import image_settings
 from moco.encoders import CifarResNet, check_image_size, get_head, head_name
 from moco.errors import CheckpointError
 
 AUTHOR = "moco-align-uniform"
 
 # ------------------------------------------------------------------------------------------------
-# What a file holds
+# Encoders from files
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
-class Network:
-    """An encoder, (N, 3, H, W) -> (N, feature_dim), and what came after it in its file."""
+class LoadedEncoder:
+    """An encoder from a file, (N, 3, H, W) -> (N, feature_dim), with the head that is kept."""
 
     encoder: nn.Module  # its last layer is Identity
-    projection: nn.Module | None  # where the file has one and it is kept, as the next
-    classifier: nn.Linear | None
+    head: nn.Module | None  # None where the file has none, or it is not kept
     info: dict  # of `load_encoder`
 
     @property
@@ -50,30 +49,27 @@ class Network:
 
     @property
     def classes(self) -> int:
-        """Of the classifier; 0 where there is none."""
-        return self.classifier.out_features if self.classifier else 0
-
-    @property
-    def head(self) -> nn.Module | None:
-        return self.projection or self.classifier
+        """Outputs of the linear classifier; 0 without one."""
+        is_classifier = self.head is not None and self.info["head_use"] == "linear"
+        return self.head.out_features if is_classifier else 0
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors by torchvision's names, those of the head too where there is one."""
+        """Tensors of the encoder and its head by torchvision's names."""
         state = dict(self.encoder.state_dict())
         if self.head is not None:
             name = head_name(self.encoder)
             state.update({f"{name}.{k}": t for k, t in self.head.state_dict().items()})
         return state
 
-    def about(self) -> dict:
-        """What a file says beside its tensors; nothing in it names a place on this machine."""
-        args = without_paths(self.info["args"])
-        said = {"arch": self.arch, "epoch": self.info["epoch"], "args": args}
-        return {name: value for name, value in said.items() if _is_json(value)}
+    def metadata(self) -> dict:
+        """What a written file says beside its tensors, without paths of this machine."""
+        args = strip_local_paths(self.info["args"])
+        metadata = {"arch": self.arch, "epoch": self.info["epoch"], "args": args}
+        return {name: value for name, value in metadata.items() if _is_json(value)}
 
 
-def load_network(source: str | os.PathLike, keep: str = "linear") -> Network:
-    """Read a checkpoint of any kind that `load_encoder` knows.
+def load_with_head(source: str | os.PathLike, keep: str = "linear") -> LoadedEncoder:
+    """Load a checkpoint of any kind that `load_encoder` knows.
 
     Args:
         source: file or URL.
@@ -85,64 +81,52 @@ def load_network(source: str | os.PathLike, keep: str = "linear") -> Network:
     encoder, info = load_encoder(source)
     head = None
     if keep == info["head_use"] != "none":
-        whole, _ = load_encoder(source, head=keep)
-        head = get_head(whole)
-    return Network(
-        encoder,
-        head if keep == "projection" else None,
-        head if keep == "linear" else None,
-        info,
-    )
+        head = get_head(load_encoder(source, head=keep)[0])
+    return LoadedEncoder(encoder, head, info)
 
 
-def image_settings(encoder: nn.Module, info: dict) -> tuple[int, list[float], list[float]]:
-    """(image size, mean, std) that an encoder was trained with; ImageNet's where it is not said.
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Arguments that are places: folders and files of the run, an address in its network.
+_PLACES = ("data", "save_dir", "resume", "checkpoint", "pretrained", "dist_url")
+
+
+def strip_local_paths(values: dict, args: dict | None = None) -> dict:
+    """Arguments or results of a run without what tells of the machine it ran on.
+
+    Each path becomes its last name. The address of the first node is left out, and so is what JSON
+    cannot hold.
+
+    Args:
+        args: the run's arguments, where `values` are not they: the places in them are known.
 
     Raises:
-        CheckpointError: the checkpoint says something impossible.
+        CheckpointError: values are nested too deeply.
     """
-    said = info["args"]
-    size = said.get("image_size", getattr(encoder, "image_size", 224))  # a ViT is made for one
-    mean, std = said.get("mean", IMAGENET_MEAN), said.get("std", IMAGENET_STD)
-    for name, values in (("mean", mean), ("std", std)):
-        if not (
-            isinstance(values, (list, tuple))
-            and len(values) == 3
-            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
-            and (name == "mean" or min(values) > 0)
-        ):
-            raise CheckpointError(f"the checkpoint's {name} is {values!r}, expected three numbers")
-    if not isinstance(size, int) or size < 1:
-        raise CheckpointError(f"the checkpoint's image size is {size!r}, expected a number >= 1")
-    return size, list(mean), list(std)
+    known = {**(args or {}), **values}
+    places = [value for name in _PLACES if isinstance(value := known.get(name), str) and value]
+    places = sorted((place for place in places if "/" in place), key=len, reverse=True)
 
-
-# Arguments that are places: of the run, of the data, of a machine in the network.
-PLACES = ("data", "save_dir", "resume", "checkpoint", "pretrained", "dist_url")
-
-
-def without_paths(said: dict) -> dict:
-    """The arguments or results of a run without what tells of the machine it ran on: each path
-    becomes its last name, the address of the first node is left out, and so is what JSON lacks."""
-    places = [value for name in PLACES if isinstance(value := said.get(name), str) and value]
-    kept = {name: value for name, value in said.items() if name != "dist_url"}
-
-    def clean(value: object, name: object = None) -> object:
+    def strip(value: object, name: object = None) -> object:
         if isinstance(value, dict):
-            return {str(key): clean(item, key) for key, item in value.items() if _is_json(item)}
+            return {str(key): strip(item, key) for key, item in value.items() if _is_json(item)}
         if isinstance(value, (list, tuple)):
-            return [clean(item) for item in value]
+            return [strip(item) for item in value]
         if not isinstance(value, str):
             return value
-        if name in PLACES:
+        if name in _PLACES:
             return os.path.basename(value.rstrip("/"))
-        for place in sorted(places, key=len, reverse=True):
-            if "/" in place:
-                value = value.replace(place, os.path.basename(place.rstrip("/")))
+        for place in places:
+            value = value.replace(place, os.path.basename(place.rstrip("/")))
         # Absolute paths within other words, such as those of an error message.
         return re.sub(r"(?<![\w.:/~])~?/(?:[^\s'\",;()/]+/)*([^\s'\",;()/]+)", r"\1", value)
 
-    return clean(kept)
+    try:
+        return strip({name: value for name, value in values.items() if name != "dist_url"})
+    except RecursionError:
+        raise CheckpointError("values of the run are nested too deeply") from None
 
 
 def _is_json(value: object) -> bool:
@@ -158,7 +142,7 @@ def _is_json(value: object) -> bool:
 # ------------------------------------------------------------------------------------------------
 
 
-def check_fits(network: Network, to: str) -> None:
+def check_fits(network: LoadedEncoder, to: str) -> None:
     """Refuse what the other tool has no network for.
 
     Raises:
@@ -169,23 +153,16 @@ def check_fits(network: Network, to: str) -> None:
     arch, stem = network.arch, network.info["small_stem"]
     if stem or arch not in torchvision.models.list_models(module=torchvision.models):
         what = "a ResNet with the small stem" if stem else f"{arch}, of this project alone,"
+        home = {"upstream-moco": "upstream MoCo, which has torchvision's", "huggingface": "timm"}
         raise CheckpointError(
-            f"{what} has no counterpart in {_HOME[to]}; --to onnx takes it, and load_encoder does"
+            f"{what} has no counterpart in {home.get(to, to)}; --to onnx takes it, and "
+            "load_encoder does"
         )
-    if to != "torchvision" and to != "upstream-moco" and not _is_resnet(network.encoder):
+    if to not in ("torchvision", "upstream-moco") and not _is_resnet(network.encoder):
         raise CheckpointError(
             f"--to {to} is for ResNets, whose names are known there, got {arch}; --to torchvision "
             "and --to onnx take it"
         )
-
-
-_HOME = {
-    "torchvision": "torchvision",
-    "timm": "timm",
-    "detectron2": "detectron2",
-    "upstream-moco": "upstream MoCo, which has torchvision's",
-    "huggingface": "timm",
-}
 
 
 def takes_any_size(encoder: nn.Module) -> bool:
@@ -209,7 +186,7 @@ def detectron2_name(name: str) -> str:
     return f"{stage}.{rest}"
 
 
-def timm_config(network: Network, licence: str | None = None) -> dict:
+def timm_config(network: LoadedEncoder, licence: str | None = None) -> dict:
     """config.json as timm writes it for the Hugging Face hub: the network and how to feed it."""
     size, mean, std = image_settings(network.encoder, network.info)
     pretrained = {
@@ -243,23 +220,23 @@ def timm_config(network: Network, licence: str | None = None) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 
-def write_torchvision(path: Path, network: Network) -> None:
+def write_torchvision(path: Path, network: LoadedEncoder) -> None:
     """A plain state dict, which timm reads too; .safetensors by the name of the file."""
     if path.suffix == ".safetensors":
-        write_safetensors(path, network.state(), network.about())
+        write_safetensors(path, network.state(), network.metadata())
     else:
-        _save(path, network.state())
+        write_torch(path, network.state())
 
 
-def write_upstream_moco(path: Path, network: Network) -> None:
+def write_upstream_moco(path: Path, network: LoadedEncoder) -> None:
     """What facebookresearch/moco's main_lincls.py reads: of `state_dict` it takes the names that
     begin with module.encoder_q., fc aside, so a file without any is as good to it."""
     state = {f"module.encoder_q.{name}": tensor for name, tensor in network.state().items()}
-    said = {"arch": network.arch, "epoch": network.info["epoch"]}
-    _save(path, {**said, "state_dict": state})
+    write_torch(path, {"arch": network.arch, "epoch": network.info["epoch"], "state_dict": state})
 
 
-def _save(path: Path, content: dict) -> None:
+def write_torch(path: Path, content: dict) -> None:
+    """`torch.save`, atomically."""
     buffer = io.BytesIO()  # of a full disk torch.save itself would say "unexpected pos"
     torch.save(content, buffer)
     _write(path, buffer.getbuffer())
@@ -269,7 +246,7 @@ def _write(path: Path, data: bytes | memoryview) -> None:
     write_atomically(path, lambda file: file.write(data))
 
 
-def write_detectron2(path: Path, network: Network) -> None:
+def write_detectron2(path: Path, network: LoadedEncoder) -> None:
     """The pickle of numpy arrays that upstream MoCo's detection/convert-pretrain-to-detectron2.py
     makes. All that it asks an unpickler for is numpy's way to rebuild an array."""
     model = {
@@ -285,11 +262,11 @@ def write_detectron2(path: Path, network: Network) -> None:
     _write(path, data)
 
 
-def write_huggingface(path: Path, network: Network) -> None:
+def write_huggingface(path: Path, network: LoadedEncoder) -> None:
     path.mkdir()
     text = json.dumps(timm_config(network), indent=2) + "\n"
     (path / "config.json").write_text(text, encoding="utf-8")
-    write_safetensors(path / "model.safetensors", network.state(), network.about())
+    write_safetensors(path / "model.safetensors", network.state(), network.metadata())
 
 
 ONNX_OUTPUTS = {"none": "features", "projection": "projections", "linear": "logits"}
@@ -349,7 +326,7 @@ def _no_logs() -> Iterator[None]:
 class Format:
     suffixes: tuple[str, ...]  # of its file, the usual one first; () for a folder
     keeps: str = "linear"  # the last layer that goes into it
-    write: Callable[[Path, Network], None] | None = None
+    write: Callable[[Path, LoadedEncoder], None] | None = None
 
 
 FORMATS = {
@@ -358,9 +335,7 @@ FORMATS = {
     "detectron2": Format((".pkl",), keeps="none", write=write_detectron2),
     "upstream-moco": Format((".pth.tar", ".pth"), keeps="projection", write=write_upstream_moco),
     "huggingface": Format((), write=write_huggingface),
-    "onnx": Format(
-        (".onnx",), keeps="none"
-    ),  # `write_onnx` makes a file of the head that is asked for
+    "onnx": Format((".onnx",), keeps="none"),  # `write_onnx` keeps the head that is asked for
 }
 
 
@@ -369,7 +344,7 @@ FORMATS = {
 # ------------------------------------------------------------------------------------------------
 
 
-def usage(to: str, file: str, network: Network) -> str:
+def usage(to: str, file: str, network: LoadedEncoder) -> str:
     """Lines of Python (detectron2: of its YAML; upstream MoCo: a command) that load `file`."""
     arch, classes = network.arch, network.classes
     if to == "torchvision":
@@ -397,9 +372,11 @@ def usage(to: str, file: str, network: Network) -> str:
             ".eval()"
         )
     if to == "huggingface":
-        return f"import timm\nmodel = timm.create_model('local-dir:{file}', pretrained=True).eval()"
+        name = f"local-dir:{file}"
+        return f"import timm\nmodel = timm.create_model({name!r}, pretrained=True).eval()"
     if to == "upstream-moco":
-        return f"python main_lincls.py -a {arch} --pretrained {file} ...  # facebookresearch/moco"
+        path = shlex.quote(file)
+        return f"python main_lincls.py -a {arch} --pretrained {path} ...  # facebookresearch/moco"
     if to == "detectron2":
         _, mean, std = image_settings(network.encoder, network.info)
         resnet = network.encoder

@@ -1,1 +1,16 @@
-"""What is trained on the engine: MoCo."""
+"""Tasks: what is trained on the engine. MoCo is the first one.
+
+A task is a class with four methods:
+
+    build_data(device)     batches: steps_per_epoch, facts, set_epoch(epoch, start), iter, end()
+    build_module()         the nn.Module, on the CPU
+    losses(model, batch, part, parts)
+                           named terms of a batch: anything with `items()` as moco.train.losses has
+    total(losses)          the scalar to minimise
+
+The engine (`moco.train.loop.train`) gives it the loop, resumption, saving, guards, logs and
+processes. Everything else has a default in `moco.train.task.Task`: what a checkpoint holds beside
+the weights, start-up facts, metrics and histograms for the log, an evaluation every few epochs. A
+task may use `moco.train` and `moco.evaluate`; the engine knows no task. docs/own_task.md has an
+example of 60 lines.
+"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import re
@@ -15,14 +14,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from moco import distributed, encoders
+from moco.config import Data, PretrainConfig
 from moco.data import loader
 from moco.data.images import Images, Subset, first_per_class, open_images, split_folder
 from moco.data.views import eval_transform
 from moco.errors import DataError
 from moco.evaluate import knn as evaluate
-from moco.log import RunLog, StepPrinter, progress
-from moco.train.guards import StopRequest
-from moco.train.state import Run
+from moco.log import RunLog
+from moco.printable import printable
+from moco.progress import StepPrinter, progress
+from moco.stop import StopRequest
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
 
@@ -42,74 +43,72 @@ class OnlineKnn:
 
     def __init__(
         self,
+        encoder: nn.Module,
         images: Images,
-        args: argparse.Namespace,
+        config: PretrainConfig,
         device: torch.device,
-        total_steps: int,
+        *,
+        log: RunLog,
+        printer: StepPrinter,
+        stop: StopRequest,
     ) -> None:
         """
         Args:
+            encoder: the query encoder, on the device.
             images: those that the run trains on.
-            args: of main_moco.py.
-            total_steps: at which step the run ends.
         """
-        self.args, self.device, self.total_steps = args, device, total_steps
-        self.enabled = args.knn_every > 0
+        self.encoder, self.config, self.device = encoder, config, device
+        self.log, self.printer, self.stop = log, printer, stop
+        every = config.watching.knn_every
+        self.enabled = every > 0
         if not self.enabled:
             return
         reason = None
         try:
-            self.bank, self.val, self.classes = open_splits(images, args)
+            self.bank, self.val, self.classes = open_splits(
+                images, config.data, config.watching.knn_bank
+            )
         except (DataError, OSError) as error:
             reason = str(error)
         if distributed.any_rank(reason is not None, device=device)[0]:
             self._leave_out(reason, "")
             return
         distributed.print_main(
-            f"{'k-NN':>10}: every {args.knn_every} epoch(s) and at the end, a bank of "
+            f"{'k-NN':>10}: every {every} epoch(s) and at the end, a bank of "
             f"{len(self.bank)} training images, {len(self.val)} to classify, "
             f"{self.classes} classes"
         )
 
-    def due(self, run: Run) -> bool:
-        """After every --knn-every-th epoch, and at the end."""
-        whole_epoch = run.epoch > 0 and run.step_in_epoch == 0
-        return self.enabled and (
-            run.step >= self.total_steps
-            or (whole_epoch and run.epoch % self.args.knn_every == 0)
-        )  # fmt: skip
-
-    def missed(self, run: Run, log: RunLog) -> bool:
-        """Whether a run that goes on was cut off between its checkpoint and the k-NN due then."""
-        return self.due(run) and not distributed.broadcast_object(("knn", run.step) in log.kept)
-
-    def measure(self, run: Run, log: RunLog, printer: StepPrinter, stop: StopRequest) -> bool:
+    def measure(self, epoch: int, step: int) -> bool:
         """Measure and log, on all ranks together; given up when any is asked to stop.
+
+        Args:
+            epoch, step: finished epochs and steps.
 
         Returns:
             Whether any rank was asked to stop.
         """
-        with printer.paused():
-            return self._measure(run, log, printer, stop)
+        with self.printer.paused():
+            return self._measure(epoch, step)
 
-    def _measure(self, run: Run, log: RunLog, printer: StepPrinter, stop: StopRequest) -> bool:
+    def _measure(self, epoch: int, step: int) -> bool:
         started = time.perf_counter()
-        encoder = frozen_backbone(run.moco.encoder_q)
+        encoder = frozen_backbone(self.encoder)
         reason, found = None, []
         try:
             for images in (self.bank, self.val):
-                with self._batches(images, stop) as batches:
+                with self._batches(images) as batches:
                     found += evaluate.extract_features(
                         encoder, batches,
-                        device=self.device, mean=self.args.mean, std=self.args.std,
+                        device=self.device, mean=self.config.views.mean, std=self.config.views.std,
                     )  # fmt: skip
         except (DataError, torch.OutOfMemoryError) as error:
             reason = str(error)
         failed, stopping = distributed.any_rank(
-            reason is not None, stop.requested, device=self.device
+            reason is not None, self.stop.requested, device=self.device
         )
         if failed:
-            self._leave_out(reason, f" from step {run.step} on")
+            self._leave_out(reason, f" from step {step} on")
         if failed or stopping:
             return stopping
         bank, bank_labels, features, labels = found
@@ -119,28 +118,28 @@ class OnlineKnn:
         )  # fmt: skip
         seconds = time.perf_counter() - started
         values = {"top1": scores.pop("top1"), "top5": scores.pop("top5"), "seconds": seconds}
-        log.scalars("knn", run.step, values, epoch=run.epoch, **scores)
-        printer.note(
-            f"k-NN after {run.epoch} epoch(s): top-1 {values['top1']:.2f}, "
+        self.log.scalars("knn", step, values, epoch=epoch, **scores)
+        self.printer.note(
+            f"k-NN after {epoch} epoch(s): top-1 {values['top1']:.2f}, "
             f"top-{min(5, self.classes)} {values['top5']:.2f} (k {scores['k']}, bank of "
             f"{scores['bank']}, {scores['images']} images, {seconds:.1f} s)"
         )
         return False
 
     @contextlib.contextmanager
-    def _batches(self, images: Images, stop: StopRequest) -> Iterator[Iterator]:
+    def _batches(self, images: Images) -> Iterator[Iterator]:
         """This rank's share of the images, until it is asked to stop."""
-        args = self.args
+        config = self.config
         batches = loader.eval_loader(
-            loader.PlainImages(images, eval_transform(args.image_size)),
-            batch_size=args.batch_size // args.processes // args.accumulate,
-            workers=args.workers,
+            loader.PlainImages(images, eval_transform(config.views.image_size)),
+            batch_size=config.part_size,
+            workers=config.data.workers,
             pin_memory=self.device.type == "cuda",
             persistent=True,  # so that they can be ended, whatever happens
             outlive_stop=True,
         )
         try:
-            yield _until(stop, batches)
+            yield _until(self.stop, batches)
         finally:
             if batches.num_workers and batches._iterator is not None:
                 batches._iterator._shutdown_workers()
@@ -151,7 +150,7 @@ class OnlineKnn:
         if reason is not None:
             # What a loader process raised arrives with that process's trace in front.
             reason = re.sub(r"^[\w.]*Error: ", "", reason.strip().splitlines()[-1])
-            print(f"{'k-NN':>10}: left out{since}: {reason}", flush=True)
+            print(f"{'k-NN':>10}: left out{since}: {printable(reason)}", flush=True)
 
 
 def _until(stop: StopRequest, batches: DataLoader) -> Iterator:
@@ -161,19 +160,19 @@ def _until(stop: StopRequest, batches: DataLoader) -> Iterator:
         yield batch
 
 
-def open_splits(images: Images, args: argparse.Namespace) -> tuple[Images, Images, int]:
+def open_splits(images: Images, data: Data, bank_size: int) -> tuple[Images, Images, int]:
     """Bank and validation images, and the number of their classes.
 
     Raises:
         DataError: no labels, no validation images, or such of other classes.
     """
-    if args.dataset == "folder":
-        split_folder(Path(args.data), "train")  # else `images` may hold validation images
-    per_class = args.images_per_class
+    if data.dataset == "folder":
+        split_folder(Path(data.data), "train")  # else `images` may hold validation images
+    per_class = data.images_per_class
     if images.targets is None:  # of STL-10 only some of the images have labels
-        images = open_images(args.dataset, args.data, "train", per_class=per_class)
-    val = open_images(args.dataset, args.data, "val", per_class=per_class, classes=images.classes)
-    share = max(1, args.knn_bank // len(images.classes))
+        images = open_images(data.dataset, data.data, "train", per_class=per_class)
+    val = open_images(data.dataset, data.data, "val", per_class=per_class, classes=images.classes)
+    share = max(1, bank_size // len(images.classes))
     bank = Subset(images, first_per_class(images.targets, share))
     return bank, val, len(images.classes)
 

@@ -6,39 +6,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moco import checkpoint, distributed
-from moco.builder import MoCo, MoCoLosses
-from moco.errors import CheckpointError, TrainingError
+from moco.errors import TrainingError
 from moco.log import RunLog
-from moco.profiling import label
-from moco.train.state import BackgroundWriter, Run
-
-
-class StopRequest:
-    """SIGTERM and SIGUSR1 ask this process to finish the step, save and end."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        for number in distributed.STOP_SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _) -> None:
-        self.name = signal.Signals(number).name
-
-    @property
-    def requested(self) -> bool:
-        return self.name is not None
+from moco.train.saver import BackgroundWriter, finish_saving
+from moco.train.state import TrainState
+from moco.train.task import Losses
 
 
 @contextlib.contextmanager
-def failure_names_the_step(run: Run) -> Iterator[None]:
+def failure_names_the_step(state: TrainState) -> Iterator[None]:
     """A collective that fails (a rank was killed, or has hung) ends in an error that says when, and
     which rank does not answer."""
     try:
@@ -48,37 +31,11 @@ def failure_names_the_step(run: Run) -> Iterator[None]:
             raise
         silent = ", ".join(map(str, distributed.silent_ranks()))
         raise TrainingError(
-            f"rank {distributed.rank()} could not talk to the others in epoch {run.epoch}, "
-            f"step {run.step}"
+            f"rank {distributed.rank()} could not talk to the others in epoch {state.epoch}, "
+            f"step {state.step}"
             + (f"; no answer from rank {silent}" if silent else "")
             + f": {' '.join(str(error).split())[:300]}; go on with --resume auto"
         ) from error
-
-
-def finish_saving(writer: BackgroundWriter, device: torch.device) -> None:
-    """Wait until the last file is on disk; all ranks stop when rank 0 could not write it."""
-    error = None
-    try:
-        writer.finish()
-    except CheckpointError as caught:
-        error = caught
-    (failed,) = distributed.any_rank(error is not None, device=device)
-    if failed:
-        raise error or TrainingError("rank 0 could not save; training stops")
-
-
-def gradient_norm(module: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients, on the device; the same on all ranks after averaging."""
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-
-
-def steps_between_checks(device: torch.device, print_freq: int) -> int:
-    """How often the host looks at the numbers of the steps, and ranks agree on whether to go on.
-
-    On the CPU after every step. A GPU would have to be waited for, so there only when a line is
-    printed anyway (and before every save); `StepGuard` keeps the weights until then.
-    """
-    return 1 if device.type == "cpu" else print_freq
 
 
 class StepGuard:
@@ -91,35 +48,29 @@ class StepGuard:
     An overflow of scaled fp16 gradients alone is passed over: the scaler leaves that step out.
     """
 
-    def __init__(self, run: Run, writer: BackgroundWriter, max_overflows: int) -> None:
-        self.run, self.writer, self.max_overflows = run, writer, max_overflows
-        self.device = run.moco.queue.device
-        self.failed = torch.zeros((), dtype=torch.bool, device=self.device)
+    def __init__(self, state: TrainState, writer: BackgroundWriter, max_overflows: int) -> None:
+        self.state, self.writer, self.max_overflows = state, writer, max_overflows
+        self.failed = torch.zeros((), dtype=torch.bool, device=state.device)
         # Since the last check: (epoch, step, names, their values on the device).
         self.noted: list[tuple[int, int, list[str], Tensor]] = []
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of `loss`, NaN when it, or an earlier one, is not finite."""
+    def poison(self, loss: Tensor) -> Tensor:
+        """`loss`, times NaN when it, or an earlier one, is not finite."""
         self.failed |= ~loss.detach().isfinite()
-        factor = torch.where(self.failed, torch.nan, 1.0)
-        self.run.scaler.scale(loss * factor).backward()
+        return loss * torch.where(self.failed, torch.nan, 1.0)
 
-    def step(self, losses: MoCoLosses, loss: Tensor, epoch: int) -> None:
-        """Step the optimizer if all is finite, and note the numbers for `check`."""
-        run = self.run
-        with label("optimizer"):
-            run.scaler.unscale_(run.optimizer)
-            norm = gradient_norm(run.moco.encoder_q)
-            if not run.scaler.is_enabled():  # which would find out by itself, and adapt its scale
-                overflow = ~norm.isfinite()
-                self.failed |= overflow
-                run.optimizer.found_inf = overflow.float()
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
-        names = [name for name, _ in losses.items()]
-        values = [norm, loss, *(value for _, value in losses.items())]
+    def leave_out(self, norm: Tensor) -> Tensor:
+        """Whether the fused optimizer must leave this step out, as its `found_inf`."""
+        overflow = ~norm.isfinite()
+        self.failed |= overflow
+        return overflow.float()
+
+    def note(self, norm: Tensor, loss: Tensor, losses: Losses) -> None:
+        """Keep the numbers of a step, on the device, for `check`."""
+        terms = dict(losses.items())
+        values = [norm, loss, *terms.values()]
         values = torch.stack([value.detach().double() for value in values])
-        self.noted.append((epoch, run.step, names, values))
+        self.noted.append((self.state.epoch, self.state.step, list(terms), values))
 
     def check(self, stopping: bool, save_now: bool) -> tuple[bool, bool]:
         """Look at all steps since the last check, on all ranks together, and add their numbers to
@@ -138,34 +89,34 @@ class StepGuard:
         rows = torch.stack([values for *_, values in self.noted]).tolist() if self.noted else []
         *bad_losses, unsaved, stopping, save_now = distributed.any_rank(
             *(not all(map(math.isfinite, losses)) for _, *losses in rows),
-            self.writer.failed(), stopping, save_now, device=self.device,
+            self.writer.failed(), stopping, save_now, device=self.state.device,
         )  # fmt: skip
         if unsaved:
-            finish_saving(self.writer, self.device)
+            finish_saving(self.writer, self.state.device)
         noted, self.noted = self.noted, []
         for (epoch, step, names, _), row, bad_loss in zip(noted, rows, bad_losses, strict=True):
             norm, loss, *terms = row
             if bad_loss or not math.isfinite(norm):  # the same norm on all ranks
                 self._not_finite(epoch, step, norm, dict(zip(names, terms, strict=True)), bad_loss)
             else:
-                self.run.skipped_in_a_row = 0
-                self.run.means.add("grad_norm", norm)
+                self.state.skipped_in_a_row = 0
+                self.state.means.add("grad_norm", norm)
             for name, value in zip(("loss", *names), (loss, *terms), strict=True):
-                self.run.means.add(name, value)
+                self.state.means.add(name, value)
         return stopping, save_now
 
     def _not_finite(
         self, epoch: int, step: int, norm: float, terms: dict[str, float], bad_loss: bool
     ) -> None:
         """All ranks are here together. Returns after an overflow that may be passed over."""
-        run = self.run
-        if run.scaler.is_enabled() and not bad_loss:
-            run.skipped += 1
-            run.skipped_in_a_row += 1
-            if run.skipped_in_a_row <= self.max_overflows:
+        state = self.state
+        if state.scaler.is_enabled() and not bad_loss:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row <= self.max_overflows:
                 return
         # What each rank saw, for the message.
-        mine = torch.tensor([list(terms.values())], dtype=torch.float64, device=self.device)
+        mine = torch.tensor([list(terms.values())], dtype=torch.float64, device=self.state.device)
         by_rank = distributed.all_gather(mine)  # (W, terms)
         guilty = [
             f"{list(terms)[term]} {by_rank[rank, term].item():g} on rank {rank}"
@@ -176,15 +127,14 @@ class StepGuard:
         left = checkpoint.run_checkpoints(self.writer.folder)
         raise TrainingError(
             f"not finite in epoch {epoch}, step {step}: {'; '.join(guilty)}"
-            + (f" ({run.skipped_in_a_row} steps in a row)" if run.skipped_in_a_row else "")
+            + (f" ({state.skipped_in_a_row} steps in a row)" if state.skipped_in_a_row else "")
             + f". The last checkpoint is {left[-1] if left else 'none yet'}. "
             "Lower --lr, add --warmup-epochs, or use --amp bf16 instead of fp16"
         )
 
 
-def stop_if_ranks_differ(moco: MoCo, step: int) -> None:
-    """Queue, pointer and weights are equal on all ranks by construction; prove it now and then."""
-    tensors = [*moco.parameters(), moco.queue.t(), moco.queue_ptr]
+def stop_if_ranks_differ(tensors: Sequence[Tensor], step: int) -> None:
+    """Weights (of MoCo queue and pointer too) are equal on all ranks by construction; prove it."""
     differing = distributed.ranks_that_differ(tensors)
     if differing:
         raise TrainingError(
@@ -203,17 +153,17 @@ class CollapseAlarm:
         self.steps = steps
         self.since: int | None = None
 
-    def check(self, losses: MoCoLosses, step: int, log: RunLog) -> None:
-        spread = losses.feature_std().item()
-        log.scalars("features", step, {"std": spread})
-        if spread >= self.LEAST_STD:
+    def check(self, feature_std: float, step: int, log: RunLog) -> None:
+        log.scalars("features", step, {"std": feature_std})
+        if feature_std >= self.LEAST_STD:
             self.since = None
             return
         self.since = step if self.since is None else self.since
         if self.steps and step - self.since >= self.steps:
             distributed.print_main(
-                f"warning: features have collapsed since step {self.since}: deviation {spread:.3f} "
-                "of 1 per dimension. Raise --moco-unif-w or --moco-unif-t, or lower --lr"
+                f"warning: features have collapsed since step {self.since}: deviation "
+                f"{feature_std:.3f} of 1 per dimension. Raise --moco-unif-w or --moco-unif-t, or "
+                "lower --lr"
             )
             log.scalars("warning", step, {"collapsed_since": self.since})
             self.since = step  # again after as many steps
@@ -233,7 +183,8 @@ class BadImages:
             return
         new -= self._listed()  # by other ranks
         self.seen |= new | self._listed()
-        with open(self.path, "a", encoding="utf-8") as file:  # ranks append whole lines
+        # Ranks append whole lines. A path need not be UTF-8: its bytes are kept.
+        with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
             file.write("".join(f"{path}\n" for path in sorted(new)))
         if len(self.seen) > self.most * self.images:
             raise TrainingError(
@@ -244,4 +195,4 @@ class BadImages:
     def _listed(self) -> set[str]:
         if not self.path.is_file():
             return set()
-        return set(self.path.read_text(encoding="utf-8").splitlines())
+        return set(self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())

@@ -1,62 +1,58 @@
-"""The state of a pretraining run: saved in the background, resumed bit for bit, never lost.
+"""The state of a run: what a checkpoint holds, and how a run goes on from it bit for bit.
 
-What the next step depends on is in a checkpoint: both encoders with buffers, queue and pointer,
-optimizer, gradient scaler, position within the epoch, the key shuffle's generator, torch's random
-state of every rank, and the running means that the next line of the log is made of. The order of
-samples and their augmentation need no state: they are functions of (seed, epoch, index, view).
+What the next step depends on is in a checkpoint: the module with its buffers (of MoCo both
+encoders, queue and pointer), optimizer, gradient scaler, position within the epoch, torch's random
+state of every rank, the running means that the next line of the log is made of, and what the task
+adds (of MoCo the key shuffle's generator). The order of samples and their augmentation need no
+state: they are functions of (seed, epoch, index, view).
 """
 
 from __future__ import annotations
 
-import argparse
-import threading
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from torch import nn
 
 from moco import checkpoint, distributed
-from moco.builder import MoCo
-from moco.encoders import head_name
 from moco.errors import CheckpointError
 from moco.log import Means
-from moco.train.step import fill_momentum
-
-# Arguments that decide what is learned: to resume under others is refused. (The world size and the
-# number of workers are not among them: the samples of a step depend on neither.)
-_SCIENCE = (
-    "arch", "small_stem", "moco_dim", "moco_k", "moco_m", "mlp", "objective", "batch_size", "lr",
-    "epochs", "cos", "schedule", "schedule_factor", "warmup_epochs", "momentum", "weight_decay",
-    "amp", "dataset", "images", "images_digest", "images_per_class", "image_size", "aug_plus",
-    "crop_scale", "blur", "views", "mean", "std", "bn_group_size", "seed", "accumulate",
-    "symmetric", "init_from",
-)  # fmt: skip
-# What checkpoints from before these arguments existed were trained with.
-_BEFORE = {"accumulate": 1, "symmetric": False, "init_from": None, "views": "cpu"}
-
-# Arguments that decide how it is computed: sums run in another order, what is learned is the same.
-_ROUNDING = {"channels_last": False, "compile": False, "deterministic": False}
+from moco.train.optimizer import fill_momentum
+from moco.train.task import Task
 
 
 @dataclass
-class Run:
-    """What changes while training."""
+class TrainState:
+    """What changes while training.
 
-    moco: MoCo
+    Attributes:
+        module: on its device, not wrapped.
+        skipped: steps that the fp16 scaler left out; skipped_in_a_row: the latest of them.
+    """
+
+    task: Task
+    module: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     means: Means
     epoch: int = 0  # finished epochs
     step_in_epoch: int = 0
     step: int = 0  # optimizer steps since the start of the run
-    skipped: int = 0  # steps that the fp16 scaler left out
+    skipped: int = 0
     skipped_in_a_row: int = 0
 
-    def state(self, args: dict) -> dict:
-        """The checkpoint; on every rank, because random states are gathered."""
-        device = self.moco.queue.device
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def content(self, args: dict) -> dict:
+        """The checkpoint; on every rank, because random states are gathered.
+
+        Args:
+            args: flat values of the config and of the data.
+        """
+        device = self.device
         rng = distributed.all_gather(torch.get_rng_state().unsqueeze(0).to(device)).cpu()
         cuda_rng = None
         if device.type == "cuda":
@@ -70,18 +66,18 @@ class Run:
             "step_in_epoch": self.step_in_epoch,
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "state_dict": {f"module.{name}": t for name, t in self.moco.state_dict().items()},
+            "state_dict": {f"module.{name}": t for name, t in self.module.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
-            "shuffle_generator": self.moco.shuffle_generator.get_state(),
             "rng": rng,
             "cuda_rng": cuda_rng,
             "means": self.means.state(),
             "args": args,
+            **self.task.extra_state(self.module),
         }
 
-    def load(self, content: dict, path: str, steps_per_epoch: int) -> None:
-        """Continue from a checkpoint, this project's or upstream MoCo's; says what it cannot carry.
+    def restore(self, content: dict, path: str, steps_per_epoch: int) -> None:
+        """Restore a checkpoint, this project's or upstream MoCo's; prints what upstream's lacks.
 
         Args:
             content: as read from `path`.
@@ -91,16 +87,22 @@ class Run:
             CheckpointError: it is no pretraining checkpoint or does not fit.
         """
         checkpoint.require_keys(content, ("arch", "epoch", "state_dict", "optimizer"), path)
+        if "pretrained_epochs" in content:
+            raise CheckpointError(
+                f"{path} is a checkpoint of main_lincls.py, expected one of main_moco.py; to start "
+                f"from its encoder give --init-from {path}, to go on with the evaluation give it "
+                "to main_lincls.py --resume"
+            )
         state = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
         state = OrderedDict(state)
-        state._metadata = self.moco.state_dict()._metadata  # versions of modules, for some archs
+        state._metadata = self.module.state_dict()._metadata  # versions of modules, for some archs
         state.pop("scalar_label", None)  # of moco_align_uniform's InfoNCE runs; always 0
         chosen = [
             {name: group[name] for name in ("momentum", "weight_decay", "fused", "foreach")}
             for group in self.optimizer.param_groups
         ]
         try:
-            self.moco.load_state_dict(state)
+            self.module.load_state_dict(state)
             self.optimizer.load_state_dict(content["optimizer"])
             for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
                 group.update(values)  # else --allow-changes would change nothing
@@ -123,13 +125,13 @@ class Run:
                 f"{path} stands at step {self.step_in_epoch} of an epoch, which has "
                 f"{steps_per_epoch} steps with these arguments"
             )
-        if "shuffle_generator" not in content:
+        if "rng" not in content:
             distributed.print_main(
                 "  it is not of this project: the order of samples, the key shuffle and all random "
                 "states start anew; weights, queue and optimizer go on"
             )
             return
-        self.moco.shuffle_generator.set_state(content["shuffle_generator"])
+        self.task.load_extra_state(self.module, content)
         self.means.load(content["means"])
         ranks, here = len(content["rng"]), distributed.world_size()
         if ranks != here:
@@ -138,140 +140,8 @@ class Run:
                 "the epoch is seen as before, but sums run in another order, so not bit for bit"
             )
             return
-        # Copies: given a row of a matrix, torch crashes.
+        # Copies: set_rng_state crashes on a view of the gathered matrix (torch 2.15).
         torch.set_rng_state(content["rng"][distributed.rank()].clone())
-        device = self.moco.queue.device
+        device = self.device
         if device.type == "cuda" and content["cuda_rng"] is not None:
             torch.cuda.set_rng_state(content["cuda_rng"][distributed.rank()].clone(), device)
-
-
-def science(args: argparse.Namespace | dict) -> dict:
-    """The arguments that decide what is learned."""
-    values = args if isinstance(args, dict) else vars(args)
-    return {name: values[name] for name in _SCIENCE if name in values}
-
-
-def differences(saved: dict, args: argparse.Namespace) -> list[str]:
-    """What is learned otherwise than before, one line per argument; [] for a file without
-    arguments."""
-    return _changed({**_BEFORE, **science(saved)}, science(args)) if saved else []
-
-
-def rounding_differences(saved: dict, args: argparse.Namespace) -> list[str]:
-    """What is computed otherwise than before, so that the run goes on, but not bit for bit."""
-    before = {name: saved.get(name, old) for name, old in _ROUNDING.items()}
-    return _changed(before, vars(args)) if saved else []
-
-
-def _changed(before: dict, now: dict) -> list[str]:
-    return [
-        f"{name}: {old!r} before, {_plain(now[name])!r} now"
-        for name, old in before.items()
-        if name in now and _plain(now[name]) != old
-    ]
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-# ------------------------------------------------------------------------------------------------
-# Weights to start from
-# ------------------------------------------------------------------------------------------------
-
-
-def init_from(moco: MoCo, path: str, arch: str) -> str:
-    """Start both encoders from the weights in a file; what was found, for people to read.
-
-    Of a MoCo file the query encoder is taken, with its projection head where that fits; of others
-    the backbone. The key encoder becomes a copy. Queue, optimizer and epoch are those of a new run.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: it holds no encoder, or another one than `arch`.
-    """
-    encoder, info = checkpoint.load_encoder(path)
-    head = "starts from random weights"
-    own = moco.encoder_q.state_dict()
-    if info["layout"] == "moco" and info["head"] != "none":
-        with_head, _ = checkpoint.load_encoder(path, head="projection")
-        if _shapes(with_head.state_dict()) == _shapes(own):
-            encoder, head = with_head, "is the file's"
-        else:
-            head += f": the file's ({info['head']}) has another shape"
-    found = encoder.state_dict()
-    last = f"{head_name(moco.encoder_q)}."
-    wanted = {name: t for name, t in own.items() if not name.startswith(last)}
-    if _shapes({name: t for name, t in found.items() if not name.startswith(last)}) != _shapes(
-        wanted
-    ):
-        raise CheckpointError(
-            f"--init-from: {path} holds a {info['arch']}"
-            + (" with the small stem" if info["small_stem"] else "")
-            + f", whose weights do not fit this run's {arch}; give the --arch, stem and image size "
-            "that it was trained with"
-        )
-    moco.encoder_q.load_state_dict({**own, **found})
-    moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
-    return f"{path} ({info['layout']} file of {info['arch']}); the projection head {head}"
-
-
-def _shapes(state: dict) -> dict[str, tuple]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-# ------------------------------------------------------------------------------------------------
-# Saving
-# ------------------------------------------------------------------------------------------------
-
-
-class BackgroundWriter:
-    """Writes checkpoints in a thread, one at a time, from a copy in host memory.
-
-    Training waits for the copy only. An error of the thread is raised by the next call, so that
-    training never goes on as if a file had been saved.
-    """
-
-    def __init__(self, folder: Path, *, keep_last: int, keep_every: int) -> None:
-        self.folder = folder
-        self.retention = checkpoint.Retention(folder, keep_last=keep_last, keep_every=keep_every)
-        self.thread: threading.Thread | None = None
-        self.error: Exception | None = None
-        self.waited = 0.0  # seconds that training has spent here
-
-    def write(self, path: Path, content: dict) -> None:
-        """Start writing; waits for the previous file first."""
-        started = time.perf_counter()
-        self.finish()
-        copy = checkpoint.to_host(content)
-        self.thread = threading.Thread(target=self._write, args=(path, copy), daemon=False)
-        self.thread.start()
-        self.waited += time.perf_counter() - started
-
-    def failed(self) -> bool:
-        """Whether the file being written, or the last one, could not be written."""
-        return self.error is not None
-
-    def finish(self) -> None:
-        """Wait for the file being written.
-
-        Raises:
-            CheckpointError: it could not be written (disk full, folder gone or read-only).
-        """
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        if self.error is not None:
-            left = checkpoint.run_checkpoints(self.folder)
-            raise CheckpointError(
-                f"could not save in {self.folder}: {self.error}; training stops, the last good "
-                f"checkpoint is {left[-1].name if left else 'none'}"
-            ) from self.error
-
-    def _write(self, path: Path, content: dict) -> None:
-        try:
-            checkpoint.write_checkpoint(path, content)
-            self.retention.written(path)
-            self.retention.prune(path)
-        except Exception as error:  # whatever it is, training must hear of it
-            self.error = error

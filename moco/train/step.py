@@ -1,141 +1,61 @@
-"""What a training step is made of: images ready for the encoder, gradients, optimizer, kernels.
-
-main_moco.py puts the parts together; `guards.StepGuard` watches over them.
-"""
+"""A training step: gradients of a batch in parts, and one step of the optimizer."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moco import distributed
-from moco.builder import MoCo, MoCoLosses
+from moco.precision import autocast
 from moco.profiling import label
-
-if TYPE_CHECKING:
-    from moco.train.guards import StepGuard
-
-# ------------------------------------------------------------------------------------------------
-# Images and gradients
-# ------------------------------------------------------------------------------------------------
+from moco.train.guards import StepGuard
+from moco.train.state import TrainState
+from moco.train.task import Losses, Task
 
 
-def memory_format(args: argparse.Namespace) -> torch.memory_format:
-    return torch.channels_last if args.channels_last else torch.contiguous_format
+def train_step(
+    task: Task, model: nn.Module, state: TrainState, guard: StepGuard, batch: Any
+) -> Losses:
+    """One optimizer step on this rank's batch, which goes through in --accumulate parts.
 
+    Gradients are averaged over ranks once, in the backward of the last part.
 
-def channels_last_helps(device: torch.device, amp: str) -> bool:
-    """Measured on a CPU: 1.02 to 1.28 times as fast."""
-    return device.type == "cpu" or amp != "off"
-
-
-def preparation(args: argparse.Namespace, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What turns (N, 3, H, W) uint8 views into the input of the encoders, on the device and after
-    they have travelled: (pixel/255 - mean) / std per channel, float32."""
-    mean = torch.tensor(args.mean, device=device).view(3, 1, 1)
-    std = torch.tensor(args.std, device=device).view(3, 1, 1)
-
-    def prepare(images: Tensor) -> Tensor:
-        floats = images.to(torch.float32, memory_format=memory_format(args))
-        return floats.div_(255).sub_(mean).div_(std)
-
-    return prepare
-
-
-def forward_and_backward(
-    model: torch.nn.Module,
-    im_q: Tensor,
-    im_k: Tensor,
-    device: torch.device,
-    args: argparse.Namespace,
-    guard: StepGuard,
-) -> tuple[MoCoLosses, Tensor]:
-    """Gradients of one step, of this rank's batch in --accumulate parts; the mean of their losses,
-    by term and together."""
-    n = args.accumulate
-    parts = []
-    for part, (q, k) in enumerate(zip(im_q.chunk(n), im_k.chunk(n), strict=True)):
-        apart = part < n - 1 and distributed.world_size() > 1  # gradients are averaged at the end
+    Returns:
+        The losses of the step, the mean over its parts.
+    """
+    state.optimizer.zero_grad()
+    optim = task.config.optim
+    parts = optim.accumulate
+    losses = []
+    for part, piece in enumerate(task.split(batch, parts)):
+        apart = part < parts - 1 and distributed.world_size() > 1
         with model.no_sync() if apart else contextlib.nullcontext():
-            with autocast(device, args.amp):
-                losses = model(q, k, part=part, parts=n, symmetric=args.symmetric)
-            loss = losses.combine(args.contr_w, args.align_w, args.unif_w)
+            with autocast(state.device, optim.amp):
+                losses.append(task.losses(model, piece, part, parts))
+            loss = task.total(losses[-1])
             with label("backward"):
-                guard.backward(loss / n if n > 1 else loss)
-        parts.append(losses)
-    if n > 1:
-        losses = MoCoLosses.mean(parts)
-        loss = losses.combine(args.contr_w, args.align_w, args.unif_w)
-    return losses, loss
+                loss = guard.poison(loss / parts if parts > 1 else loss)
+                state.scaler.scale(loss).backward()
+    step_losses = losses[0] if parts == 1 else task.mean(losses)
+    norm = apply_gradients(state, guard)
+    guard.note(norm, task.total(step_losses), step_losses)
+    return step_losses
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+def apply_gradients(state: TrainState, guard: StepGuard) -> Tensor:
+    """Step the optimizer if all gradients are finite; returns their norm."""
+    with label("optimizer"):
+        state.scaler.unscale_(state.optimizer)
+        norm = gradient_norm(state.module)
+        if not state.scaler.is_enabled():  # which would find out by itself, and adapt its scale
+            state.optimizer.found_inf = guard.leave_out(norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    return norm
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimizer and kernels
-# ------------------------------------------------------------------------------------------------
-
-
-def fused_sgd(moco: MoCo, args: argparse.Namespace) -> torch.optim.SGD:
-    """SGD in one kernel, which can leave a step out by itself (see `guards.StepGuard`).
-
-    Both encoders' parameters are listed, as upstream lists them, so that optimizer states can be
-    exchanged; those of the key encoder never get a gradient and are never touched.
-    """
-    optimizer = torch.optim.SGD(
-        moco.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay,
-        fused=True,
-    )  # fmt: skip
-    fill_momentum(optimizer)
-    return optimizer
-
-
-@torch.no_grad()
-def fill_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give each trained parameter a momentum of its own memory format, zero where there is none.
-
-    torch's fused kernels walk over parameter, gradient and momentum by address: of another format,
-    momentum would go to the wrong weights. And if the first step is left out, as fp16 begins, the
-    momentum that they make for themselves stays uninitialised.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and group["momentum"]:
-                own = torch.zeros_like(parameter)
-                known = optimizer.state[parameter].get("momentum_buffer")
-                if known is not None:
-                    own.copy_(known)
-                optimizer.state[parameter]["momentum_buffer"] = own
-
-
-@contextlib.contextmanager
-def kernels(deterministic: bool) -> Iterator[None]:
-    """Within, torch chooses the fastest kernels for the sizes at hand, or only such that give the
-    same bits every time. Convolutions of float32 use TF32 either way, as is torch's default;
-    matrix products keep full precision, because the losses need it."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.benchmark,
-    )
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    _choose_kernels(deterministic, deterministic, not deterministic)
-    try:
-        yield
-    finally:
-        _choose_kernels(*before)
-
-
-def _choose_kernels(algorithms: bool, cudnn: bool, benchmark: bool) -> None:
-    torch.use_deterministic_algorithms(algorithms)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn, benchmark
+def gradient_norm(module: nn.Module) -> Tensor:
+    """Euclidean norm of all gradients, on the device; the same on all ranks after averaging."""
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from moco import distributed  # noqa: E402
+from moco import distributed
 
 
 def align_uniform(q: Tensor, k: Tensor, queue: Tensor, t: float) -> Tensor:

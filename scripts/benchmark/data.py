@@ -15,24 +15,23 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import random
+import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import baseline  # noqa: E402
-import timing  # noqa: E402
+import baseline
 
-from moco.data import loader, views  # noqa: E402
-from moco.data.images import ArrayImages, FolderImages, Subset  # noqa: E402
-from moco.errors import DataError  # noqa: E402
+from moco import timing
+from moco.data import device_views, loader, views
+from moco.data.images import ArrayImages, FolderImages, Subset
+from moco.errors import DataError
 
 
 def main() -> None:
@@ -49,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:
-            write_jpegs(Path(folder), args.images)
+            timing.write_photographs(Path(folder), args.images)
         try:
             images = FolderImages(args.data or folder)
         except DataError as error:
@@ -67,8 +66,8 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
     )
     recipe = views.pretrain_recipe(args.image_size, aug_plus=True)
     by_pillow, by_device = (
-        loader.AugmentedViews(images, recipe, seed=0, views=2, unfinished=unfinished)
-        for unfinished in (False, True)
+        loader.AugmentedViews(images, recipe, seed=0, num_views=2, augment_on_device=on_device)
+        for on_device in (False, True)
     )
     ancestors = baseline.v2_transform(args.image_size)
     epochs = itertools.count()
@@ -91,7 +90,7 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
         repeats=args.repeats,
         warmup=1,
     )
-    floor = sorted(times["decode"])[len(times["decode"]) // 2]
+    floor = statistics.median(times["decode"])
     for name in ("cpu", "device"):
         table.add(
             timing.row(
@@ -127,11 +126,10 @@ def finish_ms(data: loader.AugmentedViews, batch: int, device: torch.device, rep
     tables = torch.stack([sample[-1] for sample in samples]).to(device).unbind(1)
 
     def both() -> None:
-        for crop, table in zip(crops, tables, strict=True):
-            views.finish(crop, table, data.recipe)
+        for crop, params in zip(crops, tables, strict=True):
+            device_views.augment_on_device(crop, params, data.recipe)
 
-    times = timing.interleaved({"": both}, repeats=repeats, warmup=1, device=device)[""]
-    return 1e3 * sorted(times)[len(times) // 2]
+    return median_ms(both, device, repeats)
 
 
 def small_ms(batch: int, device: torch.device, repeats: int) -> float:
@@ -140,26 +138,16 @@ def small_ms(batch: int, device: torch.device, repeats: int) -> float:
     data = loader.AugmentedViews(
         ArrayImages(array, [0] * len(array), ["noise"]),
         views.pretrain_recipe(32, aug_plus=True),
-        seed=0, views=2, unfinished=True,
+        seed=0, num_views=2, augment_on_device=True,
     )  # fmt: skip
     batches = loader.EpochBatches(len(array), batch, seed=0)
     pairs = loader.TrainLoader(data, batches, workers=0, device=device)
-    times = timing.interleaved({"": lambda: list(pairs)}, repeats=repeats, warmup=1, device=device)[
-        ""
-    ]
-    return 1e3 * sorted(times)[len(times) // 2] / len(batches)
+    return median_ms(lambda: list(pairs), device, repeats) / len(batches)
 
 
-def write_jpegs(folder: Path, count: int) -> None:
-    """Smooth random pictures with some noise, 468 x 401 like the mean of ImageNet's, at quality 95
-    so that a file has about its 110 kB."""
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        small = Image.fromarray(rng.integers(0, 256, (13, 15, 3), dtype=np.uint8))
-        pixels = np.asarray(small.resize((468, 401), Image.Resampling.BICUBIC)).astype(np.float32)
-        pixels += rng.normal(0, random.Random(i).uniform(0, 14), (401, 468, 1))
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        image.save(folder / f"{i:04d}.jpg", quality=95)
+def median_ms(function: Callable[[], object], device: torch.device, repeats: int) -> float:
+    times = timing.interleaved({"": function}, repeats=repeats, warmup=1, device=device)[""]
+    return 1e3 * statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -24,24 +24,20 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms as T
-from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import timing  # noqa: E402
-
-from moco.data import loader  # noqa: E402
-from moco.data.images import FolderImages  # noqa: E402
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, lincls_recipe, normalize  # noqa: E402
-from moco.encoders import build_encoder, feature_dim, set_head  # noqa: E402
-from moco.evaluate import heads as probe  # noqa: E402
-from moco.evaluate.feature_cache import without_batch_norm  # noqa: E402
+from moco import timing
+from moco.data import loader
+from moco.data.images import FolderImages
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, lincls_recipe, normalize
+from moco.encoders import build_encoder, feature_dim, set_head
+from moco.evaluate import heads as probe
+from moco.evaluate.feature_cache import without_batch_norm
 
 BATCH, CLASSES = 256, 1000  # of training the classifiers
 RATES = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
@@ -58,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:
-            make_photographs(Path(folder), args.images)
+            timing.write_photographs(Path(folder) / "photographs", args.images)
         images = FolderImages(args.data or folder)
         parts = parts_to_time(args, images)
         table = timing.Table(
@@ -119,7 +115,7 @@ def parts_to_time(
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     crop = [T.RandomResizedCrop(args.image_size), T.RandomHorizontalFlip()]
     upstream = T.Compose([*crop, T.ToTensor(), T.Normalize(mean, std)])
-    standard = loader.AugmentedViews(images, lincls_recipe(args.image_size), seed=0, views=1)
+    standard = loader.AugmentedViews(images, lincls_recipe(args.image_size), seed=0, num_views=1)
     centre = eval_transform(args.image_size)
     indices = [i % len(images) for i in range(args.images)]
 
@@ -137,10 +133,13 @@ def parts_to_time(
         "standard": loaded(lambda i: standard[0, i][0]),
         "centre": loaded(lambda i: centre(images.load(i))),
     }
-    amp = probe.default_amp(device)
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = "bf16" if has_bf16 else "off"  # of ours
     baseline = copy.deepcopy(encoder)  # before the order of the weights is changed
-    plain = probe.Frozen(encoder, amp=amp, channels_last=on_gpu)
-    fast = probe.Frozen(without_batch_norm(copy.deepcopy(encoder)), amp=amp, channels_last=True)
+    plain = probe.FrozenEncoder(encoder, amp=amp, channels_last=on_gpu)
+    fast = probe.FrozenEncoder(
+        without_batch_norm(copy.deepcopy(encoder)), amp=amp, channels_last=True
+    )
 
     def features_upstream() -> Tensor:
         with torch.no_grad():
@@ -166,15 +165,12 @@ def parts_to_time(
         own.step()
 
     def training(count: int) -> Callable[[], None]:
-        settings = [probe.Setting(1e-3, 0.0) for _ in range(count)]
+        configs = [probe.HeadConfig(1e-3, 0.0) for _ in range(count)]
         heads = probe.new_heads(width, CLASSES, count).to(device)
-        optimizer = probe.sgd(heads, settings, 0.9)
+        training = probe.HeadTraining(heads, configs, 0.9)
 
         def step() -> None:
-            losses = probe.head_losses(heads(stored[chosen].float()), targets)
-            optimizer.zero_grad()
-            losses.sum().backward()
-            optimizer.step()
+            training.step(probe.head_losses(heads(stored[chosen].float()), targets))
 
         return step
 
@@ -186,16 +182,6 @@ def parts_to_time(
         "training cached": training(1),
         "training together": training(len(RATES)),
     }
-
-
-def make_photographs(folder: Path, count: int) -> None:
-    """JPEG files of ImageNet's mean size, smooth enough to have its mean length of 100 kB."""
-    rng = np.random.default_rng(0)
-    (folder / "photographs").mkdir()
-    for i in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (134, 156, 3), dtype=np.uint8))
-        image = coarse.resize((468, 401), Image.Resampling.BICUBIC)
-        image.save(folder / "photographs" / f"{i}.jpg", quality=92)
 
 
 if __name__ == "__main__":

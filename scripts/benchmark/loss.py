@@ -12,6 +12,7 @@ what a step adds to the peak of a process that has just started.
 from __future__ import annotations
 
 import argparse
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,17 +22,17 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import baseline  # noqa: E402
-import timing  # noqa: E402
+import baseline
 
-from align_uniform import (  # noqa: E402
+from align_uniform import (
     align_loss,
     contrastive_loss,
     contrastive_rank,
+    losses,
     uniform_loss_with_queue,
 )
+from moco import timing
 
 LOSSES = ("align+uniform", "InfoNCE", "InfoNCE+top1,5")
 CURVE_K = [(256, size) for size in (4096, 16384, 65536, 262144)]
@@ -53,7 +54,7 @@ def main() -> None:
         print(added_memory(args))
         return
 
-    rate = timing.product_rate(args.device)
+    rate = product_rate(args.device)
     table = timing.Table(
         f"queue losses, forward and backward, C={args.dim}, float32; "
         f"large product {rate / 1e9:.0f} Gflop/s"
@@ -70,6 +71,16 @@ def main() -> None:
         memory.append({"N": n, "K": args.queue, "baseline_MiB": theirs, "ours_MiB": own})
         print(f"memory of align+uniform N={n}: baseline {theirs:.1f} MiB, ours {own:.1f} MiB")
     table.write(args.out, product_rate=rate, memory=memory)
+
+
+def product_rate(device: str, size: int = 2048) -> float:
+    """Flops per second of a square float32 product, by the faster of torch's two libraries on a
+    CPU; medians of 9."""
+    a = torch.randn(size, size, device=device)
+    times = timing.interleaved(
+        {"@": lambda: a @ a, "onednn": lambda: losses._product(a, a)}, repeats=9, device=device
+    )
+    return 2 * size**3 / min(map(statistics.median, times.values()))
 
 
 def compare(loss: str, n: int, size: int, args: argparse.Namespace, rate: float) -> timing.Row:

@@ -20,13 +20,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import baseline  # noqa: E402
-import timing  # noqa: E402
+import baseline
 
-from moco import distributed  # noqa: E402
-from moco.launch import launch, visible_devices  # noqa: E402
+from moco import distributed, timing
+from moco.launch import launch, visible_devices
 
 
 def main() -> None:

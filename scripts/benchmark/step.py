@@ -25,18 +25,16 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import baseline  # noqa: E402
-import timing  # noqa: E402
+import baseline
 
-from moco import encoders  # noqa: E402
-from moco.builder import MoCo  # noqa: E402
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD  # noqa: E402
-from moco.log import Means  # noqa: E402
-from moco.train import guards  # noqa: E402
-from moco.train import step as training  # noqa: E402
-from moco.train.state import BackgroundWriter, Run  # noqa: E402
+from moco import encoders, timing
+from moco.builder import MoCo
+from moco.data.views import IMAGENET_MEAN, IMAGENET_STD
+from moco.log import Means
+from moco.train import guards
+from moco.train import step as training
+from moco.train.state import BackgroundWriter, Run
 
 CASES = {
     "cpu": ["resnet18:64:32", "resnet50:224:8"],

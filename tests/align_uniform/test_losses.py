@@ -6,6 +6,7 @@ that a tolerance measures the loss's own rounding and not that of its input.
 
 import math
 import resource
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -23,6 +24,7 @@ from align_uniform import (
     uniform_loss,
     uniform_loss_with_queue,
 )
+from align_uniform._checks import UnitLengthWarning
 from align_uniform.bounds import uniformity_infimum
 from align_uniform.metrics import uniformity
 
@@ -220,6 +222,98 @@ def test_incoming_gradient_scales_the_gradient_and_backward_can_be_repeated(name
     (again,) = torch.autograd.grad(value, q)
     torch.testing.assert_close(weighted, -3.5 * once)
     torch.testing.assert_close(again, once, rtol=0, atol=0)
+
+
+def hessian_product(
+    loss: Loss, q: Tensor, k: Tensor, queue: Tensor, path: str
+) -> tuple[Tensor, ...]:
+    """The Hessian by (q, k) times a vector, through the normalisation, by one way to ask for it."""
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k)]
+    vectors = [torch.cos(torch.arange(x.numel()).to(x)).view_as(x) for x in leaves]
+
+    def value(*leaves: Tensor) -> Tensor:
+        return loss(*(F.normalize(x, dim=1) for x in leaves), queue)
+
+    if path == "grad":
+        grads = torch.autograd.grad(
+            value(*leaves), leaves, create_graph=True, materialize_grads=True
+        )
+        return torch.autograd.grad(grads, leaves, vectors, materialize_grads=True)
+    if path == "backward":
+        value(*leaves).backward(create_graph=True)
+        grads = [x.grad for x in leaves if x.grad is not None]
+        for x in leaves:
+            x.grad = None
+        torch.autograd.backward(grads, vectors[: len(grads)])
+        return tuple(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)
+    vectorize = path == "hessian, vectorized"
+    blocks = torch.autograd.functional.hessian(value, tuple(leaves), vectorize=vectorize)
+    return tuple(
+        sum(torch.tensordot(block, vector, 2) for block, vector in zip(row, vectors, strict=True))
+        for row in blocks
+    )
+
+
+@each_loss
+@pytest.mark.parametrize("path", ["grad", "backward", "hessian", "hessian, vectorized"])
+def test_second_derivatives_are_right(name: str, path: str) -> None:
+    """The sweeps know one derivative; asked with create_graph=True, the losses know all."""
+    inputs = [1.3 * x for x in batch(5, 3, 7)]
+    loss, expected_loss = LOSSES[name]
+    found = hessian_product(loss, *inputs, path)
+    wanted = hessian_product(expected_loss, *inputs, "grad")
+    assert any(part.abs().max() > 1e-3 for part in wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
+
+
+@each_queue_loss
+def test_third_derivative_is_right(name: str) -> None:
+    q, k, queue = batch(5, 3, 7)
+
+    def third(loss: Loss) -> Tensor:
+        x = q.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(x, k, queue), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(second.square().sum(), x)[0]
+
+    loss, expected_loss = LOSSES[name]
+    torch.testing.assert_close(third(loss), third(expected_loss), rtol=1e-8, atol=1e-10)
+
+
+@each_queue_loss
+def test_second_derivatives_in_half_precision_under_autocast(name: str) -> None:
+    q, k, queue = (x.bfloat16() for x in batch(6, 8, 40))
+    loss, expected_loss = LOSSES[name]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = hessian_product(lambda q, k, queue: loss(q, k, queue), q, k, queue, "grad")
+    wanted = hessian_product(expected_loss, q.double(), k.double(), queue.double(), "grad")
+    for part, target in zip(found, wanted, strict=True):
+        assert (part.double() - target).abs().max() <= 0.03 * target.abs().max()
+
+
+@each_queue_loss
+def test_second_derivatives_need_the_queue_as_it_was(name: str) -> None:
+    q, k, queue = batch(5, 4, 6)
+    q.requires_grad_()
+    value = LOSSES[name][0](q, k, queue)
+    queue.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, q, create_graph=True)
+
+
+@pytest.mark.parametrize("name", ["uniform default", *QUEUE_LOSSES])
+def test_other_ways_to_a_second_derivative_are_refused(name: str) -> None:
+    """torch.func's transforms and forward mode: an error, never a wrong number."""
+    q, k, queue = batch(5, 4, 6)
+
+    def value(q: Tensor) -> Tensor:
+        return LOSSES[name][0](q, k, queue)
+
+    for transform in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.vmap):
+        with pytest.raises(RuntimeError):
+            transform(value)(q if transform is not torch.func.vmap else q[None])
+    with pytest.raises(RuntimeError), torch.autograd.forward_ad.dual_level():
+        value(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
 
 
 @each_loss
@@ -552,7 +646,7 @@ def test_nan_shows_in_the_loss(name: str) -> None:
         assert LOSSES[name][0](*inputs).isnan().item() == depends
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_uniform_loss_beyond_the_old_limit_of_pdist() -> None:
     """torch.pdist failed past 46,341 rows, and holds all 1.08e9 distances (4.3 GB) at once."""
     x = unit_rows(46_500, 2).float().requires_grad_()
@@ -564,6 +658,84 @@ def test_uniform_loss_beyond_the_old_limit_of_pdist() -> None:
     assert loss.item() == pytest.approx(uniformity_infimum(2, 2), abs=1e-3)
     assert x.grad.isfinite().all()
     assert growth < 2 * 1024**2
+
+
+# ------------------------------------------------------------------------------ lengths of features
+
+
+@pytest.fixture
+def never_warned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has just started."""
+    monkeypatch.setattr("align_uniform.losses._unit_length", UnitLengthWarning())
+
+
+def length_warnings(call: Callable[[], object]) -> list[warnings.WarningMessage]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [one for one in caught if "unit length" in str(one.message)]
+
+
+@each_loss
+@pytest.mark.parametrize("spoilt", [0, 1, 2])
+@pytest.mark.parametrize("length", [40, 1.1, 0.5, 0])
+def test_features_far_from_unit_length_are_warned_of_once(
+    name: str, spoilt: int, length: float, never_warned: None
+) -> None:
+    """Whichever argument it is, and however many were of unit length before; from the caller's
+    line. Values and gradients are what the equation says all the same."""
+    loss, _ = LOSSES[name]
+    unit = [x.float() for x in batch(6, 4, 200)]
+    assert not length_warnings(lambda: [loss(*unit) for _ in range(3)])
+    inputs = [x.clone().requires_grad_(i < 2) for i, x in enumerate(unit)]
+    inputs[spoilt] = length * inputs[spoilt]
+    if spoilt < 2:
+        inputs[spoilt] = torch.cat([unit[spoilt][:5], inputs[spoilt][5:]])  # one row is enough
+    caught = length_warnings(lambda: [loss(*inputs) for _ in range(2)])
+    arguments = {"align": (0, 1), "uniform": (0,), "queue": (0, 2), "contrastive": (0, 1, 2)}
+    assert len(caught) == (spoilt in arguments[name.split()[0]])
+    for one in caught:
+        assert one.filename == __file__ and f"{length:.4g}" in str(one.message)
+    assert not length_warnings(lambda: loss(*(3 * x.detach() for x in inputs))) or not caught
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("c", [2, 128])
+def test_rounded_unit_rows_are_of_unit_length(
+    name: str, dtype: torch.dtype, c: int, never_warned: None
+) -> None:
+    """Rounded and cast back too. NaN is no length."""
+    q, k, queue = (x.to(dtype) for x in batch(64, c, 300))
+    loss, _ = LOSSES[name]
+    assert not length_warnings(lambda: loss(q, k, queue))
+    assert not length_warnings(lambda: loss(q.float(), k.float(), queue.float()))
+    assert not length_warnings(lambda: loss(math.nan * q, k, queue))
+
+
+def test_lengths_are_not_looked_at_where_there_are_no_numbers(never_warned: None) -> None:
+    """Under vmap, and while compiling."""
+    q, k, _ = batch(6, 4, 1)
+    pairs = torch.stack([2 * q, k])
+    assert not length_warnings(lambda: torch.func.vmap(align_loss)(pairs, pairs))
+    compiled = torch.compile(align_loss, fullgraph=True, backend="aot_eager")
+    assert not length_warnings(lambda: compiled(2 * q, k))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for(never_warned: None) -> None:
+    q, k, queue = (x.float().cuda() for x in batch(64, 8, 500))
+    q.requires_grad_()
+    for loss, _ in LOSSES.values():
+        loss(q, k, queue)  # what is made at first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for loss, _ in LOSSES.values():
+            loss(40 * q, k, queue).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert len(length_warnings(lambda: [align_loss(40 * q, k), align_loss(q, k)])) == 1
 
 
 # -------------------------------------------------------------------------------------- refusals

@@ -3,6 +3,7 @@ is kept, anything else leaves nothing and is said in one line."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import socket
@@ -24,80 +25,72 @@ from moco.checkpoint.files import write_checkpoint
 from moco.errors import CheckpointError
 
 
-class Server:
+class Server(http.server.ThreadingHTTPServer):
     """Answers with `files`; behind /cut/ it sends half and hangs up, /code/N answers with N, /move/
     sends on to the rest of the path, /slow/ waits until several have asked, /endless/ has no end,
     /trickle/ sends a byte at a time, and /huge/ says that it will send 2^40."""
 
     def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.headers: list[dict] = []
         self.ended = False  # whether a trickle was waited for
         self.together = threading.Barrier(3)
-        server = self
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                server.asked.append(self.path)
-                server.headers.append(dict(self.headers))
-                _, how, *_ = self.path.split("/")
-                name = unquote(urlsplit(self.path).path).rpartition("/")[2]
-                if how == "move":
-                    self.send_response(302)
-                    self.send_header("Location", self.path.removeprefix("/move"))
-                    self.end_headers()
-                    return
-                if how == "code" or name not in server.files:
-                    self.send_error(int(self.path.split("/")[2]) if how == "code" else 404)
-                    return
-                data = server.files[name]
-                self.send_response(200)
-                if how == "endless":
-                    self.end_headers()
-                    while self.sent(data):
-                        pass
-                    return
-                if how == "chunks":
-                    self.send_header("Transfer-Encoding", "chunked")
-                    self.end_headers()
-                    self.wfile.write(b"%x\r\n" % len(data) + data[: len(data) // 2])
-                    return
-                self.send_header("Content-Length", str(2**40 if how == "huge" else len(data)))
-                self.end_headers()
-                if how == "trickle":
-                    for i in range(len(data)):
-                        time.sleep(0.002)
-                        if not self.sent(data[i : i + 1]):
-                            return
-                    server.ended = True
-                    return
-                if how == "slow":
-                    server.together.wait(60)
-                self.wfile.write(data[: len(data) // 2] if how == "cut" else data)
 
-            def sent(self, data: bytes) -> bool:
-                """Whether the other side still listens."""
-                try:
-                    self.wfile.write(data)
-                except OSError:
-                    return False
-                return True
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
 
-            def log_message(self, *_: object) -> None:
-                pass
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        self.server.headers.append(dict(self.headers))
+        _, how, *rest = self.path.split("/")
+        name = unquote(urlsplit(self.path).path).rpartition("/")[2]
+        if how == "move":
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/move"))
+            self.end_headers()
+        elif how == "code" or name not in self.server.files:
+            self.send_error(int(rest[0]) if how == "code" else 404)
+        else:
+            self.send_response(200)
+            if how == "chunks":
+                self.send_header("Transfer-Encoding", "chunked")
+            elif how != "endless":
+                size = 2**40 if how == "huge" else len(self.server.files[name])
+                self.send_header("Content-Length", str(size))
+            self.end_headers()
+            self.send(self.server.files[name], how)
 
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+    def send(self, data: bytes, how: str) -> None:
+        half = data[: len(data) // 2]
+        with contextlib.suppress(OSError):  # the other side no longer listens
+            while how == "endless":
+                self.wfile.write(data)
+            if how == "trickle":
+                for i in range(len(data)):
+                    time.sleep(0.002)
+                    self.wfile.write(data[i : i + 1])
+                self.server.ended = True
+                return
+            if how == "slow":
+                self.server.together.wait(60)
+            start = b"%x\r\n" % len(data) if how == "chunks" else b""
+            self.wfile.write(start + (half if how in ("cut", "chunks") else data))
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
     server = Server()
     yield server
-    server.http.shutdown()
-    server.http.server_close()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture
@@ -160,8 +153,8 @@ def test_the_second_time_comes_from_the_cache(server, cache, weights) -> None:
     url = f"{server.address}/a.pth"
     first, _ = load_encoder(url)
     assert len(server.asked) == 1
-    server.http.shutdown()
-    server.http.server_close()
+    server.shutdown()
+    server.server_close()
     second, _ = load_encoder(url, head="linear")
     assert torch.equal(first.conv1.weight, second.conv1.weight)
 

@@ -345,6 +345,7 @@ def test_simsiam_gives_the_encoder(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("error")
 def test_a_vision_transformer_is_not_taken_for_simsiams(tmp_path: Path) -> None:
     """Torchvision's names begin with encoder. too."""
     state = build_encoder("vit_b_32", 3, image_size=32).state_dict()
@@ -379,6 +380,7 @@ def test_heads_whose_layers_do_not_fit_are_named(change: dict, said: str, tmp_pa
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*model.safetensors is a safetensors file without")
 def test_timms_files(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)

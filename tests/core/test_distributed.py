@@ -21,7 +21,7 @@ from moco.batch_norm import split_batch_norm
 from moco.builder import MoCo
 from moco.data.loader import EpochBatches, RankShare
 from moco.evaluate import knn as evaluate
-from moco.launch import launch, planned_world_size, started_by_torchrun, visible_devices
+from moco.launch import launch, visible_devices
 
 W, N, C, K = 2, 4, 6, 18  # ranks, batch on each, features, queue: not a multiple of the batch of 8
 STEPS = 4
@@ -532,18 +532,6 @@ def test_visible_gpus_are_devices_one_each():
     assert visible_devices("cuda", [0]) == wanted[:1]
     with pytest.raises(ValueError, match="named twice"):
         visible_devices("auto", [0, 0])
-
-
-def test_planned_world_size_is_devices_times_nodes(not_torchrun):
-    assert not started_by_torchrun()
-    assert planned_world_size([CPU], 1) == 1
-    assert planned_world_size([CPU] * 4, 2) == 8
-
-
-def test_planned_world_size_is_torchruns_where_it_started_us(torchrun, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    assert started_by_torchrun()
-    assert planned_world_size([CPU], 1) == 6
 
 
 def test_one_device_runs_in_place_without_a_process_group(not_torchrun):

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import parsed
 from torch.utils.data import DataLoader, Dataset
 
-import main_lincls
-import main_moco
 from moco import cli
+from moco.config import LinclsConfig, PretrainConfig
 from moco.errors import CheckpointError, DataError, TrainingError
 from moco.launch import usable_cores
 
-MAINS = pytest.mark.parametrize("main", [main_moco, main_lincls], ids=lambda main: main.__name__)
+MAINS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig])
+PARSERS = {PretrainConfig: cli.pretrain_parser, LinclsConfig: cli.lincls_parser}
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +33,18 @@ def torchrun(monkeypatch, **environment: int) -> None:
         monkeypatch.setenv(name, str(value))
 
 
-def checked(*flags: str) -> argparse.Namespace:
-    """Shared flags after their check, without a data folder's."""
-    parser = main_moco.build_parser()
-    args = parser.parse_args([*flags, "--device", "cpu", "DIR"])
-    cli.check_shared_options(parser, args)
-    return args
+@pytest.fixture
+def checked(tmp_path) -> Callable[..., SimpleNamespace]:
+    """The flat values of a command line that has been checked, with as many images as it needs."""
+    for i in range(16):
+        (tmp_path / f"{i}.png").touch()  # nothing opens them
+
+    def checked(*flags: str) -> SimpleNamespace:
+        tiny = ["-a", "resnet8", "--image-size", "16", "-b", "8", "--moco-k", "64"]
+        config = cli.pretrain_config([*tiny, *flags, "--device", "cpu", str(tmp_path)])
+        return SimpleNamespace(**config.to_flat())
+
+    return checked
 
 
 # ------------------------------------------------------------------------------------------------
@@ -66,7 +75,7 @@ def test_lists_end_where_the_numbers_end(line, joined):
 
 
 @MAINS
-def test_lists_are_parsed_wherever_the_folder_stands(main):
+def test_lists_are_parsed_wherever_the_folder_stands(config):
     for line in (
         "--schedule 30 40 DIR",
         "DIR --schedule 30 40",
@@ -74,37 +83,39 @@ def test_lists_are_parsed_wherever_the_folder_stands(main):
         "--gpus 1,0 DIR --schedule 30,40",
         "--schedule=30,40 --gpus=1,0 DIR",
     ):
-        args = main.build_parser().parse_args(line.split())
+        args = parsed(line.split(), config)
         assert (args.schedule, args.data) == ([30, 40], "DIR"), line
         assert args.gpus in (None, [1, 0]), line
-    assert main.build_parser().parse_args(["--schedule", "--momentum", "0", "DIR"]).schedule == []
+    assert parsed(["--schedule", "--momentum", "0", "DIR"], config).schedule == []
 
 
 def test_numbers():
-    assert cli.numbers("") == []
-    assert cli.numbers("7") == [7]
-    assert cli.numbers("1,2,30,") == [1, 2, 30]
+    assert cli.numbers("") == ()
+    assert cli.numbers("7") == (7,)
+    assert cli.numbers("1,2,30,") == (1, 2, 30)
     with pytest.raises(argparse.ArgumentTypeError, match="whole numbers, got '1;2'"):
         cli.numbers("1;2")
 
 
 @MAINS
-def test_flags_are_not_abbreviated(main, capsys):
+def test_flags_are_not_abbreviated(config, capsys):
     with pytest.raises(SystemExit) as stop:
-        main.build_parser().parse_args(["--batch", "8", "DIR"])
+        PARSERS[config]().parse_args(["--batch", "8", "DIR"])
     assert stop.value.code == 2
-    assert "--batch" in capsys.readouterr().err
+    assert (
+        "unrecognized arguments: --batch DIR; did you mean --batch-size?" in capsys.readouterr().err
+    )
 
 
 @MAINS
-def test_help_shows_every_default(main, capsys):
+def test_help_shows_every_default(config, capsys):
     """argparse formats help only when asked: a stray % would fail no other test."""
     with pytest.raises(SystemExit) as stop:
-        main.build_parser().parse_args(["--help"])
+        PARSERS[config]().parse_args(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for word in ("--save-dir", "--dist-url", "--schedule-factor", "[120, 160]", "[60, 80]"):
-        assert (word in out) == (word != ("[60, 80]" if main is main_moco else "[120, 160]"))
+    for word in ("--save-dir", "--dist-url", "--schedule-factor", "(120, 160)", "(60, 80)"):
+        assert (word in out) == (word != ("(60, 80)" if config is PretrainConfig else "(120, 160)"))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -112,36 +123,32 @@ def test_help_shows_every_default(main, capsys):
 # ------------------------------------------------------------------------------------------------
 
 
-def test_plain_values_fit_json_and_weights_only(tmp_path):
-    args = checked("--save-dir", "run", "--schedule", "1", "2")
-    args.pair, args.nothing, args.device_object = (1.5, 2.5), None, torch.device("cpu")
-    plain = cli.plain_values(args)
+def test_flat_values_fit_json_and_weights_only(checked, tmp_path):
+    plain = vars(checked("--save-dir", "run", "--schedule", "1", "2", "--crop-scale", ".5", "1"))
     assert json.loads(json.dumps(plain)) == plain
-    assert (plain["save_dir"], plain["schedule"], plain["pair"]) == ("run", [1, 2], [1.5, 2.5])
-    assert plain["nothing"] is None
-    assert "devices" not in plain and "device_object" not in plain
-    assert list(plain) == sorted(plain)
+    assert (plain["save_dir"], plain["schedule"], plain["crop_scale"]) == ("run", [1, 2], [0.5, 1])
+    assert plain["resume"] is None and "devices" not in plain
     torch.save(plain, tmp_path / "plain.pth")
     assert torch.load(tmp_path / "plain.pth", weights_only=True) == plain
 
 
 @pytest.mark.parametrize(("asked", "each"), [(0, 0), (1, 1), (2, 1), (5, 3), (6, 3)])
-def test_workers_are_of_the_node_and_shared_rounded_up(monkeypatch, asked, each):
+def test_workers_are_of_the_node_and_shared_rounded_up(checked, monkeypatch, asked, each):
     torchrun(monkeypatch, WORLD_SIZE=2)
     assert checked("-b", "8", "-j", str(asked)).workers == each
 
 
-def test_workers_of_two_nodes_are_shared_on_each(monkeypatch):
+def test_workers_of_two_nodes_are_shared_on_each(checked, monkeypatch):
     torchrun(monkeypatch, WORLD_SIZE=8, GROUP_WORLD_SIZE=2, GROUP_RANK=1)
-    args = checked("-b", "8", "-j", "8")
+    args = checked("-b", "16", "-j", "8")
     assert (args.nodes, args.node_rank, args.processes, args.workers) == (2, 1, 8, 2)
 
 
-def test_workers_default_to_the_cores_that_may_be_used():
+def test_workers_default_to_the_cores_that_may_be_used(checked):
     assert checked().workers == usable_cores() >= 1
 
 
-def test_torchrun_overrules_world_size_and_rank(monkeypatch):
+def test_torchrun_overrules_world_size_and_rank(checked, monkeypatch):
     """Upstream's command lines also run under torchrun."""
     torchrun(monkeypatch, WORLD_SIZE=4)
     args = checked("--world-size", "1", "--rank", "0", "--dist-url", "tcp://localhost:10001")
@@ -161,14 +168,14 @@ def test_torchrun_overrules_world_size_and_rank(monkeypatch):
         ("--dist-url tcp://host:1", {"WORLD_SIZE": 4, "RANK": 2}, 1, 0),
     ],
 )
-def test_nodes(monkeypatch, flags, environment, nodes, rank):
-    for name, value in environment.items():
+def test_nodes(checked, monkeypatch, flags, environment, nodes, rank):
+    for name, value in {**environment, "MASTER_ADDR": "host", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     args = checked("-b", "12", *flags.split())
     assert (args.nodes, args.node_rank, args.processes) == (nodes, rank, nodes)
 
 
-def test_a_seed_that_is_not_given_is_drawn_within_31_bits():
+def test_a_seed_that_is_not_given_is_drawn_within_31_bits(checked):
     seeds = {checked().seed for _ in range(5)}
     assert len(seeds) > 1 and all(0 <= seed < 2**31 for seed in seeds)
     args = checked("--seed", "0")
@@ -194,10 +201,17 @@ def test_a_missing_file_ends_in_one_line(capsys):
     assert "/no/such/file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_other_errors_keep_their_trace(kind):
     with pytest.raises(kind, match="ours"), cli.report_user_errors():
         raise kind("ours")
+
+
+def test_ctrl_c_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, cli.report_user_errors():
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.endswith(": interrupted\n")
 
 
 class Unreadable(Dataset):

@@ -1,21 +1,22 @@
 """Images: what is read from disk, in which order, with which labels, and what is refused."""
 
-import hashlib
 import os
-import pickle
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import noise_image, write_images
-from PIL import Image
-from torch.utils.data import DataLoader
+from data_helpers import sums, write_cifar
+from helpers import write_images
 from torchvision import datasets
 
-from moco.data.images import FolderImages, in_memory, open_images
-from moco.data.loader import AugmentedViews
-from moco.data.views import pretrain_recipe
+from moco.data.images import (
+    ArrayImages,
+    FolderImages,
+    Subset,
+    image_names,
+    in_memory,
+    open_images,
+)
 from moco.errors import DataError
 
 # ------------------------------------------------------------------------------------------------
@@ -77,14 +78,6 @@ def test_train_and_val_are_found_in_the_folder(tmp_path):
     assert all(str(tmp_path / "train") in path for path in train.paths)
     assert all(str(tmp_path / "val") in path for path in val.paths)
     assert train.targets == [0, 0, 1]
-
-
-def test_hidden_and_other_files_are_skipped(tmp_path):
-    """macOS leaves ._000.png beside images, which are none."""
-    write_images(tmp_path, {"a": 1})
-    for name in ("._000.png", ".hidden.jpg", "notes.txt", "000.png.part", "Thumbs.db"):
-        (tmp_path / "a" / name).write_bytes(b"no image")
-    assert relative(FolderImages(tmp_path)) == ["a/000.png"]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".PNG", ".webp", ".bmp", ".tif", ".ppm"])
@@ -149,89 +142,20 @@ def test_per_class_keeps_the_first_images_of_each_class(tmp_path):
         assert np.array_equal(images.load(i), whole.load(j))
 
 
-# ------------------------------------------------------------------------------------------------
-# Images that are broken or not RGB
-# ------------------------------------------------------------------------------------------------
-
-
-def broken_files(folder: Path) -> dict[str, Path]:
-    folder.mkdir()
-    noise_image((200, 200)).save(folder / "good.jpg")
-    noise_image((200, 200)).save(folder / "good.png")
-    jpeg, png = ((folder / f"good.{s}").read_bytes() for s in ("jpg", "png"))
-    contents = {
-        "empty.jpg": b"",
-        "truncated.jpg": jpeg[: len(jpeg) // 2],
-        "header_only.jpg": jpeg[:20],
-        "text.jpg": b"<html>404 Not Found</html>",
-        "truncated.png": png[: len(png) // 2],
-        "corrupt.png": png[:60] + bytes(40) + png[100:],
-    }
-    for name, content in contents.items():
-        (folder / name).write_bytes(content)
-    return {name: folder / name for name in contents}
-
-
-BROKEN = ["empty.jpg", "truncated.jpg", "header_only.jpg", "text.jpg", "truncated.png",
-          "corrupt.png"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_image_is_an_error_that_names_the_file(tmp_path, name):
-    path = broken_files(tmp_path / "images")[name]
-    images = FolderImages(path.parent)
-    with pytest.raises(DataError, match=f"cannot read image {path}: .*; replace or remove it"):
-        images.load(images.paths.index(str(path)))
-
-
-@pytest.mark.parametrize("unfinished", [False, True])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_image_is_named_through_a_loader_process_too(tmp_path, workers, unfinished):
-    path = broken_files(tmp_path / "images")["truncated.jpg"]
-    images = FolderImages(path.parent)
-    data = AugmentedViews(images, pretrain_recipe(16), seed=0, views=2, unfinished=unfinished)
-    key = [(0, images.paths.index(str(path)))]
-    pairs = DataLoader(data, batch_sampler=[key], num_workers=workers)
-    with pytest.raises(DataError, match=f"cannot read image {path}"):
-        list(pairs)
-
-
-def gradient(mode: str) -> Image.Image:
-    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    colours = np.stack([ramp, ramp.T, 255 - ramp], axis=2)
-    match mode:
-        case "I;16":
-            return Image.fromarray(ramp.astype(np.uint16) * 257)
-        case "L":
-            return Image.fromarray(ramp)
-        case _:
-            return Image.fromarray(colours).convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix", "levels"),
-    [
-        ("L", ".png", 256),
-        ("L", ".jpg", 200),
-        ("LA", ".png", 100),
-        ("P", ".png", 4),
-        ("1", ".png", 2),
-        ("RGBA", ".png", 256),
-        ("CMYK", ".jpg", 200),
-        ("I;16", ".png", 200),
-    ],
-)
-def test_images_of_any_kind_come_out_as_rgb(tmp_path, mode, suffix, levels):
-    """With their content: as many different values as the kind of file can hold."""
-    path = tmp_path / f"image{suffix}"
-    gradient(mode).save(path)
-    with Image.open(path) as image:
-        assert image.mode == mode
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = FolderImages(tmp_path).load(0)
-    assert image.mode == "RGB" and image.size == (16, 16)
-    assert len(np.unique(image)) >= levels
+@pytest.mark.parametrize("in_arrays", [False, True])
+def test_a_subset_of_a_subset_is_one_of_the_whole(in_arrays, tmp_path):
+    write_images(tmp_path, {"a": 3, "b": 3})
+    whole = FolderImages(tmp_path)
+    if in_arrays:
+        pixels = np.stack([whole.load(i) for i in range(6)])
+        whole = ArrayImages(pixels, whole.targets, whole.classes)
+    part = Subset(Subset(whole, [5, 4, 1, 0]), [2, 0])
+    assert part.targets == [0, 1] and part.classes == ["a", "b"] and len(part) == 2
+    assert image_names(part) == (["1", "5"] if in_arrays else ["a/001.png", "b/002.png"])
+    for i, j in enumerate((1, 5)):
+        assert np.array_equal(part.load(i), whole.load(j))
+    if in_arrays:
+        assert np.array_equal(in_memory(part), pixels[[1, 5]])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -245,27 +169,6 @@ def test_torchvisions_data_that_are_not_there_are_not_downloaded(tmp_path, datas
     with pytest.raises(DataError, match=f"no complete {dataset} in {tmp_path} .*downloaded here"):
         open_images(dataset, tmp_path, split)
     assert list(tmp_path.iterdir()) == []
-
-
-def sums(folder: Path, names: list[str]) -> list[list[str]]:
-    return [[name, hashlib.md5((folder / name).read_bytes()).hexdigest()] for name in names]
-
-
-def write_cifar(root: Path, monkeypatch, kind, train: list[str], test: list[str], key: str) -> None:
-    """A few images in the real files' layout, with their checksums where torchvision has them."""
-    folder = root / kind.base_folder
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for i, name in enumerate([*train, *test]):
-        data = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
-        labels = [(i + j) % 10 for j in range(4)]
-        (folder / name).write_bytes(pickle.dumps({"data": data, key: labels}))
-    meta = {kind.meta["key"]: [f"class {i}" for i in range(10)]}
-    (folder / kind.meta["filename"]).write_bytes(pickle.dumps(meta))
-    monkeypatch.setattr(kind, "train_list", sums(folder, train))
-    monkeypatch.setattr(kind, "test_list", sums(folder, test))
-    [[_, md5]] = sums(folder, [kind.meta["filename"]])
-    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5})
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])

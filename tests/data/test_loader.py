@@ -1,20 +1,19 @@
 """Who sees which sample when, and that a view is a function of (seed, epoch, index, view)."""
 
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import noise_image, write_images
-from test_images import write_cifar
+from data_helpers import train, write_cifar
+from helpers import differences, noise_image, write_images
 from torchvision import datasets
 
-import main_moco
-from moco import checkpoint, distributed
+from moco import distributed
 from moco.data import loader
 from moco.data.images import ArrayImages, FolderImages, Subset
-from moco.data.loader import AugmentedViews, EpochBatches, PlainImages, RankShare, TrainLoader
+from moco.data.loader import EpochBatches, RankShare, TrainLoader
+from moco.data.samples import AugmentedViews, PlainImages
 from moco.data.views import eval_transform, pretrain_recipe
 from moco.errors import DataError
 
@@ -41,28 +40,28 @@ def folder(tmp_path_factory) -> FolderImages:
 # A view is a function of (seed, epoch, index, view)
 # ------------------------------------------------------------------------------------------------
 
-UNFINISHED = pytest.mark.parametrize("unfinished", [False, True], ids=["cpu", "device"])
+ON_DEVICE = pytest.mark.parametrize("on_device", [False, True], ids=["cpu", "device"])
 
 
 def views_of(
-    key=(0, 0), *, seed: int = 0, views: int = 2, images=None, unfinished: bool = False
+    key=(0, 0), *, seed: int = 0, views: int = 2, images=None, on_device: bool = False
 ) -> tuple[torch.Tensor, ...]:
     data = AugmentedViews(
-        images or small_images(), V2, seed=seed, views=views, unfinished=unfinished
+        images or small_images(), V2, seed=seed, num_views=views, augment_on_device=on_device
     )
     return data[key][:views]
 
 
-@UNFINISHED
-def test_views_are_uint8_of_the_asked_size(unfinished):
-    for view in views_of(unfinished=unfinished):
+@ON_DEVICE
+def test_views_are_uint8_of_the_asked_size(on_device):
+    for view in views_of(on_device=on_device):
         assert view.dtype == torch.uint8 and view.shape == (3, 16, 16)
 
 
-@UNFINISHED
+@ON_DEVICE
 @pytest.mark.parametrize("recipe", [V1, V2], ids=["v1", "v2"])
-def test_the_two_views_of_an_image_differ(recipe, unfinished):
-    data = AugmentedViews(small_images(), recipe, seed=0, views=2, unfinished=unfinished)
+def test_the_two_views_of_an_image_differ(recipe, on_device):
+    data = AugmentedViews(small_images(), recipe, seed=0, num_views=2, augment_on_device=on_device)
     for index in range(6):
         one, other = data[0, index][:2]
         assert not torch.equal(one, other)
@@ -90,23 +89,23 @@ def test_another_seed_epoch_index_or_view_gives_other_pixels():
     assert len({tensor.numpy().tobytes() for tensor in seen}) == len(seen)
 
 
-@UNFINISHED
-def test_global_random_state_neither_matters_nor_changes(unfinished):
+@ON_DEVICE
+def test_global_random_state_neither_matters_nor_changes(on_device):
     """Of torch, numpy and Python."""
     seen = []
     for seed in (1, 2):
         torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
         before = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()
-        seen.append(views_of((3, 4), unfinished=unfinished))
+        seen.append(views_of((3, 4), on_device=on_device))
         after = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()
         assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
-@UNFINISHED
-def test_a_sample_is_the_same_alone_and_in_any_batch(folder, unfinished, monkeypatch):
+@ON_DEVICE
+def test_a_sample_is_the_same_alone_and_in_any_batch(folder, on_device, monkeypatch):
     """However many are drawn together, and whatever their sizes."""
-    data = AugmentedViews(folder, V2, seed=3, views=2, unfinished=unfinished)
+    data = AugmentedViews(folder, V2, seed=3, num_views=2, augment_on_device=on_device)
     keys = [(2, index) for index in (4, 0, 5, 1, 3, 2)]
     alone = [data[key] for key in keys]
     for together, held in ((16, 2**24), (4, 2**24), (16, 3000), (1, 2**24)):
@@ -117,14 +116,14 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(folder, unfinished, monkeyp
         for sample, other in zip(got, alone, strict=True):
             assert sample[2:4] == other[2:4]
             assert all(torch.equal(a, b) for a, b in zip(sample[:2], other[:2], strict=True))
-            assert len(sample) == 4 + unfinished
-            if unfinished:
+            assert len(sample) == 4 + on_device
+            if on_device:
                 assert torch.equal(sample[4], other[4]) and sample[4].shape == (2, 16)
 
 
 def test_few_images_are_held_where_they_are_large(monkeypatch):
     """What is decoded waits for its parameters to be drawn: not sixteen photographs of 100 MB."""
-    data = AugmentedViews(small_images(6), V2, seed=0, views=1)
+    data = AugmentedViews(small_images(6), V2, seed=0, num_views=1)
     monkeypatch.setattr(data, "PIXELS_HELD", 2 * 40 * 30, raising=False)
     drawn = []
     draw = data.draw
@@ -136,8 +135,8 @@ def test_few_images_are_held_where_they_are_large(monkeypatch):
 
 
 def test_targets_are_those_of_the_images_or_minus_1():
-    assert AugmentedViews(small_images(), V2, seed=0, views=1)[0, 4][1] == 1
-    assert AugmentedViews(small_images(targets=False), V2, seed=0, views=1)[0, 4][1] == -1
+    assert AugmentedViews(small_images(), V2, seed=0, num_views=1)[0, 4][1] == 1
+    assert AugmentedViews(small_images(targets=False), V2, seed=0, num_views=1)[0, 4][1] == -1
     plain = eval_transform(32)
     assert PlainImages(small_images(), plain)[5][1] == 2
     assert PlainImages(small_images(targets=False), plain)[5][1] == -1
@@ -148,12 +147,10 @@ def test_targets_are_those_of_the_images_or_minus_1():
 # ------------------------------------------------------------------------------------------------
 
 
-def epochs_of(
-    images, *, unfinished: bool, workers: int = 0, epochs=(0, 1), start: int = 0, batch=2
-):
+def epochs_of(images, *, on_device: bool, workers: int = 0, epochs=(0, 1), start: int = 0, batch=2):
     """All batches of some epochs from one loader, as the mains make it."""
     batches = EpochBatches(len(images), batch, seed=3)
-    data = AugmentedViews(images, V2, seed=9, views=2, unfinished=unfinished)
+    data = AugmentedViews(images, V2, seed=9, num_views=2, augment_on_device=on_device)
     pairs = TrainLoader(data, batches, workers=workers, device=CPU)
     try:
         seen = []
@@ -175,39 +172,39 @@ def assert_same_epochs(got, wanted) -> None:
             assert batch[0].dtype == torch.uint8 and batch[0].shape == (2, 3, 16, 16)
 
 
-@UNFINISHED
-def test_pixels_are_the_same_with_any_number_of_workers(folder, unfinished):
+@ON_DEVICE
+def test_pixels_are_the_same_with_any_number_of_workers(folder, on_device):
     """Over two epochs of persistent workers, which never see set_epoch; and epochs differ."""
     torch.manual_seed(0)
-    none = epochs_of(folder, unfinished=unfinished)
+    none = epochs_of(folder, on_device=on_device)
     torch.manual_seed(1)
-    two = epochs_of(folder, unfinished=unfinished, workers=2)
+    two = epochs_of(folder, on_device=on_device, workers=2)
     assert_same_epochs(two, none)
     first, second = ({tuple(view.flatten().tolist()) for b in e for view in b[0]} for e in none)
     assert len(first) == 6 and not first & second
 
 
-@UNFINISHED
+@ON_DEVICE
 @pytest.mark.parametrize("kind", ["folder", "array"])
-def test_an_epoch_can_be_entered_anywhere(kind, folder, unfinished):
+def test_an_epoch_can_be_entered_anywhere(kind, folder, on_device):
     """After a resume the pictures are those of the run that was not stopped."""
     images = folder if kind == "folder" else small_images()
-    whole = epochs_of(images, unfinished=unfinished)
-    assert_same_epochs(epochs_of(images, unfinished=unfinished, epochs=(1,)), whole[1:])
-    rest = epochs_of(images, unfinished=unfinished, epochs=(1,), start=2)
+    whole = epochs_of(images, on_device=on_device)
+    assert_same_epochs(epochs_of(images, on_device=on_device, epochs=(1,)), whole[1:])
+    rest = epochs_of(images, on_device=on_device, epochs=(1,), start=2)
     assert_same_epochs(rest, [whole[1][2:]])
 
 
-@UNFINISHED
+@ON_DEVICE
 @pytest.mark.parametrize("kind", ["folder", "array"])
-def test_ranks_share_the_pictures_of_one_process(kind, folder, unfinished, monkeypatch):
+def test_ranks_share_the_pictures_of_one_process(kind, folder, on_device, monkeypatch):
     """So pixels do not depend on what else is in the batch of a device either."""
     images = folder if kind == "folder" else small_images()
-    [single] = epochs_of(images, unfinished=unfinished, epochs=(1,), batch=6)
+    [single] = epochs_of(images, on_device=on_device, epochs=(1,), batch=6)
     shares = []
     for rank in range(3):
         pretend(monkeypatch, rank, 3)
-        [share] = epochs_of(images, unfinished=unfinished, epochs=(1,), batch=6)
+        [share] = epochs_of(images, on_device=on_device, epochs=(1,), batch=6)
         shares.append(share)
     for i, batch in enumerate(single):
         for part in range(3):
@@ -217,22 +214,22 @@ def test_ranks_share_the_pictures_of_one_process(kind, folder, unfinished, monke
 def test_images_in_memory_need_no_processes_when_the_device_makes_views():
     batches = EpochBatches(6, 2, seed=3)
     for images in (small_images(), Subset(small_images(8), [1, 2, 3, 5, 6, 7])):
-        data = AugmentedViews(images, V2, seed=9, views=2, unfinished=True)
+        data = AugmentedViews(images, V2, seed=9, num_views=2, augment_on_device=True)
         pairs = TrainLoader(data, batches, workers=2, device=CPU)
         assert pairs.pixels.shape == (6, 3, 30, 40)
         list(pairs)
         pairs.end()
-    data = AugmentedViews(small_images(), V2, seed=9, views=2)
+    data = AugmentedViews(small_images(), V2, seed=9, num_views=2)
     assert TrainLoader(data, batches, workers=0, device=CPU).pixels is None
 
 
 def test_the_device_makes_the_views_that_processes_make(monkeypatch):
     """Of images in memory, in all three ways, with their labels."""
     images = small_images(24)
-    resident = sum(epochs_of(images, unfinished=True, batch=4), [])
-    by_pillow = sum(epochs_of(images, unfinished=False, batch=4), [])
-    monkeypatch.setattr(loader, "_fits", lambda array, device: False)
-    worked = sum(epochs_of(images, unfinished=True, batch=4), [])
+    resident = sum(epochs_of(images, on_device=True, batch=4), [])
+    by_pillow = sum(epochs_of(images, on_device=False, batch=4), [])
+    monkeypatch.setattr(loader, "in_memory", lambda images: None)
+    worked = sum(epochs_of(images, on_device=True, batch=4), [])
     for other in (by_pillow, worked):
         for got, wanted in zip(resident, other, strict=True):
             assert torch.equal(got[2], wanted[2]) and tuple(got[3]) == tuple(wanted[3])
@@ -243,11 +240,11 @@ def test_the_device_makes_the_views_that_processes_make(monkeypatch):
         assert difference.mean() < 0.75 and difference.mean((3, 4, 5)).max() < 3  # 16 px: edges
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", [V1, V2], ids=["v1", "v2"])
 def test_compiled_finishing_gives_the_same_views(recipe):
     images = small_images(8)
-    data = AugmentedViews(images, recipe, seed=9, views=2, unfinished=True)
+    data = AugmentedViews(images, recipe, seed=9, num_views=2, augment_on_device=True)
     batches = EpochBatches(8, 4, seed=3)
     plain, compiled = (
         TrainLoader(data, batches, workers=0, device=CPU, compile=compile)
@@ -260,36 +257,22 @@ def test_compiled_finishing_gives_the_same_views(recipe):
     torch.compiler.reset()
 
 
-def train(run: Path, data: Path, *flags: object) -> dict:
-    """main_moco with --views device in this process; the weights that it ends with."""
-    main_moco.main(list(map(str, [
-        "-a", "resnet8", "--image-size", "16", "--moco-dim", "8", "--moco-k", "16", "-b", "8",
-        "--aug-plus", "--epochs", "2", "--seed", "1", "-p", "1", "--device", "cpu",
-        "--views", "device", "--save-dir", run, *flags, data,
-    ])))  # fmt: skip
-    newest = checkpoint.run_checkpoints(run)[-1]
-    return checkpoint.read_checkpoint(newest)["state_dict"]
-
-
-def assert_same_weights(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["folder", "cifar10"])
 def test_a_run_on_the_devices_views_is_resumed_bit_for_bit(kind, tmp_path, monkeypatch):
     """In the middle of an epoch, with another number of workers."""
     if kind == "cifar10":
         train_files = ["data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4"]
         write_cifar(tmp_path, monkeypatch, datasets.CIFAR10, train_files, ["test_batch"], "labels")
-        flags, data = ("--dataset", "cifar10", "-b", "4"), tmp_path
+        flags, data = ["--dataset", "cifar10", "-b", "4"], tmp_path
     else:
         write_images(tmp_path / "data", {"train/a": 12, "train/b": 12}, suffix=".jpg")
-        flags, data = (), tmp_path / "data"
-    whole = train(tmp_path / "whole", data, "-j", 0, *flags)
-    train(tmp_path / "cut", data, "-j", 2, "--max-steps", 4, *flags)
-    resumed = train(tmp_path / "cut", data, "-j", 1, "--resume", "auto", *flags)
-    assert_same_weights(resumed, whole)
+        flags, data = [], tmp_path / "data"
+    flags += ["--aug-plus", "--views", "device"]
+    whole = train(data, tmp_path / "whole", "-j", 0, *flags)
+    train(data, tmp_path / "cut", "-j", 2, "--max-steps", 4, *flags)
+    resumed = train(data, tmp_path / "cut", "-j", 1, "--resume", "auto", *flags)
+    assert differences(resumed, whole) == []
 
 
 # ------------------------------------------------------------------------------------------------

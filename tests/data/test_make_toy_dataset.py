@@ -1,24 +1,17 @@
 """The toy generator: same bytes for the same arguments, and care with folders."""
 
-import importlib.util
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from helpers import load_script
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_toy_dataset.py"
+from moco.data import toy
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("make_toy_dataset", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = load_script()
+main = load_script("make_toy_dataset").main
 SMALL = {"train_per_class": 3, "val_per_class": 2, "size": 24}
 
 
@@ -69,7 +62,7 @@ def test_is_an_image_folder_of_rgb_jpegs(made, split):
 
 @pytest.mark.parametrize("name", toy.TEXTURES)
 def test_each_texture_has_ink_and_paper(name):
-    ink = toy.ink_map(toy.TEXTURES[name], 64, toy.np.random.default_rng(0))
+    ink = toy.ink_map(toy.TEXTURES[name], 64, np.random.default_rng(0))
     assert ink.shape == (64, 64)
     assert 0.1 < ink.mean() < 0.9
     assert ink.min() == 0 and ink.max() == 1
@@ -80,7 +73,7 @@ def test_a_finished_folder_is_used_again(made, monkeypatch, capsys):
         raise AssertionError("made an image anew")
 
     monkeypatch.setattr(toy, "make_image", no_image)
-    toy.main([str(made), "--train-per-class", "3", "--val-per-class", "2", "--size", "24"])
+    main([str(made), "--train-per-class", "3", "--val-per-class", "2", "--size", "24"])
     assert capsys.readouterr().out.startswith("reusing 12 classes x (3 train + 2 val)")
 
 
@@ -95,7 +88,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "mine.jpg").write_bytes(b"mine")
     with pytest.raises(SystemExit, match="not empty"):
-        toy.main([str(tmp_path)])
+        main([str(tmp_path)])
     assert files(tmp_path) == {"train/mine.jpg": b"mine"}
 
 
@@ -123,7 +116,7 @@ def test_a_cut_off_run_is_started_over(made, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [["--size", "8"], ["--val-per-class", "0"], ["--seed", "-1"]])
 def test_bad_arguments(tmp_path, flags, capsys):
     with pytest.raises(SystemExit) as stop:
-        toy.main([str(tmp_path / "out"), *flags])
+        main([str(tmp_path / "out"), *flags])
     assert stop.value.code == 2
     assert flags[0] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@ torchvision makes of a Pillow image, by Pillow or on the device."""
 
 import dataclasses
 import math
+import sys
 import warnings
 
 import numpy as np
@@ -10,21 +11,24 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
-from helpers import noise_image
+from helpers import finish, noise_image, start_python
 from PIL import Image, ImageFilter
 from scipy import stats
 
 from moco.data import views
+from moco.data.device_views import augment_on_device, crop, crop_on_device
 from moco.data.views import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ORDERS,
     SATURATION,
     Recipe,
     ViewParams,
     draw,
     eval_transform,
-    finish,
     lincls_recipe,
     normalize,
     pil_view,
@@ -73,15 +77,57 @@ def test_linear_evaluation_trains_on_imagenets_crop_and_flip():
     assert recipe.jitter_p == recipe.grey_p == recipe.blur_p == 0
 
 
-def test_eval_views_of_224_are_resize_256_and_centre_crop():
-    image = noise_image((400, 300))
-    wanted = T.PILToTensor()(T.CenterCrop(224)(T.Resize(256)(image)))
-    assert torch.equal(eval_transform(224)(image), wanted)
-    tall = noise_image((300, 500))
-    assert T.Resize(256)(tall).width == 256  # the shorter side
-    assert torch.equal(
-        eval_transform()(tall), T.PILToTensor()(T.CenterCrop(224)(T.Resize(256)(tall)))
-    )
+def resized_then_cropped(image: Image.Image, size: int) -> torch.Tensor:
+    resize = size if size <= 64 else round(size * 256 / 224)
+    return T.PILToTensor()(T.CenterCrop(size)(T.Resize(resize)(image)))
+
+
+@pytest.mark.parametrize("size", [224, 96, 64, 32, 17])
+def test_eval_views_are_resized_and_centre_cropped(size):
+    """The shorter side of 224 to 256; images of any ordinary shape, wide, tall and small."""
+    for width, height in ((400, 300), (300, 500), (301, 97), (20, 31), (224, 224), (5, 90)):
+        image = noise_image((width, height))
+        assert torch.equal(eval_transform(size)(image), resized_then_cropped(image, size))
+    assert torch.equal(eval_transform()(image), eval_transform(224)(image))
+
+
+THIN = [(900, 1), (1, 900), (700, 3), (3, 700), (1000, 60), (60, 1000), (901, 97), (97, 901)]
+
+
+@pytest.mark.parametrize("size", [160, 96, 32, 17])
+def test_thin_images_are_cropped_before_they_are_resized_pixel_for_pixel(size, monkeypatch):
+    """Enlarged and shrunk, with the limit at nothing, so that the whole can be compared."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(views, "MOST_RESIZED_PIXELS", 0)
+    for width, height in THIN:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        assert torch.equal(eval_transform(size)(image), resized_then_cropped(image, size))
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits memory")
+@pytest.mark.parametrize(
+    "size", [(20_000, 1), (1, 20_000), (60_000, 1), (1, 60_000), (3_000_000, 2), (120_000, 300)]
+)
+def test_thin_images_take_little_memory(size, tmp_path):
+    """200 MB beside what the image itself has, and the audit has nothing to refuse."""
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "a" / "thin.png")
+    code = """
+import resource, sys
+from pathlib import Path
+from PIL import Image
+from moco.data import audit, images, views
+views.eval_transform(224)(Image.new("RGB", (300, 300)))
+assert audit.check_file(sys.argv[1] + "/a/thin.png") == []
+image = images.load_rgb(sys.argv[1] + "/a/thin.png")
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
+view = views.eval_transform(224)(image)
+assert view.shape == (3, 224, 224) and view[:, 100, 100].tolist() == [10, 20, 30]
+"""
+    status, out, err = finish(start_python("-c", code, tmp_path, cwd=tmp_path))
+    assert (status, err) == (0, ""), out + err
 
 
 def test_eval_views_of_small_images_are_the_images():
@@ -102,11 +148,14 @@ def test_normalize_is_to_tensor_and_normalize():
     assert got.dtype == torch.float32
     torch.testing.assert_close(got[0], wanted)
     assert torch.equal(batch, before)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        other = normalize(batch, mean, std, memory_format)
+        assert torch.equal(other, got) and other.is_contiguous(memory_format=memory_format)
 
 
 def test_imagenets_mean_and_deviation():
-    assert views.IMAGENET_MEAN == (0.485, 0.456, 0.406)
-    assert views.IMAGENET_STD == (0.229, 0.224, 0.225)
+    assert IMAGENET_MEAN == (0.485, 0.456, 0.406)
+    assert IMAGENET_STD == (0.229, 0.224, 0.225)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -383,7 +432,7 @@ def differences(recipe: Recipe, params: ViewParams, images: list[Image.Image]) -
     """Ours minus Pillow's, (N, 3, H, W) int32."""
     crops = as_tensor(images)
     before = crops.clone()
-    ours = finish(crops, params.table(), recipe)
+    ours = augment_on_device(crops, params.as_tensor(), recipe)
     assert ours.dtype == torch.uint8 and torch.equal(crops, before)
     wanted = as_tensor([pil_view(image, recipe, params, i) for i, image in enumerate(images)])
     return ours.int() - wanted.int()
@@ -395,18 +444,16 @@ V2_SMALL, V1_SMALL = pretrain_recipe(SIZE, aug_plus=True), pretrain_recipe(SIZE)
 @pytest.mark.parametrize("kind", [BRIGHTNESS, CONTRAST, SATURATION])
 @pytest.mark.parametrize("factor", [0.0, 0.6, 0.75, 1.0, 1.1, 1.4, 3.0])
 def test_a_blend_on_the_device_is_pillows_pixel_for_pixel(kind, factor):
-    factors = np.float32([1, 1, 1, 0])
-    factors[kind] = factor
-    # In Pillow hue is not without loss even at 0, so it comes into the comparison: the blend is
-    # taken from the adjustment alone.
+    """A shift of the hue by 0 follows, which is not without loss: so the device shifts Pillow's
+    blend as well."""
     images = pictures()
     adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[kind]
-    wanted = as_tensor([adjust(image, float(factors[kind])) for image in images])
-    column, no = torch.ones(len(images), 1, 1, 1), torch.zeros(len(images), 1, 1, 1)
-    which = (no + (kind == CONTRAST)).bool(), (no + (kind == SATURATION)).bool()
-    x = as_tensor(images).float()
-    assert torch.equal(views._blended(x, column * float(factors[kind]), *which), wanted)
-    assert torch.equal(views._blended(x, column, *which), x), "at rest"
+    blended = as_tensor([adjust(image, factor) for image in images])
+    rest = params_of(len(images), jitter=True)
+    params = params_of(len(images), jitter=True)
+    params.factors[:, kind] = factor
+    wanted = augment_on_device(blended, rest.as_tensor(), V2_SMALL)
+    assert torch.equal(augment_on_device(as_tensor(images), params.as_tensor(), V2_SMALL), wanted)
 
 
 def test_grey_and_flip_on_the_device_are_pillows_pixel_for_pixel():
@@ -425,8 +472,9 @@ def test_hue_on_the_device_is_pillows(shift):
     colours = torch.cartesian_prod(levels, levels, levels).view(-1, 52, 3).numpy()
     image = Image.fromarray(colours)
     wanted = as_tensor([TF.adjust_hue(image, shift)])
-    ours = views._hue_shifted(as_tensor([image]).float(), torch.full((1, 1, 1, 1), shift))
-    difference = (ours - wanted).abs()
+    params = params_of(1, jitter=True, factors=[1, 1, 1, shift])
+    ours = augment_on_device(as_tensor([image]), params.as_tensor(), V2_SMALL)
+    difference = (ours.int() - wanted.int()).abs().float()
     assert difference.mean() < 0.02 and (difference > 0).float().mean() < 0.01
 
 
@@ -443,21 +491,27 @@ def test_blur_keeps_what_is_even_and_its_mean():
     """A kernel whose weights do not add up to 1 would darken or brighten."""
     for sigma in np.linspace(0.1, 2, 20):
         even = [Image.new("RGB", (SIZE, SIZE), (0, 128, 255))]
-        made = finish(as_tensor(even), params_of(1, sigma=sigma).table(), V2_SMALL)
+        made = augment_on_device(as_tensor(even), params_of(1, sigma=sigma).as_tensor(), V2_SMALL)
         assert torch.equal(made, as_tensor(even))
 
 
-def test_the_blurs_kernel_is_a_gaussian_of_its_sigma():
-    """Variance sigma^2, symmetric, non-negative, close to the bell curve."""
-    sigma = torch.linspace(0.1, 2.0, 39)[:, None]
-    taps = views._thrice(views._box_filter(sigma, 2))
-    places = torch.arange(taps.shape[1]) - taps.shape[1] // 2
-    torch.testing.assert_close(taps.sum(1), torch.ones(39))
-    torch.testing.assert_close((taps * places**2).sum(1), sigma.flatten() ** 2, rtol=1e-4, atol=0)
-    torch.testing.assert_close(taps, taps.flip(1))
-    assert taps.min() >= 0
-    bell = torch.exp(-(places**2) / (2 * sigma**2))
-    assert (taps - bell / bell.sum(1, keepdim=True))[sigma.flatten() > 0.8].abs().max() < 0.04
+def test_a_blurred_edge_is_the_integral_of_a_gaussian_of_its_sigma():
+    """Variance sigma^2, symmetric, rising, close to the bell curve's; to 8 bits."""
+    pixels = np.zeros((SIZE, SIZE, 3), dtype=np.uint8)
+    pixels[:, SIZE // 2 :] = 255
+    sigmas = np.linspace(0.1, 2.0, 39)
+    edges = as_tensor([Image.fromarray(pixels)] * len(sigmas))
+    made = augment_on_device(edges, params_of(len(sigmas), sigma=sigmas).as_tensor(), V2_SMALL)
+    places = np.arange(SIZE) - SIZE // 2 + 0.5  # from the edge
+    for sigma, view in zip(sigmas, made.numpy(), strict=True):
+        assert (view == view[0, 0]).all(), "rows and channels alike"
+        rising = view[0, 0] / 255
+        assert (np.diff(rising) >= 0).all()
+        assert np.abs(rising + rising[::-1] - 1).max() <= 1.01 / 255
+        variance = (np.diff(rising) * (places[1:] - 0.5) ** 2).sum()
+        assert abs(variance - sigma**2) < 0.06
+        if sigma > 0.8:
+            assert np.abs(rising - stats.norm.cdf(places, scale=sigma)).max() < 0.035
 
 
 @pytest.mark.parametrize("recipe", [V1_SMALL, V2_SMALL], ids=["v1", "v2"])
@@ -467,7 +521,7 @@ def test_all_operations_together_are_pillows(recipe):
     factors = np.random.default_rng(0).choice([0.6, 1.4], (len(images), 4))
     factors[:, HUE] = np.where(factors[:, HUE] > 1, *recipe.jitter[[HUE][0] :] * 2)
     factors[1::2, HUE] *= -1
-    extreme = params_of(len(images), jitter=True, factors=factors, order=list(views.ORDERS) * 12)
+    extreme = params_of(len(images), jitter=True, factors=factors, order=list(ORDERS) * 12)
     as_drawn = dataclasses.replace(drawn(recipe, SIZE, SIZE, len(images)), box=extreme.box)
     for params in (extreme, as_drawn):
         difference = differences(recipe, params, images).abs().float()
@@ -477,19 +531,19 @@ def test_all_operations_together_are_pillows(recipe):
 def test_the_order_of_jitter_is_each_samples_own():
     """Taken in another order the same factors give other pixels, so the comparison above bites."""
     images = [noise_image((SIZE, SIZE))] * 24
-    params = params_of(24, jitter=True, factors=[1.4, 0.6, 1.4, 0.1], order=views.ORDERS)
-    made = finish(as_tensor(images), params.table(), V2_SMALL)
+    params = params_of(24, jitter=True, factors=[1.4, 0.6, 1.4, 0.1], order=ORDERS)
+    made = augment_on_device(as_tensor(images), params.as_tensor(), V2_SMALL)
     assert len({view.numpy().tobytes() for view in made}) == 24
 
 
 def test_a_sample_is_finished_alike_alone_and_in_a_batch():
     images = pictures() * 4
     params = drawn(V2_SMALL, SIZE, SIZE, len(images))
-    crops, table = as_tensor(images), params.table()
-    whole = finish(crops, table, V2_SMALL)
+    crops, table = as_tensor(images), params.as_tensor()
+    whole = augment_on_device(crops, table, V2_SMALL)
     for part in (1, 5, 16):
         parts = zip(crops.split(part), table.split(part), strict=True)
-        assert torch.equal(torch.cat([finish(*pair, V2_SMALL) for pair in parts]), whole)
+        assert torch.equal(torch.cat([augment_on_device(*pair, V2_SMALL) for pair in parts]), whole)
 
 
 @pytest.mark.parametrize("recipe", [V1_SMALL, V2_SMALL], ids=["v1", "v2"])
@@ -501,12 +555,12 @@ def test_finishing_is_one_graph_without_a_wait_for_the_device(recipe):
         graphs.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
         return graph.forward
 
-    compiled = torch.compile(finish, backend=backend, fullgraph=True, dynamic=False)
+    compiled = torch.compile(augment_on_device, backend=backend, fullgraph=True, dynamic=False)
     for count in (2, 12):
         images = pictures()[:count]
-        table = drawn(recipe, SIZE, SIZE, count).table()
+        table = drawn(recipe, SIZE, SIZE, count).as_tensor()
         made = compiled(as_tensor(images), table, recipe)
-        assert torch.equal(made, finish(as_tensor(images), table, recipe))
+        assert torch.equal(made, augment_on_device(as_tensor(images), table, recipe))
     assert graphs[0] == graphs[1] < 400
     torch.compiler.reset()
 
@@ -536,19 +590,19 @@ def test_crops_are_within_a_level_of_pillows(size, out):
         params = params_of(len(box), box=box)
         pixels = as_tensor([image])
         wanted = as_tensor([pil_view(image, recipe, params, i) for i in range(len(box))])
-        single = torch.stack([views.crop(pixels[0], recipe, params, i) for i in range(len(box))])
-        batch = views.crop_all(pixels.expand(len(box), -1, -1, -1), params.table(), out)
+        single = torch.stack([crop(pixels[0], recipe, params, i) for i in range(len(box))])
+        batch = crop_on_device(pixels.expand(len(box), -1, -1, -1), params.as_tensor(), out)
         for made in (single, batch):
             assert made.dtype == torch.uint8
             assert (made.int() - wanted.int()).abs().max() <= 1
-        some = views.crop_all(pixels.expand(3, -1, -1, -1), params.table()[4:7], out)
+        some = crop_on_device(pixels.expand(3, -1, -1, -1), params.as_tensor()[4:7], out)
         assert torch.equal(some, batch[4:7]), "whatever else is in the batch"
 
 
 def test_each_crop_of_a_batch_is_of_its_own_image():
     images = [noise_image((32, 32), seed=seed) for seed in range(6)]
     params = drawn(V2_SMALL, 32, 32, 6)
-    made = views.crop_all(as_tensor(images), params.table(), 32)
+    made = crop_on_device(as_tensor(images), params.as_tensor(), 32)
     for i, pixels in enumerate(as_tensor(images)):
-        wanted = views.crop(pixels, Recipe(32, (0.2, 1.0)), params, i)
+        wanted = crop(pixels, Recipe(32, (0.2, 1.0)), params, i)
         assert (made[i].int() - wanted.int()).abs().max() <= 1

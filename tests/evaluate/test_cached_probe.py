@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Processes
-from helpers import differences, read_log, refusal, write_images, write_labelled
+from helpers import differences, read_log, refusal, write_images
 from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
 from torch import nn
 
@@ -22,22 +23,7 @@ from moco.data.images import open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from moco.encoders import build_encoder
 from moco.evaluate.feature_cache import without_batch_norm
-from moco.evaluate.heads import Frozen, head_losses, new_heads
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
+from moco.evaluate.heads import FrozenEncoder, head_losses, new_heads
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +151,7 @@ def test_frozen_features_enter_autograd(pretrained, amp):
     encoder, _ = load_encoder(pretrained)
     images = torch.randn(4, 3, 32, 32)
     plain = encoder(images).detach()
-    frozen = Frozen(encoder, amp=amp, channels_last=True)
+    frozen = FrozenEncoder(encoder, amp=amp, channels_last=True)
     features = frozen(images)
     assert features.dtype == torch.float32 and not features.requires_grad
     assert not features.is_inference()
@@ -176,7 +162,7 @@ def test_frozen_features_enter_autograd(pretrained, amp):
     assert head.weight.grad is not None
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "densenet121", "vgg11_bn"])
+@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "densenet121", "mobilenet_v2"])
 def test_folding_batch_norm_into_convolutions_changes_nothing(arch):
     """Neither the features, to rounding, nor the encoder that was given, at all."""
     torch.manual_seed(0)
@@ -299,26 +285,69 @@ def test_what_is_missing_or_damaged_is_made_again(data, pretrained, cache, capsy
     torch.testing.assert_close(load(path)["features"], expected, rtol=2e-3, atol=1e-3)
 
 
-def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path):
-    write_images(tmp_path / "data", {f"train/{c}": 80 for c in "ab"} | {"val/a": 2, "val/b": 2})
-    argv = [*TINY, "--cached", "--lr", 1, "--epochs", 5, "--pretrained", pretrained]
-    argv += ["--save-dir", tmp_path / "run", "--cached-views", 5, tmp_path / "data"]
-    first = Processes(tmp_path / "first", *argv, code=MAIN)
-    while len(files(tmp_path / "run")) < 3:
-        assert first.running(), first.output()
+def start_extraction(folder: Path, pretrained: Path, cache: Path) -> Processes:
+    """A process that is to write 40 files of features; returns when three are there."""
+    write_images(folder / "data", {f"train/{c}": 32 for c in "ab"} | {"val/a": 2, "val/b": 2})
+    argv = [*TINY, *extraction(folder, pretrained, cache), "--save-dir", folder / "killed"]
+    process = Processes(folder / "first", *argv, code=MAIN)
+    while len(files(cache)) < 3:
+        assert process.running(), process.output()
         time.sleep(0.005)
+    return process
+
+
+def extraction(folder: Path, pretrained: Path, cache: Path) -> list:
+    flags = ["--cached", "--lr", 1, "--epochs", 5, "--cached-views", 5, "--cache-dir", cache]
+    return [*flags, "--pretrained", pretrained, folder / "data"]
+
+
+def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    first = start_extraction(tmp_path, pretrained, cache)
     first.kill()
     first.wait()
-    kept = files(tmp_path / "run")
-    assert len(kept) < 40 and not (tmp_path / "run" / "lincls.json").exists()
-    second = Processes(tmp_path / "second", *argv, code=MAIN)
-    assert second.wait() == [0], second.output()
-    assert f"{len(kept)} of 40 files are there" in second.output()
-    assert {name: files(tmp_path / "run")[name] for name in kept} == kept
-    whole = Processes(tmp_path / "third", *argv[:-1], "--save-dir", tmp_path / "whole", argv[-1],
-                      code=MAIN)  # fmt: skip
-    assert whole.wait() == [0], whole.output()
-    assert torch.equal(classifier(f"whole/{LATEST}"), classifier(f"run/{LATEST}"))
+    kept = files(cache)
+    (left,) = cache.iterdir()
+    (left / ".view_004_from_00000056.pth.tar.0123abcd.tmp").write_bytes(b"half of it")
+    assert len(kept) < 40 and not (tmp_path / "killed" / "lincls.json").exists()
+    main_lincls.main(
+        [*map(str, [*TINY, *extraction(tmp_path, pretrained, cache)]), "--save-dir", "on"]
+    )
+    assert f"{len(kept)} of 40 files are there" in capsys.readouterr().out
+    assert {name: files(cache)[name] for name in kept} == kept
+    assert not list(tmp_path.rglob("*.tmp"))
+    other = [*TINY, *extraction(tmp_path, pretrained, tmp_path / "other")]
+    main_lincls.main([*map(str, other), "--save-dir", "whole"])
+    assert torch.equal(classifier(f"whole/{LATEST}"), classifier(f"on/{LATEST}"))
+
+
+def test_what_a_living_process_writes_is_left_alone(pretrained, tmp_path):
+    cache = tmp_path / "cache"
+    first = start_extraction(tmp_path, pretrained, cache)
+    first.kill(signal.SIGSTOP)
+    (folder,) = cache.iterdir()
+    (folder / ".view.pth.tar.0123abcd.tmp").write_bytes(b"half of it")
+    argv = [*map(str, [*TINY, *extraction(tmp_path, pretrained, cache)]), "--save-dir"]
+    main_lincls.main([*argv, "beside"])
+    assert list(folder.glob(".view*.tmp"))
+    first.kill(signal.SIGCONT)
+    assert first.wait() == [0], first.output()
+    main_lincls.main([*argv, "after"])
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_three_probes_share_a_cache(data, pretrained, tmp_path):
+    flags = [*TINY, "--cached", "--lr", 1, "--epochs", 1, "--cache-dir", tmp_path / "cache"]
+    flags += ["--pretrained", pretrained]
+    runs = [
+        Processes(tmp_path / f"out{i}", *flags, "--save-dir", tmp_path / f"r{i}", data, code=MAIN)
+        for i in range(3)
+    ]
+    for run in runs:
+        assert run.wait() == [0], run.output()
+    first, *others = [classifier(f"r{i}/{LATEST}") for i in range(3)]
+    assert all(torch.equal(first, other) for other in others)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def other_encoder(data: Path, pretrained: Path) -> tuple[Path, Path, str]:

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco.data.views import normalize
-from moco.evaluate.knn import count_correct, extract_features, knn_accuracy, knn_predict
+from moco.evaluate.knn import (
+    count_correct,
+    extract_features,
+    knn_accuracy,
+    knn_predict,
+    knn_scores,
+)
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
@@ -40,7 +46,7 @@ def loop_votes(features, bank, labels, classes: int, k: int, temperature: float)
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize("k", [1, 5, 20])
 def test_classes_are_ranked_by_the_papers_votes(k, temperature):
-    """All classes, in the order of their votes; without votes they come last. In blocks as well."""
+    """The classes that neighbours have, in the order of their votes. In blocks as well."""
     classes = 7
     features, bank = unit(30, 4), unit(50, 4, seed=1)
     labels = torch.randint(0, classes, (50,), generator=torch.Generator().manual_seed(2))
@@ -50,9 +56,8 @@ def test_classes_are_ranked_by_the_papers_votes(k, temperature):
         ranked = knn_predict(features, bank, labels, block_size=block_size, **options)
         assert ranked.dtype == torch.int64 and ranked.shape == (30, classes)
         for row, votes in zip(ranked.tolist(), wanted, strict=True):
-            assert sorted(row) == list(range(classes))
             with_votes = sorted((c for c in range(classes) if votes[c]), key=lambda c: -votes[c])
-            assert row[: len(with_votes)] == with_votes
+            assert row == with_votes + [-1] * (classes - len(with_votes))
 
 
 def test_weights_decide_and_not_the_number_of_neighbours():
@@ -95,6 +100,21 @@ def test_a_tiny_temperature_does_not_overflow(temperature):
 def test_k_and_temperature_must_be_positive(options):
     with pytest.raises(ValueError, match="k must be >= 1 and temperature > 0, got k="):
         knn_predict(unit(2, 4), unit(3, 4), torch.tensor([0, 1, 0]), classes=2, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 1e-30])
+def test_a_class_without_votes_is_in_no_top_5(temperature):
+    """Three neighbours of classes 6 and 2, of eight: nothing else is among the first five."""
+    bank = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, 0.8], [-1.0, 0.0]])
+    labels = torch.tensor([6, 2, 2, 5])
+    queries = torch.tensor([[1.0, 0.0]]).expand(8, 2)
+    ranked = knn_predict(queries, bank, labels, classes=8, k=3, temperature=temperature)
+    assert ranked.tolist() == [[6, 2, -1, -1, -1, -1, -1, -1]] * 8
+    scores = knn_scores(
+        queries, torch.arange(8), bank, labels, classes=8, k=3, temperature=temperature
+    )
+    assert (scores["top1"], scores["top5"]) == (100 / 8, 200 / 8)
+    assert count_correct(ranked, torch.full((8,), -1), (1, 5)).tolist() == [0, 0]
 
 
 def test_count_correct_counts_targets_among_the_first_k():

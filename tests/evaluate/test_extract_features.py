@@ -20,7 +20,7 @@ from safetensors import safe_open
 from moco import encoders
 from moco.checkpoint import load_encoder, write_checkpoint
 from moco.data.images import FolderImages
-from moco.data.loader import AugmentedViews
+from moco.data.samples import AugmentedViews
 from moco.data.views import normalize, pretrain_recipe
 
 extract = runpy.run_path(str(ROOT / "scripts" / "extract_features.py"))["main"]
@@ -120,7 +120,7 @@ def test_two_views_by_the_augmentation_of_the_checkpoint(pretrained, data):
         (found, pretrain_recipe(32, aug_plus=True)),
         (v1, pretrain_recipe(32, crop_scale=(0.9, 1.0))),
     ):
-        made = AugmentedViews(images, recipe, seed=0, views=2)
+        made = AugmentedViews(images, recipe, seed=0, num_views=2)
         rows = [made[0, index] for index in range(len(images))]
         for view, name in enumerate(("features", "features_2")):
             pixels = normalize(torch.stack([row[view] for row in rows]), MEAN, STD)

@@ -9,33 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Processes
-from helpers import differences, read_log, refusal, write_labelled
+from helpers import differences, read_log, refusal
 from probes import BEST, LATEST, MAIN, TINY, evaluate, load, result, write_encoder
 from torch import nn
 
 import main_lincls
 from moco.checkpoint import load_encoder
+from moco.cli import lincls_config
 from moco.data import loader
 from moco.data import subsets as labels
 from moco.data.images import FolderImages, Subset, open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, lincls_recipe, normalize
 from moco.errors import DataError
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
-
 
 RATES = "--lr 0.2 --lr-backbone 0.05 --wd 1e-3 --schedule 2"
 
@@ -57,7 +42,7 @@ def test_training_is_that_of_a_loop_by_hand(data, pretrained, tuned):
     """Same images, batch norm in training mode, two learning rates, weight decay on everything."""
     images = open_images("folder", data, "train")
     batches = loader.EpochBatches(len(images), 8, seed=5)
-    views = loader.AugmentedViews(images, lincls_recipe(32), seed=5, views=1)
+    views = loader.AugmentedViews(images, lincls_recipe(32), seed=5, num_views=1)
     encoder, _ = load_encoder(pretrained)
     torch.manual_seed(5)
     head = nn.Linear(64, 3)
@@ -156,10 +141,10 @@ def test_knn_is_of_the_encoder_before_and_leaves_the_training_as_it_is(data, pre
 )
 def test_defaults_are_swavs(data, pretrained, flags, expected):
     argv = [*TINY, "--finetune", *flags.split(), "--pretrained", str(pretrained), str(data)]
-    args = main_lincls.parse_args(argv)
+    values = lincls_config(argv).to_flat()
     names = ("lr", "lr_backbone", "epochs", "schedule", "schedule_factor")
-    assert tuple(getattr(args, name) for name in names) == expected
-    assert args.weight_decay == 0
+    assert tuple(values[name] for name in names) == expected
+    assert values["weight_decay"] == 0
 
 
 def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path, capsys):
@@ -172,6 +157,11 @@ def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path, capsy
     assert result("one")["top1"] == result("two")["last"]["top1"]
     loss = read_log(tmp_path / "two", "val")[-1]["loss"]
     assert f"loss {loss:.4f}" in capsys.readouterr().out
+    # One process would take other batch-norm statistics.
+    assert result("two")["protocol"]["processes"] == 2
+    alone = [*TINY, *flags, "--epochs", 3, "--save-dir", "two", "--resume", "auto", data]
+    status, message = refusal(main_lincls.main, alone, capsys)
+    assert status == 1 and "processes: 2 before, 1 now" in message
     # And what is resumed by two goes on as if it had not been cut.
     argv = [*TINY, *flags, "--save-dir", tmp_path / "cut", "--epochs", 1, data]
     assert Processes(tmp_path / "out1", *argv, count=2, code=MAIN).wait() == [0, 0]
@@ -247,8 +237,8 @@ def test_flags_that_do_not_fit_are_refused_at_parse_time(data, pretrained, capsy
 
 
 def test_a_url_is_no_missing_file(data):
-    args = main_lincls.parse_args([*TINY, "--pretrained", "https://localhost/x.pth", str(data)])
-    assert args.pretrained == "https://localhost/x.pth"
+    config = lincls_config([*TINY, "--pretrained", "https://localhost/x.pth", str(data)])
+    assert config.source.pretrained == "https://localhost/x.pth"
 
 
 # ------------------------------------------------------------------------------------------------

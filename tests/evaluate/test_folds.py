@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from harness import Processes
+from harness import HOLD, Processes, wait_for_step
 from helpers import differences, read_log, refusal, write_labelled
 from hypothesis import given
 from hypothesis import strategies as st
-from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
+from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result
 
 import main_lincls
+from moco.cli import lincls_config
 from moco.data.images import open_images
 from moco.data.subsets import stratified_folds
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_labelled(tmp_path_factory.mktemp("data"), train=16)
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    return write_encoder(tmp_path_factory.mktemp("encoder") / "resnet8.pth.tar")
 
 
 GRID = "--lr 0.0001,0.3 --wd 0,0.1 --epochs 2 --schedule 1 --folds 3"
@@ -175,11 +165,14 @@ def test_the_papers_imagenet100_probe_runs(data, pretrained):
     assert factors[-1] == pytest.approx(0.2**3) and factors[0] == 1
     last = [line["lr"] for line in read_log(Path("r"), "lincls") if "fold" not in line][-1]
     assert last == pytest.approx(result("r")["folds"]["chosen"]["lr"] * 0.2**3)
-    args = main_lincls.parse_args(
-        shlex.split(f"--epochs 60 --batch-size 32 --lr 10 --schedule 30 40 50 --device cpu "
-                    f"--schedule-factor 0.2 --folds 3 --pretrained {pretrained} {data}")
-    )  # fmt: skip
-    assert (args.lr, args.schedule, args.folds) == (10.0, [30, 40, 50], 3)
+    config = lincls_config(
+        shlex.split(
+            f"--epochs 60 --batch-size 32 --lr 10 --schedule 30 40 50 --device cpu "
+            f"--schedule-factor 0.2 --folds 3 --pretrained {pretrained} {data}"
+        )
+    )
+    chosen = config.optim.lr, config.schedule.schedule, config.protocol.folds
+    assert chosen == ((10.0,), (30, 40, 50), 3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,14 +185,10 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(data, pretrained, tmp_
     flags = [*TINY, *GRID.split(), "--pretrained", pretrained, "--print-freq", 1]
     whole = Processes(tmp_path / "o1", *flags, "--save-dir", tmp_path / "whole", data, code=MAIN)
     again = [*flags, "--save-dir", tmp_path / "cut", "--resume", "auto", data]
-    cut = Processes(tmp_path / "o2", *again, code=MAIN)
     wanted = {"first fold": 5, "second fold": 13, "last stage": 31}[where]  # steps, 8 in a fold
-    deadline = time.monotonic() + 60
-    while not any(
-        line["step"] >= wanted for line in (safe_log(tmp_path / "cut") if cut.running() else [])
-    ):
-        assert time.monotonic() < deadline and cut.running(), cut.output()
-        time.sleep(0.002)
+    hold = HOLD.format(step=wanted, go="never")
+    cut = Processes(tmp_path / "o2", *again, code=MAIN, before=hold)
+    wait_for_step(tmp_path / "cut", wanted, cut)
     cut.kill()
     cut.wait()
     assert not (tmp_path / "cut" / "lincls.json").exists()
@@ -222,13 +211,6 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(data, pretrained, tmp_
         assert mine == theirs, kind
 
 
-def safe_log(folder: Path) -> list[dict]:
-    try:
-        return read_log(folder, "lincls")
-    except (OSError, ValueError):  # not there yet, or a line half written
-        return []
-
-
 def test_folds_go_on_with_as_many(data, pretrained, folded, capsys):
     mode, folder = folded
     shutil.copytree(folder, "copy")
@@ -241,8 +223,9 @@ def test_folds_go_on_with_as_many(data, pretrained, folded, capsys):
 
 def test_fewer_images_in_a_fold_than_a_batch(data, pretrained, capsys):
     argv = [*TINY, "--folds", 2, "--batch-size", 32, "--pretrained", pretrained, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
+    status, message = refusal(main_lincls.main, [*argv, "--save-dir", "r"], capsys)
     assert status == 1 and "24 images" in message and "lower --batch-size" in message
+    assert not Path("r").exists()
 
 
 def test_two_processes_choose_alike(data, pretrained, tmp_path):

@@ -14,40 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    ROOT,
-    differences,
-    finish,
-    free_port,
-    read_log,
-    refusal,
-    start_python,
-    write_images,
-    write_labelled,
-)
+from harness import Processes
+from helpers import differences, read_log, refusal, write_images, write_labelled
 from PIL import Image
+from probes import BEST, LATEST, MAIN, load, result, write_encoder
 
 import main_lincls
 import main_moco
 from moco.checkpoint import load_encoder
+from moco.cli import lincls_config
 
 # 30 training images in batches of 8 are three steps an epoch.
 TINY = shlex.split("--batch-size 8 --lr 0.9375 -j 0 --device cpu --print-freq 1 --seed 5")
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
-LATEST, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Each test in an empty folder, outside of torchrun."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +54,6 @@ def evaluate(data: Path, *flags: object) -> None:
     main_lincls.main([*TINY, *map(str, flags), str(data)])
 
 
-def result(folder: Path | str) -> dict:
-    return json.loads((Path(folder) / "lincls.json").read_text())
-
-
-def load(path: Path | str) -> dict:
-    return torch.load(path, weights_only=True)
-
-
 # ------------------------------------------------------------------------------------------------
 # Command lines
 # ------------------------------------------------------------------------------------------------
@@ -100,15 +71,17 @@ def load(path: Path | str) -> dict:
 def test_commands_of_upstream_parse_and_resolve(tmp_path, pretrained, launch):
     write_images(tmp_path, {"train/a": 256, "val/a": 1}, size=8)
     line = f"-a resnet50 --lr 30.0 --batch-size 256 --pretrained {pretrained} {launch} {tmp_path}"
-    args = main_lincls.parse_args(shlex.split(line))
+    config = lincls_config(shlex.split(line))
+    values = config.to_flat()
     expected = {
         "arch": "resnet50", "lr": 30.0, "batch_size": 256, "epochs": 100, "schedule": [60, 80],
-        "schedule_factor": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nodes": 1,
+        "schedule_factor": 0.1, "weight_decay": 0.0, "momentum": 0.9, "nodes": 1, "amp": "off",
     }  # fmt: skip
     for name, value in expected.items():
-        assert getattr(args, name) == value, name
-    assert args.processes == len(args.devices)
-    assert args.save_dir.parent == Path("results") and "checkpoint_0000" in args.save_dir.name
+        assert values[name] == value, name
+    assert config.placement.processes == len(config.placement.devices)
+    folder = config.saving.save_dir
+    assert folder.parent == Path("results") and "checkpoint_0000" in folder.name
     assert not Path("results").exists()
 
 
@@ -119,7 +92,7 @@ def test_commands_of_upstream_parse_and_resolve(tmp_path, pretrained, launch):
 
 def test_run_folder_and_result(probe, pretrained):
     names = {path.name for path in probe.iterdir() if "tfevents" not in path.name}
-    assert names == {"args.json", "log.jsonl", "lincls.json", LATEST, BEST}
+    assert names == {".lock", "args.json", "log.jsonl", "lincls.json", LATEST, BEST}
     found = result(probe)
     assert found["checkpoint"] == str(pretrained)
     assert (found["arch"], found["pretrained_epochs"]) == ("resnet8", 1)
@@ -127,7 +100,8 @@ def test_run_folder_and_result(probe, pretrained):
     assert (found["classes"], found["train_images"], found["val_images"]) == (3, 30, 15)
     assert found["protocol"] == {
         "lr": 0.9375, "batch_size": 8, "epochs": 3, "schedule": [60, 80], "schedule_factor": 0.1,
-        "weight_decay": 0.0, "momentum": 0.9, "image_size": 32, "seed": 5,
+        "weight_decay": 0.0, "momentum": 0.9, "image_size": 32, "seed": 5, "amp": "off",
+        "mean": MEAN, "std": STD,
     }  # fmt: skip
     facts = json.loads((probe / "args.json").read_text())
     assert facts["provenance"]["torch"] == torch.__version__
@@ -179,7 +153,8 @@ def test_evaluate_reproduces_best_and_last_exactly(data, probe, capsys):
         evaluate(data, "-e", "--pretrained", probe / name, "--save-dir", key)
         assert result(key)["top1"] == result(probe)[key]["top1"]
         assert result(key)["top5"] == result(probe)[key]["top5"]
-        assert f"Acc@1 {result(key)['top1']:.3f}" in capsys.readouterr().out
+        found = f"Acc@1 {result(key)['top1']:.3f} Acc@3 100.000"  # there are three classes
+        assert found in capsys.readouterr().out
         assert not list(Path(key).glob("*.pth.tar"))
 
 
@@ -195,7 +170,10 @@ def test_same_seed_same_classifier_with_any_number_of_workers(data, pretrained, 
 
 def test_a_resumed_evaluation_ends_like_one_that_was_not_cut_off(data, pretrained, probe):
     evaluate(data, "--pretrained", pretrained, "--epochs", 2, "--save-dir", "cut")
+    for left in (f".{LATEST}.123.tmp", ".lincls.json.0123abcd.tmp", ".args.json.tmp"):
+        Path("cut", left).write_bytes(b"of a process that was killed")
     evaluate(data, "--resume", f"cut/{LATEST}", "--epochs", 3, "--save-dir", "cut")
+    assert not list(Path("cut").glob("*.tmp"))
     for name in (LATEST, BEST):
         a, b = load(probe / name), load(f"cut/{name}")
         for content in (a, b):
@@ -234,6 +212,31 @@ def test_start_says_what_matched(data, pretrained, capsys):
     assert "30 training and 15 validation images, 3 classes, 32 px" in out
 
 
+@pytest.mark.parametrize("lacking", ["val", "train", "val of five", "both", "neither"])
+def test_a_class_that_a_split_lacks_is_named(data, pretrained, tmp_path, capsys, lacking):
+    """A class without training images there is only by --labels; else it is refused."""
+    mine = write_labelled(tmp_path / "data", classes=7 if "five" in lacking else 3)
+    flags, expected = [], []
+    if lacking in ("val", "both", "val of five"):
+        gone = range(1, 7 if "five" in lacking else 2)
+        for label in gone:
+            shutil.rmtree(mine / "val" / f"class_{label}")
+        expected = ["no validation image of 1 of 3 classes, which are never validated: 'class_1'"]
+        if "five" in lacking:
+            expected = ["no validation image of 6 of 7 classes, which are never validated: "
+                        "'class_1', 'class_2', 'class_3', 'class_4', 'class_5', ..."]  # fmt: skip
+    if lacking in ("train", "both"):
+        names = [f"class_{label}/00{i}.png" for label in (0, 1) for i in range(4)]
+        Path("list.txt").write_text("\n".join(names))
+        flags = ["--labels", "list.txt"]
+        expected += ["no training image of 1 of 3 classes, which are never recognised: 'class_2'"]
+    evaluate(mine, *flags, "--pretrained", pretrained, "--epochs", 1, "--save-dir", "r")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "warning" in line] == [f"warning: {w}" for w in expected]
+    assert ("classes_without_validation" in result("r")) == any("validation" in w for w in expected)
+    assert any(f"Acc@{5 if 'five' in lacking else 3} " in line for line in lines)
+
+
 def test_image_size_mean_and_std_come_from_the_checkpoint(data, pretrained, probe):
     for folder, source in ((probe, pretrained), (Path("again"), probe / BEST)):
         if not folder.exists():
@@ -248,10 +251,9 @@ def test_image_size_mean_and_std_come_from_the_checkpoint(data, pretrained, prob
 
 
 def test_small_stem_comes_from_the_checkpoint(data, capsys):
-    flags = "-a resnet18 --small-stem --image-size 32 --batch-size 8 --moco-k 8 --max-steps 0"
-    main_moco.main([*shlex.split(flags), "--device", "cpu", "--save-dir", "r", str(data)])
-    source = "r/step_00000000.pth.tar"
-    evaluate(data, "--pretrained", source, "--epochs", 0, "--knn", "--images-per-class", 3)
+    source = write_encoder(Path("small.pth.tar"), arch="resnet18", small_stem=True)
+    evaluate(data, "--pretrained", source, "--epochs", 0, "--knn", "--images-per-class", 3,
+             "--image-size", 32)  # fmt: skip
     assert "encoder: resnet18, small stem, 512 features" in capsys.readouterr().out
 
 
@@ -351,7 +353,7 @@ def test_knn_beside_the_probe_is_knn_alone(data, pretrained):
         ("", ["--pretrained CHECKPOINT"]),
         ("--pretrained missing.pth.tar", ["--pretrained", "missing.pth.tar"]),
         ("--resume missing.pth.tar", ["--resume", "missing.pth.tar"]),
-        ("--pretrained .", ["--pretrained", "no such checkpoint"]),
+        ("--pretrained .", ["--pretrained", "expected a checkpoint file or a run folder"]),
         ("--pretrained FILE --epochs 0", ["--epochs 0", "--knn"]),
         ("--pretrained FILE --knn --knn-k 0", ["--knn-k", "0"]),
         ("--pretrained FILE --knn --knn-t 0", ["--knn-t", "0"]),
@@ -423,8 +425,8 @@ def test_another_arch_than_the_checkpoints_is_refused(data, pretrained, capsys):
         "cut off",
         "a list",
         "numbers",
-        pytest.param("no network", marks=pytest.mark.slow),
-        pytest.param("half a network", marks=pytest.mark.slow),
+        pytest.param("no network", marks=pytest.mark.long),
+        pytest.param("half a network", marks=pytest.mark.long),
     ],
 )
 def test_a_file_without_a_whole_encoder_is_refused(data, pretrained, tmp_path, capsys, kind):
@@ -455,23 +457,20 @@ def test_evaluate_needs_a_classifier_of_these_classes(data, pretrained, probe, c
     assert str(pretrained) in message and "projection head" in message and "linear" in message
 
     two = write_labelled(tmp_path / "two", classes=2)
-    for flags in (["-e", "--pretrained", probe / BEST], ["--resume", probe / LATEST]):
-        status, message = refusal(main_lincls.main, [*TINY, *flags, two], capsys)
-        assert status == 1
-        assert "classifies 3 classes, the data has 2" in message
+    argv = [*TINY, "-e", "--pretrained", probe / BEST, two]
+    status, message = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "classifies 3 classes, the data has 2" in message
 
 
 def test_what_a_file_lacks_is_named(data, pretrained, probe, capsys):
     knn = ["--knn", "--knn-layer", "projection", "--epochs", 0]
-    argv = [*TINY, *knn, "--pretrained", probe / BEST, data]
+    argv = [*TINY, *knn, "--pretrained", probe / BEST, "--save-dir", "r", data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status == 1 and "linear head" in message and "projection was asked for" in message
+    assert not Path("r").exists()
     argv = [*TINY, "--resume", pretrained, data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status == 1 and str(pretrained) in message
-    argv = [*TINY, "--resume", probe / LATEST, "--epochs", 2, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "3 epochs done" in message and "--epochs 2" in message
 
 
 def test_a_probe_killed_before_its_result_was_written_is_finished(
@@ -492,20 +491,39 @@ def test_a_probe_killed_before_its_result_was_written_is_finished(
     assert result["checkpoint"] == str(pretrained)
 
 
-def test_a_probe_of_another_encoder_is_not_gone_on_with(data, pretrained, probe, tmp_path, capsys):
-    content = torch.load(pretrained, weights_only=True)
-    content.pop("checksum", None)
-    content["state_dict"]["module.encoder_q.conv1.weight"][0, 0, 0, 0] += 1
-    torch.save(content, other := tmp_path / "other.pth.tar")
-    argv = [*TINY, "--pretrained", other, "--resume", probe / LATEST, "--epochs", 3, data]
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--lr 3", ["lr: ", "before, 3.0 now"]),
+        ("--batch-size 4", ["batch_size: 8 before, 4 now"]),
+        ("--image-size 16", ["image_size: 32 before, 16 now"]),
+        ("--amp bf16", ["amp: 'off' before, 'bf16' now"]),
+        ("--mean 0 0 0", ["mean: [0.4, 0.5, 0.6] before, [0.0, 0.0, 0.0] now"]),
+        ("--std 1 1 1", ["std: "]),
+        ("--labels 50", ["labels_digest: None before"]),
+        ("--images-per-class 5", ["images_per_class: None before, 5 now"]),
+        ("--epochs 2", ["3 epochs done", "--epochs 2"]),
+        ("--pretrained OTHER", ["another encoder", "other.pth.tar"]),
+        ("TWO", ["classifies 3 classes, the data has 2"]),
+    ],
+)
+def test_a_resume_that_is_refused_leaves_the_folder_as_it_was(
+    data, pretrained, probe, tmp_path, capsys, flags, named
+):
+    """args.json too: the next resume, and reports, read what the classifier was trained with."""
+    shutil.copytree(probe, folder := tmp_path / "r")
+    two = write_labelled(tmp_path / "two", classes=2) if flags == "TWO" else data
+    if "OTHER" in flags:
+        write_encoder(tmp_path / "other.pth.tar", seed=1)
+        flags = f"--pretrained {tmp_path / 'other.pth.tar'}"
+    before = {path: path.read_bytes() for path in folder.rglob("*")}
+    argv = [*TINY, "--epochs", 4, "--save-dir", folder, "--resume", "auto"]
+    argv += [*shlex.split(flags.replace("TWO", "")), two]
     status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "another encoder" in message and str(other) in message
-
-
-def test_a_probe_does_not_go_on_under_another_protocol(data, probe, capsys):
-    argv = [*TINY, "--resume", probe / LATEST, "--epochs", 4, "--lr", 3, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "lr: " in message and "before, 3.0 now" in message
+    assert status == 1
+    for part in named:
+        assert part in message, message
+    assert {path: path.read_bytes() for path in folder.rglob("*")} == before
 
 
 # ------------------------------------------------------------------------------------------------
@@ -576,9 +594,8 @@ def test_more_bad_flags_are_refused_at_parse_time(data, pretrained, capsys, flag
 
 
 def test_an_image_size_that_does_not_fit_the_encoder_is_refused(data, capsys):
-    flags = "-a densenet121 --image-size 32 --batch-size 8 --moco-k 8 --max-steps 0 -j 0"
-    main_moco.main([*shlex.split(flags), "--device", "cpu", "--save-dir", "r", str(data)])
-    argv = [*TINY, "--pretrained", "r/step_00000000.pth.tar", "--image-size", 8, data]
+    source = write_encoder(Path("dense.pth.tar"), arch="densenet121")
+    argv = [*TINY, "--pretrained", source, "--image-size", 8, data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status in (1, 2) and "8 pixels" in message
 
@@ -618,18 +635,16 @@ def odd(tmp_path_factory) -> Path:
     return root
 
 
-def torchrun(*argv: object, cwd: Path) -> str:
-    start = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
-    process = start_python(*start, ROOT / "main_lincls.py", *TINY, *argv, cwd=cwd)
-    status, out, err = finish(process)
-    assert status == 0, err
-    return out
+def run_two(folder: Path, *argv: object) -> str:
+    argv = [*TINY, *argv, "--save-dir", folder]
+    processes = Processes(folder.with_suffix(".out"), *argv, count=2, code=MAIN)
+    assert processes.wait() == [0, 0], processes.output()
+    return processes.output()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_count_every_image_once(odd, pretrained, tmp_path):
-    flags = ["--pretrained", pretrained, "--epochs", 2, "--knn", "--save-dir", "two", odd]
-    out = torchrun(*flags, cwd=tmp_path)
+    out = run_two(tmp_path / "two", "--pretrained", pretrained, "--epochs", 2, "--knn", odd)
     assert "2 process(es)" in out and out.count("run folder:") == 1
     two = result("two")
     assert (two["val_images"], two["knn"]["images"], two["knn"]["k"]) == (7, 7, 30)
@@ -642,11 +657,11 @@ def test_two_processes_count_every_image_once(odd, pretrained, tmp_path):
         assert one["top1"] * 7 / 100 == pytest.approx(round(one["top1"] * 7 / 100))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fewer_images_than_processes_are_evaluated(odd, pretrained, tmp_path):
     shutil.copytree(odd, tmp_path / "data")
     for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[1:]:
         path.unlink()
-    flags = ["--pretrained", pretrained, "--epochs", 0, "--knn", "--save-dir", "r", "data"]
-    torchrun(*flags, cwd=tmp_path)
+    flags = ["--pretrained", pretrained, "--epochs", 0, "--knn"]
+    run_two(tmp_path / "r", *flags, tmp_path / "data")
     assert result("r")["knn"]["images"] == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import importlib.util
 import io
 import json
 import pickle
@@ -67,11 +68,6 @@ def write_pretrained(path: Path, arch: str, **kwargs: object) -> nn.Module:
         path, {"version": 1, "arch": arch, "epoch": 200, "state_dict": state, "args": args}
     )
     return encoder
-
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -134,33 +130,25 @@ def nothing_but(folder: Path, *names: str) -> bool:
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def first(pretrained, tmp_path_factory) -> dict[str, Path]:
-    """The pretraining checkpoint in each format that can be read again."""
-    folder = tmp_path_factory.mktemp("first")
-    found = {}
-    for to in FORMATS[:-1]:
-        suffix = {"detectron2": ".pkl", "upstream-moco": ".pth.tar", "huggingface": ""}
-        found[to] = folder / f"{to}{suffix.get(to, '.pth')}"
-        run(pretrained, found[to], "--to", to)
-    return found
+def test_features_survive_each_format_after_the_other(pretrained, features, tmp_path):
+    """Every one is made of another, and read by the next."""
+    source = pretrained
+    for to, name in (
+        ("timm", "a.pth"),
+        ("detectron2", "a.pkl"),
+        ("upstream-moco", "a.pth.tar"),
+        ("huggingface", "a"),
+        ("torchvision", "a.safetensors"),
+    ):
+        run(source, "--to", to, name)
+        source = weights(tmp_path / name)
+        assert torch.equal(features_of(source), features), to
+    run(source, "--to", "onnx", "a.onnx")
+    found = onnx_features(tmp_path / "a.onnx")
+    torch.testing.assert_close(found, features, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("b", FORMATS)
-@pytest.mark.parametrize("a", FORMATS[:-1])
-def test_features_survive_every_pair_of_formats(a, b, first, features, tmp_path):
-    source = weights(first[a])
-    assert torch.equal(features_of(source), features), a
-    run(source, "--to", b, tmp_path / {"detectron2": "x.pkl", "onnx": "x.onnx",
-        "upstream-moco": "x.pth.tar", "huggingface": "x"}.get(b, "x.pth"))  # fmt: skip
-    (made,) = tmp_path.iterdir()
-    if b == "onnx":
-        torch.testing.assert_close(onnx_features(made), features, rtol=1e-4, atol=1e-4)
-    else:
-        assert torch.equal(features_of(weights(made)), features)
-
-
-@pytest.mark.slow
+@pytest.mark.long
 def test_resnet50_of_one_checkpoint_in_all_tools(folder, tmp_path, capsys):
     """Wide features, bottleneck blocks: each tool's own network computes what ours does."""
     source = tmp_path / "r50.pth.tar"
@@ -323,6 +311,7 @@ def test_huggingface_folder_is_one_that_timm_writes(classes, pretrained, classif
     assert list(data["mean"]) == ([0.485, 0.456, 0.406] if classes else MEAN)
     assert list(data["input_size"]) == ([3, 224, 224] if classes else [3, 64, 64])
     assert data["interpolation"] == "bilinear"
+    assert data["crop_pct"] == (0.875 if classes else 1.0)  # as main_lincls.py crops
 
 
 def test_onnx_of_any_batch_and_size_says_no_more_than_it_should(pretrained, tmp_path, capfd):
@@ -407,21 +396,72 @@ def test_default_names_are_beside_the_source_and_never_overwrite(tmp_path, capsy
         ("missing.pth --to timm", "no such checkpoint: missing.pth"),
         ("in.pth", "--to"),
         ("in.pth --to keras", "keras"),
-        ("in.pth a.pth --to detectron2", "must end in .pkl, got a.pth"),
-        ("in.pth a.pkl --to torchvision", "must end in .pth or .pt or .safetensors"),
-        ("in.pth nowhere/a.pth --to timm", "no such folder: nowhere"),
+        ("in.pth a.pth --to detectron2", "must end in .pkl, got a.pth; .pth goes with --to torch"),
+        ("in.pth a.pkl --to torchvision", "must end in .pth or .pt or .safetensors, got a.pkl; .pkl"
+         " goes with --to detectron2"),
+        ("in.pth a.onnx --to timm", "goes with --to onnx"),
+        ("in.pth a --to onnx", "must end in .onnx, got a"),
+        ("in.pth a.safetensors --to huggingface", "is a folder, got a.safetensors; .safetensors "),
+        ("in.pth in.pth/new/a.pth --to timm", "in.pth is a file, so there can be no in.pth/new"),
         ("in.pth in.pth --to timm --overwrite", "OUT is IN"),
         ("in.pth folder --to huggingface --overwrite", "folder that exists"),
         ("in.pth a.pth --to timm --head linear", "--head is for --to onnx"),
+        ("no\x1b[2J\nsuch.pth --to timm", r"no such checkpoint: no\x1b[2J\nsuch.pth"),
     ],
-)
+)  # fmt: skip
 def test_what_can_be_refused_at_once(argv, said, tmp_path, capsys):
     Path("in.pth").write_bytes(b"whatever")
     Path("folder").mkdir()
-    status, message = refusal(convert, argv.split(), capsys)
+    status, message = refusal(convert, argv.split(" "), capsys)
     assert status == 2 and said in message
     assert nothing_but(tmp_path, "in.pth", "folder")
     assert Path("in.pth").read_bytes() == b"whatever"
+
+
+def test_packages_that_onnx_needs_are_named_before_any_work(monkeypatch, capsys):
+    found = importlib.util.find_spec
+    lacking = ("onnx", "onnxscript")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in lacking else found(name)
+    )
+    Path("in.pth").write_bytes(b"not looked at")
+    status, message = refusal(convert, ["in.pth", "--to", "onnx"], capsys)
+    assert status == 2 and "needs onnx, onnxscript: pip install onnx onnxscript" in message
+
+
+def test_help_says_how_the_file_of_each_format_ends(capsys):
+    with pytest.raises(SystemExit):
+        convert(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for said in ("timm: .pth or .pt or .safetensors", "detectron2: .pkl", "huggingface: none, a"):
+        assert said in text
+
+
+@pytest.mark.parametrize(
+    "name", ["new/a.pth", "new/er/est/a", "folder/new/a.pkl", "./x/../y/a.pth"]
+)
+def test_folders_of_out_are_made_when_it_is(name, pretrained, tmp_path, capsys):
+    Path("folder").mkdir()
+    to = {".pth": "timm", ".pkl": "detectron2"}.get(Path(name).suffix, "huggingface")
+    Path("in.pth").write_bytes(b"no checkpoint")
+    assert refusal(convert, ["in.pth", name, "--to", to], capsys)[0] == 1
+    assert nothing_but(tmp_path, "folder", "in.pth") and nothing_but(tmp_path / "folder")
+    run(pretrained, name, "--to", to)
+    assert Path(name).exists() and nothing_but(tmp_path / "folder", *["new"] * ("folder" in name))
+
+
+@pytest.mark.parametrize(
+    "text", ["\x1b[2J\x1b]0;title\x07", "a\nwrote /etc/passwd", "\u202etxt\udce9", "x" * 100_000]
+)
+def test_what_a_file_says_is_shown_in_one_line(text, tmp_path, capsys):
+    state = torchvision.models.resnet18().state_dict()
+    content = {"arch": "resnet18", "epoch": text, "state_dict": state, "args": {"objective": text}}
+    torch.save(content, tmp_path / "in\x1b[1m.pth")
+    run("in\x1b[1m.pth", "--to", "timm")
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert not err and all(line.isprintable() and len(line) < 2000 for line in lines)
+    assert len(lines) == 6 and [line[:5] for line in lines[:3]] == ["found", "wrote", "load "]
 
 
 @pytest.mark.parametrize("to", FORMATS)

@@ -1,58 +1,49 @@
-"""scripts/sweep.py: what it runs, what it passes over, what it refuses."""
+"""Sweeps: what they run, what they pass over, what they refuse."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, write_labelled
+from helpers import ROOT
+
+from moco.runs import sweep as sweeps
+from scripts import sweep
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
-SPECS = sorted((ROOT / "scripts" / "sweeps").glob("*.toml"))
-_spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
-sweep = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(sweep)
-
-TWO = """
-title = "two weights"
-recipe = "table10:32"
-[grid]
-moco-align-w = [1, 3]
-"""
+SPECS = {path.stem: path for path in sorted((ROOT / "scripts" / "sweeps").glob("*.toml"))}
 FAST = ["--scale", "tiny", "--pretrain=--epochs 1 -j 0 --device cpu --knn-every 0",
         "--lincls=--epochs 1 --schedule 1 -j 0 --device cpu"]  # fmt: skip
 
 
-def start(*words: object, **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True, **options
-    )
+@pytest.fixture
+def planned(call):
+    """planned(spec, "more words") -> the commands of a dry run."""
 
+    def planned(spec: Path, words: str = "") -> list[list[str]]:
+        status, text = call(sweep.main, f"{spec} DIR --out OUT --dry-run {words}")
+        assert status == 0, text
+        return [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
 
-def planned(spec: object, *words: object) -> list[list[str]]:
-    """The commands of a dry run."""
-    done = start(spec, "DIR", "--out", "OUT", "--dry-run", *words)
-    assert done.returncode == 0, done.stderr
-    return [shlex.split(li) for li in done.stdout.splitlines() if not li.startswith("#")]
+    return planned
 
 
 def flags_of(command: list[str]) -> list[str]:
     return shlex.split(next(w for w in command if w.startswith("--pretrain=")).split("=", 1)[1])
 
 
-def test_each_figure_of_the_paper_has_its_runs(tmp_path: Path) -> None:
-    assert [path.stem for path in SPECS] == ["cifar10", "example", "figure7", "figure8", "figure9a"]
-    table = list(csv.DictReader(open(ROOT / "scripts/recipes/table10.csv", newline="")))
-    by_name = {path.stem: planned(path) for path in SPECS}
+def test_each_figure_of_the_paper_has_its_runs(planned) -> None:
+    assert list(SPECS) == ["cifar10", "example", "figure7", "figure8", "figure9a"]
+    with open(ROOT / "scripts/recipes/table10.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    by_name = {name: planned(path) for name, path in SPECS.items()}
 
     rows = [int(command[2].split(":")[1]) for command in by_name["figure7"]]
     weights = [(float(table[i - 1]["align_w"] or 0), float(table[i - 1]["unif_w"] or 0))
@@ -65,23 +56,18 @@ def test_each_figure_of_the_paper_has_its_runs(tmp_path: Path) -> None:
     assert "--moco-contr-tau 2.5" in shlex.join(flags_of(first))
     assert ["--moco-align-w" in flags_of(c) for c in later] == [True, False, True]
     assert ["--moco-unif-w" in flags_of(c) for c in later] == [False, True, True]
-    runs = sweep.plan(
-        sweep.read_spec(SPECS[3]),
-        sweep.build_parser().parse_args([str(SPECS[3]), "DIR", "--out", str(tmp_path)]),
-    )
-    assert [run["level"] for run in runs] == [0, 1, 1, 1]
-    assert {run["after"] for run in runs[1:]} == {runs[0]["folder"]}
+    start, *after = sweeps.plan(SPECS["figure8"], sweep.TABLES, SCRIPT, "DIR", Path("OUT"))
+    assert start.level == 0 and [(run.level, run.after) for run in after] == [(1, start)] * 3
     assert len(by_name["example"]) == 8
 
 
-def test_a_grid_is_every_combination_for_every_seed(tmp_path: Path) -> None:
+def test_a_grid_is_every_combination_for_every_seed(planned, tmp_path) -> None:
     spec = tmp_path / "spec.toml"
     spec.write_text(
         'recipe = "table10:1"\n[grid]\nmoco-k = [256, 512]\nmoco-unif-no-intra-batch = '
         "[true, false]\nbatch-size = [32]\n"
     )
-    commands = planned(spec, "--seeds", 0, 4, "--scale", "tiny", "--pretrain=--amp bf16")
-    assert len(commands) == 8
+    commands = planned(spec, "--seeds 0 4 4 --scale tiny --pretrain='--amp bf16'")
     assert [command[command.index("--seed") + 1] for command in commands] == ["0"] * 4 + ["4"] * 4
     assert flags_of(commands[0]) == shlex.split(
         "--moco-k 256 --moco-unif-no-intra-batch --batch-size 32 --amp bf16"
@@ -112,42 +98,69 @@ def test_a_grid_is_every_combination_for_every_seed(tmp_path: Path) -> None:
         ('run = [{ recipe = "table10:1", pretrain = 3 }]', "pretrain must be a text, got 3"),
     ],
 )
-def test_a_spec_that_cannot_be_run_is_refused(text: str, message: str, tmp_path: Path) -> None:
+def test_a_spec_that_cannot_be_run_is_refused(text, message, tmp_path, call) -> None:
     spec = tmp_path / "spec.toml"
     spec.write_text(text)
-    done = start(spec, "DIR", "--out", tmp_path / "out")
-    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+    status, out = call(sweep.main, f"{spec} DIR --out {tmp_path / 'out'}")
+    assert status == 2 and message in out.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_what_would_fail_in_every_run_is_refused_before_the_first(tmp_path: Path) -> None:
-    for words, message in (
-        (["DIR", "--out", tmp_path / "out"], "no such data folder: DIR"),
-        (["DIR", "--out", tmp_path / "out", "--scale", "small"], "invalid choice: 'small'"),
+def test_a_spec_that_cannot_be_read_is_one_line(tmp_path, call) -> None:
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
+    (tmp_path / "deep.toml").write_text("run = " + "[" * 10_000)
+    (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
+    for spec, message in (
+        (tmp_path / "none.toml", "No such file or directory: "),
+        (tmp_path, "Is a directory: "),
+        (tmp_path / "binary.toml" / "spec.toml", "Not a directory: "),
+        (tmp_path / "binary.toml", f"{tmp_path}/binary.toml is no TOML file: "),
+        (tmp_path / "deep.toml", f"{tmp_path}/deep.toml is no TOML file: "),
+        (tmp_path / "loop.toml", "Too many levels of symbolic links"),
     ):
-        done = start(SPECS[0], *words)
-        assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+        status, out = call(sweep.main, f"{spec} DIR --out {tmp_path / 'out'}")
+        assert status == 2 and message in out and len(out.splitlines()) == 1, out
+    for words in ("", "spec.toml DIR", "spec.toml DIR --out o --seeds x", "spec.toml DIR --outt o"):
+        status, out = call(sweep.main, words)
+        assert status == 2 and len(out.splitlines()) == 1, out
+
+
+def test_what_would_fail_in_every_run_is_refused_before_the_first(tmp_path, call) -> None:
+    for words, message in (
+        ("", "no such data folder: DIR"),
+        ("--scale small", "invalid choice: 'small'"),
+        ("--jobs 0", "--jobs must be at least 1, got 0"),
+    ):
+        status, out = call(sweep.main, f"{SPECS['cifar10']} DIR --out {tmp_path / 'out'} {words}")
+        assert status == 2 and message in out.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_seed_that_is_given_twice_is_run_once() -> None:
-    assert len(planned(SPECS[1], "--seeds", 1, 1, 0)) == 16
-
-
-def test_the_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
+def test_the_folder_of_another_sweep_is_refused(tmp_path) -> None:
     facts = {"spec": {"recipe": "a"}, "data": "D", "scale": "tiny", "pretrain": "", "lincls": ""}
-    sweep.claim_folder(tmp_path / "out", facts)
-    sweep.claim_folder(tmp_path / "out", facts)  # the same one goes on
+    sweeps.claim_folder(tmp_path / "out", facts)
+    sweeps.claim_folder(tmp_path / "out", facts)  # the same one goes on
     with pytest.raises(ValueError, match=r"another sweep \(its data, scale differ\)"):
-        sweep.claim_folder(tmp_path / "out", {**facts, "data": "E", "scale": "full"})
+        sweeps.claim_folder(tmp_path / "out", {**facts, "data": "E", "scale": "full"})
     for damage in ("{", "[]"):
         (tmp_path / "out" / "sweep.json").write_text(damage)
         with pytest.raises(ValueError, match=r"sweep.json is damaged"):
-            sweep.claim_folder(tmp_path / "out", facts)
+            sweeps.claim_folder(tmp_path / "out", facts)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="holds no sweep"):
-        sweep.claim_folder(tmp_path / "other", facts)
+        sweeps.claim_folder(tmp_path / "other", facts)
+
+
+def test_jobs_share_what_the_machine_has(monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpus = [share["CUDA_VISIBLE_DEVICES"] for share in sweeps.device_shares(2, 5)]
+    assert gpus == ["0,2,4", "1,3"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "6,7")
+    gpus = [share["CUDA_VISIBLE_DEVICES"] for share in sweeps.device_shares(3, 2)]
+    assert gpus == ["6", "7", "6"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert sweeps.device_shares(2, 0) == [{"OMP_NUM_THREADS": "3"}] * 2
 
 
 SBATCH = """#!/bin/bash
@@ -156,74 +169,110 @@ echo $((100 + $(grep -c -- --- "$FAKES/calls")))";cluster"
 """
 
 
-def test_slurm_gets_an_array_for_each_level_and_then_the_report(tmp_path: Path) -> None:
+def test_slurm_gets_an_array_for_each_level_and_then_the_report(
+    tmp_path, monkeypatch, call
+) -> None:
     (tmp_path / "sbatch").write_text(SBATCH)
     (tmp_path / "sbatch").chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "FAKES": str(tmp_path),
-    }
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKES", str(tmp_path))
     out = tmp_path / "out"
-    done = start(SPECS[3], "DIR", "--out", out, "--seeds", 0, 1, "--slurm", "--gpus=1 --mem=9G",
-                 env=environment)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    words = f"{SPECS['figure8']} DIR --out {out} --seeds 0 1"
+    status, text = call(sweep.main, f"{words} --slurm '--gpus=1 --mem=9G'")
+    assert status == 0, text
     first, second, report = [
         call.split("\n") for call in (tmp_path / "calls").read_text().split("\n---\n")[:3]
     ]
     assert first == ["--parsable", "--gpus=1", "--mem=9G", "--array=0,4", str(out / "array.sbatch")]
     assert second[3:5] == ["--array=1,2,3,5,6,7", "--dependency=afterany:101"]
     assert report[3] == "--dependency=afterany:102" and report[4].startswith("--wrap=")
-    assert "job 103" in done.stdout
+    assert "job 103" in text
     # A task of the array runs this script with its number, and is requeued when it was stopped.
     script = (out / "array.sbatch").read_text()
     assert '--only "$SLURM_ARRAY_TASK_ID"' in script and "requeue" in script
     subprocess.run(["bash", "-n", str(out / "array.sbatch")], check=True)
+    again = report[4].removeprefix("--wrap=").split(" ", 2)[2]  # without python and this script
+    assert "--seed 1" in call(sweep.main, f"{again} --dry-run")[1]
 
-    missing = start(SPECS[3], "DIR", "--out", out, "--seeds", 0, 1, "--slurm", "",
-                    env={**os.environ, "PATH": "/nowhere"})  # fmt: skip
-    assert missing.returncode == 1 and "there is no sbatch here" in missing.stderr
+    # What is done is not submitted again.
+    for name in ("start-s0", "start-s1", "both-s1"):
+        (out / name).mkdir()
+        (out / name / "align_uniform.json").touch()
+    assert call(sweep.main, f"{words} --slurm ''")[0] == 0
+    left = (tmp_path / "calls").read_text().split("\n---\n")[3]
+    assert left.split("\n")[1] == "--array=1,2,3,5,6"
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    status, text = call(sweep.main, f"{words} --slurm ''")
+    assert status == 1 and "there is no sbatch here" in text
 
 
-@pytest.mark.slow
-def test_a_sweep_runs_reports_and_is_not_run_twice(tmp_path: Path) -> None:
-    data = write_labelled(tmp_path / "data", classes=6, train=24, val=5)
+@pytest.mark.long
+def test_a_sweep_runs_reports_and_is_not_run_twice(images, tmp_path) -> None:
+    """And each of its recipes goes on where files are missing; both objectives are compared."""
     spec = tmp_path / "spec.toml"
-    spec.write_text(TWO)
+    spec.write_text('recipe = "table10:32"\n[grid]\nmoco-align-w = [1, 3]\n')
     out = tmp_path / "out"
-    words = [spec, data, "--out", out, "--jobs", 2, *FAST]
-    done = start(*words)
+    words = [sys.executable, SCRIPT, spec, images, "--out", out, "--jobs", "2", *FAST]
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*words, *more], capture_output=True, text=True)
+
+    done = run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 runs done" in done.stdout
+    assert "2 of 2 runs done" in done.stdout and "Left out" not in done.stdout
+    tops = []
     for weight in (1, 3):
-        args = json.loads((out / f"align-w-{weight}-s0" / "pretrain" / "args.json").read_text())
+        folder = out / f"align-w-{weight}-s0"
+        args = json.loads((folder / "pretrain" / "args.json").read_text())
         assert (args["align_w"], args["unif_t"], args["epochs"]) == (weight, 3, 1)
-        assert (out / f"align-w-{weight}-s0" / "lincls" / "lincls.json").is_file()
+        result = json.loads((folder / "lincls" / "lincls.json").read_text())
+        metrics = json.loads((folder / "align_uniform.json").read_text())
+        tops.append(f"{result['last']['top1']:.2f}")
+        log = (folder / "log.txt").read_text()
+        line = next(line for line in log.splitlines() if line.startswith("validation top-1"))
+        assert line.split()[-2:] == ["74.60", tops[-1]] and "no comparison" in log
+        assert f"alignment {metrics['alignment']:.4f}" in log
+        (row,) = [li for li in done.stdout.splitlines() if f"{weight} * align(alpha=2)" in li]
+        assert f" {tops[-1]} |" in row and f" {metrics['alignment']:.3f} |" in row
     assert "<html" in (out / "report.html").read_text()
-    # Again: only the report. A run that lost a file is done again, alone.
-    again = start(*words)
-    assert again.returncode == 0 and "start" not in again.stdout
+    # Again: a run that lost a file does that again, alone.
+    (out / "align-w-3-s0" / "align_uniform.json").unlink()
+    again = run()
+    assert again.returncode == 0 and "start align-w-3-s0" in again.stdout
+    assert "start align-w-1" not in again.stdout
+    log = (out / "align-w-3-s0" / "log.txt").read_text()
+    assert log.count("epoch [0]") == log.split("validation top-1")[0].count("epoch [0]")
     # A sweep with other settings may not use the folder.
-    other = start(*words, "--scale", "full")
+    other = run("--scale", "full")
     assert other.returncode == 2 and "another sweep" in other.stderr
 
 
-@pytest.mark.slow
-def test_a_sweep_that_is_stopped_saves_and_goes_on(tmp_path: Path) -> None:
-    data = write_labelled(tmp_path / "data", classes=6, train=24, val=5)
-    spec = tmp_path / "spec.toml"
-    spec.write_text('run = [{ name = "long", recipe = "table10:32" }]')
+@pytest.mark.long
+def test_a_sweep_that_is_killed_or_interrupted_leaves_nothing_running_and_goes_on(
+    images, processes, tmp_path
+) -> None:
+    (tmp_path / "spec.toml").write_text('run = [{ name = "long", recipe = "table10:32" }]')
     out = tmp_path / "out"
-    long = ["--scale", "tiny", "--pretrain=--epochs 4000 -j 0 --device cpu"]
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(spec), str(data), "--out", str(out), *long]
-    )
+    words = [SCRIPT, tmp_path / "spec.toml", images, "--out", out, "--scale", "tiny"]
+    words += ["--pretrain=--epochs 100000 -j 0 --device cpu --knn-every 0 --keep-last 1"]
     log = out / "long-s0" / "log.txt"
-    deadline = time.monotonic() + 90
-    while not (log.is_file() and "epoch [" in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == sweep.STOPPED
-    assert "stopped by SIGTERM after step" in log.read_text()
+
+    def said(text: str) -> bool:
+        return log.is_file() and text in log.read_text()
+
+    process = processes.start(*words)
+    processes.until(lambda: said("epoch ["), process)
+    process.kill()
+    process.wait()
+    processes.until(lambda: not processes.running())
+    assert said("stopped by SIGTERM after step")
     assert list((out / "long-s0" / "pretrain").glob("*.pth.tar"))
+
+    process = processes.start(*words, stderr=subprocess.PIPE)
+    processes.until(lambda: "epoch [" in log.read_text().partition("resuming ")[2], process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=processes.LIMIT)
+    assert process.returncode == 130 and len(err.splitlines()) == 1, err
+    assert log.read_text().count("stopped by SIGTERM after step") == 2
+    assert not processes.running()

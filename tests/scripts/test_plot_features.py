@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from helpers import refusal
-from test_compare_runs import ALIGN, NCE, make_measure, make_probe, make_run
+from helpers import finish, refusal, start_python
+from run_folders import ALIGN, NCE, make_measure, make_probe, make_run
 
+from moco.evaluate import feature_figures
 from scripts import plot_features
 
 
@@ -41,30 +41,9 @@ def draw(*words: object, tmp_path: Path, name: str = "figure.png") -> bytes:
 # ---- Features -------------------------------------------------------------------------------
 
 
-def test_both_kinds_of_file_hold_the_same(tmp_path) -> None:
-    npz = make_features(tmp_path / "a.npz")
-    x, y = torch.from_numpy(unit(30)), torch.from_numpy(unit(30, seed=1))
-    safetensors.torch.save_file(
-        {"features": x, "features_2": y, "labels": torch.arange(30) % 3},
-        tmp_path / "a.safetensors",
-        metadata={"classes": json.dumps(["cat", "dog", "ship"])},
-    )
-    for path in (npz, tmp_path / "a.safetensors"):
-        read = plot_features.read_features(str(path))
-        assert torch.equal(read.x, x) and torch.equal(read.y, y)
-        assert read.labels.tolist() == [0, 1, 2] * 10 and list(read.classes) == [
-            "cat",
-            "dog",
-            "ship",
-        ]
-    pictures = [draw("3", path, tmp_path=tmp_path) for path in (npz, tmp_path / "a.safetensors")]
-    assert pictures[0] == pictures[1]
-
-
 def test_figure_4_puts_features_beside_known_distributions(tmp_path) -> None:
-    args = plot_features.build_parser().parse_args(["4", str(make_features(tmp_path / "me.npz")),
-                                                    "--out", "x.png"])  # fmt: skip
-    titles = [axes.get_title() for axes in plot_features.draw(args).axes]
+    figure = feature_figures.draw_figure_4([make_features(tmp_path / "me.npz")])
+    titles = [axes.get_title() for axes in figure.axes]
     assert titles[0].startswith("me\nmean potential ") and any("uniform" in t for t in titles[2:])
 
 
@@ -86,9 +65,9 @@ def test_unit_rows_are_asked_for_and_made(tmp_path, capsys) -> None:
     assert made == draw("3", tmp_path / "a.npz", tmp_path=tmp_path, name="b.png")
 
 
-def test_files_of_one_name_are_told_apart(tmp_path) -> None:
-    assert plot_features._named(["x/f.npz", "y/f.npz"]) == [("x/f", "x/f.npz"), ("y/f", "y/f.npz")]
-    assert plot_features._named(["x/f.npz", "x/g.npz"]) == [("f", "x/f.npz"), ("g", "x/g.npz")]
+def test_files_of_one_name_are_told_apart() -> None:
+    assert feature_figures.short_names(["x/f.npz", "y/f.npz"]) == ["x/f", "y/f"]
+    assert feature_figures.short_names(["x/f.npz", "x/g.npz"]) == ["f", "g"]
 
 
 def test_classes_by_name_and_number(tmp_path, capsys) -> None:
@@ -123,66 +102,69 @@ def test_map_without_scikit_learn(tmp_path, capsys, monkeypatch) -> None:
     draw("map", make_features(tmp_path / "b.npz"), tmp_path=tmp_path)  # two dimensions need none
 
 
+@pytest.mark.parametrize("figure", ["10", "3", "5"])
+def test_without_matplotlib(figure, tmp_path, capsys, monkeypatch) -> None:
+    """Before any file or run is looked at."""
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    inputs = [] if figure == "10" else [tmp_path / "missing"]
+    words = [figure, *inputs, "--out", tmp_path / "a.png"]
+    status, line = refusal(plot_features.main, words, capsys)
+    assert status == 1 and "needs the package matplotlib: pip install matplotlib" in line
+
+
+def test_commands_that_draw_nothing_need_no_package_for_it(tmp_path) -> None:
+    """--help of all, and measuring and reading features."""
+    np.savez(tmp_path / "a.npz", features=unit(9))
+    code = """
+import sys
+for name in ("matplotlib", "sklearn", "timm", "onnx"):
+    sys.modules[name] = None
+from scripts import extract_features, measure_align_uniform, plot_features, theorem1
+from scripts import train_supervised
+for script in (extract_features, measure_align_uniform, plot_features, theorem1, train_supervised):
+    script.build_parser().format_help()
+measure_align_uniform.main(["--features", sys.argv[1], "--device", "cpu"])
+try:
+    import align_uniform.figures
+except ImportError as error:
+    print(error, error.name)
+"""
+    status, out, err = finish(start_python("-c", code, tmp_path / "a.npz", cwd=tmp_path))
+    assert status == 0, err
+    assert "uniformity, t 2" in out
+    assert out.endswith("needs the package matplotlib: pip install matplotlib matplotlib\n")
+
+
 def test_a_map_has_equally_many_of_each_class() -> None:
     labels = torch.tensor([0] * 90 + [1] * 8 + [2] * 2)
-    features = plot_features.Features(torch.randn(100, 4), labels)
-    chosen = plot_features._equally_many(features, 20, seed=0)
-    assert torch.bincount(chosen.labels).tolist() == [10, 8, 2]
-    same = plot_features._equally_many(features, 20, seed=0)
-    assert torch.equal(chosen.x, same.x)
-    assert len(plot_features._equally_many(features, 2000, seed=0).x) == 100
-
-
-def bad_row(row: int, value: float) -> np.ndarray:
-    x = unit(30)
-    x[row, 1] = value
-    return x
+    chosen = feature_figures.balanced_rows(labels, 100, 20, seed=0)
+    assert torch.bincount(labels[chosen]).tolist() == [10, 8, 2]
+    assert torch.equal(chosen, feature_figures.balanced_rows(labels, 100, 20, seed=0))
+    assert not torch.equal(chosen, feature_figures.balanced_rows(labels, 100, 20, seed=1))
+    assert feature_figures.balanced_rows(None, 100, 2000, seed=0).tolist() == list(range(100))
 
 
 BAD = {
-    "NaN": ({"features": bad_row(17, np.nan)}, "first in row 17"),
-    "infinity": ({"features_2": bad_row(5, -np.inf)}, "features_2 has NaN or infinite values"),
-    "empty": ({"features": np.zeros((0, 2), np.float32)}, "(0, 2)"),
-    "one dimension": ({"features": np.zeros(30, np.float32)}, "(30,)"),
-    "whole numbers": ({"features": np.zeros((30, 2), np.int64)}, "floating-point"),
-    "no features": ({"features": None}, "no array 'features'"),
-    "other second view": ({"features_2": unit(29)}, "(29, 2)"),
-    "too few labels": ({"labels": np.arange(29)}, "(29,)"),
-    "labels as floats": ({"labels": np.arange(30) / 2}, "whole numbers"),
+    "NaN": ({"features": np.full((30, 2), np.nan, np.float32)}, "first in row 0"),
     "three dimensions": ({"features": unit(30, 3), "features_2": None}, "--moco-dim 2"),
-    "pickled": ({"features": np.array([{}, {}], dtype=object)}, "allow_pickle"),
+    "zero": ({"features": np.zeros((30, 2), np.float32)}, "row 0 of features is zero"),
+    "one row": ({"features": unit(1), "features_2": None, "labels": None}, "at least 2 rows"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_features_are_one_line(name, tmp_path, capsys) -> None:
+    """What the reader refuses is in tests/evaluate/test_feature_files.py."""
     arrays, reason = BAD[name]
     path = make_features(tmp_path / "bad.npz", **arrays)
     status, line = refusal(plot_features.main, ["3", path, "--out", tmp_path / "a.png"], capsys)
     assert status == 1 and reason in line and "bad" in line
     assert not (tmp_path / "a.png").exists()
-
-
-def test_zero_rows_have_no_direction(tmp_path, capsys) -> None:
-    x = unit(30)
-    x[4] = 0
-    path = make_features(tmp_path / "bad.npz", features=x)
-    words = ["3", path, "--normalize", "--out", tmp_path / "a.png"]
+    words = ["4", tmp_path / "missing.npz", "--out", tmp_path / "a.png"]
     status, line = refusal(plot_features.main, words, capsys)
-    assert status == 1 and "row 4" in line
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.npz", b""), ("a.npz", b"PK\x03\x04 cut"), ("a.npz", b"hello"), ("a.safetensors", b"x" * 9),
-     ("a.txt", b"1 2 3"), ("missing.npz", None)],
-)  # fmt: skip
-def test_files_that_are_something_else(name, content, tmp_path, capsys) -> None:
-    path = tmp_path / name
-    if content is not None:
-        path.write_bytes(content)
-    status, line = refusal(plot_features.main, ["4", path, "--out", tmp_path / "a.png"], capsys)
-    assert status == 1 and name in line
+    assert status == 1 and "missing.npz" in line
 
 
 @pytest.mark.parametrize(
@@ -228,8 +210,8 @@ def sweep(root: Path) -> Path:
 
 
 def test_weights_sweep_from_run_folders(tmp_path, capsys) -> None:
-    runs, _ = plot_features.read_runs([sweep(tmp_path / "runs")])
-    accuracy, alignment, uniformity = plot_features.weights_sweep(runs).axes
+    runs = [sweep(tmp_path / "runs")]
+    accuracy, alignment, uniformity = plot_features.draw_runs("7", runs).axes
     assert accuracy.get_ylabel().startswith("linear")
     for axes, expected in (
         (accuracy, [42, 41, 40]),
@@ -243,7 +225,7 @@ def test_weights_sweep_from_run_folders(tmp_path, capsys) -> None:
     other = make_run(tmp_path / "runs" / "t5", "other", contr_w=0.0, align_w=1, unif_w=1,
                      align_alpha=2.0, unif_t=5.0)  # fmt: skip
     make_measure(other, 0.5, -3.0)
-    alignment = plot_features.weights_sweep(plot_features.read_runs([tmp_path / "runs"])[0]).axes[1]
+    alignment = plot_features.draw_runs("7", runs).axes[1]
     lines = {line.get_label(): line.get_data() for line in alignment.lines}
     assert list(lines["alpha 2, t 5"][0]) == [0.5, 1], "alignment alone is an end of both lines"
     assert list(lines["alpha 2, t 2"][0]) == [0, 0.5, 1]
@@ -255,7 +237,7 @@ def test_kinds_of_accuracy_are_not_mixed(tmp_path) -> None:
     content = json.loads(path.read_text())
     del content["last"]
     path.write_text(json.dumps(content))
-    accuracy = plot_features.weights_sweep(plot_features.read_runs([root])[0]).axes[0]
+    accuracy = plot_features.draw_runs("7", [root]).axes[0]
     assert accuracy.get_ylabel().startswith("k-NN")
     assert list(accuracy.lines[0].get_ydata()) == [32, 31, 30]
 
@@ -273,9 +255,11 @@ def test_trajectories_of_logged_values(tmp_path) -> None:
         for step, align in ((4, 0.9), (12, 0.7), (20, 0.4)):
             line = {"kind": "train", "step": step, "alignment": align, "uniformity": -step / 10}
             log.write(json.dumps(line) + "\n")
-    (read,), _ = plot_features.read_runs([run])
-    assert read.encoders() == [(1, 0.9, -0.4), (3, 0.7, -1.2), (5, 0.4, -2.0)]
-    draw("8", run, tmp_path=tmp_path)
+    (axes,) = plot_features.draw_runs("8", [run]).axes
+    places = [line.get_data() for line in axes.lines if len(line.get_xdata()) == 3]
+    assert [list(xs) for xs, _ in places] == [[0.9, 0.7, 0.4]]
+    assert list(places[0][1]) == pytest.approx([math.exp(u) for u in (-0.4, -1.2, -2.0)])
+    assert [text.get_text() for text in axes.texts] == ["epoch 1", "epoch 5"]
 
 
 def test_trajectories_begin_at_the_encoder_that_runs_started_from(tmp_path, capsys) -> None:
@@ -288,7 +272,7 @@ def test_trajectories_begin_at_the_encoder_that_runs_started_from(tmp_path, caps
         )
         make_measure(run, 0.1 * seed, -2.0)
         make_probe(run, 30.0 + seed)
-    figure = plot_features.trajectories(plot_features.read_runs([tmp_path / "s"])[0])
+    figure = plot_features.draw_runs("8", [tmp_path / "s"])
     drawn = [line.get_data() for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
     assert [list(xs) for xs, _ in drawn] == [[0.5, 0.0], [0.5, 0.1]]
     assert [list(ys) for _, ys in drawn] == [pytest.approx([math.exp(-1), math.exp(-2)])] * 2
@@ -300,9 +284,12 @@ def test_trajectories_begin_at_the_encoder_that_runs_started_from(tmp_path, caps
 def test_many_encoders_are_drawn_without_names(tmp_path) -> None:
     for i in range(17):
         make_measure(make_run(tmp_path / f"run{i}", f"o{i}"), 0.1 * i, -1.0)
-    runs, _ = plot_features.read_runs([tmp_path])
-    assert [t.get_text() for t in plot_features.scatter(runs[:2]).axes[0].texts] == ["run0", "run1"]
-    assert not any(text.get_text() for text in plot_features.scatter(runs).axes[0].texts)
+
+    def names(*folders: Path) -> list[str]:
+        return [text.get_text() for text in plot_features.draw_runs("5", folders).axes[0].texts]
+
+    assert names(tmp_path / "run0", tmp_path / "run1") == ["run0", "run1"]
+    assert not any(names(tmp_path))
 
 
 def test_runs_that_give_no_figure(tmp_path, capsys) -> None:

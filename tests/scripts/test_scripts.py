@@ -11,17 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import ROOT, parsed
 
-import main_lincls
-import main_moco
+from moco.config import LinclsConfig
 
-ROOT = Path(__file__).resolve().parents[2]
 SHELL_SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
@@ -67,8 +66,7 @@ def test_imagenet_scripts_run_the_published_recipe(
     (command,) = commands_of(script, tmp_path, "DIR", "--epochs", "3")
     program, *flags = shlex.split(command)
     assert program.endswith("main_moco.py")
-    args = main_moco.build_parser().parse_args(flags)
-    main_moco._resolve_objective(args)
+    args = parsed(flags)
     assert args.objective.startswith(objective)
     assert (args.arch, args.batch_size, args.lr) == ("resnet50", batch, 0.03)
     assert args.mlp and args.aug_plus and args.cos
@@ -79,8 +77,8 @@ def test_imagenet_scripts_run_the_published_recipe(
 
 def test_imagenet_lincls_script_runs_the_published_protocol(tmp_path: Path) -> None:
     (command,) = commands_of("imagenet_lincls.sh", tmp_path, "FILE", "DIR")
-    args = main_lincls.build_parser().parse_args(shlex.split(command)[1:])
-    assert (args.lr, args.batch_size, args.epochs, args.weight_decay) == (30.0, 256, 100, 0.0)
+    args = parsed(shlex.split(command)[1:], LinclsConfig)
+    assert (args.lr, args.batch_size, args.epochs, args.weight_decay) == ([30.0], 256, 100, [0.0])
     assert (args.schedule, args.schedule_factor) == ([60, 80], 0.1)
     assert (args.pretrained, args.data) == ("FILE", "DIR")
 
@@ -91,8 +89,7 @@ def test_cifar10_script_runs_the_demo_recipe(objective: str, tmp_path: Path) -> 
         "cifar10.sh", tmp_path, str(tmp_path), OBJECTIVE=objective, EPOCHS="7", PROBE_EPOCHS="10",
         IMAGES="50",
     )  # fmt: skip
-    args = main_moco.build_parser().parse_args(shlex.split(pretrain)[1:])
-    main_moco._resolve_objective(args)
+    args = parsed(shlex.split(pretrain)[1:])
     assert (args.arch, args.small_stem, args.image_size) == ("resnet18", True, 32)
     assert (args.batch_size, args.lr, args.weight_decay, args.cos) == (512, 0.06, 5e-4, True)
     assert (args.moco_k, args.moco_m, args.moco_dim, args.mlp) == (4096, 0.99, 128, False)
@@ -103,7 +100,7 @@ def test_cifar10_script_runs_the_demo_recipe(objective: str, tmp_path: Path) -> 
     assert args.max_steps == (0 if objective == "random" else None)
     if objective == "infonce":
         assert args.objective == "1 * InfoNCE(tau=0.1)"
-    args = main_lincls.build_parser().parse_args(shlex.split(probe)[1:])
+    args = parsed(shlex.split(probe)[1:], LinclsConfig)
     assert (args.knn, args.knn_k, args.knn_t, args.knn_layer) == (True, 200, 0.1, "projection")
     assert (args.schedule, args.images_per_class) == ([6, 8], 50)
     assert "--images-per-class 50" in measure
@@ -145,7 +142,7 @@ def test_default_subset_is_the_papers_100_classes() -> None:
     assert classes[:2] == ["n02869837", "n01749939"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quickstart_runs_to_its_table_and_reuses_what_is_there(tmp_path: Path) -> None:
     data, out = tmp_path / "toy", tmp_path / "out"
     made = run_script(

@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import ROOT
+from helpers import ROOT, parsed
 
-import main_moco
+from moco import cli
 
 SCRIPTS = sorted((ROOT / "scripts" / "slurm").glob("*.sbatch"))
 
@@ -64,16 +64,18 @@ def test_a_task_runs_the_recipe_as_under_torchrun(script, tmp_path, monkeypatch)
     assert [task[name] for name in names] == ["9", "1", "16", "1", "2", "node7"]
     assert 1024 < int(task["MASTER_PORT"]) < 65536
 
-    args = main_moco.build_parser().parse_args(argv[1:])
-    main_moco._resolve_objective(args)
+    args = parsed(argv[1:])
     assert args.objective == "3 * align(alpha=2) + 1 * uniform(t=3, with intra-batch pairs)"
     assert (args.arch, args.batch_size, args.lr, args.epochs) == ("resnet50", 256, 0.03, 3)
     assert args.mlp and args.aug_plus and args.cos
     assert (args.resume, args.save_minutes, args.workers) == ("auto", 30, 48)
     for name in (*names, "MASTER_PORT"):
         monkeypatch.setenv(name, task[name])
-    args = main_moco.parse_args([*argv[1:-1], "--device", "cpu", str(images(tmp_path))])
-    assert (args.processes, args.nodes, args.workers) == (16, 2, 6), "workers of each process"
+    args = cli.pretrain_config([*argv[1:-1], "--device", "cpu", str(images(tmp_path))])
+    placement = args.placement
+    assert (placement.processes, placement.nodes, args.data.workers) == (16, 2, 6), (
+        "workers of each process"
+    )
 
 
 def images(folder: Path) -> Path:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.special
 import torch
-from helpers import ROOT
+from helpers import refusal
 
 from align_uniform import contrastive_loss
 from align_uniform.bounds import log_hyp0f1
-
-SCRIPT = ROOT / "scripts" / "theorem1.py"
-_spec = importlib.util.spec_from_file_location("theorem1", SCRIPT)
-theorem1 = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(theorem1)
+from moco.evaluate import theorem1
+from scripts import theorem1 as script
 
 
 @pytest.mark.parametrize("b", [1.0, 1.5, 4.0, 64.0])
@@ -54,7 +48,7 @@ def test_the_potential_in_closed_form_is_the_mean_over_many_samples(kappa: float
 
 def test_the_deviation_is_that_of_the_loss_users_train_with() -> None:
     """The mean over anchors, with the control variate put back, is InfoNCE - log M - limit."""
-    args = theorem1.build_parser().parse_args([])
+    args = theorem1.Theorem1()
     m, kappa = 512, 2.0
     deviation, _, second = theorem1.repeat(np.random.default_rng(3), m, kappa, args)
 
@@ -71,13 +65,10 @@ def test_the_deviation_is_that_of_the_loss_users_train_with() -> None:
     assert loss - math.log(m) - limit == pytest.approx(deviation + error, abs=1e-12)
 
 
-def test_the_command_reports_both_rates(tmp_path: Path) -> None:
+def test_the_command_reports_both_rates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--repeats", "60", "--out", str(out)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert "slope of the expected loss" in done.stdout
+    script.main(["--repeats", "60", "--out", str(out)])
+    assert "slope of the expected loss" in capsys.readouterr().out
     report = json.loads((out / "theorem1.json").read_text())
     for result in report["results"]:
         # About 1/M for the expected loss, M^(-1/2) per anchor, as the proof bounds it.
@@ -99,10 +90,6 @@ def test_the_command_reports_both_rates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", ["--tau 0", "--dim 1", "--negatives 8 16", "--unaligned 2"])
-def test_impossible_arguments_are_refused(
-    flags: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["theorem1.py", *flags.split()])
-    with pytest.raises(SystemExit) as refused:
-        theorem1.main()
-    assert refused.value.code == 2 and "expected" in capsys.readouterr().err
+def test_impossible_arguments_are_refused(flags: str, capsys: pytest.CaptureFixture) -> None:
+    status, line = refusal(script.main, flags.split(), capsys)
+    assert status == 2 and "expected" in line

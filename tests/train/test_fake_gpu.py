@@ -7,7 +7,6 @@ refuse or wait for: operands on different devices, numbers that are read, memory
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +18,25 @@ from torch.utils._pytree import tree_leaves
 from align_uniform import align_loss, contrastive_loss, contrastive_rank, uniform_loss_with_queue
 from moco import encoders
 from moco.builder import MoCo
+from moco.config import (
+    Encoder,
+    Objective,
+    Placement,
+    PretrainConfig,
+    PretrainData,
+    PretrainOptim,
+    Speed,
+)
 from moco.data import loader, views
 from moco.data.images import ArrayImages
 from moco.evaluate import knn as evaluate
 from moco.log import Means
-from moco.train import guards, step
-from moco.train.state import BackgroundWriter, Run
+from moco.tasks.moco import MoCoTask
+from moco.train.guards import StepGuard
+from moco.train.optimizer import fused_sgd
+from moco.train.saver import BackgroundWriter
+from moco.train.state import TrainState
+from moco.train.step import train_step
 
 GPU = torch.device("cuda", 0)
 
@@ -83,20 +95,24 @@ def test_losses(gpu) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_whole_step_but_the_backward_pass(amp, symmetric, gpu, tmp_path, monkeypatch) -> None:
     """In two parts, with groups of batch norm. (Autograd needs a GPU's streams.)"""
-    args = SimpleNamespace(
-        lr=0.1, momentum=0.9, weight_decay=1e-4, accumulate=2, symmetric=symmetric, amp=amp,
-        contr_w=1, align_w=1, unif_w=1, channels_last=True, mean=views.IMAGENET_MEAN,
-        std=views.IMAGENET_STD,
-    )  # fmt: skip
+    config = PretrainConfig(
+        data=PretrainData(data="unused"),
+        objective=Objective(contr_w=1, align_w=1, unif_w=1, symmetric=symmetric),
+        encoder=Encoder(moco_k=64),
+        optim=PretrainOptim(batch_size=8, lr=0.1, accumulate=2, amp=amp, seed=0),
+        speed=Speed(channels_last=True),
+        placement=Placement(devices=("cuda:0",)),
+    )
+    task = MoCoTask(config)
     with GPU:
         moco = MoCo(
             lambda num_classes: encoders.build_encoder("resnet8", num_classes, bn_splits=2), 16, 64,
             contr_tau=0.2, align_alpha=2, unif_t=3, mlp=True,
         )  # fmt: skip
-    moco.prepare = step.preparation(args, GPU)
+    task.on_device(moco, GPU)
     scaler = torch.amp.GradScaler("cuda", enabled=amp == "fp16")
-    run = Run(moco, step.fused_sgd(moco, args), scaler, Means())
-    guard = guards.StepGuard(run, BackgroundWriter(tmp_path, keep_last=1, keep_every=0), 0)
+    state = TrainState(task, moco, fused_sgd(moco, config.optim), scaler, Means())
+    guard = StepGuard(state, BackgroundWriter(tmp_path, keep_last=1, keep_every=0), 0)
 
     def backward(loss: torch.Tensor) -> None:
         for parameter in moco.encoder_q.parameters():
@@ -104,9 +120,10 @@ def test_a_whole_step_but_the_backward_pass(amp, symmetric, gpu, tmp_path, monke
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8, device=GPU)
+    moco.prepare(images)  # mean and deviation travel once
     with NoWaiting():
-        losses, loss = step.forward_and_backward(moco, images, images, GPU, args, guard)
-        guard.step(losses, loss, 0)
+        losses = train_step(task, moco, state, guard, (images, images))
+    loss = task.total(losses)
     assert loss.device == GPU and loss.dtype == torch.float32
 
 
@@ -114,7 +131,7 @@ def test_views_of_images_on_the_device(gpu, monkeypatch) -> None:
     monkeypatch.setattr(loader, "_fits", lambda array, device: True)
     data = loader.AugmentedViews(
         ArrayImages(np.zeros((16, 40, 40, 3), dtype=np.uint8), [0] * 16, ["a"]),
-        views.pretrain_recipe(32, aug_plus=True), seed=0, views=2, unfinished=True,
+        views.pretrain_recipe(32, aug_plus=True), seed=0, num_views=2, augment_on_device=True,
     )  # fmt: skip
     pairs = loader.TrainLoader(data, [[(0, i) for i in range(8)]], workers=0, device=GPU)
     with NoWaiting():

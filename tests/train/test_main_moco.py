@@ -5,11 +5,14 @@ Everything runs on the CPU, in this process where a process of its own is not th
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,15 +21,19 @@ from helpers import (
     differences,
     finish,
     free_port,
+    parsed,
     read_log,
     refusal,
     start_python,
     write_images,
-    write_labelled,
 )
 
 import main_moco
 from moco import cli
+from moco.config import Placement
+from moco.launch import launch_config
+from moco.tasks.moco import MoCoTask
+from moco.train.loop import train as train_run
 
 # 30 images in batches of 8 are three steps an epoch; six images are left out of each.
 TINY = shlex.split(
@@ -36,17 +43,12 @@ TINY = shlex.split(
 MAIN = ROOT / "main_moco.py"
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Each test in an empty folder, outside of torchrun."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
+def flat(argv: list) -> SimpleNamespace:
+    """The flat values of a command line that has been checked."""
+    return SimpleNamespace(**cli.pretrain_config(list(map(str, argv))).to_flat())
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +108,8 @@ def words(line: str, folder: Path | str = "DIR") -> list[str]:
     ids=["MoCo v1", "MoCo v2", "MoCo on 4 GPUs", "plain"],
 )
 def test_commands_of_upstream_parse_and_resolve(many, line, expected):
-    args = main_moco.parse_args(words(line, many))
+    config = cli.pretrain_config(words(line, many))
+    args = SimpleNamespace(**config.to_flat())
     defaults = {
         "arch": "resnet50", "lr": 0.03, "batch_size": 256, "epochs": 200, "schedule": [120, 160],
         "momentum": 0.9, "weight_decay": 1e-4, "moco_dim": 128, "moco_k": 65536, "moco_m": 0.999,
@@ -114,7 +117,7 @@ def test_commands_of_upstream_parse_and_resolve(many, line, expected):
     }  # fmt: skip
     for name, value in {**defaults, **expected}.items():
         assert getattr(args, name) == value, name
-    assert args.processes == len(args.devices)
+    assert args.processes == len(config.placement.devices)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +132,7 @@ def test_commands_of_upstream_parse_and_resolve(many, line, expected):
     ],
 )
 def test_gpus_and_schedule_end_where_the_numbers_end(line):
-    args = main_moco.build_parser().parse_args(words(line))
+    args = parsed(words(line))
     assert args.gpus == [0, 1, 2, 3]
     assert args.schedule == [120, 160]
     assert (args.arch, args.lr, args.batch_size, args.data) == ("resnet50", 0.03, 128, "DIR")
@@ -151,9 +154,9 @@ def test_every_flag_of_the_ancestors_is_known():
         "--aug-plus --cos --moco-contr-w 1 --moco-contr-tau 0.2 --moco-align-w 2 "
         "--moco-align-alpha 1 --moco-unif-w 3 --moco-unif-t 4 --moco-unif-no-intra-batch DIR"
     )
-    args = main_moco.build_parser().parse_args(words(line))
+    args = cli.pretrain_parser().parse_args(words(line))
     assert (args.workers, args.batch_size, args.lr, args.weight_decay) == (5, 16, 2.0, 0.2)
-    assert (args.print_freq, args.gpu, args.rank, args.schedule) == (6, 3, 1, [])
+    assert (args.print_freq, args.gpu, args.rank, args.schedule) == (6, 3, 1, ())
     assert args.intra_batch is False
 
 
@@ -176,7 +179,7 @@ def test_every_flag_of_the_ancestors_is_known():
     ],
 )  # fmt: skip
 def test_objective_as_a_formula(data, flags, formula):
-    assert main_moco.parse_args([*TINY, *shlex.split(flags), str(data)]).objective == formula
+    assert flat([*TINY, *shlex.split(flags), str(data)]).objective == formula
 
 
 @pytest.mark.parametrize(
@@ -197,18 +200,18 @@ def test_batch_norm_groups_are_of_32_images(many, monkeypatch, batch, ranks, spl
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", ranks)):
             monkeypatch.setenv(name, str(value))
     line = [*TINY, "--moco-k", "256", "--batch-size", str(batch), "--bn-splits", splits, str(many)]
-    args = main_moco.parse_args(line)
+    args = flat(line)
     assert (args.processes, args.bn_groups) == (ranks, groups)
 
 
 def test_a_seed_is_drawn_and_the_run_folder_named(many):
     line = [word for word in TINY if word not in ("--seed", "1")]
     line.remove("--print-freq")
-    first, second = (main_moco.parse_args([*line, str(many)]) for _ in range(2))
+    first, second = (flat([*line, str(many)]) for _ in range(2))
     assert first.seed != second.seed and not first.seed_given
-    assert first.save_dir.parent == Path("results")
+    assert Path(first.save_dir).parent == Path("results")
     for part in ("resnet8", "3align2", "1unif3", "k64", "b8", f"s{first.seed}"):
-        assert part in first.save_dir.name
+        assert part in Path(first.save_dir).name
     assert not Path("results").exists()  # only training makes it
 
 
@@ -339,7 +342,8 @@ def test_a_folder_without_images_is_refused(tmp_path, capsys, kind):
     status, message = refusal(main_moco.main, [*TINY, folder], capsys)
     assert status == 2
     assert str(folder) in message
-    assert ("no such data folder" if kind in ("missing", "a file") else "no images") in message
+    words = {"missing": "no such data folder", "a file": "is a file, expected a data folder"}
+    assert words.get(kind, "no images") in message
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
@@ -413,7 +417,7 @@ def test_a_file_that_is_no_pretraining_checkpoint_is_refused(data, run, tmp_path
     assert any(word in message for word in ("checkpoint", "damaged", "dict of tensors")), message
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_corrupt_image_ends_a_real_process_in_one_line(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     bad = tmp_path / "data" / "train" / "class_1" / "003.png"
@@ -433,9 +437,8 @@ def test_a_corrupt_image_ends_a_real_process_in_one_line(data, tmp_path):
 
 def test_run_folder(run):
     names = {path.name for path in run.iterdir() if "tfevents" not in path.name}
-    assert names == {
-        "args.json", "log.jsonl", "checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"
-    }  # fmt: skip
+    saved = {"checkpoint_0000.pth.tar", "checkpoint_0001.pth.tar"}
+    assert names == {".lock", "args.json", "log.jsonl", *saved}
     assert len(list(run.glob("events.out.tfevents.*"))) == 1
     facts = json.loads((run / "args.json").read_text())
     assert facts["objective"] == DEFAULT_OBJECTIVE
@@ -507,9 +510,9 @@ def test_start_prints_the_derived_numbers(data, capsys):
 
 
 def test_only_weights_of_the_query_encoder_are_trained_by_the_optimizer(run, data):
-    args = main_moco.parse_args([*TINY, str(data)])
+    task = MoCoTask(cli.pretrain_config([*TINY, str(data)]))
     torch.manual_seed(1)
-    start = main_moco.build_moco(args).state_dict()
+    start = task.build_module().state_dict()
     after = load(run / "checkpoint_0001.pth.tar")
     for name in ("fc.weight", "conv1.weight"):
         q, k = (after["state_dict"][f"module.encoder_{x}.{name}"] for x in "qk")
@@ -541,9 +544,9 @@ def test_max_steps_0_saves_the_untrained_encoder(data, capsys):
     assert checkpoints(Path("r")) == ["step_00000000.pth.tar"]
     content = load(Path("r/step_00000000.pth.tar"))
     assert (content["epoch"], content["step"]) == (0, 0)
-    args = main_moco.parse_args([*TINY, str(data)])
+    task = MoCoTask(cli.pretrain_config([*TINY, str(data)]))
     torch.manual_seed(1)
-    fresh = main_moco.build_moco(args).state_dict()
+    fresh = task.build_module().state_dict()
     saved = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
     assert differences(dict(fresh), saved) == []
 
@@ -935,16 +938,16 @@ def test_an_unset_shell_variable_is_no_data_folder(data, tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_error_in_a_spawned_rank_ends_in_one_line(data, tmp_path, capfd):
     """As on a node of several GPUs, where this process starts the ranks: here on two CPUs."""
     shutil.copytree(data, tmp_path / "data")
     for bad in (tmp_path / "data" / "train").glob("*/00[0-4].png"):
         bad.write_bytes(b"")
-    args = main_moco.parse_args([*TINY, "--save-dir", "run", str(tmp_path / "data")])
-    args.devices, args.processes = [torch.device("cpu")] * 2, 2
+    config = cli.pretrain_config([*TINY, "--save-dir", "run", str(tmp_path / "data")])
+    two = Placement(devices=("cpu", "cpu"), processes=2, local_processes=2)
     with pytest.raises(SystemExit) as stop:
-        cli.run_worker(main_moco.train, args)
+        launch_config(functools.partial(train_run, task=MoCoTask), replace(config, placement=two))
     assert stop.value.code == 1
     err = capfd.readouterr().err
     assert "error: cannot read image" in err
@@ -953,14 +956,15 @@ def test_an_error_in_a_spawned_rank_ends_in_one_line(data, tmp_path, capfd):
 # Runs main_moco.py's main and leaves what each rank's module holds in the end.
 ON_EACH_RANK = """
 import os, sys, torch, main_moco
-built, build_moco = [], main_moco.build_moco
-main_moco.build_moco = lambda args: built.append(build_moco(args)) or built[-1]
+from moco.tasks.moco import MoCoTask
+built, build = [], MoCoTask.build_module
+MoCoTask.build_module = lambda self: built.append(build(self)) or built[-1]
 main_moco.main(sys.argv[2:])
 torch.save(built[0].state_dict(), sys.argv[1] + os.environ.get("RANK", ""))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_launchers_give_bit_equal_ranks_and_checkpoints(data, tmp_path):
     """torchrun, and upstream's flags on two nodes; weights, queue and pointer of both ranks."""
     script = tmp_path / "on_each_rank.py"

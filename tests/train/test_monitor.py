@@ -7,14 +7,13 @@ import json
 import math
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, TinyNet, read_log, two_views, write_labelled
+from helpers import TinyNet, read_log, two_views
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -24,21 +23,15 @@ import main_moco
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCo, MoCoLosses
 from moco.log import RunLog
-from moco.train import monitor
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from run_folders import read_runs  # noqa: E402
+from moco.runs.folder import read_runs
+from moco.stop import StopRequest
+from moco.tasks import monitor
 
 # 30 images in batches of 8 are three steps an epoch.
 TINY = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 --moco-dim 16 -j 0 --device cpu -p 1 "
     "--seed 1 --knn-every 2"
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
 
 
 def train(data: Path, run: Path, *flags: object) -> Path:
@@ -207,7 +200,7 @@ def test_a_long_queue_is_sampled(tmp_path) -> None:
     moco = MoCo(lambda num_classes: TinyNet(num_classes), 4, 10_000, align_alpha=2)
     losses = moco(*two_views(0, 6))
     log = RunLog(tmp_path)
-    monitor.epoch_histograms(log, losses, 1)
+    log.histograms(1, monitor.distributions(losses))
     log.close()
     q, _, queue = losses.features()
     sample = q @ queue[:, ::3]  # 3334 of at most 4096
@@ -264,7 +257,7 @@ def test_the_hparams_tab_has_the_run_in_its_own_folder(data, tmp_path) -> None:
 def test_a_run_that_is_stopped_loses_no_point(data, tmp_path, monkeypatch) -> None:
     """TensorBoard's writer holds back what it gets; a resumed run only drops what comes again."""
     run = tmp_path / "run"
-    monkeypatch.setattr(main_moco.guards.StopRequest, "requested", property(lambda self: True))
+    monkeypatch.setattr(StopRequest, "requested", property(lambda self: True))
     with pytest.raises(SystemExit) as stopped:
         train(data, run, "--epochs", 3)
     monkeypatch.undo()

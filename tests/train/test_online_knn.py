@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from harness import EPOCHS, chaos, finish, start
+from harness import EPOCHS, differences, final_state, finish, start
 from helpers import read_log, refusal, write_images, write_labelled
 
 import main_moco
 from moco import checkpoint, encoders
+from moco.config import Data
 from moco.data import loader
 from moco.data.images import open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform
@@ -28,10 +28,9 @@ TINY = shlex.split(
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
+def data(images, tmp_path_factory) -> Path:
     """What the runs of tests/harness.py train on, and 41 images to classify: an odd share."""
-    folder = tmp_path_factory.mktemp("images")
-    chaos()["write_images"](folder)
+    folder = Path(shutil.copytree(images, tmp_path_factory.mktemp("images") / "data"))
     write_images(folder / "val", {"class_0": 20, "class_1": 21}, size=24, seed=5)
     return folder
 
@@ -46,8 +45,8 @@ def whole(data, tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("labelled"))
+def labelled(once) -> Path:
+    return once("labelled", write_labelled)
 
 
 def train(data: Path, run: Path, *flags: object) -> None:
@@ -55,7 +54,7 @@ def train(data: Path, run: Path, *flags: object) -> None:
 
 
 def without_knn(run: Path) -> dict:
-    state = chaos()["final_state"](run)
+    state = final_state(run)
     state["log"] = [line for line in state["log"] if line["kind"] != "knn"]
     return state
 
@@ -72,17 +71,17 @@ def knn_lines(run: Path) -> list[dict]:
 # ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_is_bit_equal_with_and_without_it(processes, data, whole, tmp_path) -> None:
     """Weights, queue, optimizer, generators of all ranks, and all that is logged but times."""
     said = finish(tmp_path / "run", data, "--knn-every", 0, processes=processes)
     assert "k-NN" not in said and read_log(tmp_path / "run", "knn") == []
     assert len(read_log(whole[processes], "knn")) == EPOCHS
-    assert (
-        chaos()["differences"](without_knn(whole[processes]), without_knn(tmp_path / "run")) == []
-    )
+    assert differences(without_knn(whole[processes]), without_knn(tmp_path / "run")) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_it_finds_what_the_saved_encoder_gives(processes, data, whole) -> None:
     """Of two ranks as well, whose batch-norm statistics differ: those of rank 0 are saved."""
@@ -124,17 +123,18 @@ def test_it_comes_every_so_many_epochs_and_at_the_end(flags, steps, labelled, tm
     assert [line["step"] for line in read_log(tmp_path / "run", "knn")] == steps
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_run_that_is_killed_in_it_does_it_again(processes, data, whole, tmp_path) -> None:
     killed_in_the_second = """
 import os, time
 from moco.tasks.online_knn import OnlineKnn
 measure = OnlineKnn.measure
-def dies(self, run, *more):
-    if run.epoch == 2:
+def dies(self, epoch, step):
+    if epoch == 2:
         time.sleep(0.5)  # the checkpoint is being written
         os._exit(9)
-    return measure(self, run, *more)
+    return measure(self, epoch, step)
 OnlineKnn.measure = dies
 """
     run = tmp_path / "run"
@@ -143,11 +143,12 @@ OnlineKnn.measure = dies
     assert [line["epoch"] for line in read_log(run, "knn")] == [1]
     finish(run, data, "--knn-every", 1, processes=processes)
     assert knn_lines(run) == knn_lines(whole[processes])
-    assert chaos()["differences"](without_knn(whole[processes]), without_knn(run)) == []
+    assert differences(without_knn(whole[processes]), without_knn(run)) == []
     said = finish(run, data, "--knn-every", 1, processes=processes)  # nothing is left to do
     assert said.count("k-NN after") == EPOCHS == len(knn_lines(run))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_request_to_stop_within_it_is_heard_at_once(processes, data, whole, tmp_path) -> None:
     """It reaches all processes of the job, loader workers too, while the second k-NN runs; of two
@@ -230,6 +231,7 @@ def test_without_labels_one_line_says_why_and_training_goes_on(
     assert read_log(tmp_path / "run", "knn") == [] and len(read_log(tmp_path / "run")) >= 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 2])
 def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(processes, data, tmp_path) -> None:
     """One rank comes upon it, in a loader process."""
@@ -250,10 +252,7 @@ def test_the_bank_is_balanced_and_capped(tmp_path) -> None:
     write_images(folder / "val", {"a": 1, "c": 3})
     images = open_images("folder", folder, "pretrain")
     for size, expected in ((12, [4, 2, 4]), (1, [1, 1, 1]), (50000, [9, 2, 6])):
-        args = argparse.Namespace(
-            dataset="folder", data=str(folder), images_per_class=None, knn_bank=size
-        )
-        bank, val, classes = open_splits(images, args)
+        bank, val, classes = open_splits(images, Data(data=str(folder)), size)
         assert [bank.targets.count(label) for label in range(3)] == expected
         assert val.targets == [0, 2, 2, 2] and classes == 3
 

@@ -1,0 +1,81 @@
+"""Checks of arguments that several modules share."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+# Largest accepted | |x_i| - 1 |: well above the rounding of a normalisation in the given type, far
+# below any feature that was not normalised.
+UNIT_TOLERANCE = {
+    torch.float64: 1e-3,
+    torch.float32: 1e-3,
+    torch.float16: 1e-2,
+    torch.bfloat16: 3e-2,
+}
+
+
+def check_positive(value: float, name: str) -> None:
+    """Raise ValueError unless value is a number in (0, infinity)."""
+    if not (isinstance(value, Real) and 0 < value < math.inf):
+        raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+
+
+class UnitLengthWarning:
+    """Warns once in a process of features that are far from unit length, without a wait.
+
+    On the CPU each call looks at its own lengths. On a GPU they are copied to the host in the
+    background, and a later call looks at them when they have arrived.
+    """
+
+    def __init__(self) -> None:
+        self.warned = False
+        self.pending: tuple[torch.cuda.Event, str] | None = None
+        self.copied: Tensor | None = None  # (2,) least and greatest length, in pinned memory
+
+    def look_at(self, rows: Tensor, name: str) -> None:
+        """Look at the lengths of (N, C) rows. The tolerance is that of bfloat16 for all types,
+        since features may have been rounded before they were cast."""
+        if self.warned or torch.compiler.is_compiling() or type(rows) not in (Tensor, nn.Parameter):
+            return
+        if rows.device.type == "cuda":
+            self._look_later(rows.detach(), name)
+        elif rows.device.type == "cpu":
+            try:
+                least, greatest = torch.linalg.vector_norm(rows.detach(), dim=1).aminmax()
+                self._judge(least.item(), greatest.item(), name)
+            except RuntimeError:  # under torch.func.vmap there are no numbers to look at
+                return
+
+    def _look_later(self, rows: Tensor, name: str) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            return
+        if self.pending is not None:
+            event, earlier = self.pending
+            if not event.query():
+                return
+            self.pending = None
+            self._judge(*self.copied.tolist(), earlier)
+        if self.copied is None:
+            self.copied = torch.empty(2, pin_memory=True)
+        lengths = torch.stack(torch.linalg.vector_norm(rows, dim=1).aminmax()).float()
+        self.copied.copy_(lengths, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(rows.device))
+        self.pending = event, name
+
+    def _judge(self, least: float, greatest: float, name: str) -> None:
+        tolerance = max(UNIT_TOLERANCE.values())
+        if not (least < 1 - tolerance or greatest > 1 + tolerance):  # NaN is others' business
+            return
+        self.warned = True
+        warnings.warn(
+            f"features are not of unit length: {name} has lengths from {least:.4g} to "
+            f"{greatest:.4g}. Ranges and bounds of the losses are those of unit rows; pass "
+            "F.normalize(features, dim=1). (Said once.)",
+            stacklevel=5,  # the caller of the loss
+        )

@@ -1,0 +1,380 @@
+"""The config of main_moco.py: objective, encoder, views, optimisation, saving, watching."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moco.config.option import FREE, LEARNS, ROUNDS, Part, flag_of, flat_values, option
+from moco.config.parts import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Data,
+    Folder,
+    Launch,
+    Optim,
+    Placement,
+    Schedule,
+    check_batch,
+    check_image_statistics,
+)
+
+
+def _weight(default: float, flag: str) -> Any:
+    """A number of the objective; the command line must know whether it was given."""
+    return option(default, flag, LEARNS, unset=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective(Part):
+    """objective: contr_w * InfoNCE(tau) + align_w * align(alpha) + unif_w * uniform(t)
+
+    contr_w: weight of InfoNCE (default 0)
+    contr_tau: its temperature (default 0.07)
+    align_w: weight of alignment (default 3)
+    align_alpha: its exponent (default 2)
+    unif_w: weight of uniformity (default 1)
+    unif_t: its t (default 3)
+    intra_batch: query-queue pairs only (Eq. 21 instead of 22)
+    moco_t: InfoNCE alone with this temperature, as in upstream MoCo
+    symmetric: each view is query and key in turn: both losses are summed, and the keys of both
+        views enter the queue
+    """
+
+    contr_w: float = _weight(0.0, "--moco-contr-w")
+    contr_tau: float = _weight(0.07, "--moco-contr-tau")
+    align_w: float = _weight(3.0, "--moco-align-w")
+    align_alpha: float = _weight(2.0, "--moco-align-alpha")
+    unif_w: float = _weight(1.0, "--moco-unif-w")
+    unif_t: float = _weight(3.0, "--moco-unif-t")
+    intra_batch: bool = option(True, "--moco-unif-no-intra-batch", LEARNS)
+    moco_t: float | None = option(None, "--moco-t", FREE)
+    symmetric: bool = option(False, "--symmetric", LEARNS, since=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = {"contr": self.contr_w, "align": self.align_w, "unif": self.unif_w}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"--moco-{name}-w must be a number of at least 0, got {weight:g}")
+        if not any(weights.values()):
+            raise ValueError(
+                "all loss weights are zero: there is nothing to minimise; give one of "
+                "--moco-align-w, --moco-unif-w, --moco-contr-w"
+            )
+        for name, weight, least in (
+            ("contr_tau", self.contr_w, 0),
+            ("align_alpha", self.align_w, 1),
+            ("unif_t", self.unif_w, 0),
+        ):
+            value = getattr(self, name)
+            if weight and not (0 < value < math.inf and value >= least):
+                wanted = "at least 1 (the slope is infinite below)" if least else "positive"
+                short = name == "contr_tau" and self.moco_t is not None
+                flag = "--moco-t" if short else f"--moco-{name.replace('_', '-')}"
+                raise ValueError(f"{flag} must be {wanted}, got {value:g}")
+
+    @classmethod
+    def from_options(cls, values: dict) -> Objective:
+        """From parsed options, None where a flag was not given: --moco-t is InfoNCE alone."""
+        given = {name: value for name, value in values.items() if value is not None}
+        if "moco_t" in given:
+            numbers = [
+                field
+                for field in dataclasses.fields(cls)
+                if field.metadata["unset"] and field.name in given
+            ]
+            if numbers or not given["intra_batch"]:
+                flag = flag_of(numbers[0]) if numbers else "--moco-unif-no-intra-batch"
+                raise ValueError(
+                    f"--moco-t (InfoNCE alone) cannot be combined with {flag}; give "
+                    "--moco-contr-w, --moco-contr-tau and the other weights instead"
+                )
+            given |= {"contr_w": 1.0, "contr_tau": given["moco_t"], "align_w": 0.0, "unif_w": 0.0}
+        return cls(**given)
+
+
+def objective_formula(values: Mapping[str, Any]) -> str | None:
+    """The objective as a formula for people to read, from its numbers by their flat names; from
+    files without numbers what they say, None where they say nothing."""
+    if "align_w" not in values:
+        return values.get("objective")
+    pairs = "with intra-batch pairs" if values["intra_batch"] else "queue only"
+    terms = [
+        (values["contr_w"], f"InfoNCE(tau={values['contr_tau']:g})"),
+        (values["align_w"], f"align(alpha={values['align_alpha']:g})"),
+        (values["unif_w"], f"uniform(t={values['unif_t']:g}, {pairs})"),
+    ]
+    formula = " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
+    return f"{formula}, symmetric" if values.get("symmetric") else formula
+
+
+def objective_slug(objective: Objective) -> str:
+    """The objective as part of a folder's name."""
+    terms = [
+        (objective.contr_w, f"nce{objective.contr_tau:g}"),
+        (objective.align_w, f"align{objective.align_alpha:g}"),
+        (objective.unif_w, f"unif{objective.unif_t:g}"),
+    ]
+    slug = "-".join(f"{weight:g}{term}" for weight, term in terms if weight)
+    return f"{slug}-sym" if objective.symmetric else slug
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder(Part):
+    """MoCo
+
+    arch: a torchvision classifier, or one of resnet8, resnet8x2s2, resnet8x4, resnet20 for
+        small images (%(default)s)
+    small_stem: ResNet stem for images of 32 to 64 pixels
+    moco_dim: feature dimension (%(default)s)
+    moco_k: queue size (%(default)s)
+    moco_m: momentum of the key encoder (%(default)s)
+    mlp: two-layer projection head (MoCo v2)
+    bn_splits: batch-norm groups per device; auto: of 32 images each
+    """
+
+    arch: str = option("resnet50", "-a --arch", LEARNS, metavar="ARCH")
+    small_stem: bool = option(False, "--small-stem", LEARNS)
+    moco_dim: int = option(128, "--moco-dim", LEARNS, least=1)
+    moco_k: int = option(65536, "--moco-k", LEARNS, least=1)
+    moco_m: float = option(0.999, "--moco-m", LEARNS)
+    mlp: bool = option(False, "--mlp", LEARNS)
+    bn_splits: str = option("auto", "--bn-splits", FREE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.moco_m <= 1:
+            raise ValueError(f"--moco-m must be in [0, 1], got {self.moco_m:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Views(Part):
+    """views
+
+    aug_plus: augmentation of MoCo v2
+    image_size: %(default)s
+    crop_scale: share of the area (%(default)s)
+    blur: leave the Gaussian blur out of --aug-plus
+    views: cpu: all by Pillow in loader processes; device: they decode and crop, the device does
+        colour and blur (%(default)s)
+    """
+
+    aug_plus: bool = option(False, "--aug-plus", LEARNS)
+    image_size: int = option(224, "--image-size", LEARNS, least=1, metavar="PX")
+    crop_scale: tuple[float, float] = option(
+        (0.2, 1.0), "--crop-scale", LEARNS, metavar=("MIN", "MAX")
+    )
+    blur: bool = option(True, "--no-blur", LEARNS)
+    views: str = option("cpu", "--views", LEARNS, since="cpu", choices=("cpu", "device"))
+    mean: tuple[float, float, float] = option(
+        IMAGENET_MEAN, "--mean", LEARNS, metavar=("R", "G", "B")
+    )
+    std: tuple[float, float, float] = option(IMAGENET_STD, "--std", LEARNS, metavar=("R", "G", "B"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least, most = self.crop_scale
+        if not 0 < least <= most <= 1:
+            raise ValueError(f"--crop-scale must be 0 < MIN <= MAX <= 1, got {least:g} {most:g}")
+        check_image_statistics(self.mean, self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainData(Data):
+    """data
+
+    skip_bad_images: replace an unreadable image by the next one that can be read
+    max_bad_share: stop when a larger share of images is unreadable (%(default)s)
+    """
+
+    skip_bad_images: bool = option(False, "--skip-bad-images", FREE)
+    max_bad_share: float = option(0.01, "--max-bad-share", FREE, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptim(Optim):
+    """optimisation
+
+    lr: initial learning rate (%(default)s)
+    weight_decay: %(default)s
+    amp: mixed precision of the encoders (%(default)s)
+    accumulate: each device's share of --batch-size goes through in N parts, for less memory;
+        parts relate to each other as devices do, with batch norm, shuffle and intra-batch pairs
+        of their own; optimizer, key encoder and queue advance once per step (%(default)s)
+    init_from: start from the encoder in this file (weights, not a run: queue, optimizer and
+        epoch are new)
+    """
+
+    lr: float = option(0.03, "--lr --learning-rate", LEARNS, least=0, kind="rate")
+    weight_decay: float = option(0.0001, "--wd --weight-decay", LEARNS, least=0, kind="rate")
+    amp: str = option("off", "--amp", LEARNS, choices=("off", "bf16", "fp16"))
+    accumulate: int = option(1, "--accumulate", LEARNS, least=1, since=1)
+    init_from: str | None = option(
+        None, "--init-from", LEARNS, since=None, kind="path", metavar="CHECKPOINT"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSchedule(Schedule):
+    """schedule
+
+    cos: cosine learning-rate schedule
+    warmup_epochs: epochs of rising learning rate (%(default)s)
+    max_steps: stop after N steps of the run; 0 saves the untrained encoder
+    """
+
+    cos: bool = option(False, "--cos", LEARNS)
+    warmup_epochs: int = option(0, "--warmup-epochs", LEARNS, least=0)
+    max_steps: int | None = option(None, "--max-steps", FREE, least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs < 1:
+            raise ValueError(f"--epochs must be at least 1, got {self.epochs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed(Part):
+    """speed: what is learned stays the same; a run may go on under other settings than it began
+    with, but not bit for bit
+
+    channels_last: weights and images in NHWC order (default: on the CPU and with --amp)
+    compile: compile both encoders by torch.compile: minutes at the start
+    deterministic: only kernels that give the same bits every time; slower on a GPU
+    profile: write a trace of ten steps and print where their time goes
+    """
+
+    channels_last: bool | None = option(None, "--channels-last", ROUNDS, since=False)
+    compile: bool = option(False, "--compile", ROUNDS, since=False)
+    deterministic: bool = option(False, "--deterministic", ROUNDS, since=False)
+    profile: bool = option(False, "--profile", FREE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving(Folder):
+    """never lose a run
+
+    keep_last: checkpoints to keep (%(default)s), the newest, and
+    keep_every: that of every M-th epoch (%(default)s; 0: none)
+    save_steps: save every N steps too (0: after each epoch only)
+    save_minutes: save every M minutes too (0: no)
+    allow_changes: resume although what is learned changes; logs the differences
+    """
+
+    keep_last: int = option(5, "--keep-last", FREE, least=1)
+    keep_every: int = option(20, "--keep-every", FREE, least=0)
+    save_steps: int = option(0, "--save-steps", FREE, least=0)
+    save_minutes: float = option(0, "--save-minutes", FREE, least=0)
+    allow_changes: bool = option(False, "--allow-changes", FREE)
+    checkpoint: str | None = option(None, "", FREE)  # to go on from: a path, or "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching(Part):
+    """watching
+
+    knn_every: k-NN accuracy on val/ every N epochs, and at the end, where images have labels
+        (%(default)s; 0: never)
+    knn_bank: training images to look for neighbours among, as many of each class (%(default)s)
+    max_overflows: stop after more fp16 overflows in a row (%(default)s)
+    check_every: steps between proofs that ranks are equal (%(default)s; 0: never)
+    collapse_steps: warn after N steps with collapsed features (%(default)s; 0: never)
+    """
+
+    knn_every: int = option(10, "--knn-every", FREE, least=0)
+    knn_bank: int = option(50000, "--knn-bank", FREE, least=1)
+    max_overflows: int = option(20, "--max-overflows", FREE, least=0)
+    check_every: int = option(1000, "--check-every", FREE, least=0)
+    collapse_steps: int = option(500, "--collapse-steps", FREE, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """All of main_moco.py.
+
+    Raises:
+        ValueError: parts that do not fit each other; the parts check themselves.
+    """
+
+    data: PretrainData
+    encoder: Encoder = Encoder()
+    objective: Objective = Objective()
+    views: Views = Views()
+    optim: PretrainOptim = PretrainOptim()
+    schedule: PretrainSchedule = PretrainSchedule()
+    speed: Speed = Speed()
+    saving: Saving = Saving()
+    watching: Watching = Watching()
+    launch: Launch = Launch()
+    placement: Placement = Placement()
+
+    def __post_init__(self) -> None:
+        batch, processes = self.optim.batch_size, self.placement.processes
+        check_batch(self.optim, self.placement)
+        if batch // processes < 2:
+            raise ValueError(
+                f"--batch-size {batch} over {processes} process(es) leaves one image each; batch "
+                "norm and intra-batch pairs need at least two"
+            )
+        share, accumulate = batch // processes, self.optim.accumulate
+        if share % accumulate or share // accumulate < 2:
+            raise ValueError(
+                f"--accumulate {accumulate} does not split the batch of {share} on each device "
+                "into equal parts of at least two images"
+            )
+        queue = self.encoder.moco_k
+        if queue < batch:
+            raise ValueError(
+                f"--moco-k {queue} is smaller than the global batch of {batch}: the queue must "
+                "hold at least one batch of keys"
+            )
+        if self.objective.symmetric and queue < 2 * batch:
+            raise ValueError(
+                f"--moco-k {queue} is smaller than twice the global batch of {batch}: with "
+                "--symmetric the keys of both views enter the queue"
+            )
+        if self.optim.amp == "fp16" and self.placement.devices[0] == "cpu":
+            raise ValueError("--amp fp16 needs a GPU; use bf16 or off on the CPU")
+        _ = self.bn_groups  # refuses what does not divide
+
+    @property
+    def part_size(self) -> int:
+        """Images that go through the encoder at a time."""
+        return self.optim.batch_size // self.placement.processes // self.optim.accumulate
+
+    @property
+    def bn_groups(self) -> int:
+        """Batch-norm groups per device, of each part of its batch. The published runs had 32 images
+        on each device; there is one group where the part is not above 32 or not a multiple of it.
+        """
+        batch, splits = self.part_size, self.encoder.bn_splits
+        if splits == "auto":
+            return batch // 32 if batch > 32 and batch % 32 == 0 else 1
+        try:
+            groups = int(splits)
+        except ValueError:
+            raise ValueError(f"--bn-splits must be a number or auto, got {splits!r}") from None
+        if groups < 1 or batch % groups:
+            accumulate = self.optim.accumulate
+            raise ValueError(
+                f"--bn-splits {groups} does not divide the batch of {batch} on each device"
+                + (f" (--accumulate {accumulate})" if accumulate > 1 else "")
+            )
+        if batch // groups < 2 and groups > 1:
+            raise ValueError(
+                f"--bn-splits {groups} leaves groups of one image, which have no variance"
+            )
+        return groups
+
+    def to_flat(self) -> dict[str, Any]:
+        """The values by their flat names, as JSON and `weights_only` can hold them."""
+        return {
+            **flat_values(self),
+            "objective": objective_formula(flat_values(self.objective)),
+            "bn_groups": self.bn_groups,
+            "bn_group_size": self.part_size // self.bn_groups,
+        }

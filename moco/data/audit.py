@@ -1,0 +1,324 @@
+"""Audit of a data set before a long run: each image decoded as training does, each class folder.
+
+`audit` finds files that training refuses, files that it reads with a decision that one should know
+of (CMYK, greyscale, EXIF rotation, ...), and class folders that do not fit.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from PIL import ExifTags, Image
+from tqdm import tqdm
+
+from moco.data.folders import (
+    FILES,
+    IMG_EXTENSIONS,
+    LeftOut,
+    data_folder,
+    folders_below,
+    image_paths,
+    is_image,
+    is_tool_made,
+)
+from moco.data.images import MAX_PIXELS, load_rgb
+from moco.errors import DataError
+from moco.printable import printable
+
+# What training does with files of each kind. It stops at the first group, or replaces the image
+# (--skip-bad-images).
+REFUSED = {
+    "empty": "refused: the file has no bytes",
+    "truncated": "refused: the end of the file is missing",
+    "unreadable": "refused: damaged, or no image",
+    "too large": f"refused before it is decoded: more than {MAX_PIXELS / 1e6:.0f} million pixels",
+    "32-bit": "refused: what is black and white in 32-bit pixels is not defined",
+    "missing": "refused: a link to nowhere, a pipe or a device",
+    "kills its reader": "training would end: the process that decodes it dies (memory, or a crash)",
+}
+READ = {
+    "large": "read, slowly: half of what is refused or more",
+    "CMYK": "converted to RGB without its colour profile",
+    "greyscale": "the one channel three times",
+    "black and white": "0 and 255 in three channels",
+    "16-bit": "the high byte of each value",
+    "palette": "the colours of its palette",
+    "transparency": "dropped; what lies under transparent pixels is seen",
+    "other colours": "converted to RGB (YCbCr, HSV, ...)",
+    "animated": "the first frame or page",
+    "EXIF-rotated": "not rotated: seen as it is stored",
+    "wrong extension": "read as what it is, whatever its name says",
+}
+CLASSES = {
+    "class without images": "not a class: classes are numbered without it",
+    "class of val not in train": "refused by linear evaluation",
+    "class of train not in val": "trained, never validated",
+    "image outside the class folders": "refused by linear evaluation; pretraining reads it",
+}
+GROUPS = {"training refuses": REFUSED, "training reads": READ, "class folders": CLASSES}
+STOPS = {*REFUSED, "class of val not in train", "image outside the class folders"}
+_MODES = {
+    "1": ["black and white"],
+    "L": ["greyscale"],
+    "LA": ["greyscale", "transparency"],
+    "La": ["greyscale", "transparency"],
+    "P": ["palette"],
+    "PA": ["palette", "transparency"],
+    "RGB": [],
+    "RGBX": [],
+    "RGBA": ["transparency"],
+    "RGBa": ["transparency"],
+    "CMYK": ["CMYK"],
+    "I": ["greyscale", "16-bit"],
+}
+Finding = tuple[str, str]  # kind, details
+
+# ------------------------------------------------------------------------------------------------
+# The whole data set
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Findings of `audit`.
+
+    Attributes:
+        root: the folder.
+        images: number of images that were decoded.
+        ignored: number of other files by extension.
+        left_out: one line for each split on entries that are not looked at (`folders.LeftOut`).
+        kinds: by kind of finding the (path, details), sorted.
+    """
+
+    root: Path
+    images: int
+    ignored: Counter
+    left_out: list[str]
+    kinds: dict[str, list[tuple[str, str]]]
+
+    @property
+    def refused(self) -> int:
+        """Number of files and classes at which training or evaluation would stop."""
+        return sum(len(self.kinds.get(kind, [])) for kind in STOPS)
+
+    def report(self, show: int = 3) -> str:
+        """All kinds as text, with `show` paths of each."""
+        lines = [f"{self.root}: {self.images} images checked"]
+        if self.ignored:
+            most = ", ".join(f"{count} {name}" for name, count in self.ignored.most_common(5))
+            lines[0] += f", {sum(self.ignored.values())} other files ignored ({most})"
+        lines += self.left_out
+        width = max(map(len, self.kinds), default=0)
+        for title, group in GROUPS.items():
+            present = [kind for kind in group if kind in self.kinds]
+            lines += ["", f"{title}:"] if present else []
+            for kind in present:
+                found = self.kinds[kind]
+                lines.append(f"  {kind:<{width}} {len(found):>8}  {group[kind]}")
+                for path, details in found[:show]:
+                    note = f"  ({details})" if details else ""
+                    lines.append(f"      {os.path.relpath(path, self.root)}{note}")
+                if len(found) > show:
+                    lines.append(f"      ... and {len(found) - show} more")
+        refused = self.refused
+        lines += ["", f"{refused} would be refused" if refused else "nothing would be refused"]
+        return "\n".join(map(printable, lines))
+
+    def to_dict(self) -> dict:
+        """All paths of each kind, as JSON can hold them."""
+        in_training = {kind: text for group in GROUPS.values() for kind, text in group.items()}
+        return {
+            "root": str(self.root),
+            "images": self.images,
+            "ignored": dict(self.ignored),
+            "left_out": self.left_out,
+            "kinds": {
+                kind: {
+                    "in_training": in_training[kind],
+                    "refused": kind in STOPS,
+                    "files": [{"path": path, "details": details} for path, details in found],
+                }
+                for kind, found in sorted(self.kinds.items())
+            },
+        }
+
+
+def audit(root: Path, workers: int) -> Audit:
+    """Decode all images of `root`, or of its train/ and val/, by `workers` processes.
+
+    Raises:
+        DataError: no images.
+    """
+    root = data_folder(root)
+    left_out = {split: LeftOut(split) for split in splits_of(root)}
+    by_split = {split: list(image_paths(split, found)) for split, found in left_out.items()}
+    paths = [path for images in by_split.values() for path in images]
+    if not paths:
+        raise DataError(f"no images in {root} (looked for {', '.join(IMG_EXTENSIONS)})")
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for path, (kind, details) in check_classes(root, by_split):
+        kinds[kind].append((path, details))
+    with tqdm(total=len(paths), unit="image", disable=None) as bar:
+        for path, findings in check_files(paths, min(workers, len(paths))):
+            bar.update()
+            for kind, details in findings:
+                kinds[kind].append((path, details))
+    for found in kinds.values():
+        found.sort()
+    ignored = sum(map(ignored_files, by_split), Counter())
+    said = [str(found) for found in left_out.values() if found.counts]
+    return Audit(root, len(paths), ignored, said, dict(kinds))
+
+
+# ------------------------------------------------------------------------------------------------
+# One file
+# ------------------------------------------------------------------------------------------------
+
+
+def check_file(path: str) -> list[Finding]:
+    """What there is to say about one image file; [] for an ordinary RGB image."""
+    if not os.path.isfile(path):
+        return [("missing", "")]
+    if not os.path.getsize(path):
+        return [("empty", "")]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            found = _look_at_header(path)
+    except Exception as error:  # Pillow's readers fail in any way
+        found = [("unreadable", str(error))]
+    try:
+        load_rgb(path)  # the judge: this is what training does
+    except DataError as error:
+        reason = str(error).removeprefix(f"cannot read image {path}: ")
+        reason = reason.removesuffix("; replace or remove it")
+        kind = next((kind for mark, kind in _REASONS if mark in reason), "unreadable")
+        return [(kind, reason)]
+    return [finding for finding in found if finding[0] not in REFUSED]
+
+
+_REASONS = (
+    ("pixels, the most is", "too large"),
+    ("decompression bomb", "too large"),
+    ("32-bit", "32-bit"),
+    ("truncated", "truncated"),
+    ("Truncated", "truncated"),
+)
+
+
+def _look_at_header(path: str) -> list[Finding]:
+    """Kinds that can be told without decoding the pixels."""
+    found = []
+    with Image.open(path) as image:
+        if 2 * image.width * image.height > MAX_PIXELS:
+            found.append(("large", f"{image.width} x {image.height}"))
+        if image.mode.startswith("I;16"):
+            found += [("greyscale", image.mode), ("16-bit", image.mode)]
+        else:
+            kinds = _MODES.get(image.mode, ["other colours"])
+            found += [(kind, image.mode) for kind in kinds]
+            if ";16" in str(image.tile) and "16-bit" not in kinds:
+                found.append(("16-bit", image.mode))
+        if "transparency" in image.info and image.mode in ("1", "L", "P", "RGB"):
+            found.append(("transparency", f"{image.mode} with a transparent colour"))
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            found.append(("animated", f"{image.format}, {frames} frames"))
+        if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode it all to look
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            if orientation not in (0, 1):
+                found.append(("EXIF-rotated", f"orientation {orientation}"))
+        suffix = os.path.splitext(path)[1].lower()
+        named = Image.registered_extensions().get(suffix)
+        if named != image.format and (named, image.format) != ("JPEG", "MPO"):
+            found.append(("wrong extension", f"{image.format} inside"))
+    return found
+
+
+def check_files(
+    paths: Sequence[str], workers: int, context: multiprocessing.context.BaseContext | None = None
+) -> Iterator[tuple[str, list[Finding]]]:
+    """`check_file` of all paths by several processes, in any order.
+
+    A file that kills the process that reads it does not stop the check: those that were in work
+    are then tried one by one, each in a process of its own.
+    """
+    left = iter(paths)
+    while True:
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            pending = {}
+            try:
+                while True:
+                    for path in islice(left, 4 * workers - len(pending)):
+                        pending[pool.submit(check_file, path)] = path
+                    if not pending:
+                        return
+                    for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                        result = future.result()
+                        yield pending.pop(future), result
+            except BrokenProcessPool:
+                suspects = list(pending.values())
+        for path in suspects:
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                try:
+                    yield path, pool.submit(check_file, path).result()
+                except BrokenProcessPool:
+                    yield path, [("kills its reader", "")]
+
+
+# ------------------------------------------------------------------------------------------------
+# Folders
+# ------------------------------------------------------------------------------------------------
+
+
+def splits_of(root: Path) -> list[Path]:
+    """Folders that are read: train and val where they are there, else the folder itself."""
+    if not (root / "train").is_dir():
+        return [root]
+    return [root / name for name in ("train", "val") if (root / name).is_dir()]
+
+
+def check_classes(root: Path, paths: dict[Path, list[str]]) -> list[tuple[str, Finding]]:
+    """What does not fit between class folders and images, and between train and val.
+
+    Args:
+        root: the data folder.
+        paths: of the images in each of its splits.
+    """
+    found = []
+    classes: list[dict[str, Path]] = []  # of train and val
+    for split, images in paths.items():
+        inside = [os.path.relpath(path, split).split(os.sep) for path in images]
+        with_images = {parts[0] for parts in inside if len(parts) > 1}
+        classes.append({name: split / name for name in with_images})
+        for entry in split.iterdir():
+            if entry.is_dir() and not is_tool_made(entry.name) and entry.name not in with_images:
+                found.append((entry, "class without images"))
+        if with_images and split != root:
+            loose = [split / parts[0] for parts in inside if len(parts) == 1]
+            found += [(path, "image outside the class folders") for path in loose]
+    if len(classes) == 2:
+        train, val = classes
+        found += [(val[name], "class of val not in train") for name in val.keys() - train.keys()]
+        found += [(train[name], "class of train not in val") for name in train.keys() - val.keys()]
+    return [(str(path), (kind, "")) for path, kind in found]
+
+
+def ignored_files(folder: Path) -> Counter:
+    """Number of files that training does not look at, by extension."""
+    left_out = LeftOut(folder)
+    count = Counter(
+        os.path.splitext(name)[1] or "no extension"
+        for _, names in folders_below(folder, left_out)
+        for name in names
+        if not is_image(name)
+    )
+    return count + Counter({"hidden": left_out.counts.get(FILES, 0)})

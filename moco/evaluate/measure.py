@@ -1,0 +1,291 @@
+"""Alignment, uniformity, k-NN accuracy, effective rank and deviation of an encoder or of features.
+
+`measure_encoder` takes held-out images: positive pairs are two random views of each image under a
+fixed seed; uniformity, rank and deviation are those of the first views, each image once; k-NN
+classifies centre crops of DIR/val by those of DIR/train. `measure_features` takes files of
+features. Both give one report, a dict that can be written as JSON.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from align_uniform.bounds import uniformity_infimum
+from align_uniform.metrics import (
+    alignment,
+    dimension_deviation,
+    effective_rank,
+    uniformity_curve,
+)
+from moco.data.images import FolderImages, Images, Subset, first_per_class, open_images
+from moco.errors import DataError
+from moco.evaluate.extraction import LAYERS, ImageEncoder, Loading, extract
+from moco.evaluate.feature_files import FeatureSet, read_features, unit_rows
+from moco.evaluate.knn import count_correct, knn_predict
+
+
+@dataclass(frozen=True)
+class Quantities:
+    """What is measured.
+
+    Attributes:
+        alphas: exponents of alignment, ascending.
+        ts: inverse temperatures of uniformity, ascending.
+        knn_k, knn_temperature: of the weighted k-NN vote.
+    """
+
+    alphas: Sequence[float] = (1.0, 2.0)
+    ts: Sequence[float] = tuple(float(t) for t in range(1, 9))
+    knn_k: int = 200
+    knn_temperature: float = 0.07
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Which images are measured.
+
+    Attributes:
+        data: a folder; DIR/val is measured, or all of DIR where there is none.
+        dataset: "folder", or a data set as torchvision stores it.
+        per_class: the first so many of each class.
+        most: of a larger set take so many, evenly spread: bounds memory and time.
+        seed: of the views.
+    """
+
+    data: str | os.PathLike
+    dataset: str = "folder"
+    per_class: int | None = None
+    most: int = 100_000
+    seed: int = 0
+
+    def images(self) -> Images:
+        """Images to measure; labels are not needed."""
+        root = Path(self.data)
+        if self.dataset != "folder":
+            return self._limited(open_images(self.dataset, root, "val"))
+        return self._limited(FolderImages(root / "val" if (root / "val").is_dir() else root))
+
+    def knn_images(self) -> tuple[Images, Images]:
+        """Bank and queries, of the same classes."""
+        root = Path(self.data)
+        bank = open_images(self.dataset, root, "train")
+        queries = open_images(self.dataset, root, "val", classes=bank.classes)
+        return self._limited(bank), self._limited(queries)
+
+    def _limited(self, images: Images) -> Images:
+        if self.per_class is not None:
+            if images.targets is None:
+                raise DataError(f"--images-per-class needs labels, and {self.data} has none")
+            images = Subset(images, first_per_class(images.targets, self.per_class))
+        if len(images) > self.most:
+            images = Subset(images, [i * len(images) // self.most for i in range(self.most)])
+        return images
+
+
+def measure_encoder(
+    encoder: ImageEncoder,
+    name: str,
+    held_out: HeldOut,
+    loading: Loading,
+    quantities: Quantities,
+    *,
+    layer: str | None = None,
+) -> dict:
+    """Measure an encoder on held-out images.
+
+    Args:
+        encoder: as `load_image_encoder` gives it.
+        name: of its file, for the report.
+        layer: only this one; None for all that the encoder has.
+
+    Raises:
+        DataError: fewer than two images, one that cannot be read, features that are not finite.
+    """
+    images = held_out.images()
+    if len(images) < 2:
+        raise DataError(
+            f"{held_out.data} has {len(images)} image to measure; at least 2 are needed"
+        )
+    notes = list(encoder.notes)
+    if held_out.dataset == "folder" and not (Path(held_out.data) / "val").is_dir():
+        folder = Path(held_out.data) / "val"
+        notes.append(f"no folder {folder}: measured on all images of {held_out.data}")
+    if "aug_plus" not in encoder.trained:
+        notes.append("the file names no augmentation: views are MoCo v2's")
+    only = {"unit": True, "layer": layer}
+    (x, y), _ = extract(encoder, images, loading, views=2, seed=held_out.seed, what="views", **only)
+    layers = {
+        each: _without_labels(x[each], y[each], quantities, loading.device, f"{name}, {each}")
+        for each in LAYERS
+        if each in x
+    }
+    try:
+        bank_images, query_images = held_out.knn_images()
+    except DataError as error:
+        notes.append(f"k-NN left out: {error}")
+    else:
+        (bank,), bank_labels = extract(encoder, bank_images, loading, what="bank", **only)
+        (queries,), labels = extract(encoder, query_images, loading, what="queries", **only)
+        for each, found in layers.items():
+            found["knn"] = _knn(
+                queries[each], labels, bank[each], bank_labels, quantities, loading.device
+            )
+    facts = {"checkpoint": name, **encoder.facts, "data": str(held_out.data)}
+    return _report(facts, layers, len(images), held_out.seed, quantities, notes)
+
+
+def measure_features(
+    path: str | os.PathLike,
+    bank_path: str | os.PathLike | None,
+    quantities: Quantities,
+    device: torch.device,
+    *,
+    seed: int = 0,
+) -> dict:
+    """Measure the features in a file; rows are normalised, which a note says.
+
+    Args:
+        path: `features`, and perhaps `labels` and a second view.
+        bank_path: features with labels to find the neighbours of k-NN among.
+
+    Raises:
+        DataError: a file that cannot be read, or features that cannot be measured.
+    """
+    notes: list[str] = []
+    own = _read_unit_rows(path, notes)
+    layer = _without_labels(own.features, own.second_view, quantities, device, str(path))
+    if own.second_view is None:
+        notes.append(f"alignment left out: {path} has no positives (other views)")
+    if bank_path is None:
+        notes.append("k-NN left out: give a bank with labels by --bank FILE")
+    else:
+        bank = _read_unit_rows(bank_path, notes)
+        if bank.features.shape[1] != own.features.shape[1]:
+            raise DataError(
+                f"{bank_path} has features of {bank.features.shape[1]} dimensions, {path} of "
+                f"{own.features.shape[1]}; take both from one layer of one encoder"
+            )
+        # -1 is what images without labels are written with.
+        unlabelled = [
+            str(file)
+            for file, found in ((path, own.labels), (bank_path, bank.labels))
+            if found is None or (found < 0).any()
+        ]
+        if unlabelled:
+            notes.append(f"k-NN left out: no labels in {' and '.join(unlabelled)}")
+        else:
+            layer["knn"] = _knn(
+                own.features, own.labels, bank.features, bank.labels, quantities, device
+            )
+    facts = {"features": str(path)}
+    return _report(facts, {"features": layer}, len(own.features), seed, quantities, notes)
+
+
+def _read_unit_rows(path: str | os.PathLike, notes: list[str]) -> FeatureSet:
+    def unit(name: str, rows: Tensor) -> Tensor:
+        rows, changed = unit_rows(rows, name, path)
+        if changed:
+            notes.append(f"{name} of {path} are not unit rows: normalised")
+        return rows.float()
+
+    found = read_features(path)
+    second_view = found.second_view
+    if second_view is not None:
+        second_view = unit("positives", second_view)
+    return replace(found, features=unit("features", found.features), second_view=second_view)
+
+
+def _without_labels(
+    x: Tensor, y: Tensor | None, quantities: Quantities, device: torch.device, what: str
+) -> dict:
+    """All that needs no labels. x, y: (N, C) unit rows; without y no alignment."""
+    x = x.to(device)
+    y = None if y is None else y.to(device)
+    dim = x.shape[1]
+    by_t = [f"{t:g}" for t in quantities.ts]
+    try:
+        return {
+            "dim": dim,
+            "alignment": None
+            if y is None
+            else {f"{alpha:g}": alignment(x, y, alpha) for alpha in quantities.alphas},
+            "uniformity": dict(zip(by_t, uniformity_curve(x, quantities.ts), strict=True)),
+            "uniformity_infimum": {
+                name: uniformity_infimum(dim, t)
+                for name, t in zip(by_t, quantities.ts, strict=True)
+            },
+            "effective_rank": effective_rank(x),
+            "deviation": dimension_deviation(x).mean().item() * dim**0.5,
+            "knn": None,
+        }
+    except ValueError as error:
+        raise DataError(f"features of {what} cannot be measured: {error}") from error
+
+
+def _knn(
+    queries: Tensor,
+    labels: Tensor,
+    bank: Tensor,
+    bank_labels: Tensor,
+    quantities: Quantities,
+    device: torch.device,
+) -> dict:
+    """Weighted k-NN accuracy in percent; labels are any whole numbers."""
+    known, bank_classes = bank_labels.unique(return_inverse=True)
+    position = torch.searchsorted(known, labels).clamp_(max=len(known) - 1)
+    targets = torch.where(known[position] == labels, position, -1)  # -1 is never right
+    top = min(5, len(known))
+    ranked = knn_predict(
+        queries.to(device),
+        bank.to(device),
+        bank_classes.to(device),
+        classes=len(known),
+        k=quantities.knn_k,
+        temperature=quantities.knn_temperature,
+    )
+    correct = count_correct(ranked, targets.to(device), (1, top))
+    top1, top5 = (100 * correct / len(labels)).tolist()
+    return {
+        "top1": top1,
+        "top5": top5,
+        "k": min(quantities.knn_k, len(bank)),
+        "temperature": quantities.knn_temperature,
+        "bank": len(bank),
+        "queries": len(labels),
+        "classes": len(known),
+    }
+
+
+def _report(
+    facts: dict,
+    layers: dict[str, dict],
+    images: int,
+    seed: int,
+    quantities: Quantities,
+    notes: list[str],
+) -> dict:
+    """The result. Its first lines are the two numbers of the paper, of the first layer, at
+    alpha = 2 and t = 2 where these were measured."""
+    name, first = next(iter(layers.items()))
+    alpha, t = (
+        f"{2 if 2 in given else given[0]:g}" for given in (quantities.alphas, quantities.ts)
+    )
+    return {
+        **facts,
+        "images": images,
+        "seed": seed,
+        "layer": name,
+        "alpha": float(alpha),
+        "t": float(t),
+        "alignment": first["alignment"] and first["alignment"][alpha],
+        "uniformity": first["uniformity"][t],
+        "uniformity_infimum": first["uniformity_infimum"][t],
+        "layers": layers,
+        "notes": notes,
+    }

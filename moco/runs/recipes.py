@@ -1,0 +1,348 @@
+"""Recipes: rows of published tables as command lines of main_moco.py, main_lincls.py and
+measure_align_uniform.py, at full or smaller scale, and published beside measured figures."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import json
+import shlex
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moco.run_files import write_json
+
+PUBLISHED = {  # column -> what it is called
+    "cv_top1": "cross-validation top-1",
+    "cv_top5": "cross-validation top-5",
+    "val_top1": "validation top-1",
+    "val_top5": "validation top-5",
+    "knn_top1": "k-NN top-1",
+}
+# Flags of main_lincls.py that the measurement shares: which images, and where it runs.
+DATA, MACHINE = ("--dataset", "--images-per-class"), ("--device", "-j", "--workers")
+
+Flags = dict[str, str | list | float | bool]
+
+
+class Tables:
+    """The published tables of a folder: recipes.toml with protocols and scales, NAME.csv with the
+    rows of each table."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        protocols = tomllib.loads((folder / "recipes.toml").read_text(encoding="utf-8"))
+        self.scales: dict[str, dict] = protocols.pop("scale")
+        self.tables: dict[str, dict] = {}  # title, source, pretrain, lincls, rows, ...
+        for name, table in protocols.items():
+            with open(folder / f"{name}.csv", newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            self.tables[name] = {**self.tables.get(table.get("like"), {}), **table, "rows": rows}
+
+    def names(self) -> list[str]:
+        """TABLE:ROW of every recipe."""
+        return [
+            f"{name}:{row}"
+            for name, table in self.tables.items()
+            for row in range(1, 1 + len(table["rows"]))
+        ]
+
+    def find(self, recipe: str) -> tuple[dict, dict]:
+        """The table and the row that `recipe` names.
+
+        Raises:
+            ValueError: no such recipe; the message has the nearest names.
+        """
+        names = self.names()
+        name, _, row = recipe.partition(":")
+        if recipe in names:
+            return self.tables[name], self.tables[name]["rows"][int(row) - 1]
+        if name in self.tables:
+            rows = len(self.tables[name]["rows"])
+            raise ValueError(f"no recipe {recipe!r}: {name} has rows 1 to {rows}")
+        near = difflib.get_close_matches(recipe, names, n=3, cutoff=0) or names[:3]
+        raise ValueError(
+            f"no recipe {recipe!r}; the nearest are {', '.join(near)} (--list shows all)"
+        )
+
+    def classes(self, table: dict) -> set[str]:
+        """Names of the classes of a table that has a list of them."""
+        return set((self.folder.parent / table["classes"]).read_text(encoding="utf-8").split())
+
+
+@dataclass
+class Plan:
+    """A recipe as commands, with what they leave."""
+
+    recipe: str
+    table: dict
+    row: dict
+    changes: list[str]  # from the published setting
+    pretrain: list[str]  # flags of main_moco.py, without folders
+    lincls: list[str]
+    steps: list[tuple[Path, list[str]]]  # the file that each command ends with, and its words
+
+    def facts(self) -> dict:
+        """What results depend on, to tell whether those in a folder are of this plan."""
+        return {
+            "pretrain": split_off(self.pretrain, *MACHINE)[1],
+            "lincls": split_off(self.lincls, *MACHINE)[1],
+        }
+
+
+def plan(
+    tables: Tables,
+    recipe: str,
+    data: str,
+    out: Path,
+    *,
+    scale: str = "full",
+    folds: int | None = None,
+    seed: int = 0,
+    pretrain: Sequence[str] = (),
+    lincls: Sequence[str] = (),
+) -> Plan:
+    """The three commands of a recipe: pretraining, evaluation, measurement.
+
+    Args:
+        recipe: TABLE:ROW.
+        data: the data folder, which is not looked at.
+        out: where the commands put their results.
+        scale: "full" or one of the smaller ones.
+        folds: choose by so many folds of the training set.
+        pretrain, lincls: more flags for either main; later flags count.
+
+    Raises:
+        ValueError: no such recipe, or flags that cannot be.
+    """
+    table, row = tables.find(recipe)
+    moco, probe = flags_of(table, row)
+    changes = []
+    if scale != "full":
+        changes = rescale(moco, probe, tables.scales[scale])
+    if folds is not None:
+        if folds < 2:
+            raise ValueError(f"--folds must be at least 2, got {folds}")
+        probe["folds"] = folds
+    moco["seed"] = probe["seed"] = seed
+    moco_words, probe_words = [*spell(moco), *pretrain], [*spell(probe), *lincls]
+    changes += [
+        f"{program} {shlex.join(words)}"
+        for program, words in (("pretrain", pretrain), ("lincls", lincls))
+        if words
+    ]
+    (_, epochs), _ = split_off(moco_words, "--epochs")
+    if not epochs.isdecimal() or int(epochs) < 1:
+        raise ValueError(f"--pretrain: --epochs must be a whole number of at least 1, got {epochs}")
+    checkpoint = out / "pretrain" / f"checkpoint_{int(epochs) - 1:04d}.pth.tar"
+    metrics = out / "align_uniform.json"
+    steps = [
+        (checkpoint, ["main_moco.py", *moco_words, *_resumed(out / "pretrain"), data]),
+        (out / "lincls" / "lincls.json",
+         ["main_lincls.py", "--pretrained", str(checkpoint), *probe_words,
+          *_resumed(out / "lincls"), data]),
+        (metrics,
+         ["scripts/measure_align_uniform.py", str(checkpoint), data,
+          *split_off(probe_words, *DATA, *MACHINE)[0], "--out", str(metrics)]),
+    ]  # fmt: skip
+    return Plan(recipe, table, row, changes, moco_words, probe_words, steps)
+
+
+def _resumed(folder: Path) -> list[str]:
+    return ["--save-dir", str(folder), "--resume", "auto"]
+
+
+def flags_of(table: dict, row: dict) -> tuple[Flags, Flags]:
+    """Flags of main_moco.py and main_lincls.py, without seed and folders."""
+    pretrain: Flags = {"arch": table["pretrain"]["arch"]}
+    for column, flag in (("epochs", "epochs"), ("batch_size", "batch-size"), ("lr", "lr")):
+        pretrain[flag] = float(row[column])
+    pretrain.update(table["pretrain"])
+    for column, flag in (("queue", "moco-k"), ("dim", "moco-dim")):
+        if column in row:
+            pretrain[flag] = float(row[column])
+    if row.get("moco") == "v2":
+        pretrain.update({"aug-plus": True, "mlp": True, "cos": True})
+        del pretrain["schedule"], pretrain["schedule-factor"]
+    for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
+        weight = float(row[f"{term}_w"] or 0)
+        pretrain[f"moco-{term}-w"] = weight
+        if weight:
+            pretrain[f"moco-{term}-{parameter}"] = float(row[f"{term}_{parameter}"])
+    if row.get("symmetric") == "yes":
+        pretrain["symmetric"] = True
+    if row["intra_batch"] == "no":
+        pretrain["moco-unif-no-intra-batch"] = True
+    return pretrain, dict(table["lincls"])
+
+
+def rescale(pretrain: Flags, lincls: Flags, scale: dict) -> list[str]:
+    """Replace what a smaller scale replaces, in place; returns a line for each change. Epochs of a
+    schedule move in proportion."""
+    changes = [f"data: {scale['data']}"]
+    for program, flags in (("pretrain", pretrain), ("lincls", lincls)):
+        new = dict(scale[program])
+        if "schedule" in flags and "epochs" in new:
+            share = new["epochs"] / flags["epochs"]
+            new["schedule"] = [round(epoch * share) for epoch in flags["schedule"]]
+        for flag, value in new.items():
+            usual = False if value is False else None  # of a flag that is not there
+            if flags.get(flag, usual) != value:
+                before = value_text(flags[flag]) if flag in flags else "default"
+                changes.append(f"{program} --{flag}: {before} -> {value_text(value)}")
+        flags.update(new)
+    return changes
+
+
+def split_off(words: list[str], *flags: str) -> tuple[list[str], list[str]]:
+    """Those of the flags that stand in a command line, each with its last value, which counts; and
+    the other words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        parser.add_argument(flag, dest=flag)
+    found, rest = parser.parse_known_args(words)
+    values = vars(found).items()
+    return [word for flag, value in values if value is not None for word in (flag, value)], rest
+
+
+def spell(flags: Flags) -> list[str]:
+    """Flags as words of a command line."""
+    words = []
+    for flag, value in flags.items():
+        if value is not False:
+            words += [f"--{flag}", *([] if value is True else value_text(value).split())]
+    return words
+
+
+def value_text(value: str | list | float | bool) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    values = value if isinstance(value, list) else [value]
+    return " ".join(v if isinstance(v, str) else f"{v:.10g}" for v in values)
+
+
+def claim(path: Path, facts: dict) -> None:
+    """Note in a file what its folder is for: results of other settings are not taken for these.
+
+    Raises:
+        ValueError: the folder is of other settings, or the file is damaged.
+    """
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in facts if before.get(key) != facts[key]]
+        except (ValueError, AttributeError):
+            raise ValueError(f"{path} is damaged; choose another --out") from None
+        if other:
+            raise ValueError(
+                f"{path.parent} holds another {path.stem} (its {', '.join(other)} differ); choose "
+                "another --out"
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, facts)
+
+
+def check_classes(tables: Tables, table: dict, data: Path) -> None:
+    """Raise ValueError unless both splits of `data` hold the classes of the published figures."""
+    for split in ("train", "val"):
+        folder = data / split
+        entries = folder.iterdir() if folder.is_dir() else ()
+        found = {entry.name for entry in entries if entry.is_dir()}
+        if "class-count" in table:
+            if len(found) != table["class-count"]:
+                raise ValueError(
+                    f"{folder} has {len(found)} classes, expected {table['class-count']}"
+                )
+            continue
+        classes = tables.classes(table)
+        missing, others = sorted(classes - found), len(found - classes)
+        if missing:
+            raise ValueError(
+                f"{folder} lacks {len(missing)} of the {len(classes)} classes of ImageNet-100: "
+                f"{', '.join(missing)}"
+            )
+        if others:
+            raise ValueError(
+                f"{folder} has {others} classes beside the {len(classes)} of ImageNet-100; make a "
+                "folder of those alone with scripts/create_imagenet_subset.py"
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# Lines for people to read
+# ------------------------------------------------------------------------------------------------
+
+
+def formula(row: dict) -> str:
+    """The objective of a row."""
+    terms = [
+        (row[f"{term}_w"], f"{name}({parameter}={row[f'{term}_{parameter}']})")
+        for term, name, parameter in (
+            ("contr", "InfoNCE", "tau"), ("align", "align", "alpha"), ("unif", "uniform", "t")
+        )
+    ]  # fmt: skip
+    text = " + ".join(f"{weight} * {term}" for weight, term in terms if weight)
+    text += ", no intra-batch pairs" if row["intra_batch"] == "no" else ""
+    return text + (", symmetric" if row.get("symmetric") == "yes" else "")
+
+
+def overview(tables: Tables) -> list[str]:
+    """All recipes."""
+    lines = []
+    for name, table in tables.tables.items():
+        lines.append(f"{name}: {table['title']} ({table['source']})")
+        for number, row in enumerate(table["rows"], start=1):
+            setting = f"batch {row['batch_size']}, lr {row['lr']}"
+            setting += f", MoCo {row['moco']}" if "moco" in row else ""
+            setting += f", queue {row['queue']}" if "queue" in row else ""
+            note = f"  ({row['note']})" if row["note"] else ""
+            top1 = row.get("val_top1") or row.get("knn_top1") or "-"
+            lines.append(f"  {name}:{number:<3} {top1:>6}  {formula(row)}; {setting}{note}")
+    return lines
+
+
+def describe(plan: Plan) -> list[str]:
+    """What a plan is of and what it changes, then its commands."""
+    figures = [f"{n} {plan.row[column]}" for column, n in PUBLISHED.items() if plan.row.get(column)]
+    lines = [f"# {plan.recipe}: {formula(plan.row)}"]
+    lines.append(f"# {plan.table['title']}; {plan.table['source']}")
+    if plan.row["note"]:
+        lines.append(f"# note: {plan.row['note']}")
+    lines.append(f"# published: {', '.join(figures) or 'nothing'}")
+    if plan.changes:
+        lines.append(
+            "# not the published setting, so the published figures are no target; changed:"
+        )
+        lines += [f"#   {change}" for change in plan.changes]
+    return lines + [f"python {shlex.join(command)}" for _, command in plan.steps]
+
+
+def compared(row: dict, result: dict, metrics: dict, *, changed: bool) -> list[str]:
+    """Published and measured figures: `result` is lincls.json, `metrics` align_uniform.json."""
+    measured = {}
+    if "last" in result:  # not with --epochs 0 --knn
+        measured.update(val_top1=result["last"]["top1"], val_top5=result["last"]["top5"])
+    if "folds" in result:
+        means = [setting["mean"] for setting in result["folds"]["settings"]]
+        measured["cv_top1"] = max(mean for mean in means if mean is not None)  # of the chosen one
+    if "knn" in result:
+        measured["knn_top1"] = result["knn"]["top1"]
+    lines = ["", f"{'':<24} {'published':>9} {'measured':>9}"]
+    for column, name in PUBLISHED.items():
+        if row.get(column) or column in measured:
+            value = f"{measured[column]:9.2f}" if column in measured else f"{'-':>9}"
+            lines.append(f"{name:<24} {row.get(column) or '-':>9} {value}")
+    if "folds" in result:
+        folds = result["folds"]["count"]
+        lines.append(f"measured: {folds} folds of the training set; validation once")
+    elif "best" in result:
+        best = result["best"]
+        lines.append(f"measured: last epoch; best {best['top1']:.2f} in epoch {best['epoch']}")
+    lines.append(f"alignment {metrics['alignment']:.4f}, uniformity {metrics['uniformity']:.4f}")
+    if changed:
+        lines.append("not the setting of the published figures (see above): no comparison")
+    return lines

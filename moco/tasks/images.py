@@ -1,0 +1,69 @@
+"""Pairs of random views of images, as training data of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moco.data import loader
+from moco.data.images import names_digest, open_images
+from moco.data.samples import AugmentedViews
+from moco.data.views import pretrain_recipe
+from moco.train.guards import BadImages
+
+
+class ImagePairs:
+    """(im_q, im_k) of every step: two random views of N images, (N, 3, S, S) uint8 on the device.
+
+    Args:
+        config: with the parts data, views, optim, speed and saving.
+        device: where the views are needed.
+
+    Raises:
+        DataError: no images, or fewer than one batch.
+    """
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        data, seed = config.data, config.optim.seed
+        self.images = open_images(
+            data.dataset, data.data, "pretrain", per_class=data.images_per_class
+        )
+        self.facts = {"images": len(self.images), "images_digest": names_digest(self.images)}
+        self._batches = loader.EpochBatches(len(self.images), config.optim.batch_size, seed=seed)
+        self.steps_per_epoch = self._batches.batches_per_epoch()
+        recipe = pretrain_recipe(
+            config.views.image_size,
+            aug_plus=config.views.aug_plus,
+            crop_scale=config.views.crop_scale,
+            blur=config.views.blur,
+        )
+        views = AugmentedViews(
+            self.images,
+            recipe,
+            seed=seed,
+            num_views=2,
+            skip_bad=data.skip_bad_images,
+            augment_on_device=config.views.views == "device",
+        )
+        self._loader = loader.TrainLoader(
+            views,
+            self._batches,
+            workers=data.workers,
+            device=device,
+            compile=config.speed.compile,
+        )
+        self._bad = BadImages(config.saving.save_dir, len(self.images), data.max_bad_share)
+
+    def set_epoch(self, epoch: int, start: int) -> None:
+        self._batches.set_epoch(epoch, start)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for im_q, im_k, _, replaced in self._loader:
+            self._bad.note(replaced)
+            yield im_q, im_k
+
+    def end(self) -> None:
+        self._loader.end()

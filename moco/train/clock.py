@@ -1,0 +1,135 @@
+"""What is due after a step: a pure function of the position in the run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from moco.config import Saving, Watching
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after one step, all of it decided before the first of it is done."""
+
+    log: bool = False  # print and log the means since the last time
+    agree: bool = False  # look at the numbers of the steps, on all ranks together
+    compare_ranks: bool = False  # prove that ranks hold equal weights
+    epoch_end: bool = False
+    save: bool = False
+    evaluate: bool = False
+    ended: bool = False  # no step follows
+    stopped: bool = False  # ended because somebody asked for it
+
+    def extended(self, *, stop: bool, save: bool = False) -> Due:
+        """With what ranks have agreed on; a stop saves, and leaves the evaluation for later."""
+        return replace(
+            self,
+            save=self.save or save or stop,
+            evaluate=self.evaluate and not stop,
+            ended=self.ended or stop,
+            stopped=self.stopped or stop,
+        )
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How often things are due, in steps; 0 is never.
+
+    Attributes:
+        total_steps: at which step the run ends.
+        agree: between looks at the numbers of the steps.
+        evaluate: in epochs.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    log: int
+    save: int
+    agree: int
+    compare_ranks: int
+    evaluate: int
+
+    @classmethod
+    def of(
+        cls,
+        saving: Saving,
+        watching: Watching,
+        device: torch.device,
+        *,
+        steps_per_epoch: int,
+        total_steps: int,
+    ) -> Rhythm:
+        return cls(
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            log=saving.print_freq,
+            save=saving.save_steps,
+            agree=steps_between_checks(device, saving.print_freq),
+            compare_ranks=watching.check_every,
+            evaluate=watching.knn_every,
+        )
+
+
+def steps_between_checks(device: torch.device, print_freq: int) -> int:
+    """How often the host looks at the numbers of the steps, and ranks agree on whether to go on.
+
+    On the CPU after every step. A GPU would have to be waited for, so there only when a line is
+    printed anyway (and before every save); `StepGuard` keeps the weights until then.
+    """
+    return 1 if device.type == "cpu" else print_freq
+
+
+def due(step: int, step_in_epoch: int, epoch: int, rhythm: Rhythm) -> Due:
+    """What is due once `step` steps of the run are done.
+
+    Args:
+        step: steps since the start of the run.
+        step_in_epoch: steps of this epoch, 1 to steps_per_epoch.
+        epoch: finished epochs, this one not counted.
+    """
+    ended = step >= rhythm.total_steps
+    epoch_end = step_in_epoch == rhythm.steps_per_epoch
+    log = ended or _every(rhythm.log, step)
+    save = ended or epoch_end or _every(rhythm.save, step)
+    return Due(
+        log=log,
+        agree=log or save or _every(rhythm.agree, step),
+        compare_ranks=_every(rhythm.compare_ranks, step),
+        epoch_end=epoch_end,
+        save=save,
+        evaluate=evaluation_due(step, epoch + 1 if epoch_end else None, rhythm),
+        ended=ended,
+    )
+
+
+def evaluation_due(step: int, epochs: int | None, rhythm: Rhythm) -> bool:
+    """At the end of the run, and of every `rhythm.evaluate`-th epoch.
+
+    Args:
+        epochs: finished epochs; None within one.
+    """
+    if not rhythm.evaluate:
+        return False
+    whole = epochs is not None and epochs > 0
+    return step >= rhythm.total_steps or (whole and epochs % rhythm.evaluate == 0)
+
+
+def _every(steps: int, step: int) -> bool:
+    return bool(steps) and step % steps == 0
+
+
+@dataclass
+class Stopwatch:
+    """Minutes since the last save (--save-minutes)."""
+
+    minutes: float
+    last: float = field(default_factory=time.monotonic)
+
+    def rings(self) -> bool:
+        return bool(self.minutes) and time.monotonic() - self.last > 60 * self.minutes
+
+    def restart(self) -> None:
+        self.last = time.monotonic()

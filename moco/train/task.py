@@ -1,0 +1,137 @@
+"""What the engine asks of a task. `moco.tasks` says how to write one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moco.log import RunLog
+
+
+class Losses(Protocol):
+    """The losses of one step on this rank."""
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, scalar) of each term, for the log."""
+
+
+class TrainData(Protocol):
+    """Batches of one epoch after another, each rank its share."""
+
+    steps_per_epoch: int
+    facts: dict[str, Any]  # flat values that are found in the data, kept in checkpoints
+
+    def set_epoch(self, epoch: int, start: int) -> None:
+        """Select the epoch, and the first batch within it."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def end(self) -> None:
+        """End loader processes."""
+
+
+class Evaluation(Protocol):
+    """An evaluation of the module while it trains, on all ranks together."""
+
+    enabled: bool
+
+    def measure(self, epoch: int, step: int) -> bool:
+        """Measure and log; returns whether any rank was asked to stop meanwhile."""
+
+
+class Task:
+    """Data, module and losses of a method. The engine (`moco.train.loop`) does the rest.
+
+    Args:
+        config: frozen, with the parts data, optim, schedule, speed, saving, watching, launch and
+            placement, and `to_flat()`.
+    """
+
+    evaluation_kind = "knn"  # of the log's lines that an evaluation writes
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    # ---- what a task must give
+
+    def build_data(self, device: torch.device) -> TrainData:
+        raise NotImplementedError
+
+    def build_module(self) -> nn.Module:
+        """The module to train, on the CPU, its weights drawn from torch's generator."""
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, batch: Any, part: int, parts: int) -> Losses:
+        """The losses of part number `part` of a batch; `model` is the module, or the
+        data-parallel module around it."""
+        raise NotImplementedError
+
+    def total(self, losses: Losses) -> Tensor:
+        """The scalar to minimise."""
+        raise NotImplementedError
+
+    # ---- what has a default
+
+    def split(self, batch: Any, parts: int) -> Sequence[Any]:
+        """A batch in equal parts along the first axis of its tensors, for --accumulate."""
+        chunks = [tensor.chunk(parts) for tensor in batch]
+        return list(zip(*chunks, strict=True))
+
+    def mean(self, parts: Sequence[Losses]) -> Losses:
+        """The losses of a step that went through in parts."""
+        return type(parts[0]).mean(parts)
+
+    def start_from(self, module: nn.Module, path: str) -> str:
+        """Load initial weights (--init-from); returns what was found, for people to read."""
+        raise NotImplementedError
+
+    def on_device(self, module: nn.Module, device: torch.device) -> None:
+        """Called once the module is on its device."""
+
+    def compiled(self, module: nn.Module) -> Sequence[nn.Module]:
+        """The parts of the module that --compile compiles, in place."""
+        return [module]
+
+    def shared_tensors(self, module: nn.Module) -> list[Tensor]:
+        """What must be equal on all ranks after every step."""
+        return list(module.parameters())
+
+    def extra_state(self, module: nn.Module) -> dict[str, Any]:
+        """What a checkpoint holds beside the module's state dict."""
+        return {}
+
+    def load_extra_state(self, module: nn.Module, content: dict) -> None:
+        """Restore what `extra_state` gave."""
+
+    def facts(self, module: nn.Module, data: TrainData) -> dict[str, str]:
+        """What is trained on what, for the start-up lines."""
+        return {}
+
+    def step_values(self, losses: Losses) -> dict[str, Tensor]:
+        """More numbers of the latest step for the log's line."""
+        return {}
+
+    def metrics(self, losses: Losses) -> dict[str, float]:
+        """Numbers of the latest batch that runs of different objectives can be compared by."""
+        return {}
+
+    def feature_std(self, losses: Losses) -> Tensor | None:
+        """Spread of the features, 1 when uniform and 0 when collapsed, for the collapse alarm."""
+        return None
+
+    def histograms(self, losses: Losses) -> dict[str, tuple[Tensor, float, float]]:
+        """Distributions at the end of an epoch: name -> (values, least, most)."""
+        return {}
+
+    def begin_log(self, log: RunLog, data: TrainData) -> None:
+        """Lay out charts and hyperparameters."""
+
+    def show(self, log: RunLog, batch: Any) -> None:
+        """Show the very first batch."""
+
+    def build_evaluation(self, trainer: Any) -> Evaluation | None:
+        """The evaluation every --knn-every epochs."""
+        return None

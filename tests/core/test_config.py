@@ -1,0 +1,177 @@
+"""The config: every field is classified and described, nothing writes to it, old names stay."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+
+import pytest
+from helpers import ROOT
+
+from moco.config import (
+    FREE,
+    LEARNED,
+    LEARNS,
+    ROUNDS,
+    Data,
+    LinclsConfig,
+    Objective,
+    Part,
+    PretrainConfig,
+    PretrainData,
+    PretrainOptim,
+    help_of,
+    learning_changes,
+    option,
+    option_fields,
+    parts_of,
+    rounding_changes,
+)
+
+CONFIGS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig])
+
+
+@pytest.fixture
+def config() -> PretrainConfig:
+    return PretrainConfig(data=PretrainData(data="DIR"))
+
+
+@CONFIGS
+def test_every_field_has_a_resume_class_and_every_flag_a_description(config) -> None:
+    undescribed = {"mean", "std"}  # their metavar says it: R G B
+    for name, part in parts_of(config).items():
+        assert issubclass(part, Part) and part.__doc__, name
+        helps = help_of(part)
+        for field in dataclasses.fields(part):
+            assert field.metadata["resume"] in (LEARNS, ROUNDS, FREE), field.name
+            if field.metadata["flags"] and field.name not in undescribed:
+                assert helps.get(field.name), f"{name}.{field.name} has no help"
+
+
+def test_a_field_without_a_class_cannot_be_made() -> None:
+    with pytest.raises(TypeError):
+        option(1, "--flag")
+    with pytest.raises(
+        ValueError, match="resume must be 'learns', 'rounds' or 'free', got 'maybe'"
+    ):
+        option(1, "--flag", "maybe")
+
+
+@CONFIGS
+def test_flat_names_and_flags_are_unique(config) -> None:
+    names = [field.name for field in option_fields(config)]
+    flags = [flag for field in option_fields(config) for flag in field.metadata["flags"]]
+    assert len(set(names)) == len(names) and len(set(flags)) == len(flags)
+
+
+def test_a_config_cannot_be_written_to(config) -> None:
+    for target, name in ((config, "data"), (config.optim, "lr"), (config.objective, "align_w")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(target, name, None)
+
+
+def test_no_file_writes_to_a_config_or_to_parsed_options() -> None:
+    """`config.x = `, `options.x = `, setattr and object.__setattr__ on them, in the library."""
+    found = []
+    for path in [*ROOT.glob("*.py"), *(ROOT / "moco").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+                for target in targets:
+                    text = ast.unparse(target)
+                    if re.match(r"(self\.)?(config|options|cfg|args)\.\w", text):
+                        found.append(f"{path.name}: {text}")
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("__setattr__"):
+                found.append(f"{path.name}: {ast.unparse(node)}")
+    assert found == []
+
+
+def test_the_names_of_old_files_are_still_written(config) -> None:
+    """The fixtures were written before there was a config."""
+    probe = LinclsConfig(data=Data(data="DIR"))
+    for folder, names in (("pretrain", config.to_flat()), ("lincls", probe.to_flat())):
+        old = json.loads((ROOT / "tests/fixtures" / folder / "args.json").read_text())
+        found_in_data = {"images", "images_digest", "labels_digest", "provenance"}
+        assert old.keys() - names.keys() <= found_in_data
+
+
+# ------------------------------------------------------------------------------------------------
+# What decides whether a run can be resumed
+# ------------------------------------------------------------------------------------------------
+
+
+def changed(config: PretrainConfig, **parts: dict) -> dict:
+    """Flat values of the config with other values in some of its parts."""
+    others = {
+        name: dataclasses.replace(getattr(config, name), **values) for name, values in parts.items()
+    }
+    return dataclasses.replace(config, **others).to_flat()
+
+
+def test_equal_configs_change_nothing(config) -> None:
+    flat = config.to_flat()
+    assert learning_changes(flat, flat) == [] == rounding_changes(flat, flat)
+    assert learning_changes({}, flat) == [] == rounding_changes({}, flat)
+
+
+def test_every_learning_field_is_compared(config) -> None:
+    """By its name, whatever its type: a value that no command line gives is another one."""
+    flat = config.to_flat()
+    terms = {"contr_w", "contr_tau", "align_w", "align_alpha", "unif_w", "unif_t", "intra_batch"}
+    for field in option_fields(PretrainConfig):
+        name = field.name
+        other = {**flat, name: ["another"]}
+        if field.metadata["resume"] == LEARNS and name not in terms:
+            assert any(c.startswith(f"{name}: ") for c in learning_changes(other, flat)), name
+        if field.metadata["resume"] == ROUNDS:
+            (line,) = rounding_changes(other, flat)
+            assert line.startswith(f"{name}: ")
+        if field.metadata["resume"] == FREE:
+            assert learning_changes(other, flat) == []
+
+
+def test_the_numbers_of_the_objective_decide_and_not_its_sentence(config) -> None:
+    now = config.to_flat()
+    assert learning_changes({**now, "objective": "as another version put it"}, now) == []
+    before = changed(config, objective={"unif_t": 2.0})
+    (line,) = learning_changes(before, now)
+    assert "uniform(t=2" in line and "uniform(t=3" in line and line.startswith("objective: ")
+    # Parameters of terms without weight may be anything.
+    assert learning_changes(changed(config, objective={"contr_tau": 9.0}), now) == []
+    infonce = {"contr_w": 1.0, "align_w": 0.0, "unif_w": 0.0}
+    assert (
+        learning_changes(
+            changed(config, objective={**infonce, "unif_t": 9.0}),
+            changed(config, objective={**infonce, "intra_batch": False}),
+        )
+        == []
+    )
+
+
+def test_files_from_before_a_field_existed_had_its_old_value(config) -> None:
+    flat = config.to_flat()
+    old = {name: value for name, value in flat.items() if name not in ("accumulate", "views")}
+    assert learning_changes(old, flat) == []
+    two = changed(config, optim={"accumulate": 2})
+    assert "accumulate: 1 before, 2 now" in learning_changes(old, two)
+
+
+def test_what_is_learned_is_named_once() -> None:
+    assert len(set(LEARNED)) == len(LEARNED) and {"objective", "images_digest"} <= set(LEARNED)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PretrainOptim(lr=-1), "--lr must be a number of at least 0, got -1"),
+        (lambda: PretrainOptim(lr=float("nan")), "--lr must be a number of at least 0, got nan"),
+        (lambda: PretrainOptim(accumulate=0), "--accumulate must be at least 1, got 0"),
+        (lambda: Objective(align_alpha=0.5), "--moco-align-alpha must be at least 1"),
+        (lambda: Objective(align_w=0, unif_w=0), "all loss weights are zero"),
+    ],
+)
+def test_parts_refuse_by_the_name_of_the_flag(make, message) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()

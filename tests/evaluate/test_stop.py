@@ -1,0 +1,134 @@
+"""Ctrl-C and requests to stop: main_lincls.py finishes the step, saves, and can be resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from harness import Processes
+from helpers import differences, read_log, refusal
+from probes import BEST, LATEST, MAIN, TINY, evaluate, load, result
+
+import main_lincls
+from moco.evaluate.heads import HeadTraining
+
+MODES = {
+    "standard": "--lr 1 --epochs 3",
+    "cached heads": "--cached --cached-views 2 --lr 0.1,1 --wd 0,0.01 --epochs 3",
+    "folds": "--lr 0.1,1 --epochs 2 --folds 2 -b 5",
+    "finetune": "--finetune --lr 0.2 --lr-backbone 0.05 --epochs 3",
+    "diverged": "--lr 1,1e38 --epochs 3",
+}
+
+
+def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal in its `step`-th step from now on."""
+    take, steps = HeadTraining.step, []
+
+    def step_and_signal(self: HeadTraining, losses: object) -> None:
+        take(self, losses)
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(HeadTraining, "step", step_and_signal)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("step", "number", "status"),
+    [
+        (2, signal.SIGINT, 130),  # of three in an epoch
+        (3, signal.SIGTERM, 75),
+        (5, signal.SIGHUP, 75),
+    ],
+)
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(
+    data, pretrained, monkeypatch, capsys, mode, step, number, status
+):
+    flags = [MODES[mode], "--pretrained", pretrained, "--print-freq 3"]
+    evaluate(data, *flags, "--save-dir whole")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with monkeypatch.context() as context, pytest.raises(SystemExit) as stopped:
+        signal_at(step, number, context)
+        evaluate(data, *flags, "--save-dir cut")
+    assert stopped.value.code == status
+    assert before == {number: signal.getsignal(number) for number in before}
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith(f"stopped by {signal.Signals(number).name} in ")
+    assert last.endswith("go on with --save-dir cut --resume auto")
+    assert not Path("cut/lincls.json").exists()
+    assert load(f"cut/{LATEST}")["args"]["steps_done"] == step
+    evaluate(data, *flags, "--save-dir cut --resume auto")
+    for name in (LATEST, BEST):
+        a, b = load(f"whole/{name}"), load(f"cut/{name}")
+        for content in (a, b):
+            content.pop("args")
+        assert differences(a, b) == []
+    assert result("whole") == result("cut")
+    for kind in ("lincls", "held_out", "val"):
+        whole, cut = (
+            [
+                {k: v for k, v in line.items() if k not in ("time", "images_per_s", "data_share")}
+                for line in read_log(Path(name), kind)
+            ]
+            for name in ("whole", "cut")
+        )
+        assert whole == cut
+
+
+def test_nan_that_no_line_has_shown_yet_is_not_saved(data, pretrained, monkeypatch, capsys):
+    signal_at(2, signal.SIGTERM, monkeypatch)
+    argv = [*TINY, "--finetune", "--lr-backbone", "1e30", "--print-freq", 3, "--save-dir", "r"]
+    status, message = refusal(main_lincls.main, [*argv, "--pretrained", pretrained, data], capsys)
+    assert status == 1 and "not finite in epoch 0, step 2" in message
+    assert not Path("r", LATEST).exists()
+
+
+def test_a_request_in_the_last_step_changes_nothing(data, pretrained, monkeypatch):
+    signal_at(9, signal.SIGINT, monkeypatch)
+    evaluate(data, "--lr 1 --epochs 3 --save-dir r --pretrained", pretrained)
+    assert result("r")["last"]["epoch"] == 2
+
+
+SLEEP = """
+import os, signal, time
+from moco.evaluate import heads, knn
+def interrupted(*_, **__):
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.1)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("where", ["heads.HeadTraining.step", "knn.F.normalize"])
+def test_ctrl_c_at_once_is_one_line(data, pretrained, tmp_path, where):
+    """The second one while classifiers train; the first elsewhere, where nothing is half done."""
+    argv = [*TINY, "--knn", "--lr", 1, "--epochs", 3, "--pretrained", pretrained]
+    process = Processes(tmp_path / "out", *argv, "--save-dir", tmp_path / "r", data, code=MAIN,
+                        before=f"{SLEEP}\n{where} = interrupted")  # fmt: skip
+    assert process.wait() == [130], process.output()
+    lines = process.output().strip().splitlines()
+    assert lines[-1] == "main_lincls.py: interrupted" and "Traceback" not in process.output()
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "r" / "lincls.json").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_in_a_terminal_reaches_all_processes(data, pretrained, tmp_path, processes):
+    """Loader processes too, which have to live until the step and the evaluation are done."""
+    argv = [*TINY, "-j", 2, "--lr", 1, "--epochs", 1000, "--print-freq", 1]
+    argv += ["--pretrained", pretrained, "--save-dir", tmp_path / "r", data]
+    run = Processes(tmp_path / "out", *argv, count=processes, code=MAIN)
+    log = tmp_path / "r" / "log.jsonl"
+    while not log.exists() or log.read_text().count("lincls") < 5:
+        assert run.running(), run.output()
+        time.sleep(0.01)
+    run.kill(signal.SIGINT)
+    assert run.wait() == [130] * processes, run.output()
+    assert "Traceback" not in run.output()
+    assert "stopped by SIGINT in epoch" in run.output(0)
+    assert load(tmp_path / "r" / LATEST)["args"]["steps_done"] >= 5

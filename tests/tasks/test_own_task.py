@@ -1,0 +1,61 @@
+"""The example of docs/own_task.md trains, saves and resumes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moco.checkpoint import load_encoder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_example_trains_saves_and_resumes(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "own_task.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(code.splitlines()) <= 60
+    program, images, run = tmp_path / "own_task.py", tmp_path / "images", tmp_path / "run"
+    program.write_text(code, encoding="utf-8")
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{number}.png")
+
+    def train(steps: int) -> str:
+        command = [
+            *(sys.executable, program, "-a", "resnet8", "--image-size", "16", "-j", "0"),
+            *("--batch-size", "8", "--moco-dim", "8", "--epochs", "2", "--lr", "0.01"),
+            *("--seed", "1", "-p", "1", "--max-steps", str(steps), "--device", "cpu"),
+            *("--save-dir", run, "--resume", "auto", images),
+        ]
+        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def logged() -> dict[int, dict]:
+        lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+        return {line["step"]: line for line in lines if line["kind"] == "train"}
+
+    train(4)
+    first = logged()
+    assert list(first) == [1, 2, 3, 4]
+    for line in first.values():
+        total = 3 * line["loss_align"] + line["loss_unif"]  # the default weights
+        assert abs(line["loss"] - total) < 1e-4
+    assert list(run.glob("*.pth.tar"))
+
+    assert "1 epochs and 1 steps done" in train(6)
+    assert list(logged()) == [1, 2, 3, 4, 5, 6]
+    assert {step: logged()[step] for step in first} == first  # steps 1 to 4 were not trained again
+    _, info = load_encoder(str(run / "checkpoint_0001.pth.tar"))
+    assert info["layout"] == "moco"

@@ -1,0 +1,102 @@
+"""What is due after a step, as a table."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moco.train.clock import Due, Rhythm, Stopwatch, due, evaluation_due, steps_between_checks
+
+# 5 epochs of 6 steps; lines every 4, saves every 5, checks every 3, ranks every 7, k-NN every 2
+# epochs.
+RHYTHM = Rhythm(
+    steps_per_epoch=6, total_steps=30, log=4, save=5, agree=3, compare_ranks=7, evaluate=2
+)
+NAMES = ("log", "agree", "compare_ranks", "epoch_end", "save", "evaluate", "ended")
+
+
+def names(found: Due) -> set[str]:
+    return {name for name in NAMES if getattr(found, name)}
+
+
+@pytest.mark.parametrize(
+    ("step", "step_in_epoch", "epoch", "expected"),
+    [
+        (1, 1, 0, ""),
+        (3, 3, 0, "agree"),
+        (4, 4, 0, "log agree"),
+        (5, 5, 0, "save agree"),
+        (6, 6, 0, "epoch_end save agree"),
+        (7, 1, 1, "compare_ranks"),
+        (12, 6, 1, "epoch_end save log agree evaluate"),
+        (18, 6, 2, "epoch_end save agree"),
+        (20, 2, 3, "log save agree"),
+        (29, 5, 4, ""),
+        (30, 6, 4, "epoch_end save log agree evaluate ended"),
+    ],
+)
+def test_what_is_due(step, step_in_epoch, epoch, expected) -> None:
+    assert names(due(step, step_in_epoch, epoch, RHYTHM)) == set(expected.split())
+
+
+def test_the_end_may_come_within_an_epoch() -> None:
+    short = Rhythm(
+        steps_per_epoch=6, total_steps=8, log=100, save=0, agree=100, compare_ranks=0, evaluate=9
+    )
+    assert names(due(7, 1, 1, short)) == set()
+    assert names(due(8, 2, 1, short)) == {"log", "agree", "save", "evaluate", "ended"}
+
+
+def test_a_saved_step_is_always_one_that_was_agreed_on() -> None:
+    """What is written has been checked for NaN first, whatever the rhythm."""
+    for save in range(4):
+        for agree in range(1, 5):
+            rhythm = Rhythm(
+                steps_per_epoch=7,
+                total_steps=20,
+                log=6,
+                save=save,
+                agree=agree,
+                compare_ranks=0,
+                evaluate=1,
+            )
+            for step in range(1, 21):
+                found = due(step, (step - 1) % 7 + 1, (step - 1) // 7, rhythm)
+                assert found.agree or not (found.save or found.log)
+                assert found.save or not (found.evaluate or found.ended or found.epoch_end)
+
+
+@pytest.mark.parametrize(
+    ("before", "stop", "save", "expected"),
+    [
+        (Due(), False, False, Due()),
+        (Due(), False, True, Due(save=True)),
+        (Due(log=True), True, False, Due(log=True, save=True, ended=True, stopped=True)),
+        (Due(save=True, evaluate=True), True, False, Due(save=True, ended=True, stopped=True)),
+        (Due(save=True, evaluate=True), False, True, Due(save=True, evaluate=True)),
+        (Due(ended=True), False, False, Due(ended=True)),
+    ],
+)
+def test_what_ranks_agree_on_extends_it(before, stop, save, expected) -> None:
+    assert before.extended(stop=stop, save=save) == expected
+
+
+@pytest.mark.parametrize(
+    ("step", "epochs", "expected"),
+    [(0, 0, False), (12, 2, True), (13, None, False), (18, 3, False), (30, 5, True)],
+)
+def test_an_evaluation_that_a_run_was_cut_off_before(step, epochs, expected) -> None:
+    assert evaluation_due(step, epochs, RHYTHM) is expected
+
+
+def test_a_cpu_looks_after_every_step_and_a_gpu_when_it_prints() -> None:
+    assert steps_between_checks(torch.device("cpu"), 10) == 1
+    assert steps_between_checks(torch.device("cuda", 0), 10) == 10
+
+
+def test_the_stopwatch_rings_after_its_minutes_and_never_without_any() -> None:
+    assert not Stopwatch(0, last=-1e9).rings()
+    watch = Stopwatch(1, last=-1e9)
+    assert watch.rings()
+    watch.restart()
+    assert not watch.rings()

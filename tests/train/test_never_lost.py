@@ -1,0 +1,213 @@
+"""Faults of disks, logs, people and other jobs that must not cost a run (issue: nothing silent)."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+
+import pytest
+from harness import (
+    FLAGS,
+    STEPS,
+    Processes,
+    differences,
+    final_state,
+    finish,
+    go_on,
+    start,
+    wait_for_step,
+)
+from helpers import read_log
+
+ONE_FAULT = """
+import errno, os
+from moco.train.saver import BackgroundWriter
+BackgroundWriter.pauses = (0.01,) * 3
+replace, faults = os.replace, [OSError(errno.{name}, os.strerror(errno.{name}))] * {times}
+def replaced(source, target):
+    if str(target).endswith("step_00000004.pth.tar") and faults:
+        raise faults.pop()
+    return replace(source, target)
+os.replace = replaced
+"""
+
+
+@pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT"])
+def test_a_fault_that_passes_is_met_by_trying_again(name, images, tmp_path) -> None:
+    run = tmp_path / "run"
+    before = ONE_FAULT.format(name=name, times=2)
+    said = finish(run, images, "--save-steps", 4, "--keep-last", 50, before=before)
+    assert said.count("warning: could not save step_00000004.pth.tar") == 2
+    assert "training goes on" in said and f"done: {STEPS} steps" in said
+    assert (run / "step_00000004.pth.tar").is_file()
+
+
+@pytest.mark.parametrize(("name", "status"), [("EIO", 75), ("ENOSPC", 1), ("EROFS", 1)])
+def test_a_fault_that_stays_stops_the_run_in_one_line(name, status, images, tmp_path) -> None:
+    """With the status that asks for another try where one may help."""
+    before = ONE_FAULT.format(name=name, times=99)
+    stopped = start(tmp_path / "run", images, "--save-steps", 4, before=before)
+    assert stopped.wait() == [status], stopped.output()
+    said = stopped.output()
+    assert "could not save in" in said and "the last good checkpoint is none" in said
+    assert "Traceback" not in said and said.count("trying again") == (3 if status == 75 else 0)
+
+
+DAMAGE = {
+    "a torn line": b'{"kind": "train", "st\n',
+    "not UTF-8": b"\xff\xfe\n",
+    "a list": b"[1]\n",
+    "null": b"null\n",
+    "no step": b'{"kind": "train"}\n',
+    "a step that is none": b'{"kind": "train", "step": null}\n',
+    "deep nesting": b"[" * 100_000 + b"\n",
+    "zeros": b"\0" * 4096 + b"\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_line_of_the_log_costs_that_line_only(damage, half, images, tmp_path) -> None:
+    run = tmp_path / "run"
+    log = run / "log.jsonl"
+    shutil.copytree(half, run)
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
+    said = finish(run, images)
+    assert "1 damaged line(s) of log.jsonl are now in log.jsonl.damaged" in said
+    assert (run / "log.jsonl.damaged").read_bytes() == damage
+    assert [line["step"] for line in read_log(run)] == list(range(1, STEPS + 1))
+
+
+def test_the_first_ctrl_c_saves_and_the_run_goes_on(images, whole, tmp_path) -> None:
+    run = tmp_path / "run"
+    interrupted = start(run, images, hold_at=2)
+    wait_for_step(run, 2, interrupted)
+    interrupted.send(0, signal.SIGINT)
+    go_on(run)
+    assert interrupted.wait() == [130], interrupted.output()
+    said = interrupted.output()
+    assert "Traceback" not in said
+    assert "stopped by SIGINT after step" in said and "--resume auto" in said
+    finish(run, images)
+    assert differences(final_state(whole[1]), final_state(run)) == []
+
+
+def test_a_second_ctrl_c_ends_it_at_once_in_one_line(images, tmp_path) -> None:
+    never_ends = """
+import time
+from moco import stop
+stop._SAME_KEYSTROKE = 0.05
+from moco.train import loop
+def hangs(*_):
+    print("in the step", flush=True)
+    while True:
+        time.sleep(0.01)
+loop.train_step = hangs
+"""
+    run = start(tmp_path / "run", images, before=never_ends)
+    while "in the step" not in run.output():
+        assert run.running(), run.output()
+    for _ in range(2):
+        run.send(0, signal.SIGINT)
+        signal.sigtimedwait([], 0.3)
+    assert run.wait() == [130]
+    assert run.output().strip().endswith("main_moco.py: interrupted")
+    assert "Traceback" not in run.output()
+
+
+def test_a_hang_up_is_a_request_to_stop(images, tmp_path) -> None:
+    run = tmp_path / "run"
+    hung_up = start(run, images, "--epochs", 400)
+    wait_for_step(run, 2, hung_up)
+    hung_up.send(0, signal.SIGHUP)
+    assert hung_up.wait() == [75]
+    assert "stopped by SIGHUP after step" in hung_up.output()
+
+
+def test_a_second_job_in_the_folder_is_refused_and_changes_nothing(images, tmp_path) -> None:
+    run = tmp_path / "run"
+    first = start(run, images, "--epochs", 400, "--keep-last", 1000)
+    wait_for_step(run, 2, first)
+    before = (run / "args.json").read_bytes()
+    second = Processes(tmp_path / "second", *FLAGS, "--lr", 9, "-j", 0, "--save-dir", run, images)
+    assert second.wait() == [1]
+    said = second.output()
+    assert f"{run} is in use by process {first.pids[0]} on" in said and "Traceback" not in said
+    assert (run / "args.json").read_bytes() == before
+    first.send(0, signal.SIGTERM)
+    assert first.wait() == [75]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--moco-unif-w", 0], "unif_w 0.0, rank 0 has 1.0"),
+        (["--lr", 0.5], "lr 0.5, rank 0 has 0.1"),
+        (["--batch-size", 32], "batch_size 32, rank 0 has 16"),
+        (["--epochs", 5], "epochs 5, rank 0 has 3"),
+        (["--save-steps", 5], "save_steps 5, rank 0 has 0"),
+        (["--seed", 3], "seed 3, rank 0 has 1"),
+    ],
+)
+def test_ranks_with_other_arguments_are_named_on_every_rank(flags, named, images, tmp_path) -> None:
+    other = f"""
+import os, sys
+if os.environ["RANK"] == "1":
+    sys.argv[-1:-1] = {list(map(str, flags))!r}
+"""
+    ranks = start(tmp_path / "run", images, processes=2, before=other)
+    assert ranks.wait() == [1, 1]
+    for rank in range(2):
+        (line,) = ranks.output(rank).strip().splitlines()
+        assert f"rank 1 has {named}: give all ranks the same arguments" in line
+    assert not (tmp_path / "run" / "args.json").exists()
+
+
+def test_ranks_with_other_images_are_named(images, tmp_path) -> None:
+    other = """
+import os
+from moco.tasks import images as task_images
+digest = task_images.names_digest
+task_images.names_digest = lambda images: os.environ["RANK"] + digest(images)
+"""
+    ranks = start(tmp_path / "run", images, processes=2, before=other)
+    assert ranks.wait() == [1, 1]
+    assert all("rank 1 has images_digest" in ranks.output(rank) for rank in range(2))
+
+
+def test_a_rank_that_fails_alone_ends_the_job(images, tmp_path) -> None:
+    """The other one is inside a collective: nobody waits for it to be destroyed in order."""
+    fails = """
+import os
+from moco.train import loop
+step = loop.train_step
+def fails(task, model, state, guard, batch):
+    if os.environ["RANK"] == "1" and state.step == 3:
+        raise RuntimeError("a fault of one rank alone")
+    return step(task, model, state, guard, batch)
+loop.train_step = fails
+"""
+    ranks = start(tmp_path / "run", images, processes=2, before=fails)
+    assert ranks.wait() == [1, 1]
+    assert "a fault of one rank alone" in ranks.output(1)
+    (line,) = [text for text in ranks.output(0).splitlines() if "error" in text]
+    assert "rank 0 could not talk to the others in epoch 0, step 3" in line
+
+
+@pytest.mark.parametrize("says", ["nothing", "that the port is taken"])
+def test_ranks_that_cannot_meet_say_so_in_one_line(says, images, tmp_path) -> None:
+    """Something else listens on the port; rank 0 cannot, rank 1 gets no answer from it."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = f"import os; os.environ['MASTER_PORT'] = '{other.getsockname()[1]}'"
+        alone = f"{port}; os.environ['RANK'] == '0' and os._exit(0)"
+        flags = ["--timeout-minutes", 0.02]
+        before = alone if says == "nothing" else port
+        ranks = start(tmp_path / "run", images, *flags, processes=2, before=before)
+        assert ranks.wait() == ([0, 1] if says == "nothing" else [1, 1])
+    for rank in range(2 if says != "nothing" else 0):
+        (line,) = [text for text in ranks.output(rank).splitlines() if "error" in text]
+        assert f"rank {rank} of 2 could not meet the others at MASTER_ADDR=127.0.0.1" in line
+    assert "Traceback" not in ranks.output()
