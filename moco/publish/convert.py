@@ -151,7 +151,7 @@ def _describe(network: export.LoadedEncoder) -> str:
     if info["epoch"] is not None:
         parts.append(f"epoch {printable(info['epoch'], limit=50)}")
     if info["objective"]:
-        parts.append(printable(info["objective"]))
+        parts.append(printable(info["objective"], limit=1000))
     return f"{', '.join(parts)} (layout: {info['layout']})"
 
 
