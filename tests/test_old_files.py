@@ -78,6 +78,17 @@ def refusal(main, argv: list[str], capsys: pytest.CaptureFixture) -> str:
 # ---- Pretraining ------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_thread():
+    """As the fixtures were written: with more of them sums run in another order, and by the end of
+    a run the gradient's norm is 0.1 % off, with the old code as with the new."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_run_stopped_in_mid_epoch_goes_on_to_the_end_that_it_had():
     assert [path.name for path in Path("pretrain").glob("*.pth.tar")] == ["step_00000003.pth.tar"]
     main_moco.main([*PRETRAIN[1:], "--resume", "auto"])
