@@ -26,7 +26,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import torch
 
 from moco import encoders
-from moco.checkpoint import is_url, run_checkpoints
+from moco.checkpoint import is_url, run_checkpoints, without_secrets
 from moco.config import (
     FINETUNE_DEFAULTS,
     FINETUNE_RATES,
@@ -41,19 +41,11 @@ from moco.config import (
     parts_of,
 )
 from moco.data.images import image_paths, split_folder
-from moco.errors import DataError, report_user_errors
+from moco.errors import DataError
 from moco.launch import place, usable_cores
 from moco.precision import channels_last_helps
+from moco.printable import printable
 from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT
-
-__all__ = [
-    "Parser",
-    "folder",
-    "lincls_config",
-    "non_empty",
-    "pretrain_config",
-    "report_user_errors",
-]
 
 # ------------------------------------------------------------------------------------------------
 # Parser and types of arguments
@@ -88,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else ""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (--help lists all flags)\n")
 
 
 def _join_lists(argv: Sequence[str]) -> list[str]:
@@ -381,7 +373,7 @@ def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
     batch = config.optim.batch_size if config.trains else 1
     check_data_folder(parser, config.data, {"train": batch, "val": 1})
     if config.saving.save_dir is None:
-        source = source.split("?")[0]  # of an address
+        source = without_secrets(source).removesuffix("?...")
         stem = Path(source).name.removesuffix(".tar").removesuffix(".pth")
         name = f"lincls-{Path(source).resolve().parent.name}-{stem}"
         run = _new_folder(name, config.optim.seed)

@@ -174,11 +174,6 @@ def any_rank(*flags: bool, device: torch.device) -> list[bool]:
     return [bool(count) for count in sum_over_ranks(counts).tolist()]
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Mean over ranks, as a new tensor."""
-    return sum_over_ranks(value.clone()) / world_size()
-
-
 def gather_uneven(rows: Tensor) -> Tensor:
     """Rows of all ranks in rank order, where ranks may have different numbers of them."""
     if world_size() == 1:

@@ -147,11 +147,6 @@ def _number(name: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def started_by_torchrun() -> bool:
-    """torchrun (or anything alike) has started one process per device and numbered them."""
-    return all(name in os.environ for name in _LAUNCHERS["torchrun"][:3])
-
-
 def place(options: Launch) -> Placement:
     """Which devices this node contributes, and how many processes run over all nodes.
 

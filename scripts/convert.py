@@ -27,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli  # noqa: E402
+from moco.errors import report_user_errors  # noqa: E402
 from moco.printable import printable  # noqa: E402
 from moco.publish.convert import convert, output_path, suffixes_of  # noqa: E402
 from moco.publish.export import FORMATS, ONNX_OUTPUTS  # noqa: E402
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = output_path(args.source, args.out, args.to, head, overwrite=args.overwrite)
     except ValueError as error:
         parser.error(printable(error))
-    with cli.report_user_errors():
+    with report_user_errors():
         convert(args.source, out, args.to, head)
 
 

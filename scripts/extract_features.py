@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moco import cli
 from moco.config import check_image_statistics
 from moco.data.images import DATASETS
+from moco.errors import report_user_errors
 from moco.evaluate.extraction import LAYERS, Loading, folder_features, load_image_encoder
 from moco.evaluate.feature_files import SUFFIXES, write_features
 from moco.launch import usable_cores, visible_devices
@@ -97,7 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    with cli.report_user_errors():
+    with report_user_errors():
         encoder = load_image_encoder(
             args.checkpoint, layer=args.layer,
             image_size=args.image_size, mean=args.mean, std=args.std,

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moco import cli
 from moco.config import IMAGENET_MEAN, IMAGENET_STD, check_image_statistics
 from moco.data.images import DATASETS
+from moco.errors import report_user_errors
 from moco.evaluate.extraction import LAYERS, Loading, load_image_encoder
 from moco.evaluate.measure import HeldOut, Quantities, measure_encoder, measure_features
 from moco.launch import usable_cores, visible_devices
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     quantities = Quantities(args.alpha, args.t, args.knn_k, args.knn_t)
-    with cli.report_user_errors():
+    with report_user_errors():
         if args.features:
             result = measure_features(args.features, args.bank, quantities, device, seed=args.seed)
         else:

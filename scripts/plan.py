@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli, distributed, encoders, run_files, timing
-from moco.errors import TrainingError
+from moco.errors import TrainingError, report_user_errors
 from moco.launch import launch, visible_devices
 
 PROGRAM = str(Path(__file__).resolve().parent.parent / "main_moco.py")
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         known = read_measured(args.measured, args) if args.measured else None
     except ValueError as error:
         parser.error(str(error))
-    with cli.report_user_errors(), tempfile.TemporaryDirectory() as folder:
+    with report_user_errors(), tempfile.TemporaryDirectory() as folder:
         if args.check:
             content = {"check": check(args, Path(folder))}
         else:

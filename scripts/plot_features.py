@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco.cli import report_user_errors
+from moco.errors import report_user_errors
 from moco.packages import import_optional
 
 FIGURES = ("3", "4", "5", "7", "8", "10", "11", "map")

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli  # noqa: E402
+from moco.errors import report_user_errors  # noqa: E402
 from moco.printable import printable  # noqa: E402
 from moco.publish.release import Request, make_release  # noqa: E402
 from moco.publish.release_files import read_sums  # noqa: E402
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             Request(**making).check()
     except ValueError as error:
         parser.error(printable(error))
-    with cli.report_user_errors():
+    with report_user_errors():
         if args.verify:
             problems = verify_release(args.verify)
             for problem in problems:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco.cli import report_user_errors
+from moco.errors import report_user_errors
 from moco.evaluate.theorem1 import ANCHORS, Theorem1, study
 from moco.packages import import_optional
 from moco.run_files import write_json

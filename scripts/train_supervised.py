@@ -21,6 +21,7 @@ from moco import checkpoint, cli
 from moco.config import IMAGENET_MEAN, IMAGENET_STD, check_image_statistics
 from moco.data.images import DATASETS, open_images
 from moco.data.views import pretrain_recipe
+from moco.errors import report_user_errors
 from moco.evaluate.extraction import Loading
 from moco.evaluate.supervised import train_supervised
 from moco.launch import visible_devices
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     views = {"aug_plus": args.aug_plus, "crop_scale": args.crop_scale, "blur": not args.no_blur}
-    with cli.report_user_errors():
+    with report_user_errors():
         images = open_images(args.dataset, args.data, "train", per_class=args.images_per_class)
         encoder = train_supervised(
             args.arch, args.dim, images, pretrain_recipe(args.image_size, **views),

@@ -32,14 +32,18 @@ class Subject:
 
 
 def sorted_flat(config: LinclsConfig) -> dict:
-    return dict(sorted(config.to_flat().items()))
+    """The flat values as files keep them: an address without its password and token."""
+    flat = config.to_flat()
+    if flat["pretrained"] is not None:
+        flat["pretrained"] = checkpoint.without_secrets(flat["pretrained"])
+    return dict(sorted(flat.items()))
 
 
 def describe(subject: Subject, config: LinclsConfig, train: Images, val: Images) -> dict:
     """The beginning of lincls.json."""
     info, protocol = subject.info, config.protocol
     facts = {
-        "checkpoint": str(subject.path),
+        "checkpoint": checkpoint.without_secrets(subject.path),
         "arch": info["arch"],
         "pretrained_epochs": info["epoch"],
         "objective": info["objective"],

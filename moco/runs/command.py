@@ -15,9 +15,7 @@ from typing import NoReturn
 
 from moco.printable import printable
 from moco.runs import tied
-
-STOPPED = 75  # exit status of a run that was asked to stop and has saved
-INTERRUPTED = 130  # of a command that Ctrl-C has ended
+from moco.stop import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +39,7 @@ def running(prog: str) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stdout.flush()
         print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 class Children:
@@ -61,14 +59,14 @@ class Children:
         """Exit status of a command that was asked to stop, else None."""
         if self.stopped_by is None:
             return None
-        return INTERRUPTED if self.stopped_by == signal.SIGINT else STOPPED
+        return EXIT_INTERRUPTED if self.stopped_by == signal.SIGINT else EXIT_PREEMPTED
 
     def _stop(self, number: int, _: object) -> None:
         if self.stopped_by is not None and number == signal.SIGINT:
             for process in list(self.running):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-            os._exit(INTERRUPTED)
+            os._exit(EXIT_INTERRUPTED)
         if self.stopped_by is None:
             self.stopped_by = number
             line = f"{self.prog}: stopping: what runs is asked to save; the same command goes on "
@@ -92,5 +90,5 @@ class Children:
             process.terminate()
         found = process.wait()
         self.running.remove(process)
-        ended_early = found < 0 or found in (STOPPED, INTERRUPTED)
+        ended_early = found < 0 or found in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
         return self.status if self.status is not None and ended_early else found

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moco.runs import recipes
-from moco.runs.command import STOPPED, Children
+from moco.runs.command import Children
+from moco.stop import EXIT_PREEMPTED
 
 SWEEP = "sweep.json"
 
@@ -252,7 +253,7 @@ def submit(runs: Sequence[SweepRun], out: Path, command: Sequence[str], flags: s
         ValueError: there is no sbatch, or it refuses.
     """
     script = out / "array.sbatch"
-    text = ARRAY.format(command=shlex.join(command), stopped=STOPPED)
+    text = ARRAY.format(command=shlex.join(command), stopped=EXIT_PREEMPTED)
     script.write_text(text, encoding="utf-8", errors="surrogateescape")  # names are bytes
     before: list[str] = []
     for numbers, _ in _levels(runs):

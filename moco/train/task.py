@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from moco.errors import CheckpointError
 from moco.log import RunLog
 
 
@@ -42,7 +44,7 @@ class Evaluation(Protocol):
         """Measure and log; returns whether any rank was asked to stop meanwhile."""
 
 
-class Task:
+class Task(ABC):
     """Data, module and losses of a method. The engine (`moco.train.loop`) does the rest.
 
     Args:
@@ -57,21 +59,22 @@ class Task:
 
     # ---- what a task must give
 
+    @abstractmethod
     def build_data(self, device: torch.device) -> TrainData:
-        raise NotImplementedError
+        """The batches of this rank, for views on `device`."""
 
+    @abstractmethod
     def build_module(self) -> nn.Module:
         """The module to train, on the CPU, its weights drawn from torch's generator."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Any, part: int, parts: int) -> Losses:
         """The losses of part number `part` of a batch; `model` is the module, or the
         data-parallel module around it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def total(self, losses: Losses) -> Tensor:
         """The scalar to minimise."""
-        raise NotImplementedError
 
     # ---- what has a default
 
@@ -86,7 +89,7 @@ class Task:
 
     def start_from(self, module: nn.Module, path: str) -> str:
         """Load initial weights (--init-from); returns what was found, for people to read."""
-        raise NotImplementedError
+        raise CheckpointError(f"--init-from: {type(self).__name__} starts from random weights only")
 
     def on_device(self, module: nn.Module, device: torch.device) -> None:
         """Called once the module is on its device."""

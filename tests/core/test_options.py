@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from moco import cli
 from moco.config import LinclsConfig, PretrainConfig
-from moco.errors import CheckpointError, DataError, TrainingError
+from moco.errors import CheckpointError, DataError, TrainingError, report_user_errors
 from moco.launch import usable_cores
 
 MAINS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig])
@@ -189,26 +189,26 @@ def test_a_seed_that_is_not_given_is_drawn_within_31_bits(checked):
 
 @pytest.mark.parametrize("kind", [DataError, CheckpointError, TrainingError])
 def test_errors_that_the_user_can_mend_end_in_one_line(kind, capsys):
-    with pytest.raises(SystemExit) as stop, cli.report_user_errors():
+    with pytest.raises(SystemExit) as stop, report_user_errors():
         raise kind("no such thing: mend it")
     assert stop.value.code == 1
     assert capsys.readouterr().err.endswith("error: no such thing: mend it\n")
 
 
 def test_a_missing_file_ends_in_one_line(capsys):
-    with pytest.raises(SystemExit), cli.report_user_errors():
+    with pytest.raises(SystemExit), report_user_errors():
         Path("/no/such/file").read_text()
     assert "/no/such/file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_other_errors_keep_their_trace(kind):
-    with pytest.raises(kind, match="ours"), cli.report_user_errors():
+    with pytest.raises(kind, match="ours"), report_user_errors():
         raise kind("ours")
 
 
 def test_ctrl_c_ends_in_one_line(capsys):
-    with pytest.raises(SystemExit) as stop, cli.report_user_errors():
+    with pytest.raises(SystemExit) as stop, report_user_errors():
         raise KeyboardInterrupt
     assert stop.value.code == 130
     assert capsys.readouterr().err.endswith(": interrupted\n")
@@ -224,13 +224,20 @@ class Unreadable(Dataset):
 
 def test_an_error_in_a_loader_process_ends_in_the_same_line(capsys):
     loader = DataLoader(Unreadable(), num_workers=1)
-    with pytest.raises(SystemExit), cli.report_user_errors():
+    with pytest.raises(SystemExit), report_user_errors():
         next(iter(loader))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("error: cannot read image a.png: it is cut off")
 
 
 def test_a_message_of_several_lines_is_shown_whole(capsys):
-    with pytest.raises(SystemExit), cli.report_user_errors():
+    with pytest.raises(SystemExit), report_user_errors():
         raise DataError("cannot read image a.png: broken\nat byte 7; replace it")
     assert "a.png" in capsys.readouterr().err
+
+
+def test_what_the_command_line_says_cannot_repaint_the_terminal(capsys):
+    with pytest.raises(SystemExit):
+        cli.pretrain_parser().parse_args(["--\x1b[2J\nmain_moco.py: error: another", "DIR"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable() and r"\x1b[2J" in line

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moco import cli
-from moco.errors import CheckpointError, DataError, TrainingError
+from moco.errors import CheckpointError, DataError, TrainingError, report_user_errors
 from moco.printable import markdown, markdown_code, printable
 
 # What a file may hold, and what is shown of it: terminal sequences, line breaks, reading direction,
@@ -74,7 +73,7 @@ def test_a_code_span_cannot_be_left():
     "name", ["\x1b[2Jcleared", "a\nmain_moco.py: error: another", "\u202etxt", "caf\udce9"]
 )
 def test_an_error_is_one_line_that_a_terminal_only_shows(kind, name, capsys):
-    with pytest.raises(SystemExit) as stop, cli.report_user_errors():
+    with pytest.raises(SystemExit) as stop, report_user_errors():
         raise kind(f"{name} is no checkpoint")
     err = capsys.readouterr().err
     assert stop.value.code == 1 and err.endswith("is no checkpoint\n")
