@@ -238,6 +238,6 @@ def test_a_message_of_several_lines_is_shown_whole(capsys):
 
 def test_what_the_command_line_says_cannot_repaint_the_terminal(capsys):
     with pytest.raises(SystemExit):
-        cli.pretrain_parser().parse_args(["--\x1b[2J\nmain_moco.py: error: another", "DIR"])
+        cli.pretrain_parser().parse_args(["DIR", "--\x1b[2J\nwrote:/etc/passwd"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.isprintable() and r"\x1b[2J" in line

@@ -17,16 +17,18 @@ from moco import cli
 SECRETS = ("hunter2", "token123")
 
 
+class Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Requests have the token in them."""
+
+
 @pytest.fixture
 def address(tmp_path, monkeypatch) -> str:
     """An encoder behind a user, a password and a token, on a server of this machine."""
     (tmp_path / "served").mkdir()
     write_encoder(tmp_path / "served" / "enc.pth.tar")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    handler = functools.partial(
-        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served")
-    )
-    handler.log_message = lambda *_: None
+    handler = functools.partial(Silent, directory=str(tmp_path / "served"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://me:hunter2@127.0.0.1:{server.server_port}/enc.pth.tar?sig=token123"

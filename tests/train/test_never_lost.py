@@ -139,6 +139,28 @@ def test_a_second_job_in_the_folder_is_refused_and_changes_nothing(images, tmp_p
     assert first.wait() == [75]
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_run_deletes_nothing_once_another_job_has_its_folder(taken, images, tmp_path) -> None:
+    """Whoever took the lock may be writing beside it: each save from then on stays."""
+    take = """
+import pathlib, sys
+from moco.train import loop
+step = loop.train_step
+def steps(task, model, state, guard, batch):
+    if state.step == 2:
+        lock = pathlib.Path(sys.argv[sys.argv.index("--save-dir") + 1]) / ".lock"
+        lock.rename(lock.with_name("taken"))
+        lock.write_text("another job")
+    return step(task, model, state, guard, batch)
+loop.train_step = steps
+"""
+    run = tmp_path / "run"
+    flags = ["--save-steps", 1, "--max-steps", 6, "--keep-last", 1, "--keep-every", 0]
+    finish(run, images, *flags, before=take if taken else "")
+    left = len(list(run.glob("*.pth.tar")))
+    assert left == 1 if not taken else left >= 4
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
