@@ -116,7 +116,13 @@ def uniform_loss(x: Tensor, t: float = 2) -> Tensor:
 
 @_in_full_precision
 def uniform_loss_with_queue(
-    q: Tensor, queue: Tensor, t: float = 2, intra_batch: bool = True
+    q: Tensor,
+    queue: Tensor,
+    t: float = 2,
+    intra_batch: bool = True,
+    *,
+    groups: int = 1,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Uniformity loss of queries against a queue of keys (arXiv:2005.10242, Eq. 21 and 22).
 
@@ -130,24 +136,37 @@ def uniform_loss_with_queue(
         t: inverse temperature of the potential, > 0.
         intra_batch: Eq. 22 (pairs within the batch count too, each once) or Eq. 21. The pairs are
             few (N/2K of the terms) but carry gradient on both sides.
+        groups: the loss is the mean over so many groups of consecutive queries of the loss of each,
+            N being the size of a group: what as many devices compute together.
+        gather: for one group that is spread over processes: maps rows of this process to those of
+            all of them, (n, ...) -> (N, ...), with gradient. The queue must be the same on all.
 
     Returns:
         Scalar in [-4t, 0]; 0 when queries and queue are all at one point.
 
     Raises:
-        ValueError: for shapes, dtypes or t other than the above.
+        ValueError: for shapes, dtypes, t or groups other than the above.
     """
     _check_features(q, "q")
     _check_queue(queue, q)
     check_positive(t, "t")
+    if groups < 1 or len(q) % groups or (gather is not None and groups > 1):
+        raise ValueError(
+            f"groups must divide the {len(q)} queries, and be 1 for a group that is gathered, "
+            f"got {groups!r}"
+        )
     _unit_length.look_at(q, "q of uniform_loss_with_queue")
     _unit_length.look_at(_some_keys(queue), "queue of uniform_loss_with_queue")
     per_query = _log_sum_keys(q, queue, 2 * t, t) - t * q.square().sum(dim=1)  # (N,)
-    total, pairs = per_query.logsumexp(dim=0), float(len(q) * queue.shape[1])
-    if intra_batch and len(q) > 1:
-        total = torch.logaddexp(total, _log_sum_pairs(q, t))
-        pairs += len(q) * (len(q) - 1) / 2
-    return total - math.log(pairs)
+    if gather is not None:
+        per_query, q = gather(per_query), gather(q) if intra_batch else q
+    total = per_query.view(groups, -1).logsumexp(dim=1)  # (groups,)
+    size = len(per_query) // groups
+    pairs = float(size * queue.shape[1])
+    if intra_batch and size > 1:
+        total = torch.logaddexp(total, _log_sum_pairs_of_groups(q, t, groups))
+        pairs += size * (size - 1) / 2
+    return total.mean() - math.log(pairs)
 
 
 @_in_full_precision
@@ -228,6 +247,18 @@ def _log_sum_pairs(x: Tensor, t: float) -> Tensor:
         return (one_side - t * x.square().sum(dim=1)).logsumexp(dim=0) - math.log(2)
 
     return _differentiable_again(swept, x, x, plain)
+
+
+def _log_sum_pairs_of_groups(x: Tensor, t: float, groups: int) -> Tensor:
+    """`_log_sum_pairs` of each group of consecutive rows, (groups,). Several at once and not in
+    blocks: groups are small."""
+    if groups == 1:
+        return _log_sum_pairs(x, t)
+    x = x.view(groups, -1, x.shape[1])
+    squares = x.square().sum(dim=2)  # (groups, n)
+    scores = 2 * t * (x @ x.mT) - t * (squares.unsqueeze(1) + squares.unsqueeze(2))
+    each_pair_once = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
+    return scores.masked_fill(~each_pair_once, -math.inf).flatten(1).logsumexp(dim=1)
 
 
 class _QueueLogSumExp(torch.autograd.Function):

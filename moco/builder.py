@@ -5,6 +5,7 @@ Shapes: N batch on this rank, W ranks, K queue, C = dim feature dimension.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from align_uniform import align_loss, contrastive_loss, contrastive_rank, uniform_loss_with_queue
 from moco import distributed
+from moco.batch_norm import fold_statistics
 from moco.encoders import add_mlp_head
 from moco.profiling import label
 
@@ -34,6 +36,10 @@ class MoCo(nn.Module):
         unif_intra_batch: the uniformity term also counts the pairs within the batch on this rank
             (Eq. 22 of arXiv:2005.10242) or only query-queue pairs (Eq. 21).
         mlp: two-layer projection head as in MoCo v2 (arXiv:2003.04297).
+        group_size: images of a group, which are consecutive in the global batch: the uniformity
+            term takes its log and its pairs within a group, and is the mean over groups. A rank can
+            hold several groups, or a group can be spread over several ranks. None: what a rank (or
+            its part of a step) holds is a group, as in upstream's.
 
     Raises:
         ValueError: no term, or a number outside the ranges above.
@@ -55,6 +61,7 @@ class MoCo(nn.Module):
         unif_t: float | None = None,
         unif_intra_batch: bool = True,
         mlp: bool = False,
+        group_size: int | None = None,
     ) -> None:
         super().__init__()
         if contr_tau is None and align_alpha is None and unif_t is None:
@@ -73,8 +80,11 @@ class MoCo(nn.Module):
             raise ValueError(f"m must be in [0, 1], got {m!r}")
         if dim < 1 or K < 1:
             raise ValueError(f"dim and K must be at least 1, got dim={dim!r} and K={K!r}")
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {group_size!r}")
         self.K = K
         self.m = m
+        self.group_size = group_size
         self.contr_tau = contr_tau
         self.align_alpha = align_alpha
         self.unif_t = unif_t
@@ -88,6 +98,13 @@ class MoCo(nn.Module):
             add_mlp_head(self.encoder_k)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
+        self._batch_norms = [
+            encoder.batch_norms
+            for encoder in (self.encoder_q, self.encoder_k)
+            if hasattr(encoder, "batch_norms")
+        ]
+        for norms in self._batch_norms:
+            norms.fold_each_pass = False
 
         # Stored row by row, one key after another, and shown as the transpose, which is the name
         # and shape that checkpoints have: enqueueing then writes whole rows, sweeps read them.
@@ -100,7 +117,8 @@ class MoCo(nn.Module):
         self.prepare: Callable[[Tensor], Tensor] = _as_they_are
 
         self.shuffle_generator = torch.Generator().manual_seed(0)
-        self._pending: list[Tensor] = []  # keys of this step's parts, not yet in the queue
+        self._keys: list[Tensor] = []  # of this step, not yet in the queue; one for each direction
+        self._parts_done = 0
         self._overwritten: tuple[Tensor, Tensor] | None = None  # by the keys of the last step
         self._steps = 0  # tells MoCoLosses when the queue it looks at has moved on
 
@@ -118,55 +136,68 @@ class MoCo(nn.Module):
         Updates the key encoder, encodes both views, computes the losses against the queue from
         before this batch, then enqueues the keys of all ranks.
 
-        A batch that is too large for the memory goes through in `parts` calls, the optimizer
-        stepping after the last one. Parts relate to each other as ranks do: the key encoder is
-        updated in part 0, every part sees the queue from before the step, the keys of all parts
-        enter it after the last one, and the loss of the step is the mean over the parts' losses
-        (divide each by `parts` before its backward). Shuffle, batch norm and intra-batch pairs are
-        each part's own.
+        A batch that is too large for the memory goes through in `parts` calls with the same images,
+        the optimizer stepping after the last one. They compute what one call does: the key encoder
+        is updated in part 0, which also encodes the keys, in as many pieces; each part has its
+        share of the queries; every part sees the queue from before the step; the keys enter it
+        after the last one; and the loss of the step is the mean over the parts' losses (divide each
+        by `parts` before its backward).
 
         Args:
             im_q, im_k: (N, 3, H, W) two views of the same N images, of a type that `prepare` turns
-                into the encoders' input; N is equal on all ranks and in all parts.
-            part, parts: this call is number `part`, 0 to parts - 1 in turn.
+                into the encoders' input; N is equal on all ranks.
+            part, parts: this call is number `part`, 0 to parts - 1 in turn; its queries are the
+                part-th of `parts` equal pieces of the batch.
             symmetric: both views are queries and both are keys: each loss is the sum of those of
                 (q(im_q), k(im_k)) and (q(im_k), k(im_q)), and the keys of im_k, then those of im_q
                 are enqueued. The key encoder is updated once.
 
         Raises:
-            ValueError: views of different shape, K smaller than the keys of one step, or a part out
-                of turn.
+            ValueError: views of different shape, a batch that does not split into the parts or
+                groups, K smaller than the keys of one step, or a part out of turn.
         """
         if im_q.shape != im_k.shape:
             raise ValueError(
                 f"the two views must have one shape, got {tuple(im_q.shape)}, {tuple(im_k.shape)}"
             )
         directions = [(im_q, im_k), (im_k, im_q)] if symmetric else [(im_q, im_k)]
-        self._check_queue_holds(len(im_q), parts, len(directions))
-        if part == 0:
-            self._pending = []  # also what an interrupted step has left
-        if not 0 <= part < parts or len(self._pending) != part * len(directions):
+        self._check_queue_holds(len(im_q), len(directions))
+        if not 0 <= part < parts or part not in (0, self._parts_done):
             raise ValueError(
                 f"parts of a step come in turn, from 0 to parts - 1, got part={part!r} of "
-                f"{parts!r} after {len(self._pending) // len(directions)}"
+                f"{parts!r} after {self._parts_done}"
             )
+        if len(im_q) % parts:
+            raise ValueError(f"a batch of {len(im_q)} does not split into {parts} equal parts")
+        self._span(len(im_q) // parts)  # refuses groups that do not fit
         if part == 0:
-            self.update_key_encoder()
+            self._begin_step()
         losses = []
-        for of_queries, of_keys in directions:
+        for direction, (of_queries, of_keys) in enumerate(directions):
             with label("query forward"):
-                q = _normalize(self.encoder_q(self.prepare(of_queries)))  # (N, C)
+                q = _normalize(self.encoder_q(self.prepare(of_queries.chunk(parts)[part])))
             with label("key forward"):
-                keys = self.encode_keys(of_keys)  # (W*N, C), all ranks'
-            k = keys.chunk(distributed.world_size())[distributed.rank()]  # (N, C)
+                if part == 0:
+                    self._keys.append(self.encode_keys(of_keys, parts))  # (W*N, C), all ranks'
+            k = self._keys[direction].chunk(distributed.world_size())[distributed.rank()]
             with label("loss"):
-                losses.append(self._losses(q, k))
-            self._pending.append(keys)
+                losses.append(self._losses(q, k.chunk(parts)[part]))
+        self._parts_done = part + 1
         if part == parts - 1:
-            with label("queue"):
-                self.enqueue(torch.cat(self._pending))
-            self._pending = []
+            self._end_step()
         return losses[0] if len(losses) == 1 else MoCoLosses.sum(losses)
+
+    def _begin_step(self) -> None:
+        self._keys, self._parts_done = [], 0  # also what an interrupted step has left
+        for norms in self._batch_norms:
+            norms.forget()
+        self.update_key_encoder()
+
+    def _end_step(self) -> None:
+        with label("queue"):
+            self.enqueue(torch.cat(self._keys))
+        self._keys, self._parts_done = [], 0
+        fold_statistics(self._batch_norms)
 
     @torch.no_grad()
     def update_key_encoder(self) -> None:
@@ -178,18 +209,21 @@ class MoCo(nn.Module):
             )
 
     @torch.no_grad()
-    def encode_keys(self, im_k: Tensor) -> Tensor:
+    def encode_keys(self, im_k: Tensor, pieces: int = 1) -> Tensor:
         """Normalised keys of all ranks' images, in rank order: (N, 3, H, W) -> (W*N, C).
 
-        Images are encoded in shuffled order, across ranks and so across the batch-norm groups
-        within a rank: a key's batch statistics then do not give away which query it belongs to
-        (arXiv:1911.05722, section 3.3).
+        Images are encoded in shuffled order, across ranks and so across batch-norm groups: a key's
+        batch statistics then do not give away which query it belongs to (arXiv:1911.05722, section
+        3.3). They go through the encoder in `pieces`, one after another.
         """
         n_all = len(im_k) * distributed.world_size()
         permutation = torch.randperm(n_all, generator=self.shuffle_generator)  # alike on all ranks
         with label("communication"):
             shuffled = distributed.exchange_rows(im_k, permutation)  # (N, 3, H, W)
-        k = _normalize(self.encoder_k(self.prepare(shuffled)))
+        encoded = [
+            _normalize(self.encoder_k(self.prepare(piece))) for piece in shuffled.chunk(pieces)
+        ]
+        k = torch.cat(encoded) if pieces > 1 else encoded[0]
         keys = torch.empty(n_all, k.shape[1], dtype=k.dtype, device=k.device)
         with label("communication"):
             gathered = distributed.all_gather(k)
@@ -218,14 +252,27 @@ class MoCo(nn.Module):
         positions, keys = self._overwritten
         return self.queue.t().clone().index_copy_(0, positions, keys).t()
 
-    def _check_queue_holds(self, n: int, parts: int, directions: int) -> None:
+    def _check_queue_holds(self, n: int, directions: int) -> None:
         ranks = distributed.world_size()
-        if parts * directions * ranks * n > self.K:
-            times = "".join(f" x {count}" for count in (parts, directions) if count > 1)
+        if directions * ranks * n > self.K:
+            times = f" x {directions}" if directions > 1 else ""
             raise ValueError(
                 f"the queue (K={self.K}) must hold at least the keys of one step (a global batch), "
                 f"got {ranks} x {n} images{times}; use a larger K"
             )
+
+    def _span(self, n: int) -> int:
+        """Over how many ranks a group is spread, of which n images are on this one; 1 where this
+        rank holds whole groups."""
+        size = self.group_size
+        if size is None or n % size == 0:
+            return 1
+        if size % n or distributed.world_size() % (size // n):
+            raise ValueError(
+                f"groups of {size} do not fit {distributed.world_size()} rank(s) of {n} images (in "
+                "each part): they must divide that number, or be a multiple of it"
+            )
+        return size // n
 
     def _losses(self, q: Tensor, k: Tensor) -> MoCoLosses:
         losses = MoCoLosses(_batches=[_Batch(self, self._steps, q.detach(), k)])
@@ -234,8 +281,15 @@ class MoCo(nn.Module):
         if self.align_alpha is not None:
             losses.loss_align = align_loss(q, k, self.align_alpha)
         if self.unif_t is not None:
+            span = self._span(len(q))
+            gather = functools.partial(distributed.gather_group, span=span)
             losses.loss_unif = uniform_loss_with_queue(
-                q, self.queue, self.unif_t, self.unif_intra_batch
+                q,
+                self.queue,
+                self.unif_t,
+                self.unif_intra_batch,
+                groups=max(1, len(q) // (self.group_size or len(q))),
+                gather=gather if span > 1 else None,
             )
         return losses
 

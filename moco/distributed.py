@@ -83,13 +83,50 @@ def data_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Mod
     )
 
 
-def all_gather(rows: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, (N, ...) -> (W*N, ...); N is equal on all ranks."""
-    if world_size() == 1:
+def all_gather(rows: Tensor, span: int | None = None) -> Tensor:
+    """Rows of all ranks in rank order, (N, ...) -> (W*N, ...); N is equal on all ranks. With `span`
+    only of the ranks that share a group with this one: of `span` consecutive ones."""
+    ranks = span or world_size()
+    if ranks == 1:
         return rows
-    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    getattr(dist, _GATHER)(gathered, rows.contiguous())
+    gathered = rows.new_empty(ranks * len(rows), *rows.shape[1:])
+    getattr(dist, _GATHER)(gathered, rows.contiguous(), group=_ranks_around(span))
     return gathered
+
+
+def gather_group(rows: Tensor, span: int) -> Tensor:
+    """Rows of the `span` ranks that share a group, (N, ...) -> (span*N, ...), with gradient.
+
+    Each of these ranks computes the same loss of all rows. The gradient is that of the sum of their
+    losses, as data-parallel averaging expects: `span` times that of one of them.
+    """
+    return _GatherGroup.apply(rows, span)
+
+
+class _GatherGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, span):
+        ctx.span = span
+        return all_gather(rows, span)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return ctx.span * slope.chunk(ctx.span)[rank() % ctx.span], None
+
+
+_around: dict[int, tuple[object, object]] = {}  # span -> (all ranks, those around this one)
+
+
+def _ranks_around(span: int | None) -> dist.ProcessGroup | None:
+    """The process group of the `span` consecutive ranks that this one is among. All ranks must ask
+    for it together, as they make it the first time."""
+    if span is None or span == world_size():
+        return None
+    everyone = dist.group.WORLD
+    if _around.get(span, (None, None))[0] is not everyone:
+        groups = [list(range(r, r + span)) for r in range(0, world_size(), span)]
+        _around[span] = everyone, dist.new_subgroups_by_enumeration(groups)[0]
+    return _around[span][1]
 
 
 def exchange_rows(rows: Tensor, permutation: Tensor) -> Tensor:
@@ -128,10 +165,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(value)
+def sum_over_ranks(value: Tensor, span: int | None = None) -> Tensor:
+    """Sum over ranks, in place; with `span` over the consecutive ones that share a group."""
+    if world_size() > 1 and span != 1:
+        dist.all_reduce(value, group=_ranks_around(span))
     return value
 
 

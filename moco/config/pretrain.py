@@ -134,7 +134,10 @@ class Encoder(Part):
     moco_k: queue size (%(default)s)
     moco_m: momentum of the key encoder (%(default)s)
     mlp: two-layer projection head (MoCo v2)
-    bn_splits: batch-norm groups per device; auto: of 32 images each
+    group_size: images of a group, which has batch-norm statistics, intra-batch pairs and the log of
+        the uniformity loss of its own, as one device of the published runs had; auto: 32, or the
+        size nearest to it that fits the batch, in at least two groups
+    bn_splits: the same, as groups per device (and part)
     """
 
     arch: str = option("resnet50", "-a --arch", LEARNS, metavar="ARCH")
@@ -143,10 +146,23 @@ class Encoder(Part):
     moco_k: int = option(65536, "--moco-k", LEARNS, least=1)
     moco_m: float = option(0.999, "--moco-m", LEARNS)
     mlp: bool = option(False, "--mlp", LEARNS)
-    bn_splits: str = option("auto", "--bn-splits", FREE)
+    group_size: str = option("auto", "--group-size", FREE, metavar="N")
+    bn_splits: str = option("auto", "--bn-splits", FREE, metavar="N")
+    loss_group_size: int | None = option(None, "", FREE)  # of a run from before --group-size
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, least in (("group_size", 2), ("bn_splits", 1)):
+            value = getattr(self, name)
+            if value != "auto" and not (value.isdecimal() and int(value) >= least):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be auto or a number of at least {least}, got "
+                    f"{value!r}"
+                )
+        if self.group_size != "auto" and self.bn_splits != "auto":
+            raise ValueError(
+                "--group-size and --bn-splits were both given, and both say how large a group is"
+            )
         if not 0 <= self.moco_m <= 1:
             raise ValueError(f"--moco-m must be in [0, 1], got {self.moco_m:g}")
 
@@ -202,9 +218,8 @@ class PretrainOptim(Optim):
     lr: initial learning rate (%(default)s)
     weight_decay: %(default)s
     amp: mixed precision of the encoders (%(default)s)
-    accumulate: each device's share of --batch-size goes through in N parts, for less memory;
-        parts relate to each other as devices do, with batch norm, shuffle and intra-batch pairs
-        of their own; optimizer, key encoder and queue advance once per step (%(default)s)
+    accumulate: each device's share of --batch-size goes through in N parts of whole groups, for
+        less memory; what is learned stays the same (%(default)s)
     init_from: start from the encoder in this file (weights, not a run: queue, optimizer and
         epoch are new)
     """
@@ -212,7 +227,7 @@ class PretrainOptim(Optim):
     lr: float = option(0.03, "--lr --learning-rate", LEARNS, least=0, kind="rate")
     weight_decay: float = option(0.0001, "--wd --weight-decay", LEARNS, least=0, kind="rate")
     amp: str = option("off", "--amp", LEARNS, choices=("off", "bf16", "fp16"))
-    accumulate: int = option(1, "--accumulate", LEARNS, least=1, since=1)
+    accumulate: int = option(1, "--accumulate", ROUNDS, least=1, since=1)
     init_from: str | None = option(
         None, "--init-from", LEARNS, since=None, kind="path", metavar="CHECKPOINT"
     )
@@ -339,7 +354,11 @@ class PretrainConfig:
             )
         if self.optim.amp == "fp16" and self.placement.devices[0] == "cpu":
             raise ValueError("--amp fp16 needs a GPU; use bf16 or off on the CPU")
-        _ = self.bn_groups  # refuses what does not divide
+        if not self._fits(self.loss_group_size):
+            raise ValueError(
+                f"its loss takes its log over {self.loss_group_size} images, which do not fit "
+                f"--batch-size {batch} over {self._places}"
+            )
 
     @property
     def part_size(self) -> int:
@@ -347,28 +366,86 @@ class PretrainConfig:
         return self.optim.batch_size // self.placement.processes // self.optim.accumulate
 
     @property
-    def bn_groups(self) -> int:
-        """Batch-norm groups per device, of each part of its batch. The published runs had 32 images
-        on each device; there is one group where the part is not above 32 or not a multiple of it.
+    def group_size(self) -> int:
+        """Images of a group; groups are consecutive in the global batch.
+
+        Raises:
+            ValueError: groups that do not divide the batch, or do not fit the devices.
         """
-        batch, splits = self.part_size, self.encoder.bn_splits
-        if splits == "auto":
-            return batch // 32 if batch > 32 and batch % 32 == 0 else 1
-        try:
-            groups = int(splits)
-        except ValueError:
-            raise ValueError(f"--bn-splits must be a number or auto, got {splits!r}") from None
-        if groups < 1 or batch % groups:
-            accumulate = self.optim.accumulate
+        encoder, part = self.encoder, self.part_size
+        if encoder.bn_splits != "auto":
+            return _size_of_splits(int(encoder.bn_splits), part, self.optim.accumulate)
+        if encoder.group_size == "auto":
+            return self._nearest_group_size()
+        size = int(encoder.group_size)
+        if not self._fits(size):
+            sizes = [each for each in range(2, self.optim.batch_size + 1) if self._fits(each)]
             raise ValueError(
-                f"--bn-splits {groups} does not divide the batch of {batch} on each device"
-                + (f" (--accumulate {accumulate})" if accumulate > 1 else "")
+                f"--group-size {size} does not fit --batch-size {self.optim.batch_size} over "
+                f"{self._places}: a group is some of the {part} images that go through one device "
+                "at a time, or all those of several devices; sizes that fit: "
+                f"{', '.join(map(str, sizes))}"
             )
-        if batch // groups < 2 and groups > 1:
-            raise ValueError(
-                f"--bn-splits {groups} leaves groups of one image, which have no variance"
-            )
-        return groups
+        return size
+
+    def _fits(self, size: int) -> bool:
+        batch, part = self.optim.batch_size, self.part_size
+        return part % size == 0 or (
+            self.optim.accumulate == 1 and size % part == 0 and batch % size == 0
+        )
+
+    def _nearest_group_size(self) -> int:
+        """32 images, as the published runs had on each device, or the nearest size that fits with
+        at least two groups: within one the shuffle has no effect."""
+        batch = self.optim.batch_size
+        sizes = [size for size in range(2, batch // 2 + 1) if self._fits(size)]
+        return min(sizes, key=lambda size: abs(size - 32), default=batch)
+
+    @property
+    def _places(self) -> str:
+        accumulate = self.optim.accumulate
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        return f"{self.placement.processes} process(es){parts}"
+
+    @property
+    def loss_group_size(self) -> int:
+        """Images over which the loss takes its log and its pairs: a group's, but in old runs."""
+        return self.encoder.loss_group_size or self.group_size
+
+    @property
+    def groups(self) -> int:
+        """Groups of the global batch."""
+        return self.optim.batch_size // self.group_size
+
+    @property
+    def bn_groups(self) -> int:
+        """Groups on each device, of each part of its batch; 1 where a group is spread."""
+        return max(1, self.part_size // self.group_size)
+
+    @property
+    def group_span(self) -> int:
+        """Devices over which a group is spread; 1 where devices hold whole groups."""
+        return max(1, self.group_size // self.part_size)
+
+    def resumed_from(self, before: Mapping[str, Any]) -> PretrainConfig:
+        """With the groups of a run that is to go on, where none were asked for; and with those of
+        its loss, which were larger in runs from before --group-size.
+
+        Args:
+            before: flat values of its checkpoint.
+
+        Raises:
+            ValueError: they do not fit the devices.
+        """
+        encoder, size = self.encoder, before.get("bn_group_size")
+        if size is None or before.get("batch_size") != self.optim.batch_size:
+            return self
+        if encoder.group_size == encoder.bn_splits == "auto":
+            encoder = dataclasses.replace(encoder, group_size=str(size))
+        of_loss = groups_of_old_files(before).get("loss_group_size", size)
+        if of_loss != size:
+            encoder = dataclasses.replace(encoder, loss_group_size=of_loss)
+        return dataclasses.replace(self, encoder=encoder)
 
     def to_flat(self) -> dict[str, Any]:
         """The values by their flat names, as JSON and `weights_only` can hold them."""
@@ -376,5 +453,30 @@ class PretrainConfig:
             **flat_values(self),
             "objective": objective_formula(flat_values(self.objective)),
             "bn_groups": self.bn_groups,
-            "bn_group_size": self.part_size // self.bn_groups,
+            "bn_group_size": self.group_size,
+            "loss_group_size": self.loss_group_size,
+            "shuffled_images": self.optim.batch_size,
         }
+
+
+def groups_of_old_files(flat: Mapping[str, Any]) -> dict[str, int]:
+    """What files from before --group-size do not say, by its flat names: the loss took its log and
+    its pairs over all images that were on a device at a time, and keys were shuffled within each
+    part of a step. {} for files of today, and for such that know no groups."""
+    if "loss_group_size" in flat or "bn_groups" not in flat:
+        return {}
+    return {
+        "loss_group_size": flat["bn_groups"] * flat["bn_group_size"],
+        "shuffled_images": flat["batch_size"] // flat.get("accumulate", 1),
+    }
+
+
+def _size_of_splits(splits: int, part: int, accumulate: int) -> int:
+    if part % splits:
+        raise ValueError(
+            f"--bn-splits {splits} does not divide the batch of {part} on each device"
+            + (f" (--accumulate {accumulate})" if accumulate > 1 else "")
+        )
+    if part // splits < 2 and splits > 1:
+        raise ValueError(f"--bn-splits {splits} leaves groups of one image, which have no variance")
+    return part // splits

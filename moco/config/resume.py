@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from moco.config.option import LEARNS, ROUNDS, UNKNOWN, option_fields, plain
-from moco.config.pretrain import Objective, PretrainConfig, objective_formula
+from moco.config.pretrain import (
+    Objective,
+    PretrainConfig,
+    groups_of_old_files,
+    objective_formula,
+)
 
 
 def _by_class(resume: str) -> dict[str, Any]:
@@ -24,7 +29,7 @@ def _by_class(resume: str) -> dict[str, Any]:
 
 _OBJECTIVE = tuple(field.name for field in dataclasses.fields(Objective))
 # Worked out from several fields, or found in the data.
-_DERIVED = ("images", "images_digest", "bn_group_size")
+_DERIVED = ("images", "images_digest", "bn_group_size", "loss_group_size", "shuffled_images")
 # What the order of samples within an epoch depends on.
 SAMPLE_ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_class", "seed")
 
@@ -53,7 +58,8 @@ def learning_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     if not saved:
         return []
     since = {n: v for n, v in _by_class(LEARNS).items() if v is not UNKNOWN}
-    before, after = learned_values({**since, **saved}), learned_values(now)
+    before = learned_values({**since, **groups_of_old_files(saved), **saved})
+    after = learned_values(now)
     if _objective_numbers(saved) == _objective_numbers(now):
         before.pop("objective", None)
     return _changed(before, after)

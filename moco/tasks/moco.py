@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moco import encoders
-from moco.batch_norm import has_batch_norm
+from moco.batch_norm import has_batch_norm, split_batch_norm
 from moco.builder import MoCo, MoCoLosses
 from moco.checkpoint import load_encoder
 from moco.data.views import normalize
@@ -32,15 +32,8 @@ class MoCoTask(Task):
 
     def build_module(self) -> MoCo:
         encoder, objective = self.config.encoder, self.config.objective
-        base_encoder = functools.partial(
-            encoders.build_encoder,
-            encoder.arch,
-            image_size=self.config.views.image_size,
-            small_stem=encoder.small_stem,
-            bn_splits=self.config.bn_groups,
-        )
         return MoCo(
-            base_encoder,
+            self._build_encoder,
             encoder.moco_dim,
             encoder.moco_k,
             encoder.moco_m,
@@ -49,7 +42,24 @@ class MoCoTask(Task):
             unif_t=objective.unif_t if objective.unif_w else None,
             unif_intra_batch=objective.intra_batch,
             mlp=encoder.mlp,
+            group_size=self.config.loss_group_size,
         )
+
+    def _build_encoder(self, num_classes: int) -> nn.Module:
+        config = self.config
+        built = encoders.build_encoder(
+            config.encoder.arch,
+            num_classes,
+            image_size=config.views.image_size,
+            small_stem=config.encoder.small_stem,
+        )
+        if config.groups > 1:  # also where each lies on a device of its own
+            split_batch_norm(built, config.bn_groups, config.group_span)
+        return built
+
+    def split(self, batch: tuple[Tensor, Tensor], parts: int) -> list[tuple[Tensor, Tensor]]:
+        """Every part sees the whole batch: keys are shuffled over all of it."""
+        return [batch] * parts
 
     def losses(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], part: int, parts: int
@@ -124,7 +134,7 @@ class MoCoTask(Task):
             "data": f"{len(data.images)} images, {data.steps_per_epoch} steps per epoch, "
             f"{config.schedule.epochs} epochs",
             "batch": self._batch_fact(),
-            "batch norm": self._batch_norm_fact(module),
+            "groups": self._groups_fact(module),
             "encoder": f"{encoder.arch}, {parameters / 1e6:.2f} M parameters, "
             f"{config.views.image_size} px" + (", small stem" if encoder.small_stem else ""),
             "queue": f"{encoder.moco_k} x {encoder.moco_dim}, "
@@ -141,20 +151,33 @@ class MoCoTask(Task):
             )
         return fact
 
-    def _batch_norm_fact(self, module: MoCo) -> str:
-        config, part, groups = self.config, self.config.part_size, self.config.bn_groups
-        accumulate = config.optim.accumulate
-        where = "on each device" if accumulate == 1 else "in each part"
-        if not has_batch_norm(module.encoder_q):
-            return "none in this arch"
-        if groups > 1:
-            return f"{groups} groups of {part // groups} {where}"
-        fact = f"one group of {part} {where}"
-        if config.encoder.bn_splits == "auto" and part != 32:
-            fact += " (the published runs have groups of 32, which needs a multiple of 32 above 32)"
-        if accumulate > 1 and config.placement.processes == 1:
-            fact += "; within one group the shuffle has no effect, give --bn-splits 2 or more"
-        return fact
+    def _groups_fact(self, module: MoCo) -> str:
+        config, size, count = self.config, self.config.group_size, self.config.groups
+        if config.group_span > 1:
+            where = f", each over {config.group_span} devices"
+        elif config.optim.accumulate > 1:
+            where = f", {config.bn_groups} in each part"
+        elif config.placement.processes > 1:
+            where = f", {config.bn_groups} on each device"
+        else:
+            where = ""
+        normed = has_batch_norm(module.encoder_q)
+        norm = "batch norm" if normed else "no batch norm in this arch"
+        fact = (
+            f"{count} of {size} images{where}; {norm}, intra-batch pairs and the loss's log in each"
+        )
+        if config.loss_group_size != size:
+            fact = (
+                f"{count} of {size} images{where} for batch norm; intra-batch pairs and the loss's "
+                f"log over {config.loss_group_size}, as this run began before --group-size"
+            )
+        if count > 1 or not normed:
+            return fact
+        return (
+            f"{fact}. WARNING: the shuffle has no effect within one group, so that a key's batch "
+            "statistics give away which query it belongs to; give a --batch-size that splits into "
+            "groups of at least two images, or --group-size"
+        )
 
 
 def start_from(moco: MoCo, path: str, arch: str) -> str:

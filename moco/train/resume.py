@@ -40,14 +40,26 @@ def settle(
     lock = hold_on_main(folder, at_exit)
     path, saved = _find_checkpoint(path, folder)
     optim = replace(config.optim, seed=seed)
-    if saved:
-        before = checkpoint.saved_args(saved)
-        if not optim.seed_given:
-            optim = replace(optim, seed=before.get("seed", seed))
-        if optim.init_from is None:
-            optim = replace(optim, init_from=before.get("init_from"))
     saving = replace(config.saving, save_dir=folder, checkpoint=path)
-    return replace(config, optim=optim, saving=saving), saved, lock
+    config = replace(config, optim=optim, saving=saving)
+    return (_as_before(config, saved, path) if saved else config), saved, lock
+
+
+def _as_before(config: Any, saved: dict, path: str) -> Any:
+    """The config with the checkpoint's seed and initial weights, where none were given, and with
+    what the config itself takes from it (`resumed_from`)."""
+    before, optim = checkpoint.saved_args(saved), config.optim
+    if not optim.seed_given:
+        optim = replace(optim, seed=before.get("seed", optim.seed))
+    if optim.init_from is None:
+        optim = replace(optim, init_from=before.get("init_from"))
+    config = replace(config, optim=optim)
+    if not hasattr(config, "resumed_from"):
+        return config
+    try:
+        return config.resumed_from(before)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot go on here: {error}") from error
 
 
 def _find_checkpoint(path: str | None, folder: Path) -> tuple[str | None, dict | None]:

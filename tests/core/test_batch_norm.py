@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moco.batch_norm import SplitBatchNorm2d, has_batch_norm, split_batch_norm
 from moco.encoders import build_encoder
@@ -53,6 +54,82 @@ def test_split_batch_norm_is_one_batch_norm_per_group(splits, layout, options):
         mean = torch.stack([getattr(norm, name) for norm in norms]).mean(dim=0)
         torch.testing.assert_close(getattr(fresh, name), mean)
     assert fresh.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "mobilenet_v3_small"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_network_in_groups_is_the_network_on_each_group(layout, arch):
+    """Features in the order of the images, gradients of all weights, and running statistics: by one
+    batch norm of interleaved groups, or by slices."""
+    torch.manual_seed(0)
+    plain = build_encoder(arch, 7).double()
+    for module in plain.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    split = copy.deepcopy(plain)
+    split_batch_norm(split, 4)
+    split.to(memory_format=layout).double()
+    images = torch.randn(12, 3, 32, 32).double().to(memory_format=layout)
+    slope = torch.randn(12, 7).double()
+
+    alone = [copy.deepcopy(plain) for _ in range(4)]
+    wanted = torch.cat([net(group) for net, group in zip(alone, images.chunk(4), strict=True)])
+    (wanted * slope).sum().backward()
+    features = split(images)
+    (features * slope).sum().backward()
+
+    torch.testing.assert_close(features, wanted)
+    for name, parameter in split.named_parameters():
+        of_groups = sum(net.get_parameter(name).grad for net in alone)
+        torch.testing.assert_close(parameter.grad, of_groups, msg=name)
+    for name, buffer in split.named_buffers():
+        of_groups = torch.stack([net.get_buffer(name).double() for net in alone])
+        torch.testing.assert_close(buffer.double(), of_groups.mean(dim=0), msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(split(images), features)
+
+
+VIEWS = (
+    "detach",
+    "view",
+    "t",
+    "expand",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "transpose",
+    "_unsafe_view",
+)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations; views cost no kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def test_eight_groups_cost_about_as_many_operations_as_one():
+    """ResNet-50, 256 images: forward and backward, also the very first pass."""
+    counts = {}
+    for splits in (1, 8):
+        with torch.device("meta"):
+            encoder = build_encoder("resnet50", 128, bn_splits=splits)
+            images = torch.empty(256, 3, 224, 224)
+        with Operations() as forward:
+            features = encoder(images)
+        with Operations() as backward:
+            features.sum().backward()
+        counts[splits] = forward.count, backward.count
+    assert counts[1][0] > 250 and counts[1][1] > 150
+    for one, eight in zip(counts[1], counts[8], strict=True):
+        assert eight <= 1.2 * one, counts
 
 
 def test_groups_are_normalised_apart():

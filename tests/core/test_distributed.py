@@ -153,11 +153,10 @@ PIXEL_STEPS = [(1, False), (2, False), (1, True)]
 
 
 def pixel_step(parts: int, symmetric: bool, start: dict | None = None) -> dict:
-    """One step on images as bytes, on however many ranks, in parts as the main does it; in one
-    process there are as many parts as there were on all ranks, in the order of their keys."""
+    """One step on images as bytes, on however many ranks, in parts as the main does it."""
     terms, weights = OBJECTIVES["all terms"]
     torch.manual_seed(10 + distributed.rank())
-    moco = MoCo(plain_net, C, K, 0.9, **terms)
+    moco = MoCo(plain_net, C, K, 0.9, **terms, group_size=N // 2)
     if start:
         moco.load_state_dict(start)
     given = []
@@ -172,17 +171,12 @@ def pixel_step(parts: int, symmetric: bool, start: dict | None = None) -> dict:
     generator = torch.Generator().manual_seed(1)
     shape = (2, W * N, 3, 8, 8)
     views = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    views = views.view(2, W, parts, -1, 3, 8, 8)
-    if distributed.is_active():
-        views = views[:, distributed.rank()]  # (2, parts, n, 3, 8, 8)
-    else:
-        views = views.transpose(1, 2).flatten(1, 2)
-    count = views.shape[1]
-    for part in range(count):
-        last = part == count - 1 or not distributed.is_active()
+    views = views.chunk(distributed.world_size(), dim=1)[distributed.rank()]
+    for part in range(parts):
+        last = part == parts - 1 or not distributed.is_active()
         with contextlib.nullcontext() if last else model.no_sync():
-            losses = model(*views[:, part], part=part, parts=count, symmetric=symmetric)
-            (losses.combine(**weights) / count).backward()
+            losses = model(*views, part=part, parts=parts, symmetric=symmetric)
+            (losses.combine(**weights) / parts).backward()
     gradients = [p.grad.clone() for p in moco.encoder_q.parameters()]
     return {"start": start, "state": moco.state_dict(), "gradients": gradients, "given": given}
 
@@ -363,8 +357,8 @@ def test_two_ranks_equal_the_reference(ranks, run):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_weights_queues_and_pointers_are_bit_equal_on_both_ranks(ranks, run):
-    """From the first step on, though the ranks drew different weights and queues. Batch-norm
-    statistics are each rank's own."""
+    """From the first step on, though the ranks drew different weights and queues; batch-norm
+    statistics of groups too, as they are means over the groups of all ranks."""
     first, second = (seen["runs"][run] for seen in ranks)
     assert first["wrapper"] == "DistributedDataParallel"
     states = [(first["start"], second["start"])]
@@ -373,23 +367,25 @@ def test_weights_queues_and_pointers_are_bit_equal_on_both_ranks(ranks, run):
     ]
     for one, other in states:
         for name, tensor in one.items():
-            if "running" not in name:
-                assert torch.equal(tensor, other[name]), name
+            assert torch.equal(tensor, other[name]), name
     assert not torch.equal(states[-1][0]["queue"], first["start"]["queue"])
 
 
-def test_buffers_are_not_sent_again_in_a_step(ranks):
-    """A rank's batch-norm statistics follow its own batches; DDP's default would overwrite them,
+def test_running_statistics_are_those_of_the_groups_of_all_ranks(ranks):
+    """One step of their momentum towards the mean over groups; DDP's default would send rank 0's,
     and with them the whole queue."""
-    for rank, seen in enumerate(ranks):
-        run = seen["runs"]["all terms, batch norm in groups"]
+    prefix = "encoder_q."
+    steps = ranks[0]["runs"]["all terms, batch norm in groups"]["steps"]
+    moved = []
+    for views in two_views(1, W * N)[0].chunk(W):
         encoder = grouped_net(C)
-        prefix = "encoder_q."
-        state = {n.removeprefix(prefix): t for n, t in run["steps"][0]["state"].items()}
+        state = {n.removeprefix(prefix): t for n, t in steps[0]["state"].items()}
         encoder.load_state_dict({name: state[name] for name in encoder.state_dict()})
-        encoder(two_views(1, W * N)[0].chunk(W)[rank])
-        for name, buffer in encoder.named_buffers():
-            torch.testing.assert_close(buffer, run["steps"][1]["state"][prefix + name])
+        encoder(views)
+        moved.append({name: t for name, t in encoder.named_buffers() if "running" in name})
+    for name in moved[0]:
+        mean = (moved[0][name] + moved[1][name]) / 2
+        torch.testing.assert_close(steps[1]["state"][prefix + name], mean)
 
 
 @pytest.mark.parametrize("options", PIXEL_STEPS, ids=["whole", "in parts", "symmetric"])
@@ -405,10 +401,7 @@ def test_bytes_in_parts_on_two_ranks_equal_one_process(ranks, options):
         for name in ("queue_ptr", "encoder_k.fc.weight", "encoder_k.conv1.weight"):
             assert_close(each["state"][name], alone["state"][name].double(), name)
     assert torch.equal(first["state"]["queue"], second["state"]["queue"])
-    queue = alone["state"]["queue"].clone()
-    if options[1]:  # ranks enqueue both directions of all ranks, parts both of each part
-        keys = queue[:, : 2 * W * N].reshape(C, W, 2, N)
-        queue[:, : 2 * W * N] = keys.transpose(1, 2).reshape(C, -1)
+    queue = alone["state"]["queue"]
     assert_close(first["state"]["queue"], queue.double(), "queue")
     assert not torch.equal(queue, first["start"]["queue"])
 

@@ -183,25 +183,40 @@ def test_objective_as_a_formula(data, flags, formula):
 
 
 @pytest.mark.parametrize(
-    ("batch", "ranks", "splits", "groups"),
+    ("batch", "ranks", "flags", "size", "groups", "span"),
     [
-        (256, 1, "auto", 8),
-        (256, 8, "auto", 1),
-        (256, 2, "auto", 4),
-        (64, 1, "auto", 2),
-        (32, 1, "auto", 1),
-        (48, 1, "auto", 1),
-        (256, 1, "1", 1),
-        (256, 2, "16", 16),
+        (256, 1, "", 32, 8, 1),
+        (256, 8, "", 32, 1, 1),
+        (256, 2, "", 32, 4, 1),
+        (256, 16, "", 32, 1, 2),  # 16 images on each device
+        (256, 32, "", 32, 1, 4),
+        (64, 1, "", 32, 2, 1),
+        (32, 1, "", 16, 2, 1),  # within one group the shuffle would do nothing
+        (48, 1, "", 24, 2, 1),
+        (100, 1, "", 25, 4, 1),
+        (200, 1, "", 25, 8, 1),
+        (96, 2, "", 24, 2, 1),  # 48 on each: 32 does not fit
+        (8, 1, "", 4, 2, 1),
+        (7, 1, "", 7, 1, 1),  # warned of
+        (256, 1, "--accumulate 8", 32, 1, 1),
+        (256, 1, "--accumulate 16", 16, 1, 1),
+        (256, 1, "--bn-splits 1", 256, 1, 1),
+        (256, 2, "--bn-splits 16", 8, 16, 1),
+        (256, 4, "--group-size 128", 128, 1, 2),
+        (256, 2, "--group-size 8", 8, 16, 1),
     ],
-)
-def test_batch_norm_groups_are_of_32_images(many, monkeypatch, batch, ranks, splits, groups):
+)  # fmt: skip
+def test_groups_are_of_32_images_or_nearly(
+    many, monkeypatch, batch, ranks, flags, size, groups, span
+):
     if ranks > 1:
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", ranks)):
             monkeypatch.setenv(name, str(value))
-    line = [*TINY, "--moco-k", "256", "--batch-size", str(batch), "--bn-splits", splits, str(many)]
-    args = flat(line)
-    assert (args.processes, args.bn_groups) == (ranks, groups)
+    line = [*TINY, "--moco-k", "256", "--batch-size", str(batch), *flags.split(), str(many)]
+    config = cli.pretrain_config(line)
+    assert config.placement.processes == ranks
+    assert (config.group_size, config.bn_groups, config.group_span) == (size, groups, span)
+    assert config.to_flat()["bn_group_size"] == config.to_flat()["loss_group_size"] == size
 
 
 def test_a_seed_is_drawn_and_the_run_folder_named(many):
@@ -269,8 +284,12 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
         ("--init-from ''", ["--init-from", "empty"]),
         ("--bn-splits 3", ["--bn-splits 3", "does not divide", "8"]),
         ("--bn-splits 8", ["--bn-splits 8", "one image"]),
-        ("--bn-splits 0", ["--bn-splits 0"]),
+        ("--bn-splits 0", ["--bn-splits", "'0'"]),
         ("--bn-splits many", ["--bn-splits", "'many'", "auto"]),
+        ("--group-size 1", ["--group-size", "at least 2", "'1'"]),
+        ("--group-size 3", ["--group-size 3 does not fit --batch-size 8", "2, 4, 8"]),
+        ("--group-size 8 --accumulate 2", ["--group-size 8", "in 2 parts", "fit: 2, 4"]),
+        ("--group-size 4 --bn-splits 2", ["--group-size and --bn-splits were both given"]),
         ("--lr nan", ["--lr", "nan"]),
         ("--lr inf", ["--lr", "inf"]),
         ("--lr -1", ["--lr", "-1"]),
@@ -443,7 +462,7 @@ def test_run_folder(run):
     facts = json.loads((run / "args.json").read_text())
     assert facts["objective"] == DEFAULT_OBJECTIVE
     assert (facts["arch"], facts["moco_k"], facts["moco_dim"]) == ("resnet8", 64, 128)
-    assert (facts["seed"], facts["batch_size"], facts["bn_groups"]) == (1, 8, 1)
+    assert (facts["seed"], facts["batch_size"], facts["bn_groups"]) == (1, 8, 2)
     assert facts["provenance"].keys() == {"git", "python", "torch", "torchvision"}
 
 
@@ -494,7 +513,7 @@ def test_start_prints_the_derived_numbers(data, capsys):
         "objective: 1 * InfoNCE(tau=0.2)\n",
         "30 images, 3 steps per epoch, 200 epochs",
         "8 over 1 process(es), 8 each",
-        "one group of 8",
+        "groups: 2 of 4 images; batch norm, intra-batch pairs and the loss's log in each\n",
         "resnet8, 0.09 M parameters, 32 px",
         "64 x 128",
         "CPU",
@@ -812,8 +831,10 @@ def test_resume_of_a_finished_run_changes_no_checkpoint(data, run, tmp_path):
 
 
 @pytest.mark.parametrize("extra", [{}, {"module.scalar_label": torch.zeros(1, dtype=torch.int64)}])
-def test_resume_from_a_checkpoint_of_upstream(data, run, tmp_path, extra):
+def test_resume_from_a_checkpoint_of_upstream(data, tmp_path, extra):
     """epoch, arch, state_dict and an optimizer whose groups know what SGD of torch 1.4 knew."""
+    one_group, run = ["--bn-splits", 1, "--epochs", 2], tmp_path / "ours"
+    train(data, *one_group, "--save-dir", run)
     ours = load(run / "checkpoint_0000.pth.tar")
     group = ours["optimizer"]["param_groups"][0]
     old = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
@@ -827,7 +848,7 @@ def test_resume_from_a_checkpoint_of_upstream(data, run, tmp_path, extra):
         },
     }
     torch.save(theirs, tmp_path / "upstream.pth.tar")
-    train(data, "--epochs", 2, "--resume", tmp_path / "upstream.pth.tar", "--save-dir", "r")
+    train(data, *one_group, "--resume", tmp_path / "upstream.pth.tar", "--save-dir", "r")
     assert [(line["epoch"], line["step"]) for line in read_log(Path("r"))] == [
         (1, 4), (1, 5), (1, 6)
     ]  # fmt: skip

@@ -152,7 +152,7 @@ def test_accumulated_runs_train_and_enqueue_once_per_step(data, tmp_path, capsys
     state = train(data, tmp_path / "r", "--accumulate", 2, "--max-steps", 3)
     said = capsys.readouterr().out
     assert "8 over 1 process(es), 8 each, in 2 parts of 4; optimizer, key encoder" in said
-    assert "one group of 4 in each part" in said and "give --bn-splits 2 or more" in said
+    assert "groups: 2 of 4 images, 1 in each part" in said and "WARNING" not in said
     assert state["module.queue_ptr"].item() == 24
     lines = read_log(tmp_path / "r")
     assert [line["step"] for line in lines] == [1, 2, 3]
