@@ -65,11 +65,14 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         mine, plain = self.shared, (self.weight, self.bias)
         if self.span > 1:
             return _SpannedNorm.apply(x, *plain, mine.mean, mine.var, self.eps, self.span)
-        if self.splits == 1 or mine.repeated is None:
-            return _norm_each(x, *plain, *mine.of_groups(self.splits), self.eps)
-        return _GroupsNorm.apply(
-            x, *mine.repeated, *mine.of_groups(self.splits), self.eps, mine.interleaved
-        )
+        if self.splits > 1 and not torch.compiler.is_compiling():
+            statistics = mine.of_groups(self.splits)
+            return _GroupsNorm.apply(x, *mine.repeated, *statistics, self.eps, mine.interleaved)
+        if mine.interleaved:
+            wide = x.reshape(len(x) // self.splits, -1, *x.shape[2:])
+            y = F.batch_norm(wide, mine.mean, mine.var, *mine.repeated, True, 1.0, self.eps)
+            return y.view(x.shape)
+        return _norm_each(x, *plain, *mine.of_groups(self.splits), self.eps)
 
     def extra_repr(self) -> str:
         spread = f", span={self.span}" if self.span > 1 else ""
@@ -238,6 +241,7 @@ class EncoderNorms:
         encoder.register_forward_hook(self._after)
         encoder.batch_norms = self
 
+    @torch.compiler.disable
     def _before(self, encoder: nn.Module, inputs: tuple) -> tuple | None:
         if not self._trains():
             return None
@@ -250,6 +254,7 @@ class EncoderNorms:
         self.begin(interleaved=self.splits > 1 and _is_contiguous(encoder, images))
         return (_interleave(images, self.splits),) if self._interleaved else None
 
+    @torch.compiler.disable
     def _after(self, encoder: nn.Module, inputs: tuple, features: Tensor) -> Tensor:
         if self.layers[0].shared is None:
             return features
@@ -274,7 +279,7 @@ class EncoderNorms:
         parts = zip(*(row.split(widths) for row in self._statistics), strict=True)
         for layer, (mean, var) in zip(self.layers, parts, strict=True):
             layer.shared = _Shared(mean, var, interleaved)
-        if self.splits == 1 or torch.compiler.is_compiling():
+        if self.splits == 1:
             return
         parameters = [p for layer in self._affine for p in (layer.weight, layer.bias)]
         repeated = iter(_Repeated.apply(self.splits, *parameters) if parameters else ())
