@@ -117,7 +117,6 @@ def build_trainer(
         rhythm=Rhythm.of(
             saving,
             config.watching,
-            device,
             steps_per_epoch=data.steps_per_epoch,
             total_steps=total_steps,
         ),
