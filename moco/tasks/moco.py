@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from moco.data.views import normalize
 from moco.encoders import head_name
 from moco.errors import CheckpointError
 from moco.log import RunLog
-from moco.precision import memory_format
+from moco.memory import rehearse
+from moco.precision import half_precision, memory_format
 from moco.tasks import monitor
 from moco.tasks.images import ImagePairs
 from moco.tasks.online_knn import OnlineKnn
-from moco.train.task import Task
+from moco.train.task import Needs, Task
 from moco.train.trainer import Trainer
 
 
@@ -30,17 +32,20 @@ class MoCoTask(Task):
     def build_data(self, device: torch.device) -> ImagePairs:
         return ImagePairs(self.config, device)
 
-    def build_module(self) -> MoCo:
-        encoder, objective = self.config.encoder, self.config.objective
-        base_encoder = functools.partial(
+    def _base_encoder(self, bn_splits: int) -> Callable[..., nn.Module]:
+        encoder = self.config.encoder
+        return functools.partial(
             encoders.build_encoder,
             encoder.arch,
             image_size=self.config.views.image_size,
             small_stem=encoder.small_stem,
-            bn_splits=self.config.bn_groups,
+            bn_splits=bn_splits,
         )
+
+    def build_module(self) -> MoCo:
+        encoder, objective = self.config.encoder, self.config.objective
         return MoCo(
-            base_encoder,
+            self._base_encoder(self.config.bn_groups),
             encoder.moco_dim,
             encoder.moco_k,
             encoder.moco_m,
@@ -50,6 +55,30 @@ class MoCoTask(Task):
             unif_intra_batch=objective.intra_batch,
             mlp=encoder.mlp,
         )
+
+    def rehearse(self) -> Needs:
+        """The encoders without groups of batch norm, which take a few per cent more; the queue."""
+        config, encoder = self.config, self.config.encoder
+        size, amp = config.views.image_size, config.optim.amp
+
+        def build() -> nn.Module:
+            net = self._base_encoder(bn_splits=1)(num_classes=encoder.moco_dim)
+            if encoder.mlp:
+                encoders.add_mlp_head(net)
+            return net
+
+        step = rehearse(
+            build,
+            (config.part_size, 3, size, size),
+            dtype=half_precision(amp) or torch.float32,
+            directions=2 if config.objective.symmetric else 1,
+        )
+        queue = 4 * encoder.moco_dim * encoder.moco_k
+        state = 3 * step.weights + 2 * step.buffers + queue  # both encoders, momentum
+        copies = 1.0 * (config.placement.processes > 1)  # gradients, as they are sent
+        copies += config.optim.accumulate > 1  # gradients of the parts before
+        copies += 1.5 * (amp != "off")  # both encoders in half precision, gradients in full
+        return Needs(state, step.peak + int(copies * step.weights), step.operations)
 
     def losses(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], part: int, parts: int

@@ -16,7 +16,7 @@ from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
 from moco.progress import StepPrinter
 from moco.stop import StopRequest
-from moco.train import guards, resume
+from moco.train import feasible, guards, resume
 from moco.train.clock import Rhythm, Stopwatch
 from moco.train.guards import CollapseAlarm, StepGuard
 from moco.train.handshake import refuse_other_data
@@ -77,6 +77,7 @@ def build_trainer(
     stop = StopRequest()
     at_exit.callback(stop.restore)
     config, saved, lock = resume.settle(config, at_exit)
+    feasible.check_step(make_task, config, device)
     torch.manual_seed(config.optim.seed)
     at_exit.enter_context(kernels(config.speed.deterministic))
     task = make_task(config)
