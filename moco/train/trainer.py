@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from moco import distributed
+from moco.handshake import refuse_other_data
 from moco.log import Means, RunLog, provenance
 from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
@@ -19,7 +20,6 @@ from moco.stop import StopRequest
 from moco.train import feasible, guards, resume
 from moco.train.clock import Rhythm, Stopwatch
 from moco.train.guards import CollapseAlarm, StepGuard
-from moco.train.handshake import refuse_other_data
 from moco.train.optimizer import fused_sgd
 from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
