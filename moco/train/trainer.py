@@ -105,7 +105,7 @@ def build_trainer(
         saving.save_dir, keep_last=saving.keep_last, keep_every=saving.keep_every
     )
     writer.lock = lock
-    at_exit.callback(writer.wait)
+    at_exit.push(writer.leave)
     if saving.checkpoint:  # until it is older than all that is kept, it may be the last good one
         writer.retention.keep.add(Path(saving.checkpoint))
     trainer = Trainer(
