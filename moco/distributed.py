@@ -205,10 +205,15 @@ def silent_ranks(seconds: float = 5) -> list[int]:
 
 def any_rank(*flags: bool, device: torch.device) -> list[bool]:
     """For each flag, whether it is set on any rank; the same answer on all of them."""
+    counts = sum_numbers(*map(float, flags), device=device)
+    return [bool(count) for count in counts]
+
+
+def sum_numbers(*numbers: float, device: torch.device) -> list[float]:
+    """For each number its sum over ranks, in float32; the device is waited for."""
     if world_size() == 1:
-        return list(flags)
-    counts = torch.tensor([float(flag) for flag in flags], device=device)
-    return [bool(count) for count in sum_over_ranks(counts).tolist()]
+        return list(numbers)
+    return sum_over_ranks(torch.tensor(numbers, device=device)).tolist()
 
 
 def gather_uneven(rows: Tensor) -> Tensor:

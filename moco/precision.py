@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 
 def autocast(device: torch.device, amp: str) -> torch.autocast:
     """Context for the forward pass. amp: "off" (float32), "bf16" or "fp16"."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+    dtype = half_precision(amp)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def half_precision(amp: str) -> torch.dtype | None:
+    """The type of most activations; None without mixed precision."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
 
 
 def memory_format(channels_last: bool) -> torch.memory_format:
@@ -22,6 +27,31 @@ def memory_format(channels_last: bool) -> torch.memory_format:
 def channels_last_helps(device: torch.device, amp: str) -> bool:
     """Measured on a CPU: 1.02 to 1.28 times as fast."""
     return device.type == "cpu" or amp != "off"
+
+
+# What torch.use_deterministic_algorithms refuses on a GPU, by the names of its operations: those of
+# the list in its documentation that a network may call.
+_NOT_DETERMINISTIC = {
+    f"aten::{name}"
+    for name in (
+        *("_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
+        *("adaptive_max_pool2d_backward", "adaptive_max_pool3d_backward", "avg_pool3d_backward"),
+        *("fractional_max_pool2d_backward", "fractional_max_pool3d_backward"),
+        *("max_unpool2d", "max_unpool3d"),
+        *("upsample_linear1d_backward", "upsample_trilinear3d_backward"),
+        *("upsample_bilinear2d_backward", "_upsample_bilinear2d_aa_backward"),
+        *("upsample_bicubic2d_backward", "_upsample_bicubic2d_aa_backward"),
+        *("reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward"),
+        *("grid_sampler_2d_backward", "grid_sampler_3d_backward", "_embedding_bag_backward"),
+        *("nll_loss_forward", "nll_loss2d_forward", "_ctc_loss_backward"),
+        *("put_", "histc", "median", "nanmedian", "kthvalue"),
+    )
+}
+
+
+def not_deterministic(operations: Iterable[str]) -> list[str]:
+    """Those of the operations that have no deterministic kernel on a GPU, by name."""
+    return sorted(name.removeprefix("aten::") for name in _NOT_DETERMINISTIC & set(operations))
 
 
 @contextlib.contextmanager

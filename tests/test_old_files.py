@@ -91,7 +91,8 @@ def one_thread():
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_stopped_in_mid_epoch_goes_on_to_the_end_that_it_had():
     assert [path.name for path in Path("pretrain").glob("*.pth.tar")] == ["step_00000003.pth.tar"]
-    main_moco.main([*PRETRAIN[1:], "--resume", "auto"])
+    main_moco.main([*PRETRAIN[1:], "--resume", "auto", "--max-steps", "4"])
+    main_moco.main([*PRETRAIN[1:], "--resume", "auto"])  # which the new code's file leads on
 
     old, new = logged("train", FIXTURES / "pretrain"), logged("train", "pretrain")
     assert list(new) == list(old) == [2, 4, 6, 8]

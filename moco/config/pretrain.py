@@ -148,7 +148,7 @@ class Encoder(Part):
     mlp: bool = option(False, "--mlp", LEARNS)
     group_size: str = option("auto", "--group-size", FREE, metavar="N")
     bn_splits: str = option("auto", "--bn-splits", FREE, metavar="N")
-    loss_group_size: int | None = option(None, "", FREE)  # of a run from before --group-size
+    kept_loss_group_size: int | None = option(None, "", FREE)  # of a run from before --group-size
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -410,7 +410,7 @@ class PretrainConfig:
     @property
     def loss_group_size(self) -> int:
         """Images over which the loss takes its log and its pairs: a group's, but in old runs."""
-        return self.encoder.loss_group_size or self.group_size
+        return self.encoder.kept_loss_group_size or self.group_size
 
     @property
     def groups(self) -> int:
@@ -442,9 +442,9 @@ class PretrainConfig:
             return self
         if encoder.group_size == encoder.bn_splits == "auto":
             encoder = dataclasses.replace(encoder, group_size=str(size))
-        of_loss = groups_of_old_files(before).get("loss_group_size", size)
+        of_loss = {**groups_of_old_files(before), **before}.get("loss_group_size", size)
         if of_loss != size:
-            encoder = dataclasses.replace(encoder, loss_group_size=of_loss)
+            encoder = dataclasses.replace(encoder, kept_loss_group_size=of_loss)
         return dataclasses.replace(self, encoder=encoder)
 
     def to_flat(self) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from torch import nn
 
 from moco import checkpoint, distributed, encoders
 from moco.config import IMAGENET_MEAN, IMAGENET_STD, LinclsConfig
-from moco.data.images import Images, Subset, open_images
+from moco.data.images import Images, Subset, names_digest, open_images
 from moco.data.subsets import listed_labels, percent_of_labels, subset_digest
 from moco.errors import CheckpointError, DataError, report_user_errors
 from moco.evaluate.classifier_io import (
+    encoder_digest,
     load_classifier,
     load_resumed,
     refuse_changes,
@@ -32,6 +33,7 @@ from moco.evaluate.heads import FrozenEncoder, Heads, head_accuracy
 from moco.evaluate.knn import knn_accuracy
 from moco.evaluate.loop import LinearEvaluation
 from moco.evaluate.protocol import make_feed, train_classifiers
+from moco.handshake import refuse_other_arguments, refuse_other_data
 from moco.lock import hold_on_main
 from moco.log import RunLog, provenance
 from moco.progress import progress
@@ -52,8 +54,12 @@ def evaluate(device: torch.device, config: LinclsConfig) -> None:
 
 
 def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.ExitStack) -> None:
+    refuse_other_arguments(config)
     subject, config = load_subject(device, config)
     train, val, config = open_splits(config)
+    if distributed.world_size() > 1:
+        digests = {"training images": names_digest(train), "validation images": names_digest(val)}
+        refuse_other_data({**digests, "encoder": encoder_digest(subject.encoder.encoder)})
     classes = len(train.classes)
     saved = load_classifier(subject.path, classes) if config.source.evaluate else None
     result = describe(subject, config, train, val)

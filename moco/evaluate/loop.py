@@ -29,9 +29,11 @@ from moco.evaluate.heads import (
     zero_diverged_head,
 )
 from moco.log import RunLog
+from moco.looks import Looks, looking_waits
 from moco.progress import StepPrinter
 from moco.schedule import learning_rate
 from moco.stop import AgreedStop, StopRequest
+from moco.timing import synchronize
 
 CACHED_SAVE_SECONDS = 60.0
 
@@ -135,6 +137,9 @@ class _HeadLoop:
         if config.protocol.folds:
             about = {**about, "fold": self.stage.fold, "folds": self.stage.folds_done}
         interval = CACHED_SAVE_SECONDS if config.protocol.cached else 0.0
+        # A single process looks at its own flag, without a wait.
+        waits = distributed.world_size() > 1 and looking_waits(self.device)
+        self.looks = Looks(epoch * self.steps + step, waits=waits)
         self.writer = ClassifierWriter(
             config.saving.save_dir, about, self.encoder, self.training, interval
         )
@@ -162,13 +167,14 @@ class _HeadLoop:
                 self._stop_if_asked(epoch, step)
 
     def _stop_if_asked(self, epoch: int, step: int) -> None:
-        """Save and end, on all ranks together. Several look on a GPU only when a line is printed,
-        since they would have to wait for it."""
-        waits = self.device.type == "cuda" and distributed.world_size() > 1
-        if waits and step % self.print_freq and step != self.steps:
+        """Save and end, on all ranks together, which look for that about every second."""
+        done = epoch * self.steps + step
+        if done < self.looks.next and step != self.steps:
             return
         stop = self.evaluation.stop
-        if not distributed.any_rank(stop.requested, device=self.device)[0]:
+        if self.looks.waits:
+            synchronize(self.device)
+        if not self.looks.together(done, stop.requested, device=self.device)[0]:
             return
         epochs, within = (epoch, step) if step < self.steps else (epoch + 1, 0)
         self._end_diverged(epoch, step)  # so that no NaN is saved

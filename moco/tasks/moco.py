@@ -16,11 +16,12 @@ from moco.data.views import normalize
 from moco.encoders import head_name
 from moco.errors import CheckpointError
 from moco.log import RunLog
-from moco.precision import memory_format
+from moco.memory import rehearse
+from moco.precision import half_precision, memory_format
 from moco.tasks import monitor
 from moco.tasks.images import ImagePairs
 from moco.tasks.online_knn import OnlineKnn
-from moco.train.task import Task
+from moco.train.task import Needs, Task
 from moco.train.trainer import Trainer
 
 
@@ -45,7 +46,7 @@ class MoCoTask(Task):
             group_size=self.config.loss_group_size,
         )
 
-    def _build_encoder(self, num_classes: int) -> nn.Module:
+    def _build_encoder(self, num_classes: int, *, in_groups: bool = True) -> nn.Module:
         config = self.config
         built = encoders.build_encoder(
             config.encoder.arch,
@@ -53,13 +54,37 @@ class MoCoTask(Task):
             image_size=config.views.image_size,
             small_stem=config.encoder.small_stem,
         )
-        if config.groups > 1:  # also where each lies on a device of its own
+        if in_groups and config.groups > 1:  # also where each lies on a device of its own
             split_batch_norm(built, config.bn_groups, config.group_span)
         return built
 
     def split(self, batch: tuple[Tensor, Tensor], parts: int) -> list[tuple[Tensor, Tensor]]:
         """Every part sees the whole batch: keys are shuffled over all of it."""
         return [batch] * parts
+
+    def rehearse(self) -> Needs:
+        """The encoders without groups of batch norm, which take a few per cent more; the queue."""
+        config, encoder = self.config, self.config.encoder
+        size, amp = config.views.image_size, config.optim.amp
+
+        def build() -> nn.Module:
+            net = self._build_encoder(encoder.moco_dim, in_groups=False)
+            if encoder.mlp:
+                encoders.add_mlp_head(net)
+            return net
+
+        step = rehearse(
+            build,
+            (config.part_size, 3, size, size),
+            dtype=half_precision(amp) or torch.float32,
+            directions=2 if config.objective.symmetric else 1,
+        )
+        queue = 4 * encoder.moco_dim * encoder.moco_k
+        state = 3 * step.weights + 2 * step.buffers + queue  # both encoders, momentum
+        copies = 1.0 * (config.placement.processes > 1)  # gradients, as they are sent
+        copies += config.optim.accumulate > 1  # gradients of the parts before
+        copies += 1.5 * (amp != "off")  # both encoders in half precision, gradients in full
+        return Needs(state, step.peak + int(copies * step.weights), step.operations)
 
     def losses(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], part: int, parts: int

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from moco.config import Saving, Watching
 
 
@@ -40,7 +38,6 @@ class Rhythm:
 
     Attributes:
         total_steps: at which step the run ends.
-        agree: between looks at the numbers of the steps.
         evaluate: in epochs.
     """
 
@@ -48,7 +45,6 @@ class Rhythm:
     total_steps: int
     log: int
     save: int
-    agree: int
     compare_ranks: int
     evaluate: int
 
@@ -57,7 +53,6 @@ class Rhythm:
         cls,
         saving: Saving,
         watching: Watching,
-        device: torch.device,
         *,
         steps_per_epoch: int,
         total_steps: int,
@@ -67,28 +62,20 @@ class Rhythm:
             total_steps=total_steps,
             log=saving.print_freq,
             save=saving.save_steps,
-            agree=steps_between_checks(device, saving.print_freq),
             compare_ranks=watching.check_every,
             evaluate=watching.knn_every,
         )
 
 
-def steps_between_checks(device: torch.device, print_freq: int) -> int:
-    """How often the host looks at the numbers of the steps, and ranks agree on whether to go on.
-
-    On the CPU after every step. A GPU would have to be waited for, so there only when a line is
-    printed anyway (and before every save); `StepGuard` keeps the weights until then.
-    """
-    return 1 if device.type == "cpu" else print_freq
-
-
-def due(step: int, step_in_epoch: int, epoch: int, rhythm: Rhythm) -> Due:
+def due(step: int, step_in_epoch: int, epoch: int, rhythm: Rhythm, look_at: int) -> Due:
     """What is due once `step` steps of the run are done.
 
     Args:
         step: steps since the start of the run.
         step_in_epoch: steps of this epoch, 1 to steps_per_epoch.
         epoch: finished epochs, this one not counted.
+        look_at: the step by which ranks look at the numbers of the steps (`moco.looks`); they do
+            before each line and each save as well.
     """
     ended = step >= rhythm.total_steps
     epoch_end = step_in_epoch == rhythm.steps_per_epoch
@@ -96,7 +83,7 @@ def due(step: int, step_in_epoch: int, epoch: int, rhythm: Rhythm) -> Due:
     save = ended or epoch_end or _every(rhythm.save, step)
     return Due(
         log=log,
-        agree=log or save or _every(rhythm.agree, step),
+        agree=log or save or step >= look_at,
         compare_ranks=_every(rhythm.compare_ranks, step),
         epoch_end=epoch_end,
         save=save,

@@ -15,6 +15,7 @@ from torch import Tensor
 from moco import checkpoint, distributed
 from moco.errors import TrainingError
 from moco.log import RunLog
+from moco.looks import Looks, looking_waits
 from moco.train.saver import BackgroundWriter, finish_saving
 from moco.train.state import TrainState
 from moco.train.task import Losses
@@ -50,6 +51,7 @@ class StepGuard:
 
     def __init__(self, state: TrainState, writer: BackgroundWriter, max_overflows: int) -> None:
         self.state, self.writer, self.max_overflows = state, writer, max_overflows
+        self.looks = Looks(state.step, waits=looking_waits(state.device))
         self.failed = torch.zeros((), dtype=torch.bool, device=state.device)
         # Since the last check: (epoch, step, names, their values on the device).
         self.noted: list[tuple[int, int, list[str], Tensor]] = []
@@ -87,8 +89,8 @@ class StepGuard:
                 stepped since), too many fp16 overflows in a row, or rank 0 could not save.
         """
         rows = torch.stack([values for *_, values in self.noted]).tolist() if self.noted else []
-        *bad_losses, unsaved, stopping, save_now = distributed.any_rank(
-            *(not all(map(math.isfinite, losses)) for _, *losses in rows),
+        *bad_losses, unsaved, stopping, save_now = self.looks.together(
+            self.state.step, *(not all(map(math.isfinite, losses)) for _, *losses in rows),
             self.writer.failed(), stopping, save_now, device=self.state.device,
         )  # fmt: skip
         if unsaved:

@@ -79,7 +79,8 @@ def after_step(t: Trainer, losses: Losses) -> Due:
     state.step += 1
     state.step_in_epoch += 1
     t.printer.advance()
-    step = due(state.step, state.step_in_epoch, state.epoch, t.rhythm)
+    looks = t.guard.looks
+    step = due(state.step, state.step_in_epoch, state.epoch, t.rhythm, looks.next)
     if step.agree:
         wants_save = distributed.is_main() and t.stopwatch.rings()
         stop, save_now = t.guard.check(t.stop.requested, wants_save)
@@ -99,6 +100,8 @@ def after_step(t: Trainer, losses: Losses) -> Due:
         if step.evaluate and t.evaluation and t.evaluation.enabled:
             step = step.extended(stop=t.evaluation.measure(state.epoch, state.step))
         t.stopwatch.restart()
+    if step.agree:
+        looks.time_from(state.step)
     return step
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from moco import checkpoint, distributed
 from moco.config import SAMPLE_ORDER, learning_changes, rounding_changes
 from moco.errors import CheckpointError, TrainingError
+from moco.handshake import refuse_other_arguments
 from moco.lock import FolderLock, hold_on_main
 from moco.log import provenance
 from moco.run_files import ARGS, write_json
-from moco.train.handshake import refuse_other_arguments
 
 
 def settle(

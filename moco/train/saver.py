@@ -48,6 +48,7 @@ class BackgroundWriter:
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
         self.waited = 0.0  # seconds that training has spent here
+        self.in_a_hurry = threading.Event()  # set: no more tries
 
     def write(self, path: Path, content: dict) -> None:
         """Start writing; waits for the previous file first."""
@@ -88,6 +89,12 @@ class BackgroundWriter:
             self.thread.join()
             self.thread = None
 
+    def leave(self, kind: type[BaseException] | None, *_: object) -> None:
+        """At the end of the run: `wait`, but not for more tries after a second Ctrl-C."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self.in_a_hurry.set()
+        self.wait()
+
     def _write(self, path: Path, content: dict) -> None:
         try:
             for pause in (*self.pauses, None):
@@ -102,7 +109,8 @@ class BackgroundWriter:
                         f"{pause:g} s, training goes on",
                         flush=True,
                     )
-                    time.sleep(pause)
+                    if self.in_a_hurry.wait(pause):
+                        raise
             self.retention.written(path)
             if self.lock is None or self.lock.is_held():
                 self.retention.prune(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,25 @@ from torch import Tensor, nn
 
 from moco.errors import CheckpointError
 from moco.log import RunLog
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a step of one process needs.
+
+    Attributes:
+        state: bytes of what a checkpoint holds: weights, momentum, buffers.
+        step: bytes beside that, at the peak.
+        operations: names of all that is called, as "aten::relu".
+    """
+
+    state: int
+    step: int
+    operations: frozenset[str]
+
+    def memory(self, device: torch.device) -> int:
+        """Bytes at the peak: in main memory there is also the copy that is being saved."""
+        return self.step + self.state * (2 if device.type == "cpu" else 1)
 
 
 class Losses(Protocol):
@@ -86,6 +106,11 @@ class Task(ABC):
     def mean(self, parts: Sequence[Losses]) -> Losses:
         """The losses of a step that went through in parts."""
         return type(parts[0]).mean(parts)
+
+    def rehearse(self) -> Needs | None:
+        """What a step needs, from shapes alone, before anything is built and without drawing a
+        random number; None where nobody has worked that out."""
+        return None
 
     def start_from(self, module: nn.Module, path: str) -> str:
         """Load initial weights (--init-from); returns what was found, for people to read."""

@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from moco import distributed
+from moco.handshake import refuse_other_data
 from moco.log import Means, RunLog, provenance
 from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
 from moco.progress import StepPrinter
 from moco.stop import StopRequest
-from moco.train import guards, resume
+from moco.train import feasible, guards, resume
 from moco.train.clock import Rhythm, Stopwatch
 from moco.train.guards import CollapseAlarm, StepGuard
-from moco.train.handshake import refuse_other_data
 from moco.train.optimizer import fused_sgd
 from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
@@ -77,6 +77,7 @@ def build_trainer(
     stop = StopRequest()
     at_exit.callback(stop.restore)
     config, saved, lock = resume.settle(config, at_exit)
+    feasible.check_step(make_task, config, device)
     torch.manual_seed(config.optim.seed)
     at_exit.enter_context(kernels(config.speed.deterministic))
     task = make_task(config)
@@ -104,7 +105,7 @@ def build_trainer(
         saving.save_dir, keep_last=saving.keep_last, keep_every=saving.keep_every
     )
     writer.lock = lock
-    at_exit.callback(writer.wait)
+    at_exit.push(writer.leave)
     if saving.checkpoint:  # until it is older than all that is kept, it may be the last good one
         writer.retention.keep.add(Path(saving.checkpoint))
     trainer = Trainer(
@@ -117,7 +118,6 @@ def build_trainer(
         rhythm=Rhythm.of(
             saving,
             config.watching,
-            device,
             steps_per_epoch=data.steps_per_epoch,
             total_steps=total_steps,
         ),

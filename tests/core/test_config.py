@@ -155,7 +155,22 @@ def test_files_from_before_a_field_existed_had_its_old_value(config) -> None:
     old = {name: value for name, value in flat.items() if name not in ("accumulate", "views")}
     assert learning_changes(old, flat) == []
     two = changed(config, optim={"accumulate": 2})
-    assert "accumulate: 1 before, 2 now" in learning_changes(old, two)
+    assert learning_changes(old, two) == []
+    assert "accumulate: 1 before, 2 now" in rounding_changes(old, two)
+
+
+def test_groups_of_files_from_before_group_size_are_worked_out(config) -> None:
+    """The loss saw all images of a device's part, and keys were shuffled within a part."""
+    flat = changed(config, optim={"batch_size": 64, "accumulate": 2})
+    old = {n: v for n, v in flat.items() if n not in ("loss_group_size", "shuffled_images")}
+    assert learning_changes({**old, "bn_groups": 1, "bn_group_size": 32}, flat) == [
+        "shuffled_images: 32 before, 64 now"
+    ]
+    changes = learning_changes({**old, "bn_groups": 2, "bn_group_size": 16}, flat)
+    assert "bn_group_size: 16 before, 32 now" in changes
+    assert learning_changes({**old, "bn_groups": 4, "bn_group_size": 32}, flat) == [
+        "loss_group_size: 128 before, 32 now", "shuffled_images: 32 before, 64 now"
+    ]  # fmt: skip
 
 
 def test_what_is_learned_is_named_once() -> None:

@@ -665,3 +665,31 @@ def test_fewer_images_than_processes_are_evaluated(odd, pretrained, tmp_path):
     flags = ["--pretrained", pretrained, "--epochs", 0, "--knn"]
     run_two(tmp_path / "r", *flags, tmp_path / "data")
     assert result("r")["knn"]["images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "named"),
+    [
+        ("sys.argv[-1:-1] = ['--lr', '0.5']", "lr 0.5, rank 0 has 1.0"),
+        ("sys.argv[-1:-1] = ['--knn']", "knn True, rank 0 has False"),
+        ("sys.argv[-1] = sys.argv[-1].replace('data', 'fewer')", "training images"),
+        ("sys.argv[-1:-1] = ['--pretrained', OTHER]", "encoder"),
+        ("sys.argv[-1:-1] = ['-j', '1', '--save-dir', 'elsewhere']", None),
+    ],
+)
+@pytest.mark.long
+def test_ranks_with_another_evaluation_are_named_on_every_rank(
+    before, named, pretrained, tmp_path
+) -> None:
+    write_labelled(tmp_path / "data")
+    write_labelled(tmp_path / "fewer", train=9)
+    other = write_encoder(tmp_path / "other.pth.tar", seed=1)
+    argv = [*TINY, "--lr", 1, "--epochs", 1, "--pretrained", pretrained]
+    before = f"import os, sys\nOTHER = {str(other)!r}\nif os.environ['RANK'] == '1': {before}"
+    argv += ["--save-dir", tmp_path / "r", tmp_path / "data"]
+    ranks = Processes(tmp_path / "out", *argv, count=2, code=MAIN, before=before)
+    assert ranks.wait() == ([1, 1] if named else [0, 0]), ranks.output()
+    for rank in range(2 if named else 0):
+        (line,) = ranks.output(rank).strip().splitlines()
+        assert f"rank 1 has {named}" in line and "give all ranks the same arguments" in line
+    assert (tmp_path / "r" / "lincls.json").exists() == (named is None)

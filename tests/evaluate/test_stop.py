@@ -132,3 +132,27 @@ def test_ctrl_c_in_a_terminal_reaches_all_processes(data, pretrained, tmp_path, 
     assert "Traceback" not in run.output()
     assert "stopped by SIGINT in epoch" in run.output(0)
     assert load(tmp_path / "r" / LATEST)["args"]["steps_done"] >= 5
+
+
+@pytest.mark.long
+def test_on_a_gpu_ranks_hear_it_by_time_whatever_is_printed(data, pretrained, tmp_path):
+    """Patched in: to look waits for the device, and a second is four steps. Rank 1 is asked in step
+    5 of an epoch of 15."""
+    as_on_a_gpu = """
+import os, signal
+from moco.evaluate import heads, loop
+loop.looking_waits = lambda device: True
+loop.Looks.steps_ahead = lambda self, step: 4
+take, done = heads.HeadTraining.step, []
+def step(self, losses):
+    take(self, losses)
+    done.append(1)
+    if len(done) == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+heads.HeadTraining.step = step
+"""
+    argv = [*TINY, "-b", 2, "--lr", 1, "--epochs", 3, "--print-freq", 1000, "--pretrained"]
+    argv += [pretrained, "--save-dir", tmp_path / "r", data]
+    run = Processes(tmp_path / "out", *argv, count=2, code=MAIN, before=as_on_a_gpu)
+    assert run.wait() == [75, 75], run.output()
+    assert load(tmp_path / "r" / LATEST)["args"]["steps_done"] == 8

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from moco.train.clock import Due, Rhythm, Stopwatch, due, evaluation_due, steps_between_checks
+from moco.train.clock import Due, Rhythm, Stopwatch, due, evaluation_due
 
-# 5 epochs of 6 steps; lines every 4, saves every 5, checks every 3, ranks every 7, k-NN every 2
+# 5 epochs of 6 steps; lines every 4, saves every 5, ranks every 7, k-NN every 2
 # epochs.
-RHYTHM = Rhythm(
-    steps_per_epoch=6, total_steps=30, log=4, save=5, agree=3, compare_ranks=7, evaluate=2
-)
+RHYTHM = Rhythm(steps_per_epoch=6, total_steps=30, log=4, save=5, compare_ranks=7, evaluate=2)
 NAMES = ("log", "agree", "compare_ranks", "epoch_end", "save", "evaluate", "ended")
+
+
+LATER = 1000  # no look is due by time
 
 
 def names(found: Due) -> set[str]:
@@ -23,7 +23,7 @@ def names(found: Due) -> set[str]:
     ("step", "step_in_epoch", "epoch", "expected"),
     [
         (1, 1, 0, ""),
-        (3, 3, 0, "agree"),
+        (3, 3, 0, ""),
         (4, 4, 0, "log agree"),
         (5, 5, 0, "save agree"),
         (6, 6, 0, "epoch_end save agree"),
@@ -36,33 +36,31 @@ def names(found: Due) -> set[str]:
     ],
 )
 def test_what_is_due(step, step_in_epoch, epoch, expected) -> None:
-    assert names(due(step, step_in_epoch, epoch, RHYTHM)) == set(expected.split())
+    assert names(due(step, step_in_epoch, epoch, RHYTHM, LATER)) == set(expected.split())
 
 
 def test_the_end_may_come_within_an_epoch() -> None:
-    short = Rhythm(
-        steps_per_epoch=6, total_steps=8, log=100, save=0, agree=100, compare_ranks=0, evaluate=9
-    )
-    assert names(due(7, 1, 1, short)) == set()
-    assert names(due(8, 2, 1, short)) == {"log", "agree", "save", "evaluate", "ended"}
+    short = Rhythm(steps_per_epoch=6, total_steps=8, log=100, save=0, compare_ranks=0, evaluate=9)
+    assert names(due(7, 1, 1, short, LATER)) == set()
+    assert names(due(8, 2, 1, short, LATER)) == {"log", "agree", "save", "evaluate", "ended"}
 
 
 def test_a_saved_step_is_always_one_that_was_agreed_on() -> None:
     """What is written has been checked for NaN first, whatever the rhythm."""
     for save in range(4):
-        for agree in range(1, 5):
+        for look_at in range(1, 21, 4):
             rhythm = Rhythm(
                 steps_per_epoch=7,
                 total_steps=20,
                 log=6,
                 save=save,
-                agree=agree,
                 compare_ranks=0,
                 evaluate=1,
             )
             for step in range(1, 21):
-                found = due(step, (step - 1) % 7 + 1, (step - 1) // 7, rhythm)
+                found = due(step, (step - 1) % 7 + 1, (step - 1) // 7, rhythm, look_at)
                 assert found.agree or not (found.save or found.log)
+                assert found.agree or step < look_at
                 assert found.save or not (found.evaluate or found.ended or found.epoch_end)
 
 
@@ -87,11 +85,6 @@ def test_what_ranks_agree_on_extends_it(before, stop, save, expected) -> None:
 )
 def test_an_evaluation_that_a_run_was_cut_off_before(step, epochs, expected) -> None:
     assert evaluation_due(step, epochs, RHYTHM) is expected
-
-
-def test_a_cpu_looks_after_every_step_and_a_gpu_when_it_prints() -> None:
-    assert steps_between_checks(torch.device("cpu"), 10) == 1
-    assert steps_between_checks(torch.device("cuda", 0), 10) == 10
 
 
 def test_the_stopwatch_rings_after_its_minutes_and_never_without_any() -> None:

@@ -125,6 +125,29 @@ def test_a_hang_up_is_a_request_to_stop(images, tmp_path) -> None:
     assert "stopped by SIGHUP after step" in hung_up.output()
 
 
+def test_a_second_ctrl_c_does_not_wait_for_more_tries_to_save(images, tmp_path) -> None:
+    """The first one wants to save, and so waits for the file that is being tried again."""
+    run = tmp_path / "run"
+    never = """
+import errno
+from moco import checkpoint, stop
+from moco.train.saver import BackgroundWriter
+BackgroundWriter.pauses = (3600,)
+stop._SAME_KEYSTROKE = 0.0
+def write_checkpoint(path, content):
+    raise OSError(errno.EIO, "no answer")
+checkpoint.write_checkpoint = write_checkpoint
+"""
+    stuck = start(run, images, "--save-steps", 2, before=never)
+    stuck.wait_until(lambda: "trying again in 3600 s" in stuck.output())
+    stuck.send(0, signal.SIGINT)
+    stuck.wait_until(lambda: "Ctrl-C again" in stuck.output())
+    stuck.send(0, signal.SIGINT)
+    assert stuck.wait() == [130], stuck.output()
+    said = stuck.output()
+    assert said.strip().splitlines()[-1] == "main_moco.py: interrupted" and "Traceback" not in said
+
+
 def test_a_second_job_in_the_folder_is_refused_and_changes_nothing(images, tmp_path) -> None:
     run = tmp_path / "run"
     first = start(run, images, "--epochs", 400, "--keep-last", 1000)

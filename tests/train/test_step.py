@@ -23,8 +23,9 @@ from moco.builder import MoCo
 from moco.checkpoint import load_encoder
 from moco.config import Encoder, Objective, PretrainConfig, PretrainData, PretrainOptim
 from moco.log import Means
+from moco.looks import Looks
 from moco.tasks.moco import MoCoTask
-from moco.train import clock, loop
+from moco.train import loop
 from moco.train.guards import StepGuard
 from moco.train.optimizer import fill_momentum, fused_sgd
 from moco.train.saver import BackgroundWriter
@@ -238,7 +239,7 @@ def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatc
         return losses
 
     monkeypatch.setattr(loop, "train_step", watched)
-    monkeypatch.setattr(clock, "steps_between_checks", lambda device, print_freq: print_freq)
+    monkeypatch.setattr(Looks, "steps_ahead", lambda self, step: 3)
     with watch, WatchOps(watch):
         # One epoch of nine steps, at the end of which it would be saved.
         train(data, tmp_path / "r", "--batch-size", 4, "--max-steps", 6, "-p", 3,
@@ -255,8 +256,8 @@ def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatc
 
 # As on a GPU: the host looks every fifth step, and at the end of an epoch (of six steps).
 LATE = """
-from moco.train import clock
-clock.steps_between_checks = lambda device, print_freq: 5
+from moco.looks import Looks
+Looks.steps_ahead = lambda self, step: 5
 """
 POISON = """
 import os

@@ -10,6 +10,7 @@ from moco.log import provenance
 
 # What may differ between ranks: places, devices, and what rank 0 decides for all.
 _OWN = {
+    "cache_dir",
     "checkpoint",
     "data",
     "device",
@@ -21,6 +22,7 @@ _OWN = {
     "local_rank",
     "multiprocessing_distributed",
     "node_rank",
+    "pretrained",
     "rank",
     "resume",
     "save_dir",
@@ -44,7 +46,7 @@ def refuse_other_arguments(config: Any) -> None:
 
 
 def refuse_other_data(facts: dict[str, Any]) -> None:
-    """Refuse ranks that see other images than rank 0.
+    """Refuse ranks that see other images than rank 0, or evaluate another encoder.
 
     Raises:
         TrainingError: on every rank, naming the rank.

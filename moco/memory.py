@@ -1,0 +1,176 @@
+"""Memory: what a training step of an encoder takes, from shapes alone, and what the machine has."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+META = torch.device("meta")
+
+# ------------------------------------------------------------------------------------------------
+# What a step takes
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A step on shapes alone.
+
+    Attributes:
+        peak: most bytes at one time of tensors that are made within it, gradients included.
+        weights, buffers: bytes of the encoder.
+        operations: names of all that is called, forward and backward, as "aten::relu".
+    """
+
+    peak: int
+    weights: int
+    buffers: int
+    operations: frozenset[str]
+
+
+class _Watch(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, beside those of a module, and notes the
+    operations."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self.operations: set[str] = set()
+        state = (*module.parameters(), *module.buffers())
+        self._known = weakref.WeakSet(tensor.untyped_storage() for tensor in state)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.operations.add(func._schema.name)
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._known:  # a view of another tensor, or changed in place
+            return
+        self._known.add(storage)
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._gone, storage.nbytes())
+
+    def _gone(self, size: int) -> None:
+        self.alive -= size
+
+
+def rehearse(
+    build: Callable[[], nn.Module],
+    images: tuple[int, int, int, int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    directions: int = 1,
+) -> Rehearsal:
+    """A step of a query and a key encoder on tensors without numbers: nothing is computed, and no
+    random number is drawn.
+
+    Args:
+        build: makes the encoder; called where new tensors have no numbers.
+        images: (N, 3, H, W) of a batch, or of the part that goes through at a time.
+        dtype: of activations: bfloat16 or float16 under mixed precision.
+        directions: passes whose activations are kept for one backward, 2 when symmetric.
+
+    Raises:
+        RuntimeError: torch knows no shape of something that the encoder calls, or the images do not
+            fit it.
+    """
+    with META:
+        encoder = build().train()
+    weights, buffers = (
+        sum(t.numel() * t.element_size() for t in tensors)
+        for tensors in (encoder.parameters(), encoder.buffers())
+    )
+    encoder.to(dtype)
+    with _Watch(encoder) as watch:
+        outputs = []
+        for _ in range(directions):
+            outputs.append(encoder(torch.empty(images, dtype=dtype, device=META)).sum())
+            with torch.no_grad():
+                encoder(torch.empty(images, dtype=dtype, device=META))
+        torch.stack(outputs).sum().backward()
+    return Rehearsal(watch.peak, weights, buffers, frozenset(watch.operations))
+
+
+# ------------------------------------------------------------------------------------------------
+# What the machine has
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a device: `free` now, and `total`, which is there when nothing else runs."""
+
+    free: int
+    total: int
+
+
+def memory_of(device: torch.device, root: Path = Path("/")) -> Memory | None:
+    """The memory of a GPU; on a CPU that of the machine with its swap space, or of the smallest
+    control group (container, batch job) around this process. None where nobody tells.
+
+    Args:
+        root: of the file system that has /proc and /sys.
+    """
+    if device.type == "cuda":
+        return Memory(*torch.cuda.mem_get_info(device))
+    if device.type != "cpu":
+        return None
+    known = list(_control_groups(root))
+    lines = _read(root / "proc/meminfo").splitlines()
+    table = {
+        name: int(rest.split()[0]) * 1024 for name, _, rest in (x.partition(":") for x in lines)
+    }
+    if "MemAvailable" in table:
+        free = table["MemAvailable"] + table.get("SwapFree", 0)
+        known.append(Memory(free, table["MemTotal"] + table.get("SwapTotal", 0)))
+    if not known:
+        return None
+    return Memory(min(m.free for m in known), min(m.total for m in known))
+
+
+# version: where groups are mounted, limit, use, and what of it is cache that is given back
+_CONTROL_GROUPS = {
+    2: ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    1: (
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+}
+
+
+def _control_groups(root: Path) -> Iterator[Memory]:
+    """The limits of this process's control groups and of those around them."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, limit, use, cache = _CONTROL_GROUPS[1 if controllers else 2]
+        inner = PurePosixPath(path.lstrip("/"))
+        # In a container the path may be the host's, which is not to be seen here; the mount is.
+        for group in {root / mount / inner, *(root / mount / up for up in inner.parents)}:
+            most, used = _read(group / limit).strip(), _read(group / use).strip()
+            if most.isdigit() and used.isdigit():
+                stat = dict(x.split(" ", 1) for x in _read(group / "memory.stat").splitlines())
+                free = int(most) - int(used) + int(stat.get(cache, 0))
+                yield Memory(max(0, free), int(most))
+
+
+def _read(path: Path) -> str:
+    """The text of a file, "" where there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

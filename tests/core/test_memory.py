@@ -1,0 +1,175 @@
+"""What a step takes, from shapes alone; what the machine has, by its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from moco import encoders
+from moco.memory import Memory, memory_of, rehearse
+from moco.precision import not_deterministic
+
+CPU = torch.device("cpu")
+
+
+def test_the_peak_is_that_of_the_tensors_alive() -> None:
+    """Counted by hand for two linear layers, 4 bytes each: what the query's backward needs, then
+    what the key's forward makes; gradients are smaller here."""
+    n, c, hidden, out = 64, 3 * 4 * 4, 100, 10
+
+    def build() -> nn.Module:
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(c, hidden, bias=False), nn.Linear(hidden, out, bias=False)
+        )
+
+    state = torch.get_rng_state()
+    found = rehearse(build, (n, 3, 4, 4))
+    assert torch.equal(state, torch.get_rng_state())
+    assert (found.weights, found.buffers) == (4 * (c * hidden + hidden * out), 0)
+    kept, sum_of_outputs = n * (c + hidden), 1
+    assert found.peak == 4 * (kept + sum_of_outputs + n * (c + hidden + out))
+    assert {"aten::mm", "aten::sum"} <= found.operations
+    assert rehearse(build, (2 * n, 3, 4, 4)).peak > 1.5 * found.peak
+    assert rehearse(build, (n, 3, 4, 4), dtype=torch.bfloat16).peak * 2 == pytest.approx(
+        found.peak, rel=0.01
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# Deterministic kernels
+# ------------------------------------------------------------------------------------------------
+
+
+def called(arch: str, size: int = 224) -> list[str]:
+    found = rehearse(lambda: encoders.build_encoder(arch, 128, image_size=size), (2, 3, size, size))
+    return not_deterministic(found.operations)
+
+
+@pytest.mark.parametrize(
+    ("arch", "expected"),
+    [
+        ("alexnet", ["_adaptive_avg_pool2d_backward"]),
+        ("vgg11", ["_adaptive_avg_pool2d_backward"]),
+        ("resnet18", []),
+        ("resnet8", []),
+        ("mnasnet0_5", []),
+        ("vit_b_32", []),
+    ],
+)
+def test_operations_without_a_deterministic_kernel_are_found(arch, expected) -> None:
+    assert called(arch) == expected
+
+
+@pytest.mark.long
+def test_every_arch_can_be_rehearsed_and_adaptive_pooling_alone_is_not_deterministic() -> None:
+    """torchvision's classifiers have no other layer of the documented list; pooling to
+    one pixel is a mean."""
+    for arch in encoders.arch_names():
+        try:
+            with torch.device("meta"):
+                net = encoders.build_encoder(arch, 128)
+        except ValueError:
+            continue  # refused for other reasons
+        pools = [m.output_size for m in net.modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
+        expected = any(size not in (1, (1, 1)) for size in pools)
+        assert bool(called(arch)) == expected, arch
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Upsample(scale_factor=2, mode="bicubic"), "upsample_bicubic2d_backward"),
+        (nn.ReflectionPad2d(1), "reflection_pad2d_backward"),
+        (nn.AdaptiveMaxPool2d(2), "adaptive_max_pool2d_backward"),
+        (nn.Unflatten(1, (1, 3)), None),
+    ],
+)
+def test_layers_of_the_list_are_known_by_what_they_call(layer, expected) -> None:
+    """Whatever class of module, or function, calls it."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 3, 1), layer)
+
+    found = not_deterministic(rehearse(build, (2, 3, 8, 8)).operations)
+    assert found == ([expected] if expected else [])
+
+
+# ------------------------------------------------------------------------------------------------
+# What the machine has
+# ------------------------------------------------------------------------------------------------
+
+MEMINFO = """MemTotal:       16000 kB
+MemFree:         1000 kB
+MemAvailable:    8000 kB
+SwapTotal:       2000 kB
+SwapFree:        1000 kB
+"""
+
+
+def machine(root: Path, **files: str) -> Path:
+    """A file system with these files, "__" in a name for "/"."""
+    for name, text in {"proc__meminfo": MEMINFO, **files}.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (9000, 18000)),
+        # Version 2: the limit is of a group around this process's.
+        (
+            {
+                "proc__self__cgroup": "0::/a/b\n",
+                "sys__fs__cgroup__a__b__memory.max": "max\n",
+                "sys__fs__cgroup__a__b__memory.current": "4096\n",
+                "sys__fs__cgroup__a__memory.max": f"{6000 * 1024}\n",
+                "sys__fs__cgroup__a__memory.current": f"{5000 * 1024}\n",
+                "sys__fs__cgroup__a__memory.stat": f"anon 1\ninactive_file {500 * 1024}\n",
+            },
+            (1500, 6000),
+        ),
+        # Version 1 in a container, which sees its own group at the mount and the host's path.
+        (
+            {
+                "proc__self__cgroup": "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n0::/\n",
+                "sys__fs__cgroup__memory__memory.limit_in_bytes": f"{3000 * 1024}\n",
+                "sys__fs__cgroup__memory__memory.usage_in_bytes": f"{1000 * 1024}\n",
+                "sys__fs__cgroup__memory__memory.stat": "total_inactive_file 0\n",
+            },
+            (2000, 3000),
+        ),
+        # Version 1 without a limit.
+        (
+            {
+                "proc__self__cgroup": "4:memory:/\n",
+                "sys__fs__cgroup__memory__memory.limit_in_bytes": "9223372036854771712\n",
+                "sys__fs__cgroup__memory__memory.usage_in_bytes": "1024\n",
+            },
+            (9000, 18000),
+        ),
+        # More is used than is allowed by now.
+        (
+            {
+                "proc__self__cgroup": "0::/\n",
+                "sys__fs__cgroup__memory.max": f"{100 * 1024}\n",
+                "sys__fs__cgroup__memory.current": f"{200 * 1024}\n",
+            },
+            (0, 100),
+        ),
+    ],
+)
+def test_memory_is_that_of_the_machine_or_of_the_smallest_group(files, expected, tmp_path) -> None:
+    free, total = expected
+    assert memory_of(CPU, machine(tmp_path, **files)) == Memory(free * 1024, total * 1024)
+
+
+def test_where_nobody_tells_nothing_is_known(tmp_path) -> None:
+    assert memory_of(CPU, tmp_path) is None
+    here = memory_of(CPU)
+    assert here is None or 0 <= here.free <= here.total

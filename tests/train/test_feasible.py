@@ -1,0 +1,186 @@
+"""What is refused, or warned of, before the first step: memory, and kernels of --deterministic."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from harness import ROOT, start
+from helpers import refusal
+from PIL import Image
+
+import main_moco
+from moco import cli
+from moco.config import (
+    Encoder,
+    Placement,
+    PretrainConfig,
+    PretrainData,
+    PretrainOptim,
+    Speed,
+    Views,
+)
+from moco.errors import TrainingError
+from moco.memory import Memory
+from moco.tasks.moco import MoCoTask
+from moco.train import feasible
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+FLAGS = shlex.split(
+    "-a resnet8 --image-size 64 --batch-size 24 --moco-k 64 --max-steps 1 --knn-every 0 -j 0 "
+    "--device cpu --seed 1"
+)
+
+
+def of_the_step(argv: list) -> int:
+    config = cli.pretrain_config([str(word) for word in argv])
+    return MoCoTask(config).rehearse().memory(CPU)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_step_that_memory_does_not_suffice_for(data, monkeypatch, capsys) -> None:
+    """Where half of it is free: a warning. The flags that it names are taken, and fit. Where there
+    is no more than that: refused, and nothing is left behind."""
+    taken = of_the_step([*FLAGS, data])
+    half, run = taken // 2, Path("run")
+    monkeypatch.setattr(feasible, "memory_of", lambda device: Memory(half, 10 * taken))
+    main_moco.main([*FLAGS, "--save-dir", "r", str(data)])
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("warning")]
+    size = f"{taken / 2**30:.1f} GiB"
+    assert f"a step takes about {size} of memory, and" in line and "free on this machine" in line
+    advice = shlex.split(re.search(r"with (--.*) it would take about", line)[1])
+    assert advice[0] == "--accumulate"
+    main_moco.main([*FLAGS, *advice, "--save-dir", "r2", str(data)])
+    assert "warning" not in capsys.readouterr().out
+
+    monkeypatch.setattr(feasible, "memory_of", lambda device: Memory(half, half))
+    argv = [*FLAGS, "--save-dir", run, data]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 1 and f"a step takes about {size}" in message and not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "with --accumulate 2 "),
+        # A batch of 23 has no equal parts and no half.
+        ({"optim": PretrainOptim(batch_size=23, seed=0)}, "with --image-size 32 "),
+        # Groups of batch norm that were asked for.
+        ({"encoder": Encoder(arch="resnet8", moco_k=64, bn_splits="3")}, "with --accumulate 2 "),
+        ({"encoder": Encoder(arch="resnet8", moco_k=10**7)}, "choose a smaller -a"),
+    ],
+)
+def test_the_flags_that_would_fit(changes, expected, monkeypatch) -> None:
+    config = PretrainConfig(
+        data=PretrainData(data="unused"),
+        **{
+            "encoder": Encoder(arch="resnet8", moco_k=64),
+            "views": Views(image_size=64),
+            "optim": PretrainOptim(batch_size=24, seed=0),
+            **changes,
+        },
+    )
+    taken = MoCoTask(config).rehearse().memory(CPU)
+    free = int(0.7 * taken)
+    monkeypatch.setattr(feasible, "memory_of", lambda device: Memory(free, free))
+    with pytest.raises(TrainingError, match=expected):
+        feasible.check_step(MoCoTask, config, CPU)
+
+
+def test_each_process_of_this_machine_takes_as_much(monkeypatch) -> None:
+    """On a CPU they share its memory; a GPU is one process's own, without the copy being saved."""
+    config = PretrainConfig(
+        data=PretrainData(data="unused"),
+        encoder=Encoder(arch="resnet8", moco_k=64),
+        optim=PretrainOptim(batch_size=8, seed=0),
+        placement=Placement(processes=4, local_processes=2),
+    )
+    needs = MoCoTask(config).rehearse()
+    seen = []
+    monkeypatch.setattr(feasible, "memory_of", lambda device: seen.append(device) or Memory(1, 1))
+    for device, taken in (
+        (CPU, 2 * (needs.step + 2 * needs.state)),
+        (GPU, needs.step + needs.state),
+    ):
+        with pytest.raises(TrainingError) as refused:
+            feasible.check_step(MoCoTask, config, device)
+        assert f"takes about {taken / 2**30:.1f} GiB" in str(refused.value)
+    assert seen == [CPU, GPU]
+    assert "this GPU" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "deterministic", "device", "refused"),
+    [
+        ("alexnet", True, GPU, True),
+        ("alexnet", True, CPU, False),
+        ("alexnet", False, GPU, False),
+        ("resnet18", True, GPU, False),
+    ],
+)
+def test_deterministic_without_a_kernel_is_refused_at_the_start(
+    arch, deterministic, device, refused, monkeypatch
+) -> None:
+    monkeypatch.setattr(feasible, "memory_of", lambda device: None)
+    config = PretrainConfig(
+        data=PretrainData(data="unused"),
+        encoder=Encoder(arch=arch),
+        optim=PretrainOptim(batch_size=4, seed=0),
+        speed=Speed(deterministic=deterministic),
+    )
+    if not refused:
+        feasible.check_step(MoCoTask, config, device)
+        return
+    with pytest.raises(TrainingError, match="_adaptive_avg_pool2d_backward, and torch has no"):
+        feasible.check_step(MoCoTask, config, device)
+
+
+@pytest.mark.long
+def test_what_one_rank_lacks_all_ranks_say(images, tmp_path) -> None:
+    lacking = """
+import os
+from moco.memory import Memory
+from moco.train import feasible
+if os.environ["RANK"] == "1":
+    feasible.memory_of = lambda device: Memory(2**20, 2**20)
+"""
+    ranks = start(tmp_path / "run", images, processes=2, before=lacking)
+    assert ranks.wait() == [1, 1]
+    for rank in range(2):
+        (line,) = ranks.output(rank).strip().splitlines()
+        assert "in 2 processes, and 0.0 GiB of 0.0 GiB are free on this machine" in line
+
+
+def peak(*words: object) -> int:
+    """The most bytes that a Python process has had in main memory, by the kernel's books."""
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    assert process.returncode == 0
+    return usage.ru_maxrss * 1024
+
+
+@pytest.mark.long
+def test_the_estimate_is_what_a_process_takes(tmp_path) -> None:
+    """Beside what it has before it builds anything, and within a quarter."""
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (64, 64), (90, 120, 30)).save(data / "0.png")
+    for number in range(1, 64):
+        (data / f"{number}.png").hardlink_to(data / "0.png")
+    before = peak("-c", "import main_moco")
+    for arch in ("resnet18", "mobilenet_v2"):
+        argv = ["-a", arch, "--image-size", 96, "--batch-size", 32, "--knn-every", 0, "-j", 0]
+        argv += ["--device", "cpu", "--max-steps", 2, "--save-dir", tmp_path / arch, data]
+        expected, measured = before + of_the_step(argv), peak("main_moco.py", *argv)
+        assert 0.75 < expected / measured < 1.25, (arch, expected, measured)
