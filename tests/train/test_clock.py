@@ -51,15 +51,8 @@ def test_a_saved_step_is_always_one_that_was_agreed_on() -> None:
     """What is written has been checked for NaN first, whatever the rhythm."""
     for save in range(4):
         for agree in range(1, 5):
-            rhythm = Rhythm(
-                steps_per_epoch=7,
-                total_steps=20,
-                log=6,
-                save=save,
-                agree=agree,
-                compare_ranks=0,
-                evaluate=1,
-            )
+            rest = {"save": save, "compare_ranks": 0, "evaluate": 1}
+            rhythm = Rhythm(steps_per_epoch=7, total_steps=20, log=6, agree=agree, **rest)
             for step in range(1, 21):
                 found = due(step, (step - 1) % 7 + 1, (step - 1) // 7, rhythm)
                 assert found.agree or not (found.save or found.log)
