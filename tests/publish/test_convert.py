@@ -123,11 +123,10 @@ def nothing_but(folder: Path, *names: str) -> bool:
     return sorted(path.name for path in folder.iterdir()) == sorted(names)
 
 
-# ------------------------------------------------------------------------------------------------
-# Round trips
-# ------------------------------------------------------------------------------------------------
+# ---- Round trips ---------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_features_survive_each_format_after_the_other(pretrained, features, tmp_path, capfd):
     """Every one is made of another, and read by the next; ONNX in the end, which takes any batch
     and size, and says no more than it should."""
@@ -179,9 +178,7 @@ def test_resnet50_in_detectron2(tmp_path):
     assert model.keys() == names and len(names) == 265
 
 
-# ------------------------------------------------------------------------------------------------
-# Each format
-# ------------------------------------------------------------------------------------------------
+# ---- Each format ---------------------------------------------------------------------------------
 
 
 def test_torchvision_without_classifier_lacks_fc_alone_and_says_so(pretrained, tmp_path, capsys):
@@ -318,6 +315,7 @@ def test_huggingface_folder_is_one_that_timm_writes(classes, pretrained, classif
     assert data["crop_pct"] == (0.875 if classes else 1.0)  # as main_lincls.py crops
 
 
+@pytest.mark.long
 def test_networks_that_others_lack_go_to_onnx_alone(tmp_path, capsys):
     """Here with the projection head."""
     write_pretrained(tmp_path / "small.pth.tar", "resnet18", small_stem=True)
@@ -339,9 +337,7 @@ def test_networks_that_others_lack_go_to_onnx_alone(tmp_path, capsys):
         torch.testing.assert_close(found, wanted(IMAGES), rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line, and what is left behind
-# ------------------------------------------------------------------------------------------------
+# ---- Command line, and what is left behind -------------------------------------------------------
 
 
 def test_default_names_are_beside_the_source_and_never_overwrite(tmp_path, capsys):

@@ -57,6 +57,7 @@ def test_each_head(files) -> None:
         load("resnet50_encoder", weights=str(pretrained), head="linear")
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_the_reference_repositorys_entry_point(files) -> None:
     """Its outputs: logits, or the projection scaled to unit length. Its arguments, by position."""
@@ -113,6 +114,7 @@ print(json.dumps(said))
 """
 
 
+@pytest.mark.long
 def test_a_process_elsewhere(files, tmp_path: Path) -> None:
     """It knows neither this folder nor its packages, and has another `moco` beside it; torch and
     torchvision are all that is needed, as hubconf.py says."""
