@@ -77,7 +77,6 @@ def child(order: dict) -> None:
     status = 1
     try:
         os.setpgid(0, order["group"])
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         os.environ.update(order["environment"])
         out = os.open(order["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         nothing = os.open(os.devnull, os.O_RDONLY)
