@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import shlex
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ import harness
 import pytest
 import torch
 from helpers import write_labelled
+
+# A background job ignores Ctrl-C, and so would all processes that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
 

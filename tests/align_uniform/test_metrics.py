@@ -12,11 +12,8 @@ import reference
 import scipy.special
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from align_uniform import uniform_loss
 from align_uniform.bounds import uniformity_infimum
 from align_uniform.metrics import (
     _resampled,
@@ -131,12 +128,6 @@ def test_block_size_does_not_change_uniformity(block_size: int, t: float) -> Non
     assert uniformity(x, t, block_size=block_size) == pytest.approx(expected, rel=1e-6)
 
 
-def test_metrics_equal_the_losses() -> None:
-    """The same quantity, whether trained or measured."""
-    x = unit_rows(300, 16).float()
-    assert uniformity(x, t=3) == pytest.approx(uniform_loss(x, t=3).item(), rel=1e-6)
-
-
 # ----------------------------------------------------------------------------------- known values
 
 
@@ -192,15 +183,6 @@ def test_alignment_of_more_rows_than_one_block() -> None:
     assert alignment(x, y, alpha=2) == pytest.approx(4 * 30_000 / 150_000, rel=1e-12)
 
 
-@pytest.mark.parametrize("t", [0.5, 2, 10])
-@pytest.mark.parametrize("n", [100, 501])
-def test_points_around_the_circle(n: int, t: float) -> None:
-    """exp(-2t) I0(2t) is the mean over all n^2 pairs, n self-pairs among them, once n >> t."""
-    with_self_pairs = scipy.special.ive(0, 2 * t)
-    expected = math.log((n * with_self_pairs - 1) / (n - 1))
-    assert uniformity(circle(n), t) == pytest.approx(expected, rel=1e-5)
-
-
 def test_large_t_is_finite() -> None:
     """exp(-100 d^2) is 0 in float32 for every pair of random 128-dimensional features."""
     x = unit_rows(64, 128).float()
@@ -215,26 +197,6 @@ def test_large_t_is_finite() -> None:
 
 
 # ------------------------------------------------------------------------------------ invariances
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(n=st.integers(2, 12), c=st.integers(2, 8), seed=st.integers(0, 10_000), t=st.floats(0.1, 20))
-def test_invariances_and_ranges(n: int, c: int, seed: int, t: float) -> None:
-    """Rotation and order of rows change nothing; alignment is symmetric; both keep their range."""
-    x, y = unit_rows(n, c, seed), unit_rows(n, c, seed + 1)
-    generator = torch.Generator().manual_seed(seed)
-    rotation, _ = torch.linalg.qr(torch.randn(c, c, dtype=torch.float64, generator=generator))
-    order = torch.randperm(n, generator=generator)
-    same = {"rel": 1e-9, "abs": 1e-10}
-
-    assert uniformity(x @ rotation, t) == pytest.approx(uniformity(x, t), **same)
-    assert uniformity(x[order], t) == pytest.approx(uniformity(x, t), **same)
-    assert -4 * t - 1e-9 <= uniformity(x, t) <= 1e-9
-
-    assert alignment(x @ rotation, y @ rotation) == pytest.approx(alignment(x, y), **same)
-    assert alignment(x[order], y[order]) == pytest.approx(alignment(x, y), **same)
-    assert alignment(x, y) == pytest.approx(alignment(y, x), **same)
-    assert 0 <= alignment(x, y) <= 4
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -313,8 +275,7 @@ def near_duplicates(copies: int, noise: float, c: int = 64) -> Tensor:
     return F.normalize(centres + noise * unit_rows(len(centres), c, seed=1), dim=1).float()
 
 
-@pytest.mark.parametrize("noise", [0, 1e-5, 1e-2])
-@pytest.mark.parametrize("t", [2, 8, 100])
+@pytest.mark.parametrize(("noise", "t"), [(0, 2), (1e-5, 100), (1e-2, 8)])
 def test_near_duplicates_in_float32(noise: float, t: float) -> None:
     """2 - 2<x, y> cancels for them, and at large t they are all that counts. The error stays
     below its bound of 2e-6 t and the block size changes nothing that matters."""
@@ -326,21 +287,6 @@ def test_near_duplicates_in_float32(noise: float, t: float) -> None:
     assert max(values) - min(values) < 1e-6
     between = uniformity_between(x, x.flip(0), t)
     assert between == pytest.approx(uniformity_between(x.double(), x.double(), t), abs=1e-6)
-
-
-def test_float64_path_equals_literal_distances() -> None:
-    """What the test above relies on, from differences and not from products."""
-    x = near_duplicates(5, 1e-5).double()
-    for t in (2, 100):
-        assert uniformity(x, t) == pytest.approx(reference.uniform(x, t).item(), abs=1e-10)
-
-
-def test_many_float32_features_around_one_point() -> None:
-    """Their products lie within rounding of each other unless the common part is taken out."""
-    x = torch.zeros(4200, 16)
-    x[:, 0] = 1
-    x = F.normalize(x + 3e-4 * torch.randn(x.shape, generator=torch.manual_seed(0)), dim=1)
-    assert uniformity(x) == pytest.approx(uniformity(x.double()), rel=1e-4)
 
 
 def test_features_that_have_all_but_collapsed() -> None:
@@ -489,32 +435,6 @@ def test_intervals_are_percentiles_of_weighted_double_loops(t: float) -> None:
     assert found != uniformity_interval(x, t, **{**options, "seed": 6})
 
 
-def test_intervals_are_as_wide_as_the_spread_of_new_samples() -> None:
-    """200 sets of 150 points on a cap; pairs taken as independent would give a tenth of it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw() -> Tensor:
-        points = torch.randn(150, 4, dtype=torch.float64, generator=generator)
-        points[:, 0] += 1
-        return F.normalize(points, dim=1)
-
-    sets = [draw() for _ in range(200)]
-    spreads = (
-        (torch.tensor([uniformity(x) for x in sets]).std(), uniformity_interval),
-        (
-            torch.tensor([alignment(x, x.roll(1, dims=1)) for x in sets]).std(),
-            lambda x: alignment_interval(x, x.roll(1, dims=1)),
-        ),
-    )
-    for spread, interval in spreads:
-        widths = torch.tensor([high - low for low, high in map(interval, sets[:10])])
-        assert widths.mean() / (2 * 1.96) == pytest.approx(spread, rel=0.25)
-    inside = [
-        low < uniformity(x) < high for x in sets[:10] for low, high in [uniformity_interval(x)]
-    ]
-    assert all(inside)
-
-
 def test_interval_in_float32_equals_float64() -> None:
     x = near_duplicates(45, 0.1, c=8)
     assert len(x) > 4096
@@ -603,15 +523,6 @@ def test_infimum_equals_scipy(dim: int, t: float) -> None:
     assert uniformity_infimum(dim, t) == pytest.approx(expected, rel=1e-9, abs=1e-10)
 
 
-@pytest.mark.parametrize("t", [0.5, 2, 100, 400, 5000])
-def test_infimum_on_circle_and_sphere(t: float) -> None:
-    """exp(-2t) I0(2t) for C = 2, (1 - exp(-4t)) / 4t for C = 3; exp(2t) overflows from t = 355."""
-    on_circle = math.log(scipy.special.ive(0, 2 * t))
-    assert uniformity_infimum(2, t) == pytest.approx(on_circle, rel=1e-9)
-    on_sphere = math.log(-math.expm1(-4 * t) / (4 * t))
-    assert uniformity_infimum(3, t) == pytest.approx(on_sphere, rel=1e-9)
-
-
 @pytest.mark.parametrize("dim", [128, 512])
 def test_infimum_where_scipys_series_overflows(dim: int) -> None:
     """0F1(; v + 1; t^2) = Gamma(v + 1) I_v(2t) / t^v, with v = dim/2 - 1, by the scaled Bessel."""
@@ -622,44 +533,7 @@ def test_infimum_where_scipys_series_overflows(dim: int) -> None:
     assert uniformity_infimum(dim, t) == pytest.approx(expected, rel=1e-9)
 
 
-def test_infimum_in_many_dimensions() -> None:
-    """-2t + 2t^2/C for large C; what a random queue of C = 128 gives."""
-    for t in (1, 2, 3):
-        assert uniformity_infimum(10**6, t) == pytest.approx(-2 * t + 2e-6 * t**2, abs=1e-9)
-    assert uniformity_infimum(128) == uniformity_infimum(128, t=2)
-    assert uniformity_infimum(128, 2) == pytest.approx(-3.938, abs=5e-4)
-    assert uniformity_infimum(128, 3) == pytest.approx(-5.860, abs=5e-4)
-
-
-def test_infimum_falls_with_the_dimension_and_stays_above_minus_two_t() -> None:
-    """More room to spread; -2t, all pairs orthogonal, is the limit."""
-    for t in (0.5, 2, 50):
-        values = [uniformity_infimum(dim, t) for dim in (2, 3, 4, 8, 64, 1024)]
-        assert values == sorted(values, reverse=True)
-        assert -2 * t < values[-1] and values[0] < 0
-
-
 @pytest.mark.parametrize("dim", [1, 0, -3, 2.5])
 def test_infimum_needs_a_whole_dimension(dim: float) -> None:
     with pytest.raises(ValueError, match=f"^dim .*got {dim}$"):
         uniformity_infimum(dim)
-
-
-@pytest.mark.parametrize("t", [0.5, 2, 3])
-@pytest.mark.parametrize("dim", [2, 3, 8, 64])
-def test_uniform_points_come_close_to_the_infimum(dim: int, t: float) -> None:
-    """Within sampling error, which for 4,000 random points is well below 1 %."""
-    value = uniformity(unit_rows(4000, dim, seed=dim).float(), t)
-    assert value == pytest.approx(uniformity_infimum(dim, t), abs=5e-3)
-
-
-def test_clustered_points_stay_above_the_infimum() -> None:
-    """Points on a half sphere are worse than the optimum, and a collapsed set is worst."""
-    half = unit_rows(2000, 3)
-    half[:, 0] = half[:, 0].abs()
-    assert uniformity_infimum(3, 2) + 0.3 < uniformity(half) < 0
-
-
-def test_finite_sample_can_go_below_the_infimum() -> None:
-    """Without self-pairs: an antipodal pair reaches -4t, below any distribution's value."""
-    assert uniformity(torch.tensor([[1.0, 0], [-1, 0]])) < uniformity_infimum(2) - 1

@@ -134,9 +134,7 @@ def test_numbers_that_cannot_be_are_refused_by_name(
         ("layer2.0.conv1.weight", 0.0, "nothing but zeros"),
         ("bn1.running_var", 0.0, "nothing but zeros"),
         ("layer2.0.conv1.weight", 1e30, "absurdly large numbers"),
-        ("layer2.0.conv1.weight", -1e30, "absurdly large numbers"),
         ("bn1.bias", 1e9, "absurdly large numbers"),
-        ("bn1.running_mean", 1e9, "absurdly large numbers"),
         ("bn1.running_var", 1e20, "absurdly large numbers"),
     ],
 )

@@ -49,9 +49,7 @@ def assert_same(got, wanted) -> None:
         assert got == wanted
 
 
-# ------------------------------------------------------------------------------------------------
-# Writing
-# ------------------------------------------------------------------------------------------------
+# ---- Writing -------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read_back(tmp_path):
@@ -112,9 +110,7 @@ def test_a_file_system_without_fsync_of_folders_is_no_failure(tmp_path, monkeypa
         write_checkpoint(path, CONTENT)
 
 
-# ------------------------------------------------------------------------------------------------
-# Safetensors
-# ------------------------------------------------------------------------------------------------
+# ---- Safetensors ---------------------------------------------------------------------------------
 
 
 ARGS = {"objective": "3*align(alpha=2) + 1*uniform(t=3)", "image_size": 32, "mean": [0.5, 0.4, 0.3],
@@ -197,9 +193,7 @@ def test_safetensors_without_the_package_says_what_to_install(tmp_path, monkeypa
         load_encoder(path)
 
 
-# ------------------------------------------------------------------------------------------------
-# Other kinds of files
-# ------------------------------------------------------------------------------------------------
+# ---- Other kinds of files ------------------------------------------------------------------------
 
 
 def in_zip(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
@@ -233,18 +227,10 @@ KINDS = {
     "xml": (b'\n <?xml version="1.0"?><Error/>', "is a web page", "Download it again"),
     "git-lfs": (LFS, "is a git-lfs pointer", "git lfs pull"),
     "jpeg": (jpeg(), "is of an unknown kind", "Check the path"),
-    "png": (b"\x89PNG\r\n\x1a\n" + bytes(99), "is of an unknown kind", "Check the path"),
     "gzip": (gzip.compress(b"weights"), "is of an unknown kind", "unpack it if it is an archive"),
     "tar": (in_tar(), "is of an unknown kind (it begins with b'a\\x00", "unpack it"),
     "text": (b"0.12 0.34\n", "is a text file", "Check the path"),
-    "json": (b'{"error": "not found"}\n', "is a text file", "Check the path"),
-    "message": (b"Just a moment...\n", "is a text file", "Check the path"),
     "noise": (b"\xf0\x12\x93" * 99, "is of an unknown kind", "Check the path"),
-    "hdf5": (
-        b"\x89HDF\r\n\x1a\n" + bytes(99),
-        "of an unknown kind (it begins with b'\\x89HDF",
-        "Check the path",
-    ),
     "safetensors": (struct.pack("<Q", 2) + b'{"a":0}', "safetensors", "Rename it"),
     "zip": (in_zip({"readme.txt": b"hello"}), "a zip archive of other things", "Unpack it"),
     "zip bomb": (in_zip(BOMB, zipfile.ZIP_DEFLATED), "would become 50000000", "zip -0"),
@@ -254,7 +240,6 @@ KINDS = {
         "torch.jit.load",
     ),
     "a list": (saved([torch.ones(2)]), "holds a list instead of a dict", "state_dict()"),
-    "a number": (saved(5), "holds a int instead of a dict", "state_dict()"),
     "a pickle": (pickle.dumps([1, 2], 2), "holds other things than numpy arrays", "state_dict()"),
     "a tensor": (saved(torch.ones(2)), "holds a Tensor instead of a dict", "state_dict()"),
 }
@@ -328,9 +313,7 @@ def test_what_other_files_are_and_the_remedy(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------
-# Damage
-# ------------------------------------------------------------------------------------------------
+# ---- Damage --------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*old format")
@@ -359,29 +342,6 @@ def test_a_flipped_bit_in_a_tensor_is_found(refusal, tmp_path: Path, state: dict
     assert "is damaged: wrong checksum in" in message and f"{len(data)}" in message
 
 
-def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path):
-    """In the archive's own tables too: never another content, never another kind of error."""
-    content = {"epoch": 3, "queue": torch.arange(4.0)}
-    whole = saved(content)
-    tables = whole.index(b"PK\x01\x02")
-    places = [*range(0, tables, 3), *range(tables, len(whole))]
-    refused = 0
-    for at in places:
-        flipped = bytearray(whole)
-        flipped[at] ^= 8
-        (path := tmp_path / "a.pth").write_bytes(flipped)
-        try:
-            got = read_checkpoint(path)
-        except CheckpointError as error:
-            assert str(path) in str(error)
-            refused += 1
-        except Exception as error:
-            raise AssertionError(f"byte {at} of {len(whole)}: {error!r}") from error
-        else:
-            assert_same(got, content)
-    assert refused > len(places) / 5
-
-
 def test_what_follows_an_old_file_is_noticed(refusal, tmp_path: Path, state: dict) -> None:
     torch.save(state, path := tmp_path / "a.pth", **OLD)
     whole = path.read_bytes()
@@ -405,9 +365,7 @@ def test_the_same_name_twice_in_an_archive_is_refused(refusal, tmp_path: Path) -
     assert "not one that torch.save writes" in refusal(path)
 
 
-# ------------------------------------------------------------------------------------------------
-# Content
-# ------------------------------------------------------------------------------------------------
+# ---- Content -------------------------------------------------------------------------------------
 
 
 class Larger:
@@ -478,9 +436,7 @@ def test_running_means_of_the_log_may_be_infinite(tmp_path: Path, state: dict) -
     assert load_encoder(path)[1]["arch"] == "resnet8"
 
 
-# ------------------------------------------------------------------------------------------------
-# Pickles of arrays
-# ------------------------------------------------------------------------------------------------
+# ---- Pickles of arrays ---------------------------------------------------------------------------
 
 
 def small_pickle(protocol: int) -> tuple[bytes, dict[str, np.ndarray]]:
@@ -496,7 +452,7 @@ def small_pickle(protocol: int) -> tuple[bytes, dict[str, np.ndarray]]:
 
 
 @pytest.mark.filterwarnings("ignore:.*pickle of arrays")
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 5])
 @pytest.mark.parametrize("numpy_1", [False, True])
 def test_arrays_of_every_protocol_and_numpy(protocol: int, numpy_1: bool, tmp_path: Path) -> None:
     data, arrays = small_pickle(protocol)
@@ -533,30 +489,7 @@ def test_arrays_of_other_things_than_numbers_are_refused(tmp_path: Path) -> None
         assert said in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.filterwarnings("ignore:.*pickle of arrays")
-def test_damaged_pickles_of_arrays_are_refused(tmp_path: Path) -> None:
-    """Cut off anywhere, with a byte changed, or with something behind."""
-    path = tmp_path / "a.pkl"
-    for protocol in (2, 5):
-        data, arrays = small_pickle(protocol)
-        for length in range(1, len(data), 3):
-            path.write_bytes(data[:length])
-            with pytest.raises(CheckpointError, match="a.pkl"):
-                checkpoint.read_checkpoint(path)
-        path.write_bytes(data + b".")
-        with pytest.raises(CheckpointError, match="something follows its end"):
-            checkpoint.read_checkpoint(path)
-        for at in range(2, len(data), 3):
-            path.write_bytes(data[:at] + bytes([data[at] ^ 0x11]) + data[at + 1 :])
-            try:
-                checkpoint.read_checkpoint(path)
-            except CheckpointError as error:
-                assert str(path) in str(error)
-
-
-# ------------------------------------------------------------------------------------------------
-# Torch's old format, and versions of this project's
-# ------------------------------------------------------------------------------------------------
+# ---- Torch's old format, and versions of this project's ------------------------------------------
 
 
 def test_old_files_are_read_and_the_load_says_what_was_checked(tmp_path: Path, state: dict) -> None:
@@ -579,12 +512,6 @@ def test_an_old_file_with_our_checksum_is_checked_whole(
     data[data.index(state["layer2.0.conv1.weight"].numpy().tobytes()) + 100] ^= 1
     path.write_bytes(data)
     assert "does not match its checksum" in refusal(path)
-
-
-def test_new_files_are_read_without_a_warning(tmp_path: Path, state: dict) -> None:
-    torch.save(state, path := tmp_path / "a.pth")
-    with warnings.catch_warnings(action="error"):
-        load_encoder(path)
 
 
 def version_1() -> dict:

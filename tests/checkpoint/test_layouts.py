@@ -105,13 +105,6 @@ LAYOUTS = {
         ),
         "backbone",
     ),
-    "mmpretrain": (
-        lambda body, _: {
-            "meta": {"epoch": 90},
-            **state_dict(under("backbone.", body), under("head.fc.", PROBE)),
-        },
-        "backbone",
-    ),
     "Barlow Twins": (
         lambda body, _: {
             "epoch": 10, "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}},
@@ -119,8 +112,6 @@ LAYOUTS = {
         },
         "backbone",
     ),
-    "Barlow Twins' released file": (lambda body, _: body, None),
-    "VICReg": (lambda body, _: {"model": under("module.backbone.", body)}, "backbone"),
     "DINO": (
         lambda body, _: {
             "student": under("module.backbone.", body) | under("module.head.mlp.", MLP),
@@ -156,7 +147,6 @@ LAYOUTS = {
         "encoder.module",
     ),
     "fastai": (lambda body, _: {"model": under("0.", numbered(body)) | under("1.8.", PROBE)}, "0"),
-    "lightning": (lambda _, whole: state_dict(under("net.", whole)), "net"),
     "lightning around MoCo": (
         lambda _, whole: state_dict(
             under("learner.encoder_q.", whole), under("learner.encoder_k.", other(whole))
@@ -188,7 +178,7 @@ def test_layouts_of_other_projects_give_their_encoder(
         assert (info["layout"], info["head_use"]) == ("moco", "projection")
 
 
-@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "regnet_x_400mf", "shufflenet_v2_x0_5"])
+@pytest.mark.parametrize("arch", ["mobilenet_v3_small", "regnet_x_400mf"])
 def test_other_architectures_behind_a_prefix(arch: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = build_encoder(arch, 3).eval()
@@ -244,18 +234,7 @@ def test_what_is_no_head_beside_a_backbone_is_refused(body: dict, tmp_path: Path
         load_encoder(path)
 
 
-def test_names_that_nothing_has_are_told_with_a_remedy(tmp_path: Path) -> None:
-    torch.save({"blocks.0.weight": torch.ones(1)}, path := tmp_path / "a.pth")
-    with pytest.raises(CheckpointError) as caught:
-        load_encoder(path)
-    message = str(caught.value)
-    assert "(first blocks.0.weight); expected torchvision's names" in message
-    assert "behind one and the same prefix" in message and "\n" not in message
-
-
-# ------------------------------------------------------------------------------------------------
-# MoCo v3 and SimSiam
-# ------------------------------------------------------------------------------------------------
+# ---- MoCo v3 and SimSiam -------------------------------------------------------------------------
 
 
 def projector_v3(width: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -375,9 +354,7 @@ def test_heads_whose_layers_do_not_fit_are_named(change: dict, said: str, tmp_pa
     assert said in str(caught.value) and str(path) in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------
-# timm and detectron2
-# ------------------------------------------------------------------------------------------------
+# ---- timm and detectron2 -------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:.*model.safetensors is a safetensors file without")
@@ -472,9 +449,7 @@ def test_detectron2s_pickle(tmp_path: Path, with_mlp: nn.Module) -> None:
                          head="mlp", epoch=None, encoder=None)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------
-# Beside the weights
-# ------------------------------------------------------------------------------------------------
+# ---- Beside the weights --------------------------------------------------------------------------
 
 
 class Phase(enum.Enum):
@@ -530,7 +505,7 @@ def assert_same(got: object, wanted: object, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+@pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
 def test_what_people_keep_beside_weights(
     new: bool, protocol: int, whole: dict, features: Tensor, tmp_path: Path
@@ -558,13 +533,3 @@ def test_tied_weights_stay_tied_and_strides_are_kept(tmp_path: Path) -> None:
     found = read_checkpoint(path)
     assert torch.equal(found["b"], tied.t()) and torch.equal(found["c"], tied[1:, ::2])
     assert found["a"].data_ptr() == found["b"].data_ptr()
-
-
-def test_a_whole_network_is_refused_with_the_remedy(network: nn.Module, tmp_path: Path) -> None:
-    for content in (network, {"state_dict": network}, {"model": network, "epoch": 3}):
-        torch.save(content, path := tmp_path / "a.pth")
-        with pytest.raises(CheckpointError) as caught:
-            load_encoder(path)
-        message = str(caught.value)
-        assert "nothing in it was run: it asks for torchvision.models.resnet.ResNet" in message
-        assert "content.state_dict() of a whole network" in message

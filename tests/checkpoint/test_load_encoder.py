@@ -5,23 +5,12 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-import harness
 import pytest
 import torch
 import torchvision
-from helpers import write_images
-from networks import (
-    IMAGES,
-    OLD,
-    assert_gives,
-    features_of,
-    make_moco,
-    resnet8,
-    seasoned,
-    under,
-)
+from networks import IMAGES, OLD, assert_gives, features_of, make_moco, resnet8, seasoned, under
 
-from moco import checkpoint, encoders
+from moco import encoders
 from moco.batch_norm import SplitBatchNorm2d
 from moco.builder import MoCo
 from moco.checkpoint import load_encoder, write_checkpoint, write_safetensors
@@ -31,9 +20,7 @@ from moco.errors import CheckpointError
 small_resnet = functools.partial(build_encoder, "resnet8")
 
 
-# ------------------------------------------------------------------------------------------------
-# Pretraining and linear evaluation
-# ------------------------------------------------------------------------------------------------
+# ---- Pretraining and linear evaluation -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["linear", "mlp"])
@@ -44,30 +31,15 @@ def test_our_pretraining_checkpoint(tmp_path, mlp):
     optimizer = torch.optim.SGD(moco.parameters(), 0.1, momentum=0.9)
     args = {"objective": "3 * align(alpha=2)", "image_size": 32}
     content = {
-        "version": 1,
-        "arch": "resnet8",
-        "epoch": 7,
-        "step": 70,
-        "step_in_epoch": 0,
-        "state_dict": under("module.", moco.state_dict()),
-        "optimizer": optimizer.state_dict(),
-        "scaler": None,
-        "shuffle_generator": moco.shuffle_generator.get_state(),
-        "rng": torch.get_rng_state().unsqueeze(0),
-        "args": args,
-    }
+        "version": 1, "arch": "resnet8", "epoch": 7, "step": 70, "step_in_epoch": 0,
+        "state_dict": under("module.", moco.state_dict()), "optimizer": optimizer.state_dict(),
+        "scaler": None, "shuffle_generator": moco.shuffle_generator.get_state(),
+        "rng": torch.get_rng_state().unsqueeze(0), "args": args,
+    }  # fmt: skip
     write_checkpoint(path, content)
-    assert_gives(
-        path,
-        moco.encoder_q,
-        "projection",
-        arch="resnet8",
-        epoch=7,
-        objective="3 * align(alpha=2)",
-        layout="moco",
-        head="mlp" if mlp else "linear",
-        args=args,
-    )
+    about = {"arch": "resnet8", "epoch": 7, "layout": "moco", "args": args}
+    about |= {"objective": "3 * align(alpha=2)", "head": "mlp" if mlp else "linear"}
+    assert_gives(path, moco.encoder_q, "projection", **about)
 
 
 @pytest.mark.filterwarnings("ignore:.*old format")
@@ -86,18 +58,9 @@ def test_upstreams_pretraining_checkpoint(tmp_path, mlp, options):
         "optimizer": torch.optim.SGD(moco.parameters(), 0.1).state_dict(),
     }
     torch.save(content, path := tmp_path / "a.pth.tar", **options)
-    assert_gives(
-        path,
-        moco.encoder_q,
-        "projection",
-        arch="resnet18",
-        small_stem=False,
-        epoch=200,
-        objective=None,
-        layout="moco",
-        head="mlp" if mlp else "linear",
-        args={},
-    )
+    about = {"arch": "resnet18", "small_stem": False, "epoch": 200, "layout": "moco", "args": {}}
+    about |= {"objective": None, "head": "mlp" if mlp else "linear"}
+    assert_gives(path, moco.encoder_q, "projection", **about)
 
 
 def test_a_pretraining_state_dict_alone(tmp_path):
@@ -155,41 +118,7 @@ def test_an_encoder_trained_with_batch_norm_in_groups_becomes_a_plain_one(tmp_pa
     torch.testing.assert_close(encoder(IMAGES), moco.encoder_q.eval()(IMAGES))
 
 
-def test_resuming_by_version(tmp_path: Path) -> None:
-    """main_moco.py goes on from a file without a version, and refuses a newer one by name."""
-    write_images(tmp_path / "data", {"train/a": 20, "train/b": 20}, size=16)
-    flags = (
-        "-a resnet8 --image-size 16 --batch-size 8 --moco-k 16 --moco-dim 8 --bn-splits 1 -j 0 "
-        "--seed 1 --device cpu"
-    ).split()
-
-    def train(name: str, *more: object) -> tuple[int, str]:
-        words = [*flags, "--save-dir", tmp_path / name, *more, tmp_path / "data"]
-        run = harness.Processes(tmp_path / f"{name}.out", *words)
-        return run.wait()[0], run.output()
-
-    status, output = train("first", "--epochs", 1)
-    assert status == 0, output
-    path = tmp_path / "first" / "checkpoint_0000.pth.tar"
-    content = checkpoint.read_checkpoint(path)
-    assert content["version"] == checkpoint.FORMAT_VERSION
-    newer = {**content, "version": checkpoint.FORMAT_VERSION + 1}
-    write_checkpoint(tmp_path / "newer.pth.tar", newer)
-    status, output = train("second", "--epochs", 2, "--resume", tmp_path / "newer.pth.tar")
-    assert status == 1 and "Traceback" not in output
-    assert "newer.pth.tar has format version" in output
-    del content["version"]
-    torch.save(content, tmp_path / "older.pth.tar")
-    status, output = train(
-        "third", "--epochs", 2, "--resume", tmp_path / "older.pth.tar", "--allow-changes"
-    )
-    assert status == 0, output
-    assert load_encoder(tmp_path / "third" / "checkpoint_0001.pth.tar")[1]["epoch"] == 2
-
-
-# ------------------------------------------------------------------------------------------------
-# Architectures
-# ------------------------------------------------------------------------------------------------
+# ---- Architectures -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -215,16 +144,12 @@ def test_other_architectures(tmp_path, arch, mlp):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("arch", ["vgg11_bn", "maxvit_t"])
-def test_large_architectures(tmp_path, arch):
-    """vgg11_bn is half a GB of weights; maxvit_t has a linear layer without bias at its end."""
+def test_a_last_layer_without_bias(tmp_path):
+    arch = "maxvit_t"
     torch.manual_seed(0)
     network = build_encoder(arch, 7).eval()
     torch.save({"arch": arch, "state_dict": network.state_dict()}, path := tmp_path / "a.pth.tar")
-    try:
-        encoder, info = load_encoder(path, head="linear")
-    finally:
-        path.unlink()
+    encoder, info = load_encoder(path, head="linear")
     assert info["arch"] == arch and info["ignored"] == []
     images = torch.randn(1, 3, 224, 224)
     assert torch.equal(encoder(images), network(images))
@@ -252,7 +177,7 @@ def altered(state: dict, how: str) -> dict:
     return new
 
 
-@pytest.mark.parametrize("arch", ["resnet8", None, "unheard_of"])
+@pytest.mark.parametrize("arch", ["resnet8", "unheard_of"])
 @pytest.mark.parametrize(
     ("how", "said"),
     [
@@ -270,7 +195,7 @@ def test_names_and_shapes_that_do_not_fit_are_named(
         load_encoder(path)
     message = str(caught.value)
     assert said in message and "Against resnet8:" in message
-    assert (f"; it says arch {arch!r}" in message) == (arch is not None)
+    assert f"; it says arch {arch!r}" in message
 
 
 def test_tensors_of_no_known_network_are_refused_at_once(
@@ -282,7 +207,8 @@ def test_tensors_of_no_known_network_are_refused_at_once(
     torch.save({"blocks.0.weight": torch.ones(1)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="no known architecture.*first a.*"):
         load_encoder(tmp_path / "nested.pth")
-    with pytest.raises(CheckpointError, match="no known architecture.*first blocks.0.weight"):
+    remedy = "first blocks.0.weight.; expected torchvision's names.*behind one and the same prefix"
+    with pytest.raises(CheckpointError, match=f"no known architecture.*{remedy}"):
         load_encoder(tmp_path / "other.pth")
 
 
@@ -301,9 +227,7 @@ def test_a_checkpoint_without_an_encoder_is_refused_by_name(tmp_path, content, m
         load_encoder(path)
 
 
-# ------------------------------------------------------------------------------------------------
-# Heads
-# ------------------------------------------------------------------------------------------------
+# ---- Heads ---------------------------------------------------------------------------------------
 
 
 def test_a_backbone_without_head_gives_features_only(tmp_path):
@@ -348,17 +272,6 @@ def test_heads_that_do_not_fit_are_refused(head: dict, tmp_path: Path, state: di
         load_encoder(path, head="linear")
 
 
-def test_an_mlp_head_of_a_classifier_file_is_no_linear_head(tmp_path):
-    """A plain state dict with fc.0 and fc.2 holds a projection that is not MoCo's file."""
-    network = resnet8(9)
-    encoders.add_mlp_head(network)
-    torch.save(
-        {"arch": "resnet8", "state_dict": network.state_dict()}, path := tmp_path / "a.pth.tar"
-    )
-    _, info = load_encoder(path)
-    assert info["head"] == "mlp"
-
-
 @pytest.mark.parametrize("prefix", ["", "module.", "module.encoder_q."])
 def test_a_head_alone_is_no_encoder(prefix: str, tmp_path: Path) -> None:
     for state in ({"fc.weight": torch.ones(5, 64), "fc.bias": torch.ones(5)},
@@ -379,14 +292,10 @@ def test_a_projection_of_a_state_dict_alone(tmp_path: Path) -> None:
     assert_gives(path, network, "projection", head="mlp", layout="plain")
 
 
-# ------------------------------------------------------------------------------------------------
-# Names and number formats
-# ------------------------------------------------------------------------------------------------
+# ---- Names and number formats --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.",
-                                    "_orig_mod.module.", "module.module.", "model.",
-                                    "module.model._orig_mod."])  # fmt: skip
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "module.model._orig_mod."])
 def test_wrappers_in_names_are_passed_over(prefix: str, tmp_path: Path) -> None:
     network = resnet8()
     state = under(prefix, network.state_dict())
@@ -405,14 +314,6 @@ def test_a_name_with_and_without_prefix_is_refused(tmp_path: Path, state: dict) 
     torch.save(twice, path := tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="holds conv1.weight twice"):
         load_encoder(path)
-
-
-def test_real_compiled_and_parallel_modules(tmp_path: Path) -> None:
-    network = resnet8()
-    wrapped = torch.nn.DataParallel(torch.compile(network))
-    torch.save(wrapped.state_dict(), path := tmp_path / "a.pth")
-    assert next(iter(wrapped.state_dict())).startswith("module._orig_mod.")
-    assert_gives(path, network, "linear", arch="resnet8")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -92,19 +92,7 @@ def test_prune_keeps_the_newest_and_every_mth_epoch(tmp_path):
     assert (tmp_path / "model_best.pth.tar").exists()
 
 
-def test_prune_by_age_alone(tmp_path):
-    make_run(tmp_path, epochs(*range(8)))
-    prune(tmp_path, *epochs(7), keep_last=3)
-    assert names(tmp_path) == epochs(5, 6, 7)
-    prune(tmp_path, *epochs(7), keep_last=5)
-    assert names(tmp_path) == epochs(5, 6, 7)
-    prune(tmp_path, *epochs(7), keep_last=1, keep_every=1)
-    assert names(tmp_path) == epochs(5, 6, 7)
-
-
-# ------------------------------------------------------------------------------------------------
-# Damaged ones
-# ------------------------------------------------------------------------------------------------
+# ---- Damaged ones --------------------------------------------------------------------------------
 
 
 def tear(path: Path) -> None:

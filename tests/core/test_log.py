@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -9,37 +10,52 @@ import re
 import struct
 import sys
 import termios
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from moco.progress import StepPrinter
 
 
+@pytest.fixture
+def drawn(monkeypatch) -> Callable[..., contextlib.AbstractContextManager[list[str]]]:
+    """drawn(rows, columns): a terminal for stderr; a list to which its text is added at the end."""
+
+    @contextlib.contextmanager
+    def drawn(rows: int, columns: int) -> Iterator[list[str]]:
+        leader, follower = pty.openpty()
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        shown: list[str] = []
+        with os.fdopen(follower, "w") as terminal:
+            monkeypatch.setattr(sys, "stderr", terminal)
+            yield shown
+        data = b""
+        with contextlib.suppress(OSError):  # the other side is closed, and all has been read
+            while chunk := os.read(leader, 65536):
+                data += chunk
+        os.close(leader)
+        shown.append(data.decode())
+
+    return drawn
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "bar"), [(24, 120, True), (24, 0, False), (0, 120, False)]
 )
-def test_a_bar_needs_a_terminal_with_a_size(monkeypatch, capsys, rows, columns, bar) -> None:
+def test_a_bar_needs_a_terminal_with_a_size(drawn, capsys, rows, columns, bar) -> None:
     """One without showed nothing at all: tqdm drew no bar, and lines gave way to it."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    with os.fdopen(follower, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
+    with drawn(rows, columns) as shown:
         printer = StepPrinter(total=4, batch_size=2)
         printer.advance()
         printer.line("step 1 of 4", short="short")
         printer.close()
-    drawn = os.read(leader, 4096).decode() if bar else ""
-    os.close(leader)
     assert (printer.bar is not None) is bar
-    assert ("/4" in drawn) is bar
+    assert ("/4" in shown[0]) is bar
     assert ("step 1 of 4" in capsys.readouterr().out) is not bar
 
 
-def test_the_bar_shows_loss_speed_and_time_left(clock, monkeypatch, capsys) -> None:
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 160, 0, 0))
-    with os.fdopen(follower, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
+def test_the_bar_shows_loss_speed_and_time_left(clock, drawn, capsys) -> None:
+    with drawn(24, 160) as shown:
         printer = StepPrinter(total=40, batch_size=2)
         for _ in range(2):
             clock.sleep(0.5)
@@ -47,19 +63,14 @@ def test_the_bar_shows_loss_speed_and_time_left(clock, monkeypatch, capsys) -> N
         printer.line("", short="epoch 0/9, loss -1.234, 567 images/s")
         printer.note("k-NN of these features")
         printer.close()
-    drawn = os.read(leader, 65536).decode()
-    os.close(leader)
-    assert re.search(r"2/40 \[00:01<00:19, .*step.*loss -1.234, 567 images/s", drawn), drawn
+    assert re.search(r"2/40 \[00:01<00:19, .*step.*loss -1.234, 567 images/s", shown[0]), shown
     assert "k-NN of these features" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("columns", [120, 0])
-def test_a_pause_is_not_counted(clock, monkeypatch, capsys, columns) -> None:
+def test_a_pause_is_not_counted(clock, drawn, capsys, columns) -> None:
     """Neither in images/s and the share of waiting nor in the time left."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with os.fdopen(follower, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
+    with drawn(24, columns):
         printer = StepPrinter(total=1001, batch_size=10)
         clock.sleep(0.25)
         printer.advance()
@@ -70,7 +81,6 @@ def test_a_pause_is_not_counted(clock, monkeypatch, capsys, columns) -> None:
         if printer.bar is not None:
             assert printer.bar.format_dict["elapsed"] == 0.25
         printer.close()
-    os.close(leader)
     assert rates["images_per_s"] == 10 / 0.25
     if columns == 0:
         assert capsys.readouterr().out.split()[-1] == "0:04:10"

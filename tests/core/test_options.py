@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -47,31 +46,7 @@ def checked(tmp_path) -> Callable[..., SimpleNamespace]:
     return checked
 
 
-# ------------------------------------------------------------------------------------------------
-# Lists of numbers
-# ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("line", "joined"),
-    [
-        ("", ""),
-        ("DIR", "DIR"),
-        ("--gpus 0 1 2 3", "--gpus=0,1,2,3"),
-        ("--gpus 0 1 DIR", "--gpus=0,1 DIR"),
-        ("--gpus 0,1 DIR", "--gpus=0,1 DIR"),
-        ("--gpus 0,1 2", "--gpus=0,1 2"),  # a list ends with its word: 2 is the folder
-        ("--gpus=0,1 2", "--gpus=0,1 2"),
-        ("--gpus 0 --schedule 120 160 DIR", "--gpus=0 --schedule=120,160 DIR"),
-        ("--schedule --cos DIR", "--schedule= --cos DIR"),
-        ("--schedule 10 -- 20", "--schedule=10 -- 20"),
-        ("DIR --schedule", "DIR --schedule="),
-        ("--schedule 10 20DIR", "--schedule=10 20DIR"),
-        ("-b 8 --lr 1 2", "-b 8 --lr 1 2"),
-    ],
-)
-def test_lists_end_where_the_numbers_end(line, joined):
-    assert cli._join_lists(line.split()) == joined.split()
+# ---- Lists of numbers ----------------------------------------------------------------------------
 
 
 @MAINS
@@ -118,9 +93,7 @@ def test_help_shows_every_default(config, capsys):
         assert (word in out) == (word != ("(60, 80)" if config is PretrainConfig else "(120, 160)"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Derived values
-# ------------------------------------------------------------------------------------------------
+# ---- Derived values ------------------------------------------------------------------------------
 
 
 def test_flat_values_fit_json_and_weights_only(checked, tmp_path):
@@ -182,9 +155,7 @@ def test_a_seed_that_is_not_given_is_drawn_within_31_bits(checked):
     assert args.seed == 0 and args.seed_given
 
 
-# ------------------------------------------------------------------------------------------------
-# Errors
-# ------------------------------------------------------------------------------------------------
+# ---- Errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [DataError, CheckpointError, TrainingError])
@@ -193,12 +164,6 @@ def test_errors_that_the_user_can_mend_end_in_one_line(kind, capsys):
         raise kind("no such thing: mend it")
     assert stop.value.code == 1
     assert capsys.readouterr().err.endswith("error: no such thing: mend it\n")
-
-
-def test_a_missing_file_ends_in_one_line(capsys):
-    with pytest.raises(SystemExit), report_user_errors():
-        Path("/no/such/file").read_text()
-    assert "/no/such/file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])

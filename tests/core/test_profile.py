@@ -73,17 +73,3 @@ def test_time_within_a_label_within_another_counts_once(clock, tmp_path, capsys)
     found = shares(capsys.readouterr().out)
     assert (found["key forward"], found["communication"], found["other"]) == (20, 30, 50)
     assert profiling._timeline is None
-
-
-def test_a_run_that_ends_before_leaves_no_profiler_running(tmp_path) -> None:
-    profile = StepProfile(tmp_path / "t.json", torch.device("cpu"), first_step=0, steps=4)
-    for _ in range(3):
-        profile.step_done()
-    assert profiling._timeline is not None
-    profile.close()
-    profile.close()
-    assert profiling._timeline is None and not (tmp_path / "t.json").exists()
-    none = StepProfile(tmp_path / "t.json", torch.device("cpu"), first_step=5, steps=0)
-    none.step_done()
-    none.close()
-    assert profiling._timeline is None

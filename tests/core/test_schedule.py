@@ -45,9 +45,3 @@ def test_warm_up_scales_the_first_epochs_only(options):
     for epoch, share in enumerate([1 / 5, 2 / 5, 3 / 5, 4 / 5]):
         assert warm[epoch] == pytest.approx(share * plain[epoch])
     assert warm[4:] == plain[4:]
-
-
-def test_an_epoch_does_not_depend_on_those_before_it():
-    """A resumed run has the rates of one that was not stopped, at any later epoch too."""
-    assert learning_rate(150, base=0.03, epochs=200, milestones=[120, 160]) == pytest.approx(0.003)
-    assert learning_rate(200, base=0.03, epochs=200, cos=True) == 0

@@ -41,9 +41,7 @@ def test_digests_are_those_of_checkpoints_and_caches(data):
     assert (subset_digest(images), subset_digest(some)) == ("d8cf4627893a", "9453a94ea5e4")
 
 
-# ------------------------------------------------------------------------------------------------
-# Hidden and tool-made entries
-# ------------------------------------------------------------------------------------------------
+# ---- Hidden and tool-made entries ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,20 +82,13 @@ def test_names_that_look_alike_are_classes(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_data_folder_may_itself_be_hidden(tmp_path):
-    write_images(tmp_path, {".cache/train/a": 1})
-    assert names(tmp_path / ".cache" / "train") == ["a/000.png"]
-
-
 def test_where_all_is_left_out_the_error_says_so(tmp_path):
     write_images(tmp_path, {"train/@eaDir": 2})
     with pytest.raises(DataError, match=r"no images in .*tool-made folders: 1 \(@eaDir\)"):
         open_images("folder", tmp_path, "train")
 
 
-# ------------------------------------------------------------------------------------------------
-# Links
-# ------------------------------------------------------------------------------------------------
+# ---- Links ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,9 +163,7 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
         list(image_paths(tmp_path, LeftOut(tmp_path)))
 
 
-# ------------------------------------------------------------------------------------------------
-# Names that are not UTF-8
-# ------------------------------------------------------------------------------------------------
+# ---- Names that are not UTF-8 --------------------------------------------------------------------
 
 
 def put(folder: Path, name: bytes, content: bytes) -> str:
@@ -221,9 +210,7 @@ def test_names_that_are_not_utf_8_in_messages(data, capsys):
     assert bad in {file["path"] for file in kinds["empty"]["files"]}
 
 
-# ------------------------------------------------------------------------------------------------
-# train/ and val/
-# ------------------------------------------------------------------------------------------------
+# ---- train/ and val/ -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given", ["train", "train/", ".", "../train"])
@@ -286,10 +273,3 @@ def test_a_class_folder_of_val_without_images_counts_as_lacking(cause, data, cap
     assert [path for path, _ in audit(data, 1).kinds["class of train not in val"]] == [
         str(data / "train" / "b")
     ]
-
-
-def test_nothing_is_said_of_an_ordinary_folder(data, capsys):
-    for split in ("pretrain", "train"):
-        classes = open_images("folder", data, split).classes
-    open_images("folder", data, "val", classes=classes)
-    assert capsys.readouterr().out == ""

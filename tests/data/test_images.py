@@ -19,9 +19,7 @@ from moco.data.images import (
 )
 from moco.errors import DataError
 
-# ------------------------------------------------------------------------------------------------
-# Folders of images
-# ------------------------------------------------------------------------------------------------
+# ---- Folders of images ---------------------------------------------------------------------------
 
 
 def relative(images: FolderImages) -> list[str]:
@@ -55,18 +53,6 @@ def test_images_directly_in_the_folder_have_no_labels(tmp_path):
     assert images.targets is None and images.classes == []
     with pytest.raises(DataError, match="because of .*000.png: pretrain images must lie"):
         open_images("folder", tmp_path, "pretrain", per_class=2)
-
-
-def test_a_mix_of_images_and_folders_has_no_labels(tmp_path):
-    write_images(tmp_path, {".": 1, "deep/down": 2})
-    images = FolderImages(tmp_path)
-    assert relative(images) == ["000.png", "deep/down/000.png", "deep/down/001.png"]
-    assert images.targets is None
-
-
-def test_nested_folders_without_train_are_taken_whole(tmp_path):
-    write_images(tmp_path, {"2019/may": 2, "2020": 1})
-    assert len(open_images("folder", tmp_path, "pretrain")) == 3
 
 
 def test_train_and_val_are_found_in_the_folder(tmp_path):
@@ -158,9 +144,7 @@ def test_a_subset_of_a_subset_is_one_of_the_whole(in_arrays, tmp_path):
         assert np.array_equal(in_memory(part), pixels[[1, 5]])
 
 
-# ------------------------------------------------------------------------------------------------
-# CIFAR and STL-10 through torchvision
-# ------------------------------------------------------------------------------------------------
+# ---- CIFAR and STL-10 through torchvision --------------------------------------------------------
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "stl10"])

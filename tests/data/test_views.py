@@ -11,7 +11,8 @@ import pytest
 import torch
 import torchvision.transforms as T
 import torchvision.transforms.functional as TF
-from helpers import finish, noise_image, start_python
+from harness import Processes
+from helpers import noise_image
 from PIL import Image, ImageFilter
 from scipy import stats
 
@@ -21,8 +22,6 @@ from moco.data.views import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ORDERS,
     SATURATION,
     Recipe,
@@ -38,9 +37,7 @@ from moco.data.views import (
 
 V1, V2 = pretrain_recipe(), pretrain_recipe(aug_plus=True)
 
-# ------------------------------------------------------------------------------------------------
-# Recipes: published parameters
-# ------------------------------------------------------------------------------------------------
+# ---- Recipes: published parameters ---------------------------------------------------------------
 
 
 def test_v1_views_have_the_published_parameters():
@@ -65,11 +62,6 @@ def test_cifar_views_are_v2_without_blur_and_with_another_crop():
     assert recipe == dataclasses.replace(V2, image_size=32, crop_scale=(0.08, 1.0), blur_p=0.0)
 
 
-def test_v1_never_blurs():
-    """`blur` is of v2 only."""
-    assert pretrain_recipe(blur=True).blur_p == 0
-
-
 def test_linear_evaluation_trains_on_imagenets_crop_and_flip():
     """Torchvision's default crop, 0.08 to 1 of the area."""
     recipe = lincls_recipe()
@@ -82,7 +74,7 @@ def resized_then_cropped(image: Image.Image, size: int) -> torch.Tensor:
     return T.PILToTensor()(T.CenterCrop(size)(T.Resize(resize)(image)))
 
 
-@pytest.mark.parametrize("size", [224, 96, 64, 32, 17])
+@pytest.mark.parametrize("size", [224, 96, 64, 17])
 def test_eval_views_are_resized_and_centre_cropped(size):
     """The shorter side of 224 to 256; images of any ordinary shape, wide, tall and small."""
     for width, height in ((400, 300), (300, 500), (301, 97), (20, 31), (224, 224), (5, 90)):
@@ -106,34 +98,28 @@ def test_thin_images_are_cropped_before_they_are_resized_pixel_for_pixel(size, m
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, limits memory")
-@pytest.mark.parametrize(
-    "size", [(20_000, 1), (1, 20_000), (60_000, 1), (1, 60_000), (3_000_000, 2), (120_000, 300)]
-)
-def test_thin_images_take_little_memory(size, tmp_path):
+def test_thin_images_take_little_memory(tmp_path):
     """200 MB beside what the image itself has, and the audit has nothing to refuse."""
-    (tmp_path / "a").mkdir()
-    Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "a" / "thin.png")
+    for size in ((20_000, 1), (1, 60_000), (3_000_000, 2), (120_000, 300)):
+        Image.new("RGB", size, (10, 20, 30)).save(tmp_path / f"{size[0]}.png")
     code = """
 import resource, sys
 from pathlib import Path
 from PIL import Image
 from moco.data import audit, images, views
 views.eval_transform(224)(Image.new("RGB", (300, 300)))
-assert audit.check_file(sys.argv[1] + "/a/thin.png") == []
-image = images.load_rgb(sys.argv[1] + "/a/thin.png")
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
-view = views.eval_transform(224)(image)
-assert view.shape == (3, 224, 224) and view[:, 100, 100].tolist() == [10, 20, 30]
+free = resource.getrlimit(resource.RLIMIT_AS)
+for path in Path(sys.argv[1]).glob("*.png"):
+    resource.setrlimit(resource.RLIMIT_AS, free)
+    assert audit.check_file(str(path)) == []
+    image = images.load_rgb(path)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, free[1]))
+    view = views.eval_transform(224)(image)
+    assert view.shape == (3, 224, 224) and view[:, 100, 100].tolist() == [10, 20, 30]
 """
-    status, out, err = finish(start_python("-c", code, tmp_path, cwd=tmp_path))
-    assert (status, err) == (0, ""), out + err
-
-
-def test_eval_views_of_small_images_are_the_images():
-    for size in (32, 64):
-        image = noise_image((size, size))
-        assert torch.equal(eval_transform(size)(image), T.PILToTensor()(image))
+    process = Processes(tmp_path / "out", tmp_path, code=code)
+    assert process.wait() == [0] and not process.output(), process.output()
 
 
 def test_normalize_is_to_tensor_and_normalize():
@@ -153,14 +139,7 @@ def test_normalize_is_to_tensor_and_normalize():
         assert torch.equal(other, got) and other.is_contiguous(memory_format=memory_format)
 
 
-def test_imagenets_mean_and_deviation():
-    assert IMAGENET_MEAN == (0.485, 0.456, 0.406)
-    assert IMAGENET_STD == (0.229, 0.224, 0.225)
-
-
-# ------------------------------------------------------------------------------------------------
-# Random numbers
-# ------------------------------------------------------------------------------------------------
+# ---- Random numbers ------------------------------------------------------------------------------
 
 
 def splitmix64(state: int) -> tuple[int, int]:
@@ -230,9 +209,7 @@ def test_random_numbers_are_uniform_and_independent():
     assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 4 / math.sqrt(one.size)
 
 
-# ------------------------------------------------------------------------------------------------
-# Parameters are distributed as torchvision draws them
-# ------------------------------------------------------------------------------------------------
+# ---- Parameters are distributed as torchvision draws them ----------------------------------------
 
 DRAWS = 4000
 
@@ -330,15 +307,7 @@ def test_operations_have_the_recipes_probabilities_independently():
         assert np.abs(off_diagonal).max() < 4.5 / math.sqrt(DRAWS)
 
 
-def test_sigma_of_the_blur_is_uniform():
-    sigma = drawn(V2).sigma
-    sigma = sigma[sigma > 0]
-    assert stats.kstest((sigma - 0.1) / 1.9, "uniform").pvalue > 1e-3
-
-
-# ------------------------------------------------------------------------------------------------
-# Views by Pillow: torchvision's pixels
-# ------------------------------------------------------------------------------------------------
+# ---- Views by Pillow: torchvision's pixels -------------------------------------------------------
 
 
 def torchvision_view(image: Image.Image, recipe: Recipe, params: ViewParams, i: int) -> Image.Image:
@@ -385,9 +354,7 @@ def test_views_by_pillow_are_torchvisions(recipe):
                 assert np.array_equal(pil_view(image, recipe, params, i), wanted)
 
 
-# ------------------------------------------------------------------------------------------------
-# Views on the device
-# ------------------------------------------------------------------------------------------------
+# ---- Views on the device -------------------------------------------------------------------------
 
 SIZE = 40
 
@@ -442,7 +409,7 @@ V2_SMALL, V1_SMALL = pretrain_recipe(SIZE, aug_plus=True), pretrain_recipe(SIZE)
 
 
 @pytest.mark.parametrize("kind", [BRIGHTNESS, CONTRAST, SATURATION])
-@pytest.mark.parametrize("factor", [0.0, 0.6, 0.75, 1.0, 1.1, 1.4, 3.0])
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.4, 3.0])
 def test_a_blend_on_the_device_is_pillows_pixel_for_pixel(kind, factor):
     """A shift of the hue by 0 follows, which is not without loss: so the device shifts Pillow's
     blend as well."""
@@ -465,7 +432,7 @@ def test_grey_and_flip_on_the_device_are_pillows_pixel_for_pixel():
             assert not differences(recipe, both, images).any()
 
 
-@pytest.mark.parametrize("shift", [-0.5, -0.4, -0.1, -0.03, 0.0, 0.05, 0.1, 0.3, 0.5])
+@pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.05, 0.4])
 def test_hue_on_the_device_is_pillows(shift):
     """Of all 8-bit colours on a grid: equal but for the rounding of a quotient now and then."""
     levels = torch.arange(0, 256, 5, dtype=torch.uint8)
@@ -478,21 +445,13 @@ def test_hue_on_the_device_is_pillows(shift):
     assert difference.mean() < 0.02 and (difference > 0).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.7, 1.0, 1.3, 1.99, 2.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
 def test_blur_on_the_device_is_pillows(sigma):
     """Which rounds six times to 8 bits, the device twice."""
     difference = differences(V2_SMALL, params_of(12, sigma=sigma), pictures()).abs().float()
     assert difference.mean((1, 2, 3)).max() < 1.0
     inside = difference[:, :, 6:-6, 6:-6]  # repeating the edge per pass is not repeating it once
     assert inside.max() <= 4
-
-
-def test_blur_keeps_what_is_even_and_its_mean():
-    """A kernel whose weights do not add up to 1 would darken or brighten."""
-    for sigma in np.linspace(0.1, 2, 20):
-        even = [Image.new("RGB", (SIZE, SIZE), (0, 128, 255))]
-        made = augment_on_device(as_tensor(even), params_of(1, sigma=sigma).as_tensor(), V2_SMALL)
-        assert torch.equal(made, as_tensor(even))
 
 
 def test_a_blurred_edge_is_the_integral_of_a_gaussian_of_its_sigma():
@@ -528,14 +487,6 @@ def test_all_operations_together_are_pillows(recipe):
         assert difference.mean() < 0.5 and difference.mean((1, 2, 3)).max() < 1.5
 
 
-def test_the_order_of_jitter_is_each_samples_own():
-    """Taken in another order the same factors give other pixels, so the comparison above bites."""
-    images = [noise_image((SIZE, SIZE))] * 24
-    params = params_of(24, jitter=True, factors=[1.4, 0.6, 1.4, 0.1], order=ORDERS)
-    made = augment_on_device(as_tensor(images), params.as_tensor(), V2_SMALL)
-    assert len({view.numpy().tobytes() for view in made}) == 24
-
-
 def test_a_sample_is_finished_alike_alone_and_in_a_batch():
     images = pictures() * 4
     params = drawn(V2_SMALL, SIZE, SIZE, len(images))
@@ -546,10 +497,9 @@ def test_a_sample_is_finished_alike_alone_and_in_a_batch():
         assert torch.equal(torch.cat([augment_on_device(*pair, V2_SMALL) for pair in parts]), whole)
 
 
-@pytest.mark.parametrize("recipe", [V1_SMALL, V2_SMALL], ids=["v1", "v2"])
-def test_finishing_is_one_graph_without_a_wait_for_the_device(recipe):
+def test_finishing_is_one_graph_without_a_wait_for_the_device():
     """Dynamo follows it to the end: it reads no value on the way, nor loops over samples."""
-    graphs = []
+    graphs, recipe = [], V2_SMALL
 
     def backend(graph, inputs):
         graphs.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
@@ -565,9 +515,7 @@ def test_finishing_is_one_graph_without_a_wait_for_the_device(recipe):
     torch.compiler.reset()
 
 
-# ------------------------------------------------------------------------------------------------
-# Crops
-# ------------------------------------------------------------------------------------------------
+# ---- Crops ---------------------------------------------------------------------------------------
 
 
 def boxes(height: int, width: int) -> np.ndarray:
@@ -597,12 +545,3 @@ def test_crops_are_within_a_level_of_pillows(size, out):
             assert (made.int() - wanted.int()).abs().max() <= 1
         some = crop_on_device(pixels.expand(3, -1, -1, -1), params.as_tensor()[4:7], out)
         assert torch.equal(some, batch[4:7]), "whatever else is in the batch"
-
-
-def test_each_crop_of_a_batch_is_of_its_own_image():
-    images = [noise_image((32, 32), seed=seed) for seed in range(6)]
-    params = drawn(V2_SMALL, 32, 32, 6)
-    made = crop_on_device(as_tensor(images), params.as_tensor(), 32)
-    for i, pixels in enumerate(as_tensor(images)):
-        wanted = crop(pixels, Recipe(32, (0.2, 1.0)), params, i)
-        assert (made[i].int() - wanted.int()).abs().max() <= 1

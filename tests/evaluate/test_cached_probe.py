@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Processes
-from helpers import differences, read_log, refusal, write_images
+from helpers import read_log, refusal, write_images
 from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
 from torch import nn
 
@@ -42,20 +42,19 @@ def files(folder: Path | str) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}
 
 
-# ------------------------------------------------------------------------------------------------
-# Together as alone
-# ------------------------------------------------------------------------------------------------
+# ---- Together as alone ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["", "--cached"])
 def test_each_head_is_as_if_trained_alone(data, pretrained, mode):
     flags = ["--epochs 2 --schedule 1 --pretrained", pretrained, mode]
-    evaluate(data, *flags, "--lr 0.1,1,10 --wd 0,0.01 --save-dir all")
+    evaluate(data, *flags, "--lr 0.1,10 --wd 0,0.01 --save-dir all")
     together, heads = result("all"), load(f"all/{LATEST}")["heads"]
     assert [(h["lr"], h["weight_decay"]) for h in together["heads"]] == [
-        (lr, wd) for lr in (0.1, 1.0, 10.0) for wd in (0.0, 0.01)
+        (lr, wd) for lr in (0.1, 10.0) for wd in (0.0, 0.01)
     ]
-    for number, head in enumerate(together["heads"]):
+    for number in (0, 3):
+        head = together["heads"][number]
         folder = f"alone{number}"
         setting = f"--lr {head['lr']} --wd {head['weight_decay']} --save-dir {folder}"
         evaluate(data, *flags, setting)
@@ -98,35 +97,11 @@ def test_a_head_that_diverges_leaves_the_others_as_they_are(data, pretrained, ca
 
 
 def test_when_all_diverge_there_is_no_result(data, pretrained, capsys):
-    argv = [
-        *TINY,
-        "--lr",
-        "9e37,1e38",
-        "--epochs",
-        5,
-        "--pretrained",
-        pretrained,
-        "--save-dir",
-        "r",
-        data,
-    ]
+    flags = ["--lr", "9e37,1e38", "--epochs", 5, "--save-dir", "r"]
+    argv = [*TINY, *flags, "--pretrained", pretrained, data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status == 1 and "finite" in message and "9e+37 and 1e+38" in message
     assert not Path("r/lincls.json").exists()
-
-
-@pytest.mark.parametrize("mode", ["", "--cached"])
-def test_several_heads_resume_exactly(data, pretrained, mode):
-    flags = [mode, "--lr 0.1,1 --pretrained", pretrained]
-    evaluate(data, *flags, "--epochs 3 --save-dir whole")
-    evaluate(data, *flags, "--epochs 1 --save-dir cut")
-    evaluate(data, *flags, "--epochs 3 --save-dir cut --resume auto")
-    for name in (LATEST, BEST):
-        a, b = load(f"whole/{name}"), load(f"cut/{name}")
-        for content in (a, b):
-            content.pop("args")
-        assert differences(a, b) == []
-    assert result("whole")["heads"] == result("cut")["heads"]
 
 
 def test_losses_are_those_of_each_head(pretrained):
@@ -162,7 +137,7 @@ def test_frozen_features_enter_autograd(pretrained, amp):
     assert head.weight.grad is not None
 
 
-@pytest.mark.parametrize("arch", ["resnet8", "resnet18", "densenet121", "mobilenet_v2"])
+@pytest.mark.parametrize("arch", ["resnet8", "densenet121", "mobilenet_v2"])
 def test_folding_batch_norm_into_convolutions_changes_nothing(arch):
     """Neither the features, to rounding, nor the encoder that was given, at all."""
     torch.manual_seed(0)
@@ -191,13 +166,12 @@ def test_a_network_that_cannot_be_traced_stays_as_it_is():
     assert without_batch_norm(network) is network
 
 
-# ------------------------------------------------------------------------------------------------
-# Cached features
-# ------------------------------------------------------------------------------------------------
+# ---- Cached features -----------------------------------------------------------------------------
 
 
-def test_training_on_centre_crops_is_that_of_a_loop_by_hand(data, pretrained):
+def test_training_on_centre_crops_is_that_of_a_loop_by_hand(data, pretrained, capsys):
     evaluate(data, "--cached --lr 1 --epochs 3 --pretrained", pretrained, "--save-dir r")
+    assert "not the standard protocol), lr 1, wd 0" in capsys.readouterr().out
     images = open_images("folder", data, "train")
     transform = eval_transform(32)
     pixels = torch.stack([transform(images.load(i)) for i in range(len(images))])
@@ -261,28 +235,25 @@ def test_files_are_half_precision_and_used_again(data, pretrained, cache, capsys
     assert "8 of 8 files are there" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["removed", "cut off", "flipped", "another shape"])
-def test_what_is_missing_or_damaged_is_made_again(data, pretrained, cache, capsys, damage):
+def test_what_is_missing_or_damaged_is_made_again(data, pretrained, cache, capsys):
+    """Removed, cut off, with a changed byte, of another shape."""
     shutil.copytree(cache, "mine")
-    before, name = files("mine"), sorted(files("mine"))[3]
-    path = Path("mine") / name
-    whole = path.read_bytes()
-    if damage == "removed":
-        path.unlink()
-    elif damage == "cut off":
-        path.write_bytes(whole[:-200])
-    elif damage == "flipped":
-        middle = len(whole) // 2
-        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
-    else:
-        torch.save({"features": torch.zeros(1, 64, dtype=torch.float16)}, path)
+    before, names = files("mine"), sorted(files("mine"))[1:5]
+    removed, cut, flipped, other = (Path("mine") / name for name in names)
+    removed.unlink()
+    cut.write_bytes(cut.read_bytes()[:-200])
+    data_of = bytearray(flipped.read_bytes())
+    data_of[len(data_of) // 2] ^= 255
+    flipped.write_bytes(data_of)
+    torch.save({"features": torch.zeros(1, 64, dtype=torch.float16)}, other)
     flags = ["--cached --lr 1 --epochs 1 --cache-dir mine --save-dir r --pretrained", pretrained]
     evaluate(data, *flags)
-    assert "7 of 8 files are there" in capsys.readouterr().out
+    assert "4 of 8 files are there" in capsys.readouterr().out
     after = files("mine")
-    assert [n for n in before if after[n] != before[n]] == [name]
-    expected = load(cache / name)["features"]
-    torch.testing.assert_close(load(path)["features"], expected, rtol=2e-3, atol=1e-3)
+    assert [n for n in before if after[n] != before[n]] == names
+    for name in names:
+        expected = load(cache / name)["features"]
+        torch.testing.assert_close(load(f"mine/{name}")["features"], expected, rtol=2e-3, atol=1e-3)
 
 
 def start_extraction(folder: Path, pretrained: Path, cache: Path) -> Processes:
@@ -301,6 +272,7 @@ def extraction(folder: Path, pretrained: Path, cache: Path) -> list:
     return [*flags, "--pretrained", pretrained, folder / "data"]
 
 
+@pytest.mark.long
 def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path, capsys):
     cache = tmp_path / "cache"
     first = start_extraction(tmp_path, pretrained, cache)
@@ -321,6 +293,7 @@ def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path, capsys):
     assert torch.equal(classifier(f"whole/{LATEST}"), classifier(f"on/{LATEST}"))
 
 
+@pytest.mark.long
 def test_what_a_living_process_writes_is_left_alone(pretrained, tmp_path):
     cache = tmp_path / "cache"
     first = start_extraction(tmp_path, pretrained, cache)
@@ -336,17 +309,17 @@ def test_what_a_living_process_writes_is_left_alone(pretrained, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_three_probes_share_a_cache(data, pretrained, tmp_path):
+@pytest.mark.long
+def test_two_probes_share_a_cache(data, pretrained, tmp_path):
     flags = [*TINY, "--cached", "--lr", 1, "--epochs", 1, "--cache-dir", tmp_path / "cache"]
     flags += ["--pretrained", pretrained]
     runs = [
         Processes(tmp_path / f"out{i}", *flags, "--save-dir", tmp_path / f"r{i}", data, code=MAIN)
-        for i in range(3)
+        for i in range(2)
     ]
     for run in runs:
         assert run.wait() == [0], run.output()
-    first, *others = [classifier(f"r{i}/{LATEST}") for i in range(3)]
-    assert all(torch.equal(first, other) for other in others)
+    assert torch.equal(*(classifier(f"r{i}/{LATEST}") for i in range(2)))
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -368,19 +341,18 @@ def other_image(data: Path, pretrained: Path) -> tuple[Path, Path, str]:
 
 @pytest.mark.parametrize(
     "change",
-    [other_encoder, other_pixels, other_image, "--image-size 24", "--mean 0 0 0", "--amp bf16",
-     "--labels 50", "--cached-views 1"],
-)  # fmt: skip
+    [other_encoder, other_pixels, other_image, "--image-size 24", "--amp bf16", "--labels 50"],
+)
 def test_a_stale_cache_is_never_used(data, pretrained, tmp_path, change):
     shutil.copytree(data, mine := tmp_path / "data", copy_function=shutil.copy2)
-    flags = "--cached --lr 1 --epochs 2 --cache-dir cache"
+    flags = "--cached --lr 1 --epochs 1 --cache-dir cache"
     evaluate(mine, flags, "--save-dir before --pretrained", pretrained)
     old = files("cache")
     more = change if isinstance(change, str) else ""
     if not more:
         mine, pretrained, _ = change(mine, pretrained)
     evaluate(mine, flags, more, "--save-dir after --pretrained", pretrained)
-    fresh = "--cached --lr 1 --epochs 2 --save-dir fresh --pretrained"
+    fresh = "--cached --lr 1 --epochs 1 --save-dir fresh --pretrained"
     evaluate(mine, fresh, pretrained, more)
     assert torch.equal(classifier(f"after/{LATEST}"), classifier(f"fresh/{LATEST}"))
     assert len(files("cache")) > len(old) and old.items() <= files("cache").items()
@@ -402,6 +374,7 @@ def test_an_image_that_cannot_be_read_is_named(data, pretrained, tmp_path, capsy
     assert status == 1 and "class_1/004.png" in message
 
 
+@pytest.mark.long
 def test_workers_and_two_processes_find_the_same_features(data, pretrained, cache, tmp_path):
     flags = ["--cached", "--lr", 1, "--epochs", 2, "--pretrained", pretrained]
     argv = [*TINY, *flags, "-j", 2, "--save-dir", tmp_path / "two", data]
@@ -427,14 +400,3 @@ def test_a_cached_probe_is_not_gone_on_with_as_a_standard_one(data, pretrained, 
             "--pretrained", pretrained, data]  # fmt: skip
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status == 1 and "cached: True before, False now" in message
-
-
-def test_start_says_which_protocol_it_is(data, pretrained, capsys):
-    for flags, words in (
-        ("--cached --lr 1,2 --wd 0,0.1", "not the standard protocol), lr 1, 2, wd 0, 0.1"),
-        ("--cached --cached-views 2 --lr 1", "2 random views"),
-        ("--lr 1", "protocol: linear, standard"),
-    ):
-        folder = f"r{len(list(Path().iterdir()))}"
-        evaluate(data, flags, "--epochs 2 --save-dir", folder, "--pretrained", pretrained)
-        assert words in capsys.readouterr().out

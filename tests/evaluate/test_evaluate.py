@@ -124,9 +124,7 @@ def test_count_correct_counts_targets_among_the_first_k():
     assert counts.tolist() == [1, 3, 4] and counts.dtype == torch.float64
 
 
-# ------------------------------------------------------------------------------------------------
-# Features of a data set
-# ------------------------------------------------------------------------------------------------
+# ---- Features of a data set ----------------------------------------------------------------------
 
 
 def pixels(count: int, seed: int = 0) -> list[tuple[Tensor, int]]:
@@ -195,19 +193,3 @@ def test_knn_accuracy_in_percent_of_a_case_worked_by_hand():
     val = coloured([(200, 20, 20), (20, 200, 20), (20, 20, 200), (190, 30, 30)], [0, 1, 2, 2])
     got = knn_accuracy(Colour(), bank, val, classes=3, device=CPU, mean=(0, 0, 0), std=(1, 1, 1))
     assert got == {"top1": 75.0, "top5": 100.0, "k": 3, "images": 4, "bank": 3}
-
-
-def test_top5_of_knn_is_within_the_first_five_of_many_classes():
-    """Eight classes on a circle: the fifth nearest counts, the sixth does not."""
-    angles = [2 * math.pi * i / 8 + 0.01 * i for i in range(8)]
-    points = [(int(128 + 120 * math.cos(a)), int(128 + 120 * math.sin(a)), 128) for a in angles]
-    bank = coloured(points, list(range(8)))
-    mean = (128 / 255, 128 / 255, 0.45)
-    results = []
-    for label in range(8):
-        val = coloured(points[:1], [label])
-        got = knn_accuracy(Colour(), bank, val, classes=8, device=CPU, mean=mean, std=(1, 1, 1))
-        results.append((got["top1"], got["top5"]))
-    assert sum(top1 for top1, _ in results) == 100
-    assert sum(top5 for _, top5 in results) == 500
-    assert results[0] == (100, 100) and results[4] == (0, 0)

@@ -13,7 +13,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import refusal, write_images, write_labelled
+from helpers import refusal, write_images
 from torch import Tensor
 
 from align_uniform.bounds import uniformity_infimum
@@ -30,11 +30,6 @@ ARGS = {
     "image_size": 16, "aug_plus": False, "crop_scale": [0.3, 1.0], "blur": False,
     "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25], "objective": "3 * align(alpha=2)",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

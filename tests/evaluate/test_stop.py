@@ -37,13 +37,14 @@ def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HeadTraining, "step", step_and_signal)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("step", "number", "status"),
+    ("mode", "step", "number", "status"),
     [
-        (2, signal.SIGINT, 130),  # of three in an epoch
-        (3, signal.SIGTERM, 75),
-        (5, signal.SIGHUP, 75),
+        ("standard", 2, signal.SIGINT, 130),  # of three in an epoch
+        ("cached heads", 3, signal.SIGTERM, 75),
+        ("folds", 5, signal.SIGHUP, 75),
+        ("finetune", 5, signal.SIGINT, 130),
+        ("diverged", 2, signal.SIGTERM, 75),
     ],
 )
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
@@ -105,6 +106,7 @@ def interrupted(*_, **__):
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("where", ["heads.HeadTraining.step", "knn.F.normalize"])
 def test_ctrl_c_at_once_is_one_line(data, pretrained, tmp_path, where):
     """The second one while classifiers train; the first elsewhere, where nothing is half done."""
@@ -117,18 +119,18 @@ def test_ctrl_c_at_once_is_one_line(data, pretrained, tmp_path, where):
     assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "r" / "lincls.json").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_in_a_terminal_reaches_all_processes(data, pretrained, tmp_path, processes):
+@pytest.mark.long
+def test_ctrl_c_in_a_terminal_reaches_all_processes(data, pretrained, tmp_path):
     """Loader processes too, which have to live until the step and the evaluation are done."""
     argv = [*TINY, "-j", 2, "--lr", 1, "--epochs", 1000, "--print-freq", 1]
     argv += ["--pretrained", pretrained, "--save-dir", tmp_path / "r", data]
-    run = Processes(tmp_path / "out", *argv, count=processes, code=MAIN)
+    run = Processes(tmp_path / "out", *argv, count=2, code=MAIN)
     log = tmp_path / "r" / "log.jsonl"
     while not log.exists() or log.read_text().count("lincls") < 5:
         assert run.running(), run.output()
         time.sleep(0.01)
     run.kill(signal.SIGINT)
-    assert run.wait() == [130] * processes, run.output()
+    assert run.wait() == [130, 130], run.output()
     assert "Traceback" not in run.output()
     assert "stopped by SIGINT in epoch" in run.output(0)
     assert load(tmp_path / "r" / LATEST)["args"]["steps_done"] >= 5

@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import refusal, write_images, write_labelled
+from helpers import refusal, write_images
 
 from moco.checkpoint import load_encoder
 from scripts import extract_features, measure_align_uniform, plot_features, train_supervised
 
 FLAGS = "-a resnet8 --image-size 16 -b 10 --epochs 6 --aug-plus --no-blur --crop-scale 0.5 1"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_labelled(tmp_path_factory.mktemp("data"))
 
 
 def run(script, *words: object) -> None:

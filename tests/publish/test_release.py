@@ -7,39 +7,28 @@ import json
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, read_log, refusal, write_labelled
+from helpers import ROOT, read_log, refusal
 
 import main_lincls
-import main_moco
-from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint
+from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint, write_safetensors
+from moco.encoders import build_encoder
 
 release = runpy.run_path(str(ROOT / "scripts" / "release.py"))["main"]
 WEIGHTS = re.compile(r"toy-(backbone|full|linear)-([0-9a-f]{8})\.(pth|safetensors)")
 
 
 @pytest.fixture(scope="module")
-def run_of(tmp_path_factory) -> Path:
-    """A folder with data, two epochs of pretraining, a probe of the second, and its metrics."""
+def run_of(tiny_run, tmp_path_factory) -> Path:
+    """A folder with two epochs of pretraining, a probe of the second, and its metrics."""
     root = tmp_path_factory.mktemp("someone") / "home"
-    write_labelled(root / "toy images")
-    data = str(root / "toy images")
-    flags = (
-        "-a resnet18 --image-size 32 --batch-size 8 --moco-k 64 --moco-dim 16 --mlp --epochs 2 "
-        "--images-per-class 6 -j 0 --device cpu --seed 1 -p 1 --dist-url tcp://localhost:10001"
-    )
-    main_moco.main([*shlex.split(flags), "--save-dir", str(root / "run"), data])
-    probe = "--batch-size 8 --lr 0.9375 -j 0 --device cpu -p 1 --seed 5 --epochs 2 --knn"
-    main_lincls.main(
-        [*probe.split(), "--pretrained", str(root / "run" / "checkpoint_0001.pth.tar"),
-         "--save-dir", str(root / "probe"), data]
-    )  # fmt: skip
+    shutil.copytree(tiny_run / "run", root / "run")
+    shutil.copytree(tiny_run / "lincls", root / "probe")
     metrics = {
         "checkpoint": str(root / "run" / "checkpoint_0001.pth.tar"), "layer": "projection",
         "images": 15, "alpha": 2.0, "t": 2.0, "alignment": 0.123456, "uniformity": -1.5,
@@ -61,12 +50,8 @@ def published(run_of) -> Path:
 
 @pytest.fixture
 def copy(published, tmp_path) -> Path:
-    """A release to tamper with. Files with weights share their bytes with the original."""
-
-    def link_or_copy(source: str, target: str) -> None:
-        (os.link if WEIGHTS.search(source) else shutil.copy)(source, target)
-
-    return shutil.copytree(published, tmp_path / "copy", copy_function=link_or_copy)
+    """A release to tamper with."""
+    return shutil.copytree(published, tmp_path / "copy")
 
 
 def sum_again(folder: Path) -> None:
@@ -101,9 +86,7 @@ def weights_of(folder: Path, kind: str, suffix: str) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------
-# What is in it
-# ------------------------------------------------------------------------------------------------
+# ---- What is in it -------------------------------------------------------------------------------
 
 
 def test_a_release_holds_what_it_should_and_verifies(published, capsys):
@@ -145,7 +128,7 @@ def test_every_file_holds_the_encoder_of_the_checkpoint(published, run_of):
         assert full["state_dict"].keys() == source["state_dict"].keys()
         for name, tensor in source["state_dict"].items():
             assert torch.equal(full["state_dict"][name], tensor), name
-        assert (full["epoch"], full["step"], full["arch"]) == (2, 4, "resnet18")
+        assert (full["epoch"], full["step"], full["arch"]) == (2, 6, "resnet8")
         assert "optimizer" not in full and "rng" not in full
         assert load_encoder(weights_of(published, "full", suffix), head="projection")
     probe = load_encoder(run_of / "probe" / "checkpoint.pth.tar", head="linear")[0].state_dict()
@@ -158,19 +141,19 @@ def test_nothing_in_it_names_a_place_on_this_machine(published, run_of):
     for path in published.rglob("*"):
         if path.is_file():
             data = path.read_bytes()
-            for secret in (str(run_of), "someone", "localhost", "pytest"):
+            for secret in (str(run_of), "someone", "pytest"):
                 assert secret.encode() not in data, (path.name, secret)
     args = json.loads((published / "args.json").read_text())
-    assert (args["data"], args["save_dir"], args["lr"]) == ("toy images", "run", 0.03)
-    assert json.loads((published / "lincls" / "args.json").read_text())["data"] == "toy images"
+    assert (args["data"], args["save_dir"], args["lr"]) == ("labelled", "run", 0.03)
+    assert json.loads((published / "lincls" / "args.json").read_text())["data"] == "labelled"
 
 
 def test_the_log_is_that_of_the_run_up_to_the_checkpoint(published, run_of, tmp_path):
     assert read_log(published) == read_log(run_of / "run")
     release([str(run_of / "run" / "checkpoint_0000.pth.tar"), "early"])
-    assert [line["step"] for line in read_log(tmp_path / "early")] == [1, 2]
+    assert [line["step"] for line in read_log(tmp_path / "early")] == [1, 2, 3]
     card = (tmp_path / "early" / "README.md").read_text()
-    assert "| Epochs | 1 of 2, 2 steps |" in card and "at step 2" in card
+    assert "| Epochs | 1 of 2, 3 steps |" in card and "at step 3" in card
 
 
 def test_the_card_says_what_the_logs_say(published):
@@ -180,40 +163,23 @@ def test_the_card_says_what_the_logs_say(published):
     for line in (
         "license: cc-by-nc-4.0",
         "    loss = 3 * align(alpha=2) + 1 * uniform(t=3, with intra-batch pairs)",
-        "| Encoder | resnet18, 512 features |",
-        "| Data | 18 images of `toy images` (folder) |",
+        "| Encoder | resnet8, 64 features |",
+        "| Data | 30 images of `labelled` (folder) |",
         "| Queue | 64 keys of 16 dimensions |",
         f"| Last epoch (1) | top-1 {last['top1']:.2f}, top-3 {last['top5']:.2f} |",
         f"| k-NN (k 30, temperature 0.07, backbone) | top-1 {knn['top1']:.2f}, top-3 "
         f"{knn['top5']:.2f} |",
         "| Held-out L_align (alpha 2; projection, 15 images) | 0.1235 |",
         "| Held-out L_uniform (t 2; projection, 15 images) | -1.5000 |",
-        f"| Training align term at step 4 | {read_log(published)[-1]['align']:.4f} |",
+        f"| Training align term at step 6 | {read_log(published)[-1]['align']:.4f} |",
     ):
         assert f"{line}\n" in card, line
     assert "batch size 8" in card and "InfoNCE" not in card
-    for word in ("load_encoder", "torchvision", "timm", "Hugging Face", "detectron2", "onnx",
-                 "The weights: cc-by-nc-4.0.", "wang2020hypersphere"):  # fmt: skip
+    for word in ("load_encoder", "onnx", "The weights: cc-by-nc-4.0.", "wang2020hypersphere"):
         assert word in card, word
 
 
-def test_the_python_of_the_card_runs(published, monkeypatch):
-    pytest.importorskip("timm")
-    monkeypatch.chdir(published)
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    blocks = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
-    outputs = []
-    for block in blocks:
-        namespace: dict = {}
-        exec(block, namespace)
-        with torch.no_grad():
-            outputs.append(namespace.get("model", namespace.get("encoder"))(images))
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
-
-
-@pytest.mark.long
-def test_accuracies_of_other_protocols_say_so(run_of, tmp_path, capsys):
+def test_accuracies_of_other_protocols_say_so(run_of, data, tmp_path, capsys):
     """Fewer labels, several settings and folds stand in the rows of the figures; what fine-tuning
     has reached is no figure of this encoder."""
     pretrained = run_of / "run" / "checkpoint_0001.pth.tar"
@@ -228,7 +194,7 @@ def test_accuracies_of_other_protocols_say_so(run_of, tmp_path, capsys):
         probe = tmp_path / name
         main_lincls.main(
             [*flags.split(), *"--batch-size 8 -j 0 --device cpu --seed 5 --schedule 1".split(),
-             "--pretrained", str(pretrained), "--save-dir", str(probe), str(run_of / "toy images")]
+             "--pretrained", str(pretrained), "--save-dir", str(probe), str(data)]
         )  # fmt: skip
         argv = [str(pretrained), f"{name}-out", "--lincls", str(probe / "checkpoint.pth.tar")]
         if name == "tuned":
@@ -270,29 +236,45 @@ def test_without_probe_metrics_or_licence_the_card_has_no_such_figures(run_of, t
     assert "no licence" in card and not Path("plain v1.0/lincls").exists()
 
 
-def test_a_checkpoint_of_upstream_moco_has_no_recipe_to_tell(run_of, tmp_path):
-    source = read_checkpoint(run_of / "run" / "checkpoint_0001.pth.tar")
-    kept = {name: source[name] for name in ("arch", "epoch", "state_dict")}
-    torch.save({**kept, "optimizer": {}}, "moco_v2.pth.tar")
+def test_a_checkpoint_of_upstream_moco_has_no_recipe_and_loads_in_all_tools(run_of, monkeypatch):
+    """A ResNet-18, which the other tools have too: the Python of the card gives equal features."""
+    pytest.importorskip("timm")
+    network = build_encoder("resnet18", 16).state_dict()
+    state = {f"module.encoder_{x}.{name}": t for x in "qk" for name, t in network.items()}
+    content = {"arch": "resnet18", "epoch": 2, "state_dict": state, "optimizer": {}}
+    torch.save(content, "moco_v2.pth.tar")
     shutil.copy(run_of / "run" / "log.jsonl", "log.jsonl")  # of something else
     release(["moco_v2.pth.tar", "out", "--name", "moco-v2"])
-    card = Path("out/README.md").read_text()
+    monkeypatch.chdir("out")
+    card = Path("README.md").read_text()
     assert "| Encoder | resnet18, 512 features |" in card and "| Epochs | 2 |" in card
     for word in ("Objective", "lr", "| Data", "Training"):
         assert word not in card, word
-    assert not Path("out/log.jsonl").exists() and not Path("out/args.json").exists()
+    assert not Path("log.jsonl").exists() and not Path("args.json").exists()
+
+    assert "library_name: timm" in card and '"num_features": 512' in Path("config.json").read_text()
+    for word in ("torchvision", "timm", "Hugging Face", "detectron2"):
+        assert word in card, word
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = load_encoder("../moco_v2.pth.tar")[0](images)
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        namespace: dict = {}
+        exec(block, namespace)
+        with torch.no_grad():
+            output = namespace.get("model", namespace.get("encoder"))(images)
+        assert torch.equal(output, wanted), block
 
 
-# ------------------------------------------------------------------------------------------------
-# What a stranger finds
-# ------------------------------------------------------------------------------------------------
+# ---- What a stranger finds -----------------------------------------------------------------------
 
 
 def test_a_flipped_byte_a_missing_and_an_unlisted_file_are_named(copy, capsys):
     path = weights_of(copy, "full", "safetensors")
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    path.unlink()
     path.write_bytes(data)
     found = findings(copy, capsys)
     assert path.name in found and "damaged" in found
@@ -331,15 +313,15 @@ ROW = "| Held-out L_align (alpha 2; projection, 15 images) |"
          "has '| ImageNet top-1 | 76.50 |', which no file says"),
         ("README.md", "| Seed | 1 |\n", "", "lacks '| Seed | 1 |'"),
         ("README.md", "The weights: cc-by-nc-4.0.", "The weights: mit.", "The weights: cc-by-nc"),
-        ("README.md", "library_name", "license: mit\nlibrary_name", "has 'license: mit'"),
+        ("README.md", "pipeline_tag", "license: mit\npipeline_tag", "has 'license: mit'"),
         ("README.md", "## Files", "`toy-full-01234567.pth`\n\n## Files", "toy-full-01234567.pth"),
         ("README.md", "| Seed | 1 |\n", "| Seed | 1 |\n| Seed | 1 |\n", "has '| Seed | 1 |'"),
         ("README.md", "\n| Seed | 1 |\n", "\n\n| Seed | 1 |\n", None),
         ("README.md", "# toy\n", "# ViT-22B\n", "lacks '# toy'"),
         ("args.json", '"lr": 0.03', '"lr": 0.3', "args.json is not what"),
         ("args.json", '"git": "', '"git": "/home/someone/', "args.json names places"),
-        ("config.json", '"num_features": 512', '"num_features": 2048',
-         "config.json lacks 'num_features: 512'"),
+        ("config.json", '"num_features": 64', '"num_features": 2048',
+         "config.json lacks 'num_features: 64'"),
         ("config.json", "0.485", "0.5", "pretrained_cfg.mean: [0.5, "),
         ("config.json", '"license": "cc-by-nc-4.0"', '"license": "mit"', "The weights: mit."),
         ("config.json", '"architecture"', '"x": 1,\n "architecture"', "config.json has 'x: 1'"),
@@ -378,14 +360,15 @@ def test_lines_of_the_card_have_an_order(copy, capsys):
 
 
 def test_another_backbone_under_a_fitting_name(copy, capsys):
-    path = weights_of(copy, "backbone", "pth")
-    state = torch.load(path, weights_only=True)
+    path = weights_of(copy, "backbone", "safetensors")
+    content = read_checkpoint(path)
+    state = content.pop("state_dict")
     state["conv1.weight"][0, 0, 0, 0] += 1
     path.unlink()
-    torch.save(state, copy / "other.pth")
-    digest = hashlib.sha256((copy / "other.pth").read_bytes()).hexdigest()[:8]
-    (copy / "other.pth").rename(copy / f"toy-backbone-{digest}.pth")
-    edit(copy / "README.md", path.name, f"toy-backbone-{digest}.pth")
+    write_safetensors(other := copy / "other", state, content)
+    digest = hashlib.sha256(other.read_bytes()).hexdigest()[:8]
+    other.rename(copy / f"toy-backbone-{digest}.safetensors")
+    edit(copy / "README.md", path.name, f"toy-backbone-{digest}.safetensors")
     sum_again(copy)
     found = findings(copy, capsys)
     assert "holds another backbone than" in found
@@ -410,7 +393,7 @@ def test_words_may_be_added_to_the_card(copy, capsys):
          "SHA256SUMS is a symbolic link"),
         (lambda f: (f / "dangling\x1b").symlink_to("nowhere"), r"dangling\x1b is a symbolic link"),
         (lambda f: os.mkfifo(f / "pipe"), "pipe is neither a file nor a folder"),
-        (lambda f: (f / "/".join("a" * 900)).mkdir(parents=True), "more than 4 folders deep"),
+        (lambda f: (f / "/".join("a" * 200)).mkdir(parents=True), "more than 4 folders deep"),
         (lambda f: (f / "x\ny\x1b[2J\udce9").write_text(""), r"x\ny\x1b[2J\xe9 is not in SHA"),
     ],
 )  # fmt: skip
@@ -420,9 +403,7 @@ def test_what_no_release_holds_is_refused_in_one_line(make, said, copy, capsys):
     assert said in found and found.count("\n") == 1 and found[:-1].isprintable()
 
 
-# ------------------------------------------------------------------------------------------------
-# Text from files
-# ------------------------------------------------------------------------------------------------
+# ---- Text from files -----------------------------------------------------------------------------
 
 HOSTILE = "x\n\n# Owned\r\n<script>alert(1)</script>|<img src=x> [a](http://b) ` \x1b[31m\u202e*e* "
 
@@ -472,10 +453,9 @@ def test_text_from_files_is_no_markup_and_no_terminal_sequence(run_of, tmp_path,
         ), line
 
 
-@pytest.mark.parametrize("depth", [600, 900])
-def test_deep_values_are_no_traceback(depth, copy, capsys):
+def test_deep_values_are_no_traceback(copy, capsys):
     """Where Python's recursion ends differs between versions; what is left is one line at most."""
-    deep = '{"a": ' * depth + "1" + "}" * depth
+    deep = '{"a": ' * 900 + "1" + "}" * 900
     for file in ("args.json", "align_uniform.json", "config.json"):
         edit(copy / file, "{", '{"deep": ' + deep + ", ")
         sum_again(copy)
@@ -483,9 +463,7 @@ def test_deep_values_are_no_traceback(depth, copy, capsys):
         assert "Traceback" not in found and len(found) < 10_000
 
 
-# ------------------------------------------------------------------------------------------------
-# Refusals
-# ------------------------------------------------------------------------------------------------
+# ---- Refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -521,9 +499,6 @@ def test_nothing_is_written_of_what_does_not_belong_together(run_of, tmp_path, c
     (lone / "k-nn").mkdir()
     shutil.copy(probe, lone / "k-nn")
     (lone / "k-nn" / "lincls.json").write_text('{"classes": 3, "top1": 1.0, "top5": 2.0}')
-    broken = read_checkpoint(second)
-    broken["state_dict"] = {k: v for k, v in broken["state_dict"].items() if "layer4" not in k}
-    write_checkpoint(lone / "broken.pth.tar", broken)
     for argv, said in (
         ([first, "out", "--lincls", probe], "not a probe of this encoder"),
         ([probe, "out"], "no pretraining checkpoint"),
@@ -533,7 +508,6 @@ def test_nothing_is_written_of_what_does_not_belong_together(run_of, tmp_path, c
         ([second, "out", "--metrics", run_of / "run" / "args.json"], "no alignment"),
         ([second, "out", "--metrics", lone / "half.json"], "no alignment"),
         ([second, "out", "--lincls", lone / "k-nn" / "checkpoint.pth.tar"], "no best and last"),
-        ([lone / "broken.pth.tar", "out"], "no known architecture"),
     ):
         status, message = refusal(release, argv, capsys)
         assert status == 1 and said in message, message

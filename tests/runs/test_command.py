@@ -160,14 +160,11 @@ def test_a_report_that_is_not_written_whole_leaves_the_one_before(tmp_path) -> N
     assert path.read_text() == "before"
 
 
-ODD = {"not UTF-8": os.fsdecode(b"od\xffd"), "300 characters": "n" * 300, "a line break": "a\nb"}
-
-
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", [os.fsdecode(b"od\xff\nd"), "n" * 300])
 def test_odd_names_of_folders_are_no_traceback(name, processes, tmp_path) -> None:
     """Output goes to a file by an encoding that refuses what is no character."""
-    folder = tmp_path / ODD[name]
-    possible = name != "300 characters"
+    folder = tmp_path / name
+    possible = len(name) < 300
     if possible:
         make_probe(make_run(folder / "a"), 50.0)
         make_run(folder / "unfinished", steps=4)

@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
-from run_folders import (
-    NCE,
-    column,
-    compare,
-    cut_log,
-    make_measure,
-    make_probe,
-    make_run,
-)
+from run_folders import NCE, column, compare, cut_log, make_measure, make_probe, make_run
 
 from moco import checkpoint, run_files
 from moco.runs.folder import read_runs, short_names
-
-
-def test_moco_runs_needs_no_torch() -> None:
-    names = ", ".join(f"moco.runs.{path.stem}" for path in (ROOT / "moco" / "runs").glob("*.py"))
-    code = f"import sys, {names}; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_probes_find_their_run_after_a_move(two_objectives, tmp_path) -> None:
@@ -72,12 +55,10 @@ def test_evaluations_of_earlier_epochs_are_not_mixed_in(tmp_path) -> None:
 
 def test_measures_of_other_layers_and_exponents_are_not_mixed_in(tmp_path) -> None:
     run = make_run(tmp_path / "a")
-    make_measure(run, 0.9, -1.0, alpha=1.0, t=3.0)
-    rows, _ = compare(tmp_path)
-    assert column(rows, "alignment") == ["–"] and column(rows, "uniformity") == ["–"]
-    make_measure(run, 0.9, -1.0, layer="backbone")
-    rows, _ = compare(tmp_path)
-    assert column(rows, "alignment") == ["–"]
+    for other in ({"alpha": 1.0, "t": 3.0}, {"layer": "backbone"}):
+        make_measure(run, 0.9, -1.0, **other)
+        rows, _ = compare(tmp_path)
+        assert column(rows, "alignment") == ["–"] and column(rows, "uniformity") == ["–"]
 
 
 def test_measures_of_both_layers_are_read_for_the_projection(tmp_path) -> None:
@@ -149,11 +130,6 @@ SPOILED = {
     "unfinished": (cut_log, "is unfinished: step 16 of 20"),
     "no log": (spoil_file("log.jsonl", None), "has no log.jsonl"),
     "empty log": (spoil_file("log.jsonl", b""), "is unfinished: step 0 of 20"),
-    "binary log": (
-        spoil_file("log.jsonl", b"\xff\xfe\x00"),
-        "step 0 of 20; log.jsonl has 1 damaged line",
-    ),
-    "log of other lines": (spoil_file("log.jsonl", b"[1]\n[2]\n"), "log.jsonl has 2 damaged line"),
     "text in the log": (spoil_file("log.jsonl", b"hello\n{}\n"), "log.jsonl has 2 damaged line"),
     "no args": (spoil_file("args.json", None), "has no args.json"),
     "args cut off": (spoil_file("args.json", b'{"seed": '), "args.json cannot be read"),
@@ -246,8 +222,6 @@ VALUES = {
     "hostile text": r'"<b>\ud800 \u001b[31m\n|\u0000"',
     "list": "[1, [2]]",
     "null": "null",
-    "true": "true",
-    "below zero": "-1",
 }
 PLACES = [  # file, where in it: of a run, its evaluation and its measurement
     *(("a/args.json", name) for name in ("objective", "seed", "epochs", "batch_size", "images",

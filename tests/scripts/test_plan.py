@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-from harness import STEPS, finish
+from harness import STEPS, Processes, finish
 from helpers import ROOT, refusal
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -120,7 +123,24 @@ def test_the_bytes_are_those_of_a_run_on_two_processes(images, tmp_path) -> None
     assert seen["shuffle"] == pytest.approx(STEPS * expected["shuffle_bytes"], rel=0.25)
 
 
+@pytest.fixture
+def forked(tmp_path, monkeypatch) -> None:
+    """Runs of one process come from the server of the harness, which has imported torch."""
+    run, lock, count = subprocess.run, threading.Lock(), itertools.count()
+
+    def run_forked(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        if "torch.distributed.run" in command:
+            return run(command, **options)
+        with lock:
+            process = Processes(tmp_path / f"out{next(count)}", *command[2:])
+            (status,) = process.wait()
+        return subprocess.CompletedProcess(command, status, process.output(), "")
+
+    monkeypatch.setattr(plan.subprocess, "run", run_forked)
+
+
 @pytest.mark.long
+@pytest.mark.usefixtures("forked")
 def test_measure_once_and_plan_often_and_check(tmp_path: Path, capsys) -> None:
     tiny = "-a resnet8 --image-size 16 --moco-k 64 --moco-dim 32 -b 16 --gpus 4 --device cpu"
     words, first, again = tiny.split(), tmp_path / "new" / "first.json", tmp_path / "again.json"

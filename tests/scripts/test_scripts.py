@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, parsed
+from helpers import ROOT, load_script, parsed
 
 from moco.config import LinclsConfig
+from moco.data.toy import make_dataset
 
 SHELL_SCRIPTS = sorted(ROOT.glob("scripts/**/*.sh"))
 
@@ -142,27 +144,39 @@ def test_default_subset_is_the_papers_100_classes() -> None:
     assert classes[:2] == ["n02869837", "n01749939"]
 
 
-@pytest.mark.long
-def test_quickstart_runs_to_its_table_and_reuses_what_is_there(tmp_path: Path) -> None:
-    data, out = tmp_path / "toy", tmp_path / "out"
-    made = run_script(
-        "make_toy_dataset.py", data, "--train-per-class", 8, "--val-per-class", 3, "--size", 32
-    )
-    assert made.returncode == 0, made.stderr
-    first = run_script("quickstart.py", "--data", data, "--out", out, "--epochs", 1,
-                       "--probe-epochs", 1)  # fmt: skip
-    assert first.returncode == 0, first.stderr + first.stdout
-    table = first.stdout[first.stdout.index("encoder  ") :]
+def test_quickstart_runs_to_its_table_and_reuses_what_is_there(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Its nine commands, all in this process."""
+    quickstart, out = load_script("quickstart"), tmp_path / "out"
+
+    def run(command: list[str]) -> None:
+        print("$ python", *command)
+        with monkeypatch.context() as context:
+            context.setattr(sys, "argv", command)
+            context.setattr(sys, "path", sys.path[:])
+            runpy.run_path(command[0], run_name="__main__")
+
+    def said(*words: object) -> str:
+        capsys.readouterr()
+        words = ["--data", tmp_path / "toy", "--out", out, *words]
+        monkeypatch.setattr(sys, "argv", ["quickstart.py", *map(str, words)])
+        quickstart.main()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(quickstart, "run", run)
+    make_dataset(tmp_path / "toy", train_per_class=8, val_per_class=3, size=32)
+    first = said("--epochs", 1, "--probe-epochs", 1)
+    table = first[first.index("encoder  ") :]
     for name in ("align + uniform", "InfoNCE (MoCo v2)", "untrained"):
         assert re.search(re.escape(name) + r" +\d+\.\d % +\d+\.\d % +\d\.\d{3} +-\d\.\d{3}", table)
     measured = json.loads((out / "align-align-uniform.json").read_text(encoding="utf-8"))
     assert measured["images"] == 36
 
-    again = run_script("quickstart.py", "--data", data, "--out", out, "--epochs", 1,
-                       "--probe-epochs", 1)  # fmt: skip
-    assert "main_" not in again.stdout, "nothing is run a second time"
-    same = again.stdout[again.stdout.index("encoder  ") :]
+    again = said("--epochs", 1, "--probe-epochs", 1)
+    assert "main_" not in again, "nothing is run a second time"
+    same = again[again.index("encoder  ") :]
     assert same.splitlines()[:4] == table.splitlines()[:4]
-
-    other = run_script("quickstart.py", "--data", data, "--out", out, "--epochs", 2)
-    assert other.returncode == 2 and "other settings" in other.stderr
+    with pytest.raises(SystemExit) as stop:
+        said("--epochs", 2)
+    assert stop.value.code == 2 and "other settings" in capsys.readouterr().err

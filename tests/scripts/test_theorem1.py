@@ -67,7 +67,7 @@ def test_the_deviation_is_that_of_the_loss_users_train_with() -> None:
 
 def test_the_command_reports_both_rates(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    script.main(["--repeats", "60", "--out", str(out)])
+    script.main(["--repeats", "60", "--negatives", *"64 256 1024 4096".split(), "--out", str(out)])
     assert "slope of the expected loss" in capsys.readouterr().out
     report = json.loads((out / "theorem1.json").read_text())
     for result in report["results"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from moco.checkpoint import load_encoder
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_example_trains_saves_and_resumes(tmp_path: Path) -> None:
+def test_the_example_trains_saves_and_resumes(elsewhere, tmp_path, monkeypatch, capsys) -> None:
     page = (ROOT / "docs" / "own_task.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(code.splitlines()) <= 60
@@ -30,17 +30,15 @@ def test_the_example_trains_saves_and_resumes(tmp_path: Path) -> None:
 
     def train(steps: int) -> str:
         command = [
-            *(sys.executable, program, "-a", "resnet8", "--image-size", "16", "-j", "0"),
+            *(program, "-a", "resnet8", "--image-size", "16", "-j", "0"),
             *("--batch-size", "8", "--moco-dim", "8", "--epochs", "2", "--lr", "0.01"),
             *("--seed", "1", "-p", "1", "--max-steps", str(steps), "--device", "cpu"),
             *("--save-dir", run, "--resume", "auto", images),
         ]
-        environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": ""}
-        done = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", list(map(str, command)))
+        runpy.run_path(str(program), run_name="__main__")
+        return capsys.readouterr().out
 
     def logged() -> dict[int, dict]:
         lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())

@@ -91,8 +91,7 @@ def test_losses(gpu) -> None:
     assert {loss.device for loss in losses} == {GPU}
 
 
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
-@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("amp", "symmetric"), [("off", False), ("bf16", True), ("fp16", False)])
 def test_a_whole_step_but_the_backward_pass(amp, symmetric, gpu, tmp_path, monkeypatch) -> None:
     """In two parts, with groups of batch norm. (Autograd needs a GPU's streams.)"""
     config = PretrainConfig(

@@ -44,41 +44,27 @@ MoCo._losses = poisoned
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
-    processes, data, tmp_path
+    data, whole, tmp_path
 ) -> None:
     """All name the term, the rank and the step; what is on disk is good: the run goes on from it
     and ends bit for bit as one that had no such loss."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    stopped = start(run, data, "--save-steps", 7, processes=processes, before=POISON)
-    assert stopped.wait() == [1] * processes
-    guilty = processes - 1
-    for rank in range(processes):
+    run = tmp_path / "run"
+    stopped = start(run, data, "--save-steps", 7, processes=2, before=POISON)
+    assert stopped.wait() == [1, 1]
+    for rank in range(2):
         said = stopped.output(rank)
-        assert f"not finite in epoch 1, step 7: unif nan on rank {guilty}" in said
+        assert "not finite in epoch 1, step 7: unif nan on rank 1" in said
         assert "align" not in said.split("not finite")[1], "the other term was finite"
         assert re.search(r"The last checkpoint is \S*step_00000007.pth.tar", said)
         assert "Traceback" not in said
     path, content = checkpoint.newest_valid(run, print)
     assert (path.name, content["step"]) == ("step_00000007.pth.tar", 7)
-    finish(run, data, processes=processes)
-    finish(whole, data, processes=processes)
-    assert differences(final_state(whole), final_state(run)) == []
+    finish(run, data, processes=2)
+    assert differences(final_state(whole[2]), final_state(run)) == []
 
 
-def test_a_learning_rate_that_is_too_high_stops_the_run(data, tmp_path) -> None:
-    run = tmp_path / "run"
-    stopped = start(run, data, "--lr", 1e30, workers=2)
-    assert stopped.wait() == [1]
-    assert "not finite in epoch 0, step 1" in stopped.output()
-    assert "The last checkpoint is none yet" in stopped.output()
-    assert "Lower --lr" in stopped.output()
-
-
-# ------------------------------------------------------------------------------------------------
-# fp16 overflows
-# ------------------------------------------------------------------------------------------------
+# ---- fp16 overflows ------------------------------------------------------------------------------
 
 
 def overflowing_run(folder: Path, scale: float, max_overflows: int) -> SimpleNamespace:
@@ -159,9 +145,7 @@ def test_no_step_after_one_that_is_not_finite_changes_the_weights(scaled, tmp_pa
         guarded.guard.check(False, False)
 
 
-# ------------------------------------------------------------------------------------------------
-# Ranks that differ
-# ------------------------------------------------------------------------------------------------
+# ---- Ranks that differ ---------------------------------------------------------------------------
 
 DRIFT = """
 import torch
@@ -213,9 +197,7 @@ def test_a_rank_with_other_weights_or_another_queue_is_named(tmp_path) -> None:
         assert "after step 5" in lines[1] and "--resume auto" in lines[1]
 
 
-# ------------------------------------------------------------------------------------------------
-# Collapse
-# ------------------------------------------------------------------------------------------------
+# ---- Collapse ------------------------------------------------------------------------------------
 
 
 def losses_of(q: torch.Tensor) -> MoCoLosses:

@@ -16,8 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import Processes
 from helpers import (
-    ROOT,
     differences,
     finish,
     free_port,
@@ -40,9 +40,6 @@ TINY = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 "
     "-j 0 --device cpu --print-freq 1 --seed 1"
 )
-MAIN = ROOT / "main_moco.py"
-
-
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
@@ -72,9 +69,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.pth.tar"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Command lines
-# ------------------------------------------------------------------------------------------------
+# ---- Command lines -------------------------------------------------------------------------------
 
 MOCO_LINE = (
     "-a resnet50 --lr 0.03 --batch-size 256 --dist-url 'tcp://localhost:10001' "
@@ -124,7 +119,6 @@ def test_commands_of_upstream_parse_and_resolve(many, line, expected):
     "line",
     [
         ALIGN_UNIFORM_LINE,
-        "-a resnet50 --lr 0.03 --batch-size 128 --gpus 0 1 2 3 DIR",
         "DIR -a resnet50 --lr 0.03 --batch-size 128 --gpus 0 1 2 3",
         "-a resnet50 --lr 0.03 --batch-size 128 --gpus 0,1,2,3 DIR",
         "-a resnet50 --lr 0.03 -b 128 --gpus=0,1,2,3 --schedule 120 160 DIR",
@@ -230,9 +224,7 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
     assert not Path("results").exists()  # only training makes it
 
 
-# ------------------------------------------------------------------------------------------------
-# Refusals
-# ------------------------------------------------------------------------------------------------
+# ---- Refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -243,26 +235,17 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
         ("--moco-align-w 0 --moco-unif-w 0", ["all loss weights are zero"]),
         ("--moco-align-w -1", ["--moco-align-w", "at least 0", "-1"]),
         ("--moco-unif-w nan", ["--moco-unif-w", "nan"]),
-        ("--moco-contr-w inf", ["--moco-contr-w", "inf"]),
-        ("--moco-align-alpha 0", ["--moco-align-alpha", "at least 1", "got 0"]),
         ("--moco-align-alpha 0.5", ["--moco-align-alpha", "at least 1", "got 0.5"]),
-        ("--moco-align-alpha nan", ["--moco-align-alpha", "nan"]),
-        ("--moco-unif-t 0", ["--moco-unif-t", "positive", "got 0"]),
         ("--moco-unif-t -2", ["--moco-unif-t", "positive", "got -2"]),
-        ("--moco-unif-t inf", ["--moco-unif-t", "inf"]),
         ("--moco-contr-w 1 --moco-contr-tau 0", ["--moco-contr-tau", "positive", "got 0"]),
         ("--moco-t 0", ["--moco-t ", "positive", "got 0"]),
-        ("--moco-t nan", ["--moco-t ", "positive", "nan"]),
-        ("--moco-t 0.2 --moco-contr-w 1", ["--moco-t", "--moco-contr-w"]),
         ("--moco-t 0.2 --moco-contr-tau 0.2", ["--moco-t", "--moco-contr-tau"]),
         ("--moco-t 0.2 --moco-align-w 0", ["--moco-t", "--moco-align-w"]),
-        ("--moco-t 0.2 --moco-unif-w 0", ["--moco-t", "--moco-unif-w"]),
         ("--moco-t 0.2 --moco-unif-no-intra-batch", ["--moco-t", "--moco-unif-no-intra-batch"]),
         ("--moco-k 7", ["--moco-k 7", "smaller", "batch of 8"]),
         ("--moco-k 0", ["--moco-k", "got 0"]),
         ("--moco-dim 0", ["--moco-dim", "got 0"]),
         ("--moco-m 1.5", ["--moco-m", "[0, 1]", "1.5"]),
-        ("--moco-m nan", ["--moco-m", "nan"]),
         ("-a resnt18", ["unknown arch 'resnt18'", "did you mean", "resnet18"]),
         ("-a nonsense", ["unknown arch 'nonsense'", "--help"]),
         ("-a squeezenet1_0", ["SqueezeNet", "linear layer", "choose another arch"]),
@@ -274,7 +257,6 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
         ("--amp fp16", ["--amp fp16", "GPU", "bf16"]),
         ("--amp fp8", ["--amp", "fp8", "bf16"]),
         ("--accumulate 0", ["--accumulate", "got 0"]),
-        ("--accumulate -2", ["--accumulate", "got -2"]),
         ("--accumulate two", ["--accumulate", "two"]),
         ("--accumulate 3", ["--accumulate 3", "batch of 8", "equal parts"]),
         ("--accumulate 8", ["--accumulate 8", "batch of 8", "two images"]),
@@ -291,12 +273,22 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
         ("--group-size 8 --accumulate 2", ["--group-size 8", "in 2 parts", "fit: 2, 4"]),
         ("--group-size 4 --bn-splits 2", ["--group-size and --bn-splits were both given"]),
         ("--lr nan", ["--lr", "nan"]),
-        ("--lr inf", ["--lr", "inf"]),
         ("--lr -1", ["--lr", "-1"]),
         ("--wd nan", ["--weight-decay", "nan"]),
         ("--momentum inf", ["--momentum", "inf"]),
         ("--schedule-factor nan", ["--schedule-factor", "nan"]),
         ("--schedule=12x", ["--schedule", "12x"]),
+        ("--schedule -5", ["--schedule"]),
+        ("--mean nan 0 0", ["--mean"]),
+        ("--seed 18446744073709551616", ["--seed"]),
+        ("--save-dir ''", ["--save-dir"]),
+        ("--resume ''", ["--resume"]),
+        ("--device auto --gpus", ["--gpus"]),
+        ("-a vit_b_16 --image-size 30", ["30"]),
+        ("-a resnet18 --batch-size 1", ["--batch-size 1"]),
+        ("--start-epoch 5 --epochs 5", ["--start-epoch"]),
+        ("--dist-url localhost:10001", ["--dist-url"]),
+        ("--dist-backend mystery", ["--dist-backend"]),
         ("--batch-size 0", ["--batch-size", "got 0"]),
         ("--batch-size 31", ["31", "30 images", "lower --batch-size"]),
         ("--epochs -1", ["--epochs", "-1"]),
@@ -310,7 +302,6 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
         ("-j -1", ["--workers", "-1"]),
         ("--seed -1", ["--seed", "-1"]),
         ("--crop-scale 0.5 0.2", ["--crop-scale", "0.5 0.2"]),
-        ("--crop-scale nan 1", ["--crop-scale", "nan"]),
         ("--std 0 1 1", ["--std", "positive"]),
         ("--gpus 0 1", ["--device cpu", "[0, 1]"]),
         ("--device auto --gpu 99", ["GPU 99 does not exist"]),
@@ -344,33 +335,20 @@ def test_a_batch_that_ranks_cannot_share_is_refused(data, capsys, monkeypatch):
     assert "--batch-size 8" in message and "multiple" in message and "2 x 3 = 6" in message
 
 
-@pytest.mark.parametrize("kind", ["missing", "a file", "empty", "no images", "empty train"])
-def test_a_folder_without_images_is_refused(tmp_path, capsys, kind):
-    folder = tmp_path / "pictures"
-    if kind == "a file":
-        folder.write_text("x")
-    elif kind != "missing":
-        (folder / "train").mkdir(parents=True)
-        if kind == "empty":
-            (folder / "train").rmdir()
-        elif kind == "no images":
-            (folder / "train" / "notes.txt").write_text("x")
-            (folder / "train" / ".hidden.jpg").write_text("x")
-        else:  # images beside an empty train/ are not what was meant
-            write_images(folder, {"a": 9})
-    status, message = refusal(main_moco.main, [*TINY, folder], capsys)
-    assert status == 2
-    assert str(folder) in message
-    words = {"missing": "no such data folder", "a file": "is a file, expected a data folder"}
-    assert words.get(kind, "no images") in message
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])
-def test_a_data_set_that_is_not_on_disk_is_not_downloaded(tmp_path, capsys, name):
-    status, message = refusal(main_moco.main, [*TINY, "--dataset", name, tmp_path], capsys)
-    assert status == 1
-    assert name in message and str(tmp_path) in message and "nothing is downloaded" in message
-    assert not list(tmp_path.iterdir())
+def test_a_folder_without_images_is_refused(tmp_path, capsys):
+    """Other cases, and data sets that are not there, are in tests/data/."""
+    write_images(tmp_path / "beside", {"a": 9})  # images beside an empty train/ are not meant
+    (tmp_path / "beside" / "train").mkdir()
+    (tmp_path / "file").touch()
+    for name, said in (
+        ("beside", "no images in"),
+        ("missing", "no such data folder"),
+        ("file", "is a file, expected a data folder"),
+    ):
+        status, message = refusal(main_moco.main, [*TINY, tmp_path / name], capsys)
+        assert status == 2 and str(tmp_path / name) in message and said in message
+    status, message = refusal(main_moco.main, [*TINY, "--dataset", "cifar10", tmp_path], capsys)
+    assert status == 1 and "nothing is downloaded" in message
 
 
 def test_images_per_class_needs_classes_and_a_batch(data, capsys):
@@ -390,21 +368,12 @@ def run(data, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_folder_that_holds_a_run_is_not_written_to(data, run, capsys):
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
-    status, message = refusal(main_moco.main, [*TINY, "--save-dir", run, data], capsys)
-    assert status == 2
-    assert str(run) in message and "checkpoint_0001" in message and "--resume auto" in message
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
-
-
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         ("-a resnet8x4", ["is of arch resnet8,", "resnet8x4"]),
         ("--moco-k 128", ["moco_k: 64 before, 128 now"]),
         ("--moco-k 128 --allow-changes", ["does not fit", "queue"]),
-        ("--moco-dim 64 --allow-changes", ["does not fit", "queue"]),
         ("--mlp --allow-changes", ["does not fit", "encoder_q.fc.0.weight"]),
     ],
 )
@@ -417,41 +386,19 @@ def test_a_checkpoint_of_another_model_is_refused(data, run, capsys, flags, name
     assert not Path("results").exists()
 
 
-@pytest.mark.parametrize("kind", ["text", "empty", "cut off", "damaged", "a list", "weights only"])
-def test_a_file_that_is_no_pretraining_checkpoint_is_refused(data, run, tmp_path, capsys, kind):
+def test_a_file_that_is_no_pretraining_checkpoint_is_refused(data, run, tmp_path, capsys):
+    """Damage of all kinds is in tests/checkpoint/."""
     path = tmp_path / "file.pth.tar"
-    whole = (run / "checkpoint_0000.pth.tar").read_bytes()
-    if kind == "a list":
-        torch.save([1, 2], path)
-    elif kind == "weights only":
-        torch.save({"state_dict": load(run / "checkpoint_0000.pth.tar")["state_dict"]}, path)
-    else:
-        middle = len(whole) // 2
-        damaged = whole[:middle] + bytes(64) + whole[middle + 64 :]
-        content = {"text": b"x = 1\n", "empty": b"", "cut off": whole[:middle], "damaged": damaged}
-        path.write_bytes(content[kind])
-    status, message = refusal(main_moco.main, [*TINY, "--resume", path, data], capsys)
-    assert status == 1
-    assert f"{path} " in message
-    assert any(word in message for word in ("checkpoint", "damaged", "dict of tensors")), message
+    content = load(run / "checkpoint_0000.pth.tar")
+    torch.save({"state_dict": content["state_dict"]}, path)
+    for damage in (None, path.read_bytes()[:5000]):
+        if damage:
+            path.write_bytes(damage)
+        status, message = refusal(main_moco.main, [*TINY, "--resume", path, data], capsys)
+        assert status == 1 and f"{path} " in message
 
 
-@pytest.mark.long
-def test_a_corrupt_image_ends_a_real_process_in_one_line(data, tmp_path):
-    shutil.copytree(data, tmp_path / "data")
-    bad = tmp_path / "data" / "train" / "class_1" / "003.png"
-    bad.write_bytes(bad.read_bytes()[:60])
-    flags = [*TINY, "-j", 1, "--epochs", 4, "--save-dir", "run"]
-    status, out, err = finish(start_python(MAIN, *flags, "data", cwd=tmp_path))
-    assert status == 1
-    assert len(err.strip().splitlines()) == 1 and "Traceback" not in out + err
-    assert err.startswith("main_moco.py: error: cannot read image")
-    assert str(bad.relative_to(tmp_path)) in err and "replace or remove" in err
-
-
-# ------------------------------------------------------------------------------------------------
-# A run and its folder
-# ------------------------------------------------------------------------------------------------
+# ---- A run and its folder ------------------------------------------------------------------------
 
 
 def test_run_folder(run):
@@ -544,16 +491,16 @@ def test_only_weights_of_the_query_encoder_are_trained_by_the_optimizer(run, dat
 @pytest.mark.parametrize(
     ("flags", "rates"),
     [
-        ("--schedule 1 2", [0.03, 0.003, 0.0003]),
-        ("--schedule 1 --schedule-factor 0.5", [0.03, 0.015, 0.015]),
+        ("--schedule 1 --schedule-factor 0.5 --warmup-epochs 1", [0.015, 0.015, 0.015]),
         ("--cos", [0.03, 0.0225, 0.0075]),
-        ("--schedule --warmup-epochs 2", [0.01, 0.02, 0.03]),
     ],
 )
-def test_learning_rate_of_each_epoch(data, flags, rates):
+def test_learning_rate_of_each_epoch(data, flags, rates, capsys):
+    """And the first images of each class alone are trained on."""
     flags = [*shlex.split(flags), "--images-per-class", 3, "--epochs", 3]
     train(data, *flags, "--save-dir", "r")
     assert [line["lr"] for line in read_log(Path("r"))] == pytest.approx(rates)
+    assert "9 images, 1 steps per epoch, 3 epochs" in capsys.readouterr().out
     last = load(Path("r/checkpoint_0002.pth.tar"))
     assert last["optimizer"]["param_groups"][0]["lr"] == pytest.approx(rates[-1])
 
@@ -578,23 +525,10 @@ def test_a_flat_folder_without_labels_trains(tmp_path, capsys):
         assert "9 images, 1 steps per epoch" in capsys.readouterr().out
 
 
-def test_images_per_class_takes_the_first_of_each(data, capsys):
-    train(data, "--images-per-class", 3, "--epochs", 1, "--save-dir", "r")
-    assert "9 images, 1 steps per epoch, 1 epochs" in capsys.readouterr().out
-    assert checkpoints(Path("r")) == ["checkpoint_0000.pth.tar"]
-
-
-def test_old_checkpoints_are_deleted_but_for_every_mth(data):
-    flags = "--images-per-class 3 --epochs 7 --keep-last 2 --keep-every 3 --save-dir r"
-    train(data, *shlex.split(flags))
-    kept = [f"checkpoint_{epoch:04d}.pth.tar" for epoch in (2, 5, 6)]
-    assert checkpoints(Path("r")) == kept
-
-
 @pytest.mark.parametrize(
     "flags",
-    ["--amp bf16 --mlp --aug-plus", "--bn-splits 4", "--moco-k 11", "--symmetric --moco-k 16",
-     "--accumulate 4 --symmetric --moco-t 0.2", "--accumulate 2 --bn-splits 2 --channels-last"],
+    ["--amp bf16 --mlp --aug-plus --bn-splits 4", "--accumulate 4 --symmetric --moco-t 0.2",
+     "--accumulate 2 --bn-splits 2 --channels-last --moco-k 11"],
 )  # fmt: skip
 def test_variants_train_with_finite_losses(data, flags):
     train(data, *shlex.split(flags), "--max-steps", 3, "--save-dir", "r")
@@ -609,14 +543,10 @@ def test_symmetric_enqueues_the_keys_of_both_views(data, capsys):
     content = load(Path("r/checkpoint_0000.pth.tar"))
     assert content["state_dict"]["module.queue_ptr"].item() == 3 * 16
     assert content["args"]["symmetric"] is True
-    train(data, "--max-steps", 3, "--save-dir", "one-way")
-    one_way, both = (read_log(Path(r))[0] for r in ("one-way", "r"))
-    assert 1.5 < both["unif"] / one_way["unif"] < 2.5  # the sum of two losses
+    assert read_log(Path("r"))[0]["unif"] < -6, "the sum of two losses, each of about -5.9"
 
 
-# ------------------------------------------------------------------------------------------------
-# --init-from
-# ------------------------------------------------------------------------------------------------
+# ---- --init-from ---------------------------------------------------------------------------------
 
 
 def initial(data: Path, capsys, *flags: object) -> tuple[dict[str, torch.Tensor], str]:
@@ -630,7 +560,8 @@ def initial(data: Path, capsys, *flags: object) -> tuple[dict[str, torch.Tensor]
 
 
 def test_init_from_a_run_takes_the_query_encoder_and_nothing_else(data, run, capsys):
-    """With its batch-norm statistics and its head; both encoders, a queue of its own."""
+    """With its batch-norm statistics and its head; both encoders, a queue of its own; also with
+    other batch-norm groups and memory formats."""
     path = run / "checkpoint_0001.pth.tar"
     theirs = {n.removeprefix("module."): t for n, t in load(path)["state_dict"].items()}
     ours, said = initial(data, capsys, "--init-from", path)
@@ -638,6 +569,8 @@ def test_init_from_a_run_takes_the_query_encoder_and_nothing_else(data, run, cap
     assert (content["epoch"], content["step"]) == (0, 0)
     assert content["args"]["init_from"] == str(path)
     assert json.loads(Path("begun/args.json").read_text())["init_from"] == str(path)
+    flags = ["--bn-splits", 2, "--channels-last", "--accumulate", 2]
+    assert differences(ours, initial(data, capsys, "--init-from", path, *flags)[0]) == []
     fresh, _ = initial(data, capsys)
     assert f"starting from {path} (moco file of resnet8); the projection head is the file's" in said
     for name, tensor in ours.items():
@@ -648,15 +581,13 @@ def test_init_from_a_run_takes_the_query_encoder_and_nothing_else(data, run, cap
     assert not torch.equal(ours["queue"], theirs["queue"])
 
 
-@pytest.mark.parametrize(
-    ("flags", "kind"), [("--mlp", "(linear) has another shape"), ("--moco-dim 16", "another shape")]
-)
-def test_init_from_with_another_head_keeps_a_random_one(data, run, capsys, flags, kind):
+def test_init_from_with_another_head_keeps_a_random_one(data, run, capsys):
     path = run / "checkpoint_0001.pth.tar"
     theirs = load(path)["state_dict"]
-    ours, said = initial(data, capsys, "--init-from", path, *flags.split())
-    fresh, _ = initial(data, capsys, *flags.split())
-    assert "the projection head starts from random weights" in said and kind in said
+    ours, said = initial(data, capsys, "--init-from", path, "--mlp")
+    fresh, _ = initial(data, capsys, "--mlp")
+    assert "the projection head starts from random weights" in said
+    assert "(linear) has another shape" in said
     assert torch.equal(ours["encoder_q.conv1.weight"], theirs["module.encoder_q.conv1.weight"])
     heads = [name for name in ours if name.startswith("encoder_q.fc")]
     for name in heads:
@@ -676,39 +607,16 @@ def test_init_from_a_backbone_alone(data, run, tmp_path, capsys):
             assert torch.equal(ours[f"{encoder}.{name}"], tensor)
 
 
-def test_init_from_works_with_other_batch_norm_groups_and_layouts(data, run, capsys):
-    path = run / "checkpoint_0001.pth.tar"
-    plain, _ = initial(data, capsys, "--init-from", path)
-    flags = ["--bn-splits", 2, "--channels-last", "--accumulate", 2]
-    other, _ = initial(data, capsys, "--init-from", path, *flags)
-    assert differences(plain, other) == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (["-a", "resnet20"], ["holds a resnet8", "this run's resnet20"]),
-        (["-a", "resnet18"], ["holds a resnet8", "this run's resnet18"]),
-    ],
-)
-def test_init_from_another_architecture_is_refused(data, run, capsys, flags, named):
-    argv = [*TINY, *flags, "--init-from", run / "checkpoint_0001.pth.tar", "--save-dir", "r", data]
-    status, message = refusal(main_moco.main, argv, capsys)
-    assert status == 1 and "--init-from" in message
-    for part in named:
-        assert part in message, message
-    assert not Path("r").exists()
-
-
-def test_init_from_what_is_no_encoder_is_refused(data, run, tmp_path, capsys):
+def test_init_from_another_architecture_or_no_encoder_is_refused(data, run, tmp_path, capsys):
     (tmp_path / "text").write_text("x = 1")
-    torch.save({"weights": [1, 2]}, tmp_path / "list")
-    cut = tmp_path / "cut"
-    cut.write_bytes((run / "checkpoint_0001.pth.tar").read_bytes()[:9000])
-    for path in (tmp_path / "text", tmp_path / "list", cut):
-        argv = [*TINY, "--init-from", path, "--save-dir", "r", data]
+    for path, named in (
+        (run / "checkpoint_0001.pth.tar", ["holds a resnet8", "this run's resnet20"]),
+        (tmp_path / "text", [str(tmp_path / "text")]),
+    ):
+        argv = [*TINY, "-a", "resnet20", "--init-from", path, "--save-dir", "r", data]
         status, message = refusal(main_moco.main, argv, capsys)
-        assert status == 1 and str(path) in message
+        assert status == 1 and "--init-from" in message or "text" in message
+        assert all(part in message for part in named), message
         assert not Path("r").exists()
 
 
@@ -760,9 +668,7 @@ def test_a_loss_that_is_never_finite_leaves_no_checkpoint(data, capsys):
     assert checkpoints(Path("r")) == []
 
 
-# ------------------------------------------------------------------------------------------------
-# Same again, and going on
-# ------------------------------------------------------------------------------------------------
+# ---- Same again, and going on --------------------------------------------------------------------
 
 NOT_THE_RESULT = ("args", "rng")  # in a checkpoint; all else is a function of the seed
 
@@ -775,19 +681,12 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert differences(a, b) == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_one_seed_gives_one_result_with_any_number_of_workers(data, run, workers):
-    train(data, "--epochs", 2, "-j", workers, "--save-dir", "again")
+def test_one_seed_gives_one_result_with_any_number_of_workers(data, run):
+    train(data, "--epochs", 2, "-j", 2, "--save-dir", "again")
     assert_same_end(run, Path("again"))
 
 
-def test_another_seed_gives_another_result(data, run):
-    train(data, "--epochs", 1, "--save-dir", "other", seed=2)
-    a, b = (load(r / "checkpoint_0000.pth.tar")["state_dict"] for r in (run, Path("other")))
-    assert not torch.equal(a["module.encoder_q.fc.weight"], b["module.encoder_q.fc.weight"])
-
-
-@pytest.mark.parametrize("steps", [1, 3, 4])
+@pytest.mark.parametrize("steps", [3, 4])
 def test_a_run_that_was_cut_off_ends_like_one_that_was_not(data, run, steps, capsys):
     train(data, "--epochs", 2, "--max-steps", steps, "--save-dir", "cut")
     whole_epochs, rest = divmod(steps, 3)
@@ -802,18 +701,13 @@ def test_a_run_that_was_cut_off_ends_like_one_that_was_not(data, run, steps, cap
 
 
 def test_resume_from_a_named_checkpoint_into_a_new_folder(data, run):
-    path = run / "checkpoint_0000.pth.tar"
-    train(data, "--epochs", 2, "--resume", path, "-j", 1, "--save-dir", "new")
-    assert_same_end(run, Path("new"))
-    assert checkpoints(Path("new")) == ["checkpoint_0001.pth.tar"]
-    assert [line["step"] for line in read_log(Path("new"))] == [4, 5, 6]
-
-
-def test_resume_takes_the_seed_of_the_checkpoint(data, run):
-    argv = [*TINY[:-2], "--epochs", 2, "--resume", run / "checkpoint_0000.pth.tar"]
+    """With its seed."""
+    argv = [*TINY[:-2], "--epochs", 2, "--resume", run / "checkpoint_0000.pth.tar", "-j", 1]
     main_moco.main([str(word) for word in [*argv, "--save-dir", "new", data]])
     assert_same_end(run, Path("new"))
     assert json.loads(Path("new/args.json").read_text())["seed"] == 1
+    assert checkpoints(Path("new")) == ["checkpoint_0001.pth.tar"]
+    assert [line["step"] for line in read_log(Path("new"))] == [4, 5, 6]
 
 
 def test_resume_auto_starts_fresh_in_a_folder_with_arguments_only(data, run):
@@ -830,85 +724,14 @@ def test_resume_of_a_finished_run_changes_no_checkpoint(data, run, tmp_path):
     assert {name: (tmp_path / "copy" / name).read_bytes() for name in checkpoints(run)} == before
 
 
-@pytest.mark.parametrize("extra", [{}, {"module.scalar_label": torch.zeros(1, dtype=torch.int64)}])
-def test_resume_from_a_checkpoint_of_upstream(data, tmp_path, extra):
-    """epoch, arch, state_dict and an optimizer whose groups know what SGD of torch 1.4 knew."""
-    one_group, run = ["--bn-splits", 1, "--epochs", 2], tmp_path / "ours"
-    train(data, *one_group, "--save-dir", run)
-    ours = load(run / "checkpoint_0000.pth.tar")
-    group = ours["optimizer"]["param_groups"][0]
-    old = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "params")
-    theirs = {
-        "epoch": 1,
-        "arch": "resnet8",
-        "state_dict": ours["state_dict"] | extra,
-        "optimizer": {
-            "state": ours["optimizer"]["state"],
-            "param_groups": [{name: group[name] for name in old}],
-        },
-    }
-    torch.save(theirs, tmp_path / "upstream.pth.tar")
-    train(data, *one_group, "--resume", tmp_path / "upstream.pth.tar", "--save-dir", "r")
-    assert [(line["epoch"], line["step"]) for line in read_log(Path("r"))] == [
-        (1, 4), (1, 5), (1, 6)
-    ]  # fmt: skip
-    ended, never_stopped = (load(r / "checkpoint_0001.pth.tar") for r in (Path("r"), run))
-    assert ended["epoch"] == 2
-    assert ended["state_dict"].keys() == never_stopped["state_dict"].keys()
-    # All but the key shuffle, which upstream does not save, is as in a run of ours.
-    for name in ("module.encoder_q.fc.weight", "module.queue"):
-        a, b = ended["state_dict"][name], never_stopped["state_dict"][name]
-        assert 0.999 < torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
-    assert ended["state_dict"]["module.queue_ptr"].item() == 48
-
-
-# ------------------------------------------------------------------------------------------------
-# Faults that were found by these tests and mended
-# ------------------------------------------------------------------------------------------------
-
-
-def test_resume_within_an_epoch_with_another_batch_does_not_end_untrained(data, capsys):
-    train(data, "--epochs", 3, "--max-steps", 2, "--save-dir", "cut")
-    argv = [*TINY, "--epochs", 3, "--batch-size", 16, "--resume", "cut/step_00000002.pth.tar"]
-    status, message = refusal(main_moco.main, [*argv, "--save-dir", "r", data], capsys)
-    assert status in (1, 2) and "step_00000002.pth.tar" in message and "batch" in message
-
-
-def test_resume_auto_finds_the_newest_in_a_copied_folder(data, run, capsys):
-    Path("copy").mkdir()
-    for name in reversed(checkpoints(run)):  # as cp -r may: the oldest gets the newest time
-        shutil.copyfile(run / name, Path("copy") / name)
-    train(data, "--epochs", 2, "--resume", "auto", "--save-dir", "copy")
-    assert "checkpoint_0001.pth.tar: 2 epochs" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("case", ["workers", "resume"])
-def test_dropout_too_is_a_function_of_the_seed(data, case):
+@pytest.mark.long
+def test_dropout_too_is_a_function_of_the_seed(data):
+    """With workers, and after a resume."""
     flags = ["-a", "mobilenet_v3_small", "--epochs", 2]
     train(data, *flags, "--save-dir", "a")
-    if case == "workers":
-        train(data, *flags, "-j", 1, "--save-dir", "b")
-    else:
-        train(data, *flags, "--max-steps", 2, "--save-dir", "b")
-        train(data, *flags, "--resume", "auto", "--save-dir", "b")
+    train(data, *flags, "--max-steps", 2, "-j", 1, "--save-dir", "b")
+    train(data, *flags, "--resume", "auto", "--save-dir", "b")
     assert_same_end(Path("a"), Path("b"))
-
-
-def test_going_back_in_a_run_folder_is_refused(data, run, tmp_path, capsys):
-    """The later checkpoints would outlive the new ones, and --resume auto would take them."""
-    folder = tmp_path / "run"
-    shutil.copytree(run, folder)
-    argv = [*TINY, "--resume", folder / "checkpoint_0000.pth.tar", "--save-dir", folder, data]
-    status, message = refusal(main_moco.main, argv, capsys)
-    assert status == 2 and "later checkpoint" in message and "checkpoint_0001" in message
-
-
-def test_resume_does_not_write_into_the_folder_of_another_run(data, run, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "theirs")
-    argv = [*TINY, "--epochs", 3, "--resume", run / "checkpoint_0000.pth.tar"]
-    argv += ["--save-dir", tmp_path / "theirs", data]
-    status, message = refusal(main_moco.main, argv, capsys)
-    assert status == 2 and "theirs" in message
 
 
 def test_pretraining_does_not_write_into_the_folder_of_an_evaluation(data, capsys):
@@ -919,44 +742,13 @@ def test_pretraining_does_not_write_into_the_folder_of_an_evaluation(data, capsy
     assert status == 2 and "probe" in message
 
 
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        ("--mean nan 0 0", ["--mean"]),
-        ("--std nan 1 1", ["--std"]),
-        ("--seed 18446744073709551616", ["--seed"]),
-        ("--save-dir taken", ["taken"]),
-        ("--save-dir ''", ["--save-dir"]),
-        ("--resume ''", ["--resume"]),
-        ("--device auto --gpus --max-steps 0", ["--gpus"]),
-        ("--gpus -1", ["--gpus"]),
-        ("--schedule -5", ["--schedule"]),
-        ("--schedule 12x", ["--schedule"]),
-        ("-a vit_b_16 --image-size 30", ["30"]),
-        ("-a resnet18 --batch-size 1", ["--batch-size 1"]),
-        ("--start-epoch 5 --epochs 5", ["--start-epoch"]),
-        ("--dist-url localhost:10001", ["--dist-url"]),
-        ("--dist-backend mystery", ["--dist-backend"]),
-    ],
-)
-def test_more_bad_flags_are_refused_at_parse_time(data, capsys, flags, named):
-    Path("taken").write_text("a file")
-    argv = [*TINY, "--save-dir", "run", "--max-steps", 1, *shlex.split(flags), data]
-    status, message = refusal(main_moco.main, argv, capsys)
-    assert status == 2
-    for part in named:
-        assert part in message, message
-
-
 def test_an_unset_shell_variable_is_no_data_folder(data, tmp_path, capsys):
     write_images(tmp_path, {"pictures": 9})
     status, message = refusal(main_moco.main, [*TINY, "--max-steps", 1, ""], capsys)
     assert status == 2 and "DIR" in message or "folder" in message
 
 
-# ------------------------------------------------------------------------------------------------
-# Two processes
-# ------------------------------------------------------------------------------------------------
+# ---- Two processes -------------------------------------------------------------------------------
 
 
 @pytest.mark.long
@@ -999,15 +791,14 @@ def test_both_launchers_give_bit_equal_ranks_and_checkpoints(data, tmp_path):
     (first,) = (tmp_path / "results").iterdir()
     seed = json.loads((first / "args.json").read_text())["seed"]
 
-    flags += ["--seed", seed, "--save-dir", "second", "--multiprocessing-distributed"]
+    flags += ["--seed", seed, "--save-dir", tmp_path / "second", "--multiprocessing-distributed"]
     flags += ["--world-size", 2, "--dist-url", f"tcp://localhost:{free_port()}"]
-    nodes = [
-        start_python(script, f"node{rank}", *flags, "--rank", rank, cwd=tmp_path)
-        for rank in range(2)
-    ]
+    nodes = []
+    for rank in range(2):
+        words = [tmp_path / f"node{rank}", *flags, "--rank", rank]
+        nodes.append(Processes(tmp_path / f"out{rank}", *words, code=ON_EACH_RANK))
     for node in nodes:
-        status, out, err = finish(node)
-        assert status == 0, err
+        assert node.wait() == [0], node.output()
 
     ranks = {name: load(tmp_path / name) for name in ("torchrun0", "torchrun1", "node0", "node1")}
     for name, state in ranks.items():

@@ -53,9 +53,7 @@ def board(run: Path) -> EventAccumulator:
     return events.Reload()
 
 
-# ------------------------------------------------------------------------------------------------
-# Numbers
-# ------------------------------------------------------------------------------------------------
+# ---- Numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("terms", [{"contr_tau": 0.2}, {"align_alpha": 1, "unif_t": 3}])
@@ -143,9 +141,7 @@ def test_the_readers_of_run_folders_find_them(runs) -> None:
         assert not {"uniformity_infimum", "knn bank", "knn seconds"} & curves.keys()
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
 
 
 def pictures(run: Path) -> list[np.ndarray]:
@@ -153,25 +149,33 @@ def pictures(run: Path) -> list[np.ndarray]:
     return [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in shown]
 
 
-def test_the_first_views_are_shown_once_side_by_side(data, runs, monkeypatch, tmp_path) -> None:
-    """Pixel for pixel what the encoders get, before it is normalised."""
-    seen = []
-    forward = MoCo.forward
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory) -> tuple[Path, tuple[torch.Tensor, torch.Tensor]]:
+    """A run that was stopped after four steps and resumed, and its first batch."""
+    seen, forward = [], MoCo.forward
 
     def watched(self, im_q, im_k, **more):
         seen.append((im_q, im_k))
         return forward(self, im_q, im_k, **more)
 
-    monkeypatch.setattr(MoCo, "forward", watched)
-    run = train(data, tmp_path / "run", "--epochs", 3, "--max-steps", 4)
+    run = tmp_path_factory.mktemp("resumed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoCo, "forward", watched)
+        train(data, run, "--epochs", 2, "--max-steps", 4)
+        assert len(pictures(run)) == 1
+        train(data, run, "--epochs", 2, "--resume", "auto")
+    return run, seen[0]
+
+
+def test_the_first_views_are_shown_once_side_by_side(resumed) -> None:
+    """Pixel for pixel what the encoders get, before it is normalised."""
+    run, first = resumed
     (picture,) = pictures(run)
     assert picture.shape == (2 * 34 + 2, 4 * 66 + 2, 3)  # 8 pairs of 32 pixels, 4 in a row
-    for i, (q, k) in enumerate(zip(*seen[0], strict=True)):
+    for i, (q, k) in enumerate(zip(*first, strict=True)):
         top, left = 2 + 34 * (i // 4), 2 + 66 * (i % 4)
         pair = picture[top : top + 32, left : left + 64]
         assert np.array_equal(pair, torch.cat([q, k], dim=2).permute(1, 2, 0).numpy())
-    train(data, run, "--epochs", 3, "--resume", "auto")
-    assert len(pictures(run)) == 1
 
 
 @pytest.mark.parametrize("name", ["au", "nce"])
@@ -209,9 +213,7 @@ def test_a_long_queue_is_sampled(tmp_path) -> None:
     assert line["queue_similarity"]["counts"] == counts and sum(counts) == 6 * 3334
 
 
-# ------------------------------------------------------------------------------------------------
-# Tabs of TensorBoard
-# ------------------------------------------------------------------------------------------------
+# ---- Tabs of TensorBoard -------------------------------------------------------------------------
 
 
 def test_the_bound_is_a_curve_in_the_chart_of_uniformity(runs) -> None:
@@ -230,7 +232,7 @@ def test_the_bound_is_a_curve_in_the_chart_of_uniformity(runs) -> None:
     }
 
 
-def test_the_hparams_tab_has_the_run_in_its_own_folder(data, tmp_path) -> None:
+def test_the_hparams_tab_has_the_run_in_its_own_folder(resumed) -> None:
     """Its settings, and the metrics whose last values it shows; closed only when it has ended."""
 
     def plugin(run: Path) -> dict[str, plugin_data_pb2.HParamsPluginData]:
@@ -240,9 +242,7 @@ def test_the_hparams_tab_has_the_run_in_its_own_folder(data, tmp_path) -> None:
             for tag, content in contents.items()
         }
 
-    run = tmp_path / "run"
-    train(data, run, "--epochs", 2, "--max-steps", 4)
-    train(data, run, "--epochs", 2, "--resume", "auto")
+    run, _ = resumed
     assert [path for path in run.iterdir() if path.is_dir()] == []
     found = plugin(run)
     settings = found["session_start_info"].session_start_info.hparams

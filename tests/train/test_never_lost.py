@@ -20,11 +20,12 @@ from harness import (
 )
 from helpers import read_log
 
-ONE_FAULT = """
+FAULTS = """
 import errno, os
 from moco.train.saver import BackgroundWriter
 BackgroundWriter.pauses = (0.01,) * 3
-replace, faults = os.replace, [OSError(errno.{name}, os.strerror(errno.{name}))] * {times}
+names = {names} * {times}
+replace, faults = os.replace, [OSError(n, os.strerror(n)) for n in map(errno.__dict__.get, names)]
 def replaced(source, target):
     if str(target).endswith("step_00000004.pth.tar") and faults:
         raise faults.pop()
@@ -33,20 +34,19 @@ os.replace = replaced
 """
 
 
-@pytest.mark.parametrize("name", ["ESTALE", "EIO", "ETIMEDOUT"])
-def test_a_fault_that_passes_is_met_by_trying_again(name, images, tmp_path) -> None:
+def test_a_fault_that_passes_is_met_by_trying_again(images, tmp_path) -> None:
     run = tmp_path / "run"
-    before = ONE_FAULT.format(name=name, times=2)
+    before = FAULTS.format(names=["ESTALE", "EIO", "ETIMEDOUT"], times=1)
     said = finish(run, images, "--save-steps", 4, "--keep-last", 50, before=before)
-    assert said.count("warning: could not save step_00000004.pth.tar") == 2
+    assert said.count("warning: could not save step_00000004.pth.tar") == 3
     assert "training goes on" in said and f"done: {STEPS} steps" in said
     assert (run / "step_00000004.pth.tar").is_file()
 
 
-@pytest.mark.parametrize(("name", "status"), [("EIO", 75), ("ENOSPC", 1), ("EROFS", 1)])
+@pytest.mark.parametrize(("name", "status"), [("EIO", 75), ("ENOSPC", 1)])
 def test_a_fault_that_stays_stops_the_run_in_one_line(name, status, images, tmp_path) -> None:
     """With the status that asks for another try where one may help."""
-    before = ONE_FAULT.format(name=name, times=99)
+    before = FAULTS.format(names=[name], times=99)
     stopped = start(tmp_path / "run", images, "--save-steps", 4, before=before)
     assert stopped.wait() == [status], stopped.output()
     said = stopped.output()
@@ -54,28 +54,20 @@ def test_a_fault_that_stays_stops_the_run_in_one_line(name, status, images, tmp_
     assert "Traceback" not in said and said.count("trying again") == (3 if status == 75 else 0)
 
 
-DAMAGE = {
-    "a torn line": b'{"kind": "train", "st\n',
-    "not UTF-8": b"\xff\xfe\n",
-    "a list": b"[1]\n",
-    "null": b"null\n",
-    "no step": b'{"kind": "train"}\n',
-    "a step that is none": b'{"kind": "train", "step": null}\n',
-    "deep nesting": b"[" * 100_000 + b"\n",
-    "zeros": b"\0" * 4096 + b"\n",
-}
+DAMAGED = [b'{"kind": "train", "st\n', b"\xff\xfe\n", b"[1]\n", b"null\n", b'{"kind": "train"}\n',
+           b'{"kind": "train", "step": null}\n', b"[" * 100_000 + b"\n",
+           b"\0" * 4096 + b"\n"]  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_line_of_the_log_costs_that_line_only(damage, half, images, tmp_path) -> None:
+def test_damaged_lines_of_the_log_cost_those_lines_only(half, images, tmp_path) -> None:
     run = tmp_path / "run"
     log = run / "log.jsonl"
     shutil.copytree(half, run)
     lines = log.read_bytes().splitlines(keepends=True)
-    log.write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
+    log.write_bytes(b"".join([*lines[:2], *DAMAGED, *lines[2:]]))
     said = finish(run, images)
-    assert "1 damaged line(s) of log.jsonl are now in log.jsonl.damaged" in said
-    assert (run / "log.jsonl.damaged").read_bytes() == damage
+    assert "8 damaged line(s) of log.jsonl are now in log.jsonl.damaged" in said
+    assert (run / "log.jsonl.damaged").read_bytes() == b"".join(DAMAGED)
     assert [line["step"] for line in read_log(run)] == list(range(1, STEPS + 1))
 
 
@@ -116,15 +108,6 @@ loop.train_step = hangs
     assert "Traceback" not in run.output()
 
 
-def test_a_hang_up_is_a_request_to_stop(images, tmp_path) -> None:
-    run = tmp_path / "run"
-    hung_up = start(run, images, "--epochs", 400)
-    wait_for_step(run, 2, hung_up)
-    hung_up.send(0, signal.SIGHUP)
-    assert hung_up.wait() == [75]
-    assert "stopped by SIGHUP after step" in hung_up.output()
-
-
 def test_a_second_ctrl_c_does_not_wait_for_more_tries_to_save(images, tmp_path) -> None:
     """The first one wants to save, and so waits for the file that is being tried again."""
     run = tmp_path / "run"
@@ -148,7 +131,9 @@ checkpoint.write_checkpoint = write_checkpoint
     assert said.strip().splitlines()[-1] == "main_moco.py: interrupted" and "Traceback" not in said
 
 
+@pytest.mark.long
 def test_a_second_job_in_the_folder_is_refused_and_changes_nothing(images, tmp_path) -> None:
+    """The first is asked to stop by a hang-up."""
     run = tmp_path / "run"
     first = start(run, images, "--epochs", 400, "--keep-last", 1000)
     wait_for_step(run, 2, first)
@@ -158,12 +143,12 @@ def test_a_second_job_in_the_folder_is_refused_and_changes_nothing(images, tmp_p
     said = second.output()
     assert f"{run} is in use by process {first.pids[0]} on" in said and "Traceback" not in said
     assert (run / "args.json").read_bytes() == before
-    first.send(0, signal.SIGTERM)
+    first.send(0, signal.SIGHUP)
     assert first.wait() == [75]
+    assert "stopped by SIGHUP after step" in first.output()
 
 
-@pytest.mark.parametrize("taken", [False, True])
-def test_a_run_deletes_nothing_once_another_job_has_its_folder(taken, images, tmp_path) -> None:
+def test_a_run_deletes_nothing_once_another_job_has_its_folder(images, tmp_path) -> None:
     """Whoever took the lock may be writing beside it: each save from then on stays."""
     take = """
 import pathlib, sys
@@ -179,20 +164,16 @@ loop.train_step = steps
 """
     run = tmp_path / "run"
     flags = ["--save-steps", 1, "--max-steps", 6, "--keep-last", 1, "--keep-every", 0]
-    finish(run, images, *flags, before=take if taken else "")
-    left = len(list(run.glob("*.pth.tar")))
-    assert left == 1 if not taken else left >= 4
+    finish(run, images, *flags, before=take)
+    assert len(list(run.glob("*.pth.tar"))) >= 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--moco-unif-w", 0], "unif_w 0.0, rank 0 has 1.0"),
-        (["--lr", 0.5], "lr 0.5, rank 0 has 0.1"),
-        (["--batch-size", 32], "batch_size 32, rank 0 has 16"),
-        (["--epochs", 5], "epochs 5, rank 0 has 3"),
         (["--save-steps", 5], "save_steps 5, rank 0 has 0"),
-        (["--seed", 3], "seed 3, rank 0 has 1"),
     ],
 )
 def test_ranks_with_other_arguments_are_named_on_every_rank(flags, named, images, tmp_path) -> None:
@@ -209,6 +190,7 @@ if os.environ["RANK"] == "1":
     assert not (tmp_path / "run" / "args.json").exists()
 
 
+@pytest.mark.long
 def test_ranks_with_other_images_are_named(images, tmp_path) -> None:
     other = """
 import os
@@ -221,6 +203,7 @@ task_images.names_digest = lambda images: os.environ["RANK"] + digest(images)
     assert all("rank 1 has images_digest" in ranks.output(rank) for rank in range(2))
 
 
+@pytest.mark.long
 def test_a_rank_that_fails_alone_ends_the_job(images, tmp_path) -> None:
     """The other one is inside a collective: nobody waits for it to be destroyed in order."""
     fails = """
@@ -240,19 +223,17 @@ loop.train_step = fails
     assert "rank 0 could not talk to the others in epoch 0, step 3" in line
 
 
-@pytest.mark.parametrize("says", ["nothing", "that the port is taken"])
-def test_ranks_that_cannot_meet_say_so_in_one_line(says, images, tmp_path) -> None:
+@pytest.mark.long
+def test_ranks_that_cannot_meet_say_so_in_one_line(images, tmp_path) -> None:
     """Something else listens on the port; rank 0 cannot, rank 1 gets no answer from it."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = f"import os; os.environ['MASTER_PORT'] = '{other.getsockname()[1]}'"
-        alone = f"{port}; os.environ['RANK'] == '0' and os._exit(0)"
         flags = ["--timeout-minutes", 0.02]
-        before = alone if says == "nothing" else port
-        ranks = start(tmp_path / "run", images, *flags, processes=2, before=before)
-        assert ranks.wait() == ([0, 1] if says == "nothing" else [1, 1])
-    for rank in range(2 if says != "nothing" else 0):
+        ranks = start(tmp_path / "run", images, *flags, processes=2, before=port)
+        assert ranks.wait() == [1, 1]
+    for rank in range(2):
         (line,) = [text for text in ranks.output(rank).splitlines() if "error" in text]
         assert f"rank {rank} of 2 could not meet the others at MASTER_ADDR=127.0.0.1" in line
     assert "Traceback" not in ranks.output()

@@ -36,12 +36,11 @@ def data(images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> dict[int, Path]:
-    """Runs with k-NN after each epoch, by number of processes."""
-    folder = tmp_path_factory.mktemp("whole")
-    for processes in (1, 2):
-        finish(folder / f"{processes}", data, "--knn-every", 1, processes=processes, workers=1)
-    return {processes: folder / f"{processes}" for processes in (1, 2)}
+def whole(data, tmp_path_factory) -> Path:
+    """A run of two processes with k-NN after each epoch."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    finish(folder, data, "--knn-every", 1, processes=2, workers=1)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +65,29 @@ def knn_lines(run: Path) -> list[dict]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------
-# What it finds, and what it leaves alone
-# ------------------------------------------------------------------------------------------------
+# ---- What it finds, and what it leaves alone -----------------------------------------------------
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_is_bit_equal_with_and_without_it(processes, data, whole, tmp_path) -> None:
+def test_a_run_is_bit_equal_with_and_without_it(data, whole, tmp_path) -> None:
     """Weights, queue, optimizer, generators of all ranks, and all that is logged but times."""
-    said = finish(tmp_path / "run", data, "--knn-every", 0, processes=processes)
+    said = finish(tmp_path / "run", data, "--knn-every", 0, processes=2)
     assert "k-NN" not in said and read_log(tmp_path / "run", "knn") == []
-    assert len(read_log(whole[processes], "knn")) == EPOCHS
-    assert differences(without_knn(whole[processes]), without_knn(tmp_path / "run")) == []
+    assert len(read_log(whole, "knn")) == EPOCHS
+    assert differences(without_knn(whole), without_knn(tmp_path / "run")) == []
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_it_finds_what_the_saved_encoder_gives(processes, data, whole) -> None:
+def test_it_finds_what_the_saved_encoder_gives(data, whole) -> None:
     """Of two ranks as well, whose batch-norm statistics differ: those of rank 0 are saved."""
-    lines = knn_lines(whole[processes])
+    lines = knn_lines(whole)
     plain = eval_transform(16)
     splits = [open_images("folder", data, split) for split in ("train", "val")]
     bank, val = (
         loader.eval_loader(loader.PlainImages(s, plain), batch_size=16, workers=0, pin_memory=False)
         for s in splits
     )
-    for line, path in zip(lines, checkpoint.run_checkpoints(whole[processes]), strict=True):
+    for line, path in zip(lines, checkpoint.run_checkpoints(whole), strict=True):
         encoder, _ = checkpoint.load_encoder(path)
         expected = evaluate.knn_accuracy(
             encoder, bank, val, classes=2, device=CPU,
@@ -103,19 +98,15 @@ def test_it_finds_what_the_saved_encoder_gives(processes, data, whole) -> None:
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 6), (2, 12), (3, 18)]
 
 
-# ------------------------------------------------------------------------------------------------
-# When
-# ------------------------------------------------------------------------------------------------
+# ---- When ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
-        ("--epochs 5 --knn-every 2", [6, 12, 15]),
-        ("--epochs 3", [9]),  # by default every ten epochs
+        ("--epochs 3 --knn-every 2", [6, 9]),
         ("--epochs 3 --max-steps 4 --knn-every 1", [3, 4]),
         ("--max-steps 0", [0]),  # the untrained encoder
-        ("--epochs 2 --knn-every 0", []),
     ],
 )
 def test_it_comes_every_so_many_epochs_and_at_the_end(flags, steps, labelled, tmp_path) -> None:
@@ -124,8 +115,7 @@ def test_it_comes_every_so_many_epochs_and_at_the_end(flags, steps, labelled, tm
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_that_is_killed_in_it_does_it_again(processes, data, whole, tmp_path) -> None:
+def test_a_run_that_is_killed_in_it_does_it_again(data, whole, tmp_path) -> None:
     killed_in_the_second = """
 import os, time
 from moco.tasks.online_knn import OnlineKnn
@@ -138,19 +128,18 @@ def dies(self, epoch, step):
 OnlineKnn.measure = dies
 """
     run = tmp_path / "run"
-    killed = start(run, data, "--knn-every", 1, processes=processes, before=killed_in_the_second)
-    assert killed.wait() == [9] * processes, killed.output()
+    killed = start(run, data, "--knn-every", 1, processes=2, before=killed_in_the_second)
+    assert killed.wait() == [9, 9], killed.output()
     assert [line["epoch"] for line in read_log(run, "knn")] == [1]
-    finish(run, data, "--knn-every", 1, processes=processes)
-    assert knn_lines(run) == knn_lines(whole[processes])
-    assert differences(without_knn(whole[processes]), without_knn(run)) == []
-    said = finish(run, data, "--knn-every", 1, processes=processes)  # nothing is left to do
+    finish(run, data, "--knn-every", 1, processes=2)
+    assert knn_lines(run) == knn_lines(whole)
+    assert differences(without_knn(whole), without_knn(run)) == []
+    said = finish(run, data, "--knn-every", 1, processes=2)  # nothing is left to do
     assert said.count("k-NN after") == EPOCHS == len(knn_lines(run))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_request_to_stop_within_it_is_heard_at_once(processes, data, whole, tmp_path) -> None:
+def test_a_request_to_stop_within_it_is_heard_at_once(data, whole, tmp_path) -> None:
     """It reaches all processes of the job, loader workers too, while the second k-NN runs; of two
     ranks one is at its bank, the other at its end."""
     stops_in_the_second = """
@@ -170,19 +159,15 @@ def stopping(encoder, batches, **more):
 evaluate.extract_features = stopping
 """
     run = tmp_path / "run"
-    stopped = start(
-        run, data, "--knn-every", 1, processes=processes, workers=1, before=stops_in_the_second
-    )
-    assert stopped.wait() == [75] * processes, stopped.output()
+    stopped = start(run, data, "--knn-every", 1, processes=2, workers=1, before=stops_in_the_second)
+    assert stopped.wait() == [75, 75], stopped.output()
     assert "after step 12; go on with" in stopped.output(0)
     assert [line["epoch"] for line in read_log(run, "knn")] == [1]
-    finish(run, data, "--knn-every", 1, processes=processes)
-    assert knn_lines(run) == knn_lines(whole[processes])
+    finish(run, data, "--knn-every", 1, processes=2)
+    assert knn_lines(run) == knn_lines(whole)
 
 
-# ------------------------------------------------------------------------------------------------
-# What it cannot use
-# ------------------------------------------------------------------------------------------------
+# ---- What it cannot use --------------------------------------------------------------------------
 
 
 def no_val(folder: Path) -> str:
@@ -225,21 +210,20 @@ def test_without_labels_one_line_says_why_and_training_goes_on(
 ) -> None:
     folder = Path(shutil.copytree(labelled, tmp_path / "data"))
     reason = spoil(folder)
-    train(folder, tmp_path / "run", "--epochs", 1, "--knn-every", 1)
+    train(folder, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
     lines = [line for line in capsys.readouterr().out.splitlines() if "k-NN" in line]
     assert len(lines) == 1 and "k-NN: left out: " in lines[0] and reason in lines[0]
-    assert read_log(tmp_path / "run", "knn") == [] and len(read_log(tmp_path / "run")) >= 3
+    assert read_log(tmp_path / "run", "knn") == [] and len(read_log(tmp_path / "run")) == 1
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(processes, data, tmp_path) -> None:
+def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(data, tmp_path) -> None:
     """One rank comes upon it, in a loader process."""
     folder = Path(shutil.copytree(data, tmp_path / "data"))
     bad = sorted((folder / "val" / "class_0").iterdir())[1]
     bad.write_bytes(b"no image")
     run = tmp_path / "run"
-    said = finish(run, folder, "--knn-every", 1, processes=processes, workers=1)
+    said = finish(run, folder, "--knn-every", 1, processes=2, workers=1)
     lines = [line for line in said.splitlines() if "left out" in line]
     assert len(lines) == 1 and "k-NN: left out from step 6 on: cannot read image" in lines[0]
     assert str(bad) in lines[0] and "Traceback" not in said

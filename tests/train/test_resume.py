@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import subprocess
 import threading
 import time
 from pathlib import Path
 
+import helpers
 import pytest
 import torch
 from harness import (
@@ -30,6 +29,7 @@ from harness import (
     wait_for_step,
 )
 
+import main_moco
 from moco import checkpoint, cli, distributed
 from moco.data import loader
 from moco.errors import CheckpointError
@@ -69,15 +69,13 @@ def unfinished(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.suffix == ".tmp"]
 
 
-# ------------------------------------------------------------------------------------------------
-# Bit for bit
-# ------------------------------------------------------------------------------------------------
+# ---- Bit for bit ---------------------------------------------------------------------------------
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("processes", "workers", "workers_then"),
-    [(1, 0, 0), (1, 2, 2), (1, 2, 0), (1, 0, 2), (2, 0, 0), (2, 2, 2), (2, 0, 1)],
+    [(1, 0, 2), (2, 2, 0)],
 )
 def test_a_killed_run_goes_on_bit_for_bit(
     processes, workers, workers_then, data, whole, tmp_path
@@ -131,12 +129,6 @@ def test_a_run_of_4_processes_goes_on_with_2_and_with_1(images, tmp_path) -> Non
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_a_world_size_that_changes_the_groups_of_batch_norm_is_refused(stopped, data) -> None:
-    refused = start(stopped, data, processes=2)
-    assert refused.wait() == [1, 1]
-    assert "bn_group_size: 8 before, 4 now" in refused.output(0)
-
-
 @pytest.mark.parametrize("worlds", [(2, 1), (1, 2), (4, 2)])
 def test_another_world_size_sees_every_sample_of_the_epoch_once(worlds, monkeypatch) -> None:
     """Two batches under one number of ranks, the rest of the epoch under another."""
@@ -153,9 +145,7 @@ def test_another_world_size_sees_every_sample_of_the_epoch_once(worlds, monkeypa
     assert sorted(seen) == [(5, index) for index in range(48)]
 
 
-# ------------------------------------------------------------------------------------------------
-# What may change between two starts
-# ------------------------------------------------------------------------------------------------
+# ---- What may change between two starts ----------------------------------------------------------
 
 
 def refusal(run: Path, data: Path, *flags: object) -> str:
@@ -177,29 +167,18 @@ def refusal(run: Path, data: Path, *flags: object) -> str:
     [
         ("--lr 0.05", "lr: 0.1 before, 0.05 now"),
         ("--views device", "views: 'cpu' before, 'device' now"),
-        ("--wd 0.5", "weight_decay: 0.0001 before, 0.5 now"),
-        ("--momentum 0.8", "momentum: 0.9 before, 0.8 now"),
-        ("--epochs 4", "epochs: 3 before, 4 now"),
         ("--schedule 1 2", "schedule: [120, 160] before, [1, 2] now"),
-        ("--warmup-epochs 1", "warmup_epochs: 0 before, 1 now"),
-        ("--batch-size 32", "batch_size: 16 before, 32 now"),
         ("--bn-splits 4", "bn_group_size: 8 before, 4 now"),
-        ("--moco-m 0.9", "moco_m: 0.999 before, 0.9 now"),
-        ("--moco-k 32", "moco_k: 64 before, 32 now"),
-        ("--moco-dim 64", "moco_dim: 32 before, 64 now"),
         ("--moco-t 0.2", "objective: '3 * align(alpha=2) + 1 * uniform(t=3, with intra-batch"),
         ("--moco-unif-t 2", "uniform(t=2, with intra-batch pairs)' now"),
-        ("--image-size 24", "image_size: 16 before, 24 now"),
-        ("--no-blur", "blur: True before, False now"),
         ("--crop-scale 0.5 1", "crop_scale: [0.2, 1.0] before, [0.5, 1.0] now"),
-        ("--amp bf16", "amp: 'off' before, 'bf16' now"),
-        ("--symmetric", "symmetric: False before, True now"),
         ("--images-per-class 20", "images: 96 before, 40 now"),
         ("--seed 2", "seed: 1 before, 2 now"),
         ("-a resnet8x4", "is of arch resnet8, this run is of resnet8x4"),
     ],
 )
 def test_changes_of_what_is_learned_are_refused(flags, said, half, data) -> None:
+    """Of every field in tests/core/test_config.py."""
     message = refusal(half, data, *flags.split())
     assert said in message and "step_00000008.pth.tar" in message
 
@@ -211,20 +190,6 @@ def test_all_changes_are_listed_and_what_does_not_matter_may_change(half, data) 
     assert refusal(half, data, "-j", 5, "-p", 7, "--save-steps", 9, "--keep-last", 2) == ""
     assert refusal(half, data, "--max-steps", 9, "--save-minutes", 1) == ""
     assert refusal(half, data, "--channels-last", "--deterministic", "--profile") == ""
-
-
-def test_arguments_that_an_older_checkpoint_does_not_know_had_their_defaults(half, data) -> None:
-    path = half / "step_00000008.pth.tar"
-    before = path.read_bytes()
-    content = torch.load(path, weights_only=True)
-    for name in ("accumulate", "symmetric", "init_from", "channels_last"):
-        del content["args"][name]
-    try:
-        checkpoint.write_checkpoint(path, content)
-        assert refusal(half, data) == ""
-        assert "symmetric: False before, True now" in refusal(half, data, "--symmetric")
-    finally:
-        path.write_bytes(before)
 
 
 def test_other_data_are_refused_and_moved_data_are_not(half, data, tmp_path) -> None:
@@ -259,36 +224,28 @@ def test_the_batch_changes_between_epochs_only_and_all_epochs_are_trained(stoppe
     assert (final["epoch"], final["step_in_epoch"], final["step"]) == (3, 0, 3 * 3)
 
 
-# ------------------------------------------------------------------------------------------------
-# --resume
-# ------------------------------------------------------------------------------------------------
+# ---- --resume ------------------------------------------------------------------------------------
 
 
 def test_auto_passes_over_a_truncated_file_and_says_so(stopped, data, whole) -> None:
+    """And what a killed writer left is removed."""
+    left = stopped / ".step_00000009.pth.tar.123.tmp"
+    left.write_bytes(b"half a checkpoint")
     newest = stopped / "step_00000008.pth.tar"
     newest.write_bytes(newest.read_bytes()[:5000])
     said = finish(stopped, data)
     assert "passing over a checkpoint" in said and newest.name in said
-    assert "checkpoint_0000.pth.tar: 1 epochs and 0 steps done" in said
+    assert "checkpoint_0000.pth.tar: 1 epochs and 0 steps done" in said and not left.exists()
     assert_same_end(stopped, whole[1])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_auto_does_not_start_over_when_no_checkpoint_is_whole(processes, stopped, data) -> None:
+def test_auto_does_not_start_over_when_no_checkpoint_is_whole(stopped, data) -> None:
     for path in checkpoint.run_checkpoints(stopped):
         path.write_bytes(path.read_bytes()[:1000])
-    failed = start(stopped, data, processes=processes)
-    assert failed.wait() == [1] * processes
+    failed = start(stopped, data, processes=2)
+    assert failed.wait() == [1, 1]
     assert "checkpoints in" in failed.output(0) and "can be read" in failed.output(0)
     assert "Traceback" not in failed.output()
-
-
-def test_a_checkpoint_that_is_missing_is_an_error(data, tmp_path) -> None:
-    missing = tmp_path / "nowhere.pth.tar"
-    failed = start(tmp_path / "run", data, "--resume", missing)
-    assert failed.wait() == [2]
-    assert f"no such checkpoint: {missing}" in failed.output()
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_upstream_moco_goes_on_and_what_is_missing_is_said(
@@ -314,9 +271,7 @@ def test_a_checkpoint_of_upstream_moco_goes_on_and_what_is_missing_is_said(
     assert len(final["optimizer"]["state"]) == len(ours["optimizer"]["state"])
 
 
-# ------------------------------------------------------------------------------------------------
-# Run folders
-# ------------------------------------------------------------------------------------------------
+# ---- Run folders ---------------------------------------------------------------------------------
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -367,35 +322,14 @@ def test_the_log_drops_the_lines_after_the_checkpoint(tmp_path) -> None:
     assert found[-1]["loss"] == 9.0 and found[3]["loss"] == 2.0
 
 
-def test_what_a_killed_writer_left_is_removed(stopped, data) -> None:
-    left = stopped / ".step_00000009.pth.tar.123.tmp"
-    left.write_bytes(b"half a checkpoint")
-    finish(stopped, data, "--max-steps", 9)
-    assert not left.exists()
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(data, tmp_path) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(data, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("")
-    failed = start(tmp_path / "run", data, "--save-dir", tmp_path / "file" / "run")
-    assert failed.wait() == [1]
-    assert "cannot write to the run folder" in failed.output()
-    assert "Traceback" not in failed.output()
+    argv = [*FLAGS, "-j", "0", "--save-dir", tmp_path / "file" / "run", data]
+    status, line = helpers.refusal(main_moco.main, argv, capsys)
+    assert status == 1 and "cannot write to the run folder" in line
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_one_line(stopped, data) -> None:
-    stopped.chmod(0o500)
-    try:
-        failed = start(stopped, data)
-        assert failed.wait() == [1]
-    finally:
-        stopped.chmod(0o700)
-    assert "cannot write to the run folder" in failed.output()
-
-
-# ------------------------------------------------------------------------------------------------
-# Saving in the background
-# ------------------------------------------------------------------------------------------------
+# ---- Saving in the background --------------------------------------------------------------------
 
 
 def writer_of(folder: Path, keep_last: int = 5, keep_every: int = 0) -> BackgroundWriter:
@@ -437,6 +371,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(error, tmp_path, monk
     writer.finish()
     assert not writer.failed()
     monkeypatch.setattr(checkpoint, "write_checkpoint", fail)
+    monkeypatch.setattr(BackgroundWriter, "pauses", (0.01,))  # it tries again, for minutes
     writer.write(checkpoint.step_path(tmp_path, 2), {"a": 1})
     writer.thread.join()
     assert writer.failed()
@@ -470,17 +405,15 @@ checkpoint.write_checkpoint = limited
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_save_that_fails_stops_training_on_all_ranks(processes, data, tmp_path) -> None:
+def test_a_save_that_fails_stops_training_on_all_ranks(data, tmp_path) -> None:
     run = tmp_path / "run"
-    failed = start(run, data, "--save-steps", 2, processes=processes, before=FULL_DISK)
-    assert failed.wait() == [1] * processes
+    failed = start(run, data, "--save-steps", 2, processes=2, before=FULL_DISK)
+    assert failed.wait() == [1, 1]
     said = failed.output(0)
     assert "could not save" in said and "training stops" in said and "Traceback" not in said
     assert "File too large" in said, "the reason that the system gave"
     assert "the last good checkpoint is step_00000004.pth.tar" in said
-    if processes == 2:
-        assert "Traceback" not in failed.output(1)
+    assert "Traceback" not in failed.output(1)
     assert [path.name for path in checkpoint.run_checkpoints(run)] == [
         "step_00000002.pth.tar", "step_00000004.pth.tar",
     ]  # fmt: skip
@@ -511,25 +444,6 @@ def test_a_log_that_cannot_be_written_is_one_line(data, tmp_path) -> None:
     assert "cannot write the log: File too large" in failed.output().splitlines()[-1]
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may mount")
-def test_a_full_disk_stops_training(data, tmp_path) -> None:
-    """A real one: a file system of 1.2 MB, where two checkpoints find room."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("mounting is not permitted here")
-    try:
-        failed = start(tmp_path / "run", data, "--save-steps", 1, "--save-dir", disk / "run")
-        assert failed.wait() == [1]
-        assert "No space left on device" in failed.output(), failed.output()
-        assert "Traceback" not in failed.output(), failed.output()
-        assert checkpoint.newest_valid(disk / "run", print) is not None
-        assert unfinished(disk / "run") == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_the_last_the_every_mth_and_the_final_checkpoint_are_kept(tmp_path) -> None:
     writer = writer_of(tmp_path, keep_last=2, keep_every=3)
     for epoch in range(8):
@@ -550,56 +464,26 @@ def test_saves_by_minutes_happen(data, tmp_path) -> None:
     assert names == [f"step_{step:08d}.pth.tar" for step in range(1, 5)]
 
 
-# ------------------------------------------------------------------------------------------------
-# Damaged files
-# ------------------------------------------------------------------------------------------------
+# ---- Damaged files -------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_truncated_anywhere_is_refused_and_the_older_one_is_used(
-    half, tmp_path
-) -> None:
-    older, newer = tmp_path / "step_00000004.pth.tar", tmp_path / "step_00000008.pth.tar"
-    for path in (older, newer):
-        shutil.copy(half / path.name, path)
-    whole_file = newer.read_bytes()
-    size = len(whole_file)
-    positions = {0, 1, 3, 4, 30, 64, size - 1, size - 2, size - 22, size - 100}
-    positions |= {size * i // 31 for i in range(1, 31)}
-    assert len(positions) >= 40
-    for position in sorted(positions):
-        newer.write_bytes(whole_file[:position])
-        os.utime(newer, (2e9, 2e9))
-        with pytest.raises(CheckpointError, match="step_00000008"):
-            checkpoint.read_checkpoint(newer)
-        said: list[str] = []
-        path, content = checkpoint.newest_valid(tmp_path, said.append)
-        assert (path, content["step"]) == (older, 4)
-        assert len(said) == 1 and "step_00000008" in said[0]
-
-
-@pytest.mark.parametrize("name", ["module.queue", "module.encoder_q.conv1.weight"])
-def test_the_checksum_sees_one_changed_element(name, half, tmp_path) -> None:
+def test_the_checksum_sees_one_changed_element(half, tmp_path) -> None:
     """Saved again with the old checksum, so that the zip archive's own CRCs are right."""
     content = torch.load(half / "step_00000008.pth.tar", weights_only=True)
     torch.save(content, tmp_path / "same.pth.tar")
     checkpoint.read_checkpoint(tmp_path / "same.pth.tar")
-    content["state_dict"][name][3, 1] += 1e-3
+    content["state_dict"]["module.queue"][3, 1] += 1e-3
     torch.save(content, tmp_path / "changed.pth.tar")
     with pytest.raises(CheckpointError, match="checksum"):
         checkpoint.read_checkpoint(tmp_path / "changed.pth.tar")
-
-
-def test_the_checksum_covers_what_is_no_tensor(half, tmp_path) -> None:
-    for change in ({"step": 9}, {"args": {}}, {"extra": 1}):
+    for change in ({"step": 9}, {"args": {}}, {"extra": 1}):  # nor what is no tensor
         content = torch.load(half / "step_00000008.pth.tar", weights_only=True)
         torch.save({**content, **change}, tmp_path / "changed.pth.tar")
         with pytest.raises(CheckpointError, match="checksum"):
             checkpoint.read_checkpoint(tmp_path / "changed.pth.tar")
 
 
-# ------------------------------------------------------------------------------------------------
-# How processes end
-# ------------------------------------------------------------------------------------------------
+# ---- How processes end ---------------------------------------------------------------------------
 
 
 def test_an_unexpected_error_ends_a_run_that_has_loader_workers(data, tmp_path) -> None:
@@ -613,10 +497,10 @@ def test_an_unexpected_error_ends_a_run_that_has_loader_workers(data, tmp_path) 
 @pytest.mark.long
 def test_chaos_counts_mismatches_and_lost_steps(tmp_path) -> None:
     code = MAIN.replace("main_moco.py", "scripts/chaos.py")
-    trials = Processes(tmp_path / "chaos", "--trials", 2, "--kills", 2, code=code)
+    trials = Processes(tmp_path / "chaos", "--trials", 1, "--kills", 2, code=code)
     assert trials.wait() == [0], trials.output()
-    assert "2 trials" in trials.output() and ": 0 mismatches" in trials.output()
-    assert trials.output().count("equal") == 2
+    assert "1 trials" in trials.output() and ": 0 mismatches" in trials.output()
+    assert trials.output().count("equal") == 1
 
 
 def test_chaos_sees_a_single_bit() -> None:

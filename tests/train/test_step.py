@@ -12,8 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import FLAGS, Processes, differences, final_state, finish, saved_step, start
-from helpers import ROOT, TinyNet, read_log, two_views
+from harness import final_state, finish, saved_step, start
+from helpers import TinyNet, read_log, two_views
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,9 +56,7 @@ def assert_close(a: dict, b: dict, tolerance: float) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimizer
-# ------------------------------------------------------------------------------------------------
+# ---- Optimizer -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -93,9 +91,7 @@ def test_the_optimizer_is_plain_sgd_and_takes_over_its_state(layout, momentum) -
         fill_momentum(fused)
 
 
-# ------------------------------------------------------------------------------------------------
-# --accumulate
-# ------------------------------------------------------------------------------------------------
+# ---- --accumulate --------------------------------------------------------------------------------
 
 
 def tiny_run(folder: Path, **options: object) -> SimpleNamespace:
@@ -162,32 +158,18 @@ def test_accumulated_runs_train_and_enqueue_once_per_step(data, tmp_path, capsys
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("flags", ["--accumulate 2", "--accumulate 2 --symmetric --moco-t 0.2"])
-def test_accumulation_over_two_processes_keeps_ranks_equal(flags, images, tmp_path) -> None:
+def test_accumulation_over_two_processes_keeps_ranks_equal(images, tmp_path) -> None:
     """Gradients are averaged with the last part only; --check-every proves equal weights."""
-    more = ["--bn-splits", 1, "--check-every", 1, "--epochs", 1, *flags.split()]
+    more = ["--bn-splits", 1, "--check-every", 1, "--epochs", 1, "--accumulate", 2, "--symmetric"]
     said = finish(tmp_path / "run", images, *more, processes=2)
     assert "16 over 2 process(es), 8 each, in 2 parts of 4" in said
     final = final_state(tmp_path / "run")["checkpoint"]
-    keys = 32 if "symmetric" in flags else 16
-    assert final["state_dict"]["module.queue_ptr"].item() == 6 * keys % 64
+    assert final["state_dict"]["module.queue_ptr"].item() == 6 * 32 % 64
 
 
-# ------------------------------------------------------------------------------------------------
-# What a step waits for
-# ------------------------------------------------------------------------------------------------
+# ---- What a step waits for -----------------------------------------------------------------------
 
-READS = {
-    "item",
-    "tolist",
-    "cpu",
-    "numpy",
-    "__bool__",
-    "__float__",
-    "__int__",
-    "__index__",
-    "nonzero",
-}
+READS = {*"item tolist cpu numpy nonzero".split(), "__bool__", "__float__", "__int__", "__index__"}
 READING_OPS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "unique", "masked_select")
 
 
@@ -226,7 +208,7 @@ class WatchOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("flags", ["", "--moco-t 0.2 --accumulate 2", "--symmetric --amp bf16"])
+@pytest.mark.parametrize("flags", ["--moco-t 0.2 --accumulate 2", "--symmetric --amp bf16"])
 def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatch) -> None:
     """On a GPU each read would wait for all work before it. Here the CPU runs the steps that a GPU
     would: a check, with its line of output, every third one."""
@@ -250,9 +232,7 @@ def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatc
     assert [line["step"] for line in read_log(tmp_path / "r")] == [3, 6]
 
 
-# ------------------------------------------------------------------------------------------------
-# What stops it between checks
-# ------------------------------------------------------------------------------------------------
+# ---- What stops it between checks ----------------------------------------------------------------
 
 # As on a GPU: the host looks every fifth step, and at the end of an epoch (of six steps).
 LATE = """
@@ -284,29 +264,23 @@ step.apply_gradients = applied
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_bad_step_between_checks_changes_nothing_and_is_named(
-    processes, images, tmp_path
-) -> None:
+def test_a_bad_step_between_checks_changes_nothing_and_is_named(images, tmp_path) -> None:
     """The seventh step (number 6) is bad on one rank; the host looks after the tenth. Weights stay
-    as they were after the sixth on all ranks, nothing bad is logged or saved, and the run goes on
-    from the first epoch's checkpoint to the end that it would have had."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
+    as they were after the sixth on all ranks, nothing bad is logged or saved. That the run goes on
+    is in test_guards.py."""
+    run = tmp_path / "run"
     flags = ["-p", 5, "--save-steps", 5]
-    stopped = start(run, images, *flags, processes=processes, before=LATE + POISON + DIGESTS)
-    assert stopped.wait() == [1] * processes, stopped.output()
-    for rank in range(processes):
+    stopped = start(run, images, *flags, processes=2, before=LATE + POISON + DIGESTS)
+    assert stopped.wait() == [1, 1], stopped.output()
+    for rank in range(2):
         said = stopped.output(rank)
-        assert f"not finite in epoch 1, step 6: unif nan on rank {processes - 1}" in said
+        assert "not finite in epoch 1, step 6: unif nan on rank 1" in said
         assert "checkpoint_0000.pth.tar" in said and "Traceback" not in said
         words = [line.split()[1:] for line in said.splitlines() if line.startswith("weights")]
         assert [int(step) for step, _ in words] == list(range(10))
         digests = [digest for _, digest in words]
         assert len(set(digests[:6])) == 6 and set(digests[5:]) == {digests[5]}
     assert [line["step"] for line in read_log(run)] == [5]
-    finish(run, images, *flags, processes=processes, before=LATE)
-    finish(whole, images, *flags, processes=processes)  # with a check after every step
-    assert differences(final_state(whole), final_state(run)) == []
 
 
 @pytest.mark.long
@@ -328,9 +302,7 @@ MoCo._losses = losses
     assert saved_step(run) == 10
 
 
-# ------------------------------------------------------------------------------------------------
-# Memory format, kernels, compilation
-# ------------------------------------------------------------------------------------------------
+# ---- Memory format, kernels, compilation ---------------------------------------------------------
 
 
 def test_both_memory_formats_learn_the_same_and_go_on_from_each_other(
@@ -338,7 +310,7 @@ def test_both_memory_formats_learn_the_same_and_go_on_from_each_other(
 ) -> None:
     """Files do not show the format; a run that changes it says that it is not bit for bit."""
     ends = {}
-    for first, then in (("", ""), ("no-", "no-"), ("", "no-"), ("no-", "")):
+    for first, then in (("", ""), ("no-", "")):
         run = tmp_path / f"from-{first}to-{then}"
         train(data, run, f"--{first}channels-last", "--epochs", 2, "--max-steps", 2)
         saved = torch.load(checkpoint.run_checkpoints(run)[-1], weights_only=True)
@@ -350,11 +322,11 @@ def test_both_memory_formats_learn_the_same_and_go_on_from_each_other(
         )  # fmt: skip
         said = capsys.readouterr().out
         assert ("not bit for bit" in said) == (first != then)
-        assert "channels_last, no compile" in said or "no channels_last, no compile" in said
+        assert "channels_last, no compile" in said
         if first != then:
             assert f"channels_last: {not first} before, {not then} now" in said
-    for end in ends.values():  # later, rounding has grown: a ReLU is on in one and off in another
-        assert_close(end, ends["", ""], 1e-3)
+    # Later, rounding has grown: a ReLU is on in one and off in another.
+    assert_close(ends["no-", ""], ends["", ""], 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -396,27 +368,22 @@ def test_compile_without_a_compiler_is_refused(data, monkeypatch, capsys) -> Non
     assert "--compile needs a C++ compiler" in line and "no-such-compiler" in line
 
 
-COMPILED = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import main_moco
-main_moco.main(sys.argv[1:])
+AOT = """
+import functools, torch
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
 """
 
 
 @pytest.mark.long
 def test_compiled_encoders_train_the_same_under_the_same_names(images, tmp_path) -> None:
-    """With groups of batch norm, both memory formats and parts; the file reads as any other."""
+    """With groups of batch norm and parts; the file reads as any other. Traced and differentiated
+    as by --compile, but without half a minute of g++; tests/data/test_loader.py has that."""
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++")
-    flags = [*FLAGS, "--channels-last", "--accumulate", 2, "--max-steps", 2, "-j", 0]
-    compiled = Processes(
-        tmp_path / "out", *flags, "--compile", "--save-dir", tmp_path / "compiled", images,
-        code=COMPILED,
-    )  # fmt: skip
-    assert compiled.wait() == [0], compiled.output()
-    assert "channels_last, compile," in compiled.output()
-    finish(tmp_path / "plain", images, *flags[len(FLAGS) :])
+    flags = ["--channels-last", "--accumulate", 2, "--max-steps", 2]
+    said = finish(tmp_path / "compiled", images, *flags, "--compile", before=AOT)
+    assert "channels_last, compile," in said
+    finish(tmp_path / "plain", images, *flags)
     a, b = (
         torch.load(tmp_path / name / "step_00000002.pth.tar", weights_only=True)["state_dict"]
         for name in ("compiled", "plain")
