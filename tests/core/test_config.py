@@ -133,7 +133,7 @@ def test_every_learning_field_is_compared(config) -> None:
 LEARNING = {  # what makes another run; other numbers of the objective are below
     PretrainConfig: "dataset images_per_class arch small_stem moco_dim moco_k moco_m mlp contr_w "
     "contr_tau align_w align_alpha unif_w unif_t intra_batch symmetric aug_plus image_size "
-    "crop_scale blur views mean std batch_size momentum seed lr weight_decay amp accumulate "
+    "crop_scale blur views mean std batch_size momentum seed lr weight_decay amp "
     "init_from epochs schedule schedule_factor cos warmup_epochs",
     LinclsConfig: "dataset images_per_class image_size mean std amp batch_size momentum seed lr "
     "weight_decay epochs schedule schedule_factor folds cached cached_views labels_digest finetune "
