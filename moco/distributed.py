@@ -92,6 +92,26 @@ def all_gather(rows: Tensor) -> Tensor:
     return gathered
 
 
+def all_gather_with_gradient(rows: Tensor) -> Tensor:
+    """As `all_gather`, for a loss that every rank then computes alike from all rows. The averages
+    of gradients over ranks (`data_parallel`) are those of that one loss.
+    """
+    return _AllGather.apply(rows) if world_size() > 1 else rows
+
+
+class _AllGather(torch.autograd.Function):
+    """Each rank has the whole gradient, and takes that of its own rows; W-fold, since the average
+    over ranks, each of which knows its share of the sum only, divides by W."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        return all_gather(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return world_size() * grad.chunk(world_size())[rank()]
+
+
 def exchange_rows(rows: Tensor, permutation: Tensor) -> Tensor:
     """This rank's part of the global batch in the order of `permutation`, (N, ...) -> (N, ...).
 

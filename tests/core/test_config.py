@@ -22,6 +22,7 @@ from moco.config import (
     PretrainConfig,
     PretrainData,
     PretrainOptim,
+    SentenceConfig,
     help_of,
     learning_changes,
     option,
@@ -30,7 +31,7 @@ from moco.config import (
     rounding_changes,
 )
 
-CONFIGS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig])
+CONFIGS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig, SentenceConfig])
 
 
 @pytest.fixture
