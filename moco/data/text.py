@@ -40,10 +40,10 @@ class Vocabulary:
     Args:
         words: the first is `UNKNOWN`.
         lower: all words are lower-case, and so is what they are looked up for.
-        length: tokens of a sentence that count, the first ones.
+        length: tokens of a sentence that count, the first ones; None for all.
     """
 
-    def __init__(self, words: Sequence[str], *, lower: bool, length: int) -> None:
+    def __init__(self, words: Sequence[str], *, lower: bool, length: int | None = None) -> None:
         self.words, self.lower, self.length = list(words), lower, length
         self._number = {word: number for number, word in enumerate(self.words)}
 
