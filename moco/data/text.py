@@ -146,13 +146,8 @@ def read_text(
     """
     numbers: defaultdict[str, int] = defaultdict(itertools.count().__next__)
     words, ends, documents = array("i"), array("q", [0]), array("i")
-    document, fresh = 0, True
-    for sentence in _lines(Path(path), encoding):
+    for document, sentence in _sentences(Path(path), encoding):
         found = tokenize(sentence, lower=lower)[:length]
-        if not found:
-            document, fresh = document + (not fresh), True
-            continue
-        fresh = False
         words.extend(map(numbers.__getitem__, found))
         ends.append(len(words))
         documents.append(document)
@@ -176,6 +171,27 @@ def read_text(
     )
 
 
+def read_sentences(
+    path: str | os.PathLike, vocabulary: Vocabulary, *, most: int, encoding: str = "utf-8"
+) -> Sentences:
+    """The first `most` sentences of a text, by a vocabulary that is there.
+
+    Raises:
+        DataError: as `read_text`; fewer than two sentences.
+        FileNotFoundError: no such file.
+    """
+    words, ends, documents = array("i"), array("q", [0]), array("i")
+    for document, sentence in itertools.islice(_sentences(Path(path), encoding), most):
+        words.extend(vocabulary.numbers(sentence))
+        ends.append(len(words))
+        documents.append(document)
+    if len(documents) < 2:
+        raise DataError(
+            f"{path} has {len(documents)} sentence(s), one per line; expected at least 2"
+        )
+    return Sentences(*map(np.asarray, (words, ends, documents)))
+
+
 def _check_count(path: str | os.PathLike, found: int, held_out: int, batch: int) -> None:
     if not found:
         raise DataError(f"{path} has no line of text; expected one sentence per line")
@@ -190,6 +206,18 @@ def _check_count(path: str | os.PathLike, found: int, held_out: int, batch: int)
         f"{path} has {found} sentences (one per line); without {held_out} for validation fewer "
         f"than one batch of {batch} are left: lower --val-sentences or --batch-size"
     )
+
+
+def _sentences(path: Path, encoding: str) -> Iterator[tuple[int, str]]:
+    """(document, sentence): lines that are not blank, and how many runs of blank ones came before,
+    those at the beginning not counted."""
+    document, fresh = 0, True
+    for line in _lines(path, encoding):
+        if line.isspace():
+            document, fresh = document + (not fresh), True
+        else:
+            fresh = False
+            yield document, line
 
 
 def _lines(path: Path, encoding: str) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import harness
@@ -15,6 +17,8 @@ from align_uniform.bounds import collapse_ratio
 from align_uniform.sentences import adjacent_align_loss, summed_uniform_loss
 from moco import checkpoint
 from moco.cli import sentence_config
+from moco.runs.compare import Comparison, encoder_places
+from moco.runs.folder import read_runs
 from moco.tasks.sentences import SentenceTask, TextBlocks
 from moco.train.step import apply_gradients
 
@@ -232,3 +236,44 @@ def test_a_text_that_is_none_is_refused(text, tmp_path, capsys) -> None:
 def test_the_original_has_temperature_1() -> None:
     config = sentence_config(["--no-normalize", __file__])
     assert config.to_flat()["objective"] == "1 * contrastive(tau=1, raw features, diagonal 0)"
+
+
+def test_measuring_a_checkpoint_finds_what_was_logged(whole, text, tmp_path, capsys) -> None:
+    out = tmp_path / "measured.json"
+    measure = load_script("measure_align_uniform").main
+    file = whole / "checkpoint_0001.pth.tar"
+    measure([str(file), str(text), "--device", "cpu", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "12 sentences of" in said and "alignment is of neighbours, f with g" in said
+    found, logged = json.loads(out.read_text()), read_log(whole, "held_out")[-1]
+    for name in ("alignment", "uniformity"):
+        assert found[name] == pytest.approx(logged[name], rel=1e-5)
+    for encoder in ("f", "g"):
+        measured = found["layers"][encoder]["uniformity"]["2"]
+        assert measured == pytest.approx(logged[f"uniformity_{encoder}"], rel=1e-5)
+    status, line = refusal(measure, [file, text, "--layer", "projection"], capsys)
+    assert status == 2 and "leave --timm and --layer out" in line
+    status, line = refusal(measure, [file, text.parent], capsys)
+    assert status == 1 and "holds sentence encoders" in line
+
+
+def test_runs_are_compared_by_what_was_found_out_about_them(whole, tmp_path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    found = {"accuracy": 75.0, "folds_mean": 70.0, "of": 11, "nested": {"accuracy": 71.0}}
+    (tmp_path / "run" / "sentiment.json").write_text(
+        json.dumps(
+            {"checkpoint": str(whole / "checkpoint_0001.pth.tar"), "pretrained_epochs": 2,
+             "sentiment": {"MR": found, "CR": "damaged"}}
+        )
+    )  # fmt: skip
+    runs, left_out = read_runs([tmp_path])
+    assert left_out == [] and len(runs) == 1
+    values = {name: runs[0].value(name) for name in ("MR", "MR folds", "MR nested", "CR")}
+    assert values == {"MR": 75.0, "MR folds": 70.0, "MR nested": 71.0, "CR": None}
+    held_out = read_log(whole, "held_out")[-1]
+    assert runs[0].measured("alignment") == held_out["alignment"]
+    assert runs[0].epochs == 2 and runs[0].images_per_s() > 0
+    assert runs[0].recipe()["text_digest"] and "contr_tau" not in runs[0].recipe()
+    columns = {column.title: column.values(runs[0]) for column in Comparison(runs).columns}
+    assert columns["MR"] == [75.0]
+    assert encoder_places(Comparison(runs))[0] == "MR (%)"
