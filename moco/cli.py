@@ -344,10 +344,15 @@ def _new_folder(name: str, seed: int) -> Path:
 # ------------------------------------------------------------------------------------------------
 
 
-def sentence_config(argv: Sequence[str] | None = None) -> SentenceConfig:
-    """The config that a command line of train_sentences.py describes; else exit status 2."""
+def sentence_parser() -> argparse.ArgumentParser:
     parser = Parser(description="two sentence encoders by Quick-Thought", allow_abbrev=False)
     add_options(parser, SentenceConfig)
+    return parser
+
+
+def sentence_config(argv: Sequence[str] | None = None) -> SentenceConfig:
+    """The config that a command line of train_sentences.py describes; else exit status 2."""
+    parser = sentence_parser()
     options = parser.parse_args(argv)
     with _refusals(parser):
         config = SentenceConfig(**_settle(make_parts(options, SentenceConfig)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -187,6 +188,9 @@ def test_blocks_are_the_text_in_order(text, tmp_path) -> None:
     assert torch.equal(lengths, expected[:48])
     borders = torch.cat([documents for *_, documents in blocks]).diff().nonzero().flatten()
     assert borders.tolist() == [7, 27]  # after sentences 20 and 40 of 62, 12 held out
+    across = sentence_config([*FLAGS, "--across-documents", "--save-dir", str(tmp_path), str(text)])
+    for *_, documents in TextBlocks(across, torch.device("cpu")):
+        assert not documents.any()
     data.set_epoch(1, 4)
     for (words, *_), (again, *_) in zip(blocks[4:], data, strict=True):
         assert torch.equal(words, again)
@@ -277,3 +281,26 @@ def test_runs_are_compared_by_what_was_found_out_about_them(whole, tmp_path) -> 
     columns = {column.title: column.values(runs[0]) for column in Comparison(runs).columns}
     assert columns["MR"] == [75.0]
     assert encoder_places(Comparison(runs))[0] == "MR (%)"
+
+
+def test_adam_leaves_a_step_that_is_not_finite_out(text, tmp_path) -> None:
+    """Also the first one, before it has any state."""
+    task = SentenceTask(sentence_config([*FLAGS, "--save-dir", str(tmp_path), str(text)]))
+    module = torch.nn.Linear(3, 2)
+    optimizer = task.build_optimizer(module)
+
+    def step(value: float) -> list[torch.Tensor]:
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        optimizer.found_inf = torch.tensor(float(value != value))
+        optimizer.step()
+        states = [t for state in optimizer.state.values() for t in state.values()]
+        return [t.detach().clone() for t in (*module.parameters(), *states)]
+
+    before = [p.detach().clone() for p in module.parameters()]
+    first = step(math.nan)
+    assert all(torch.equal(a, b) for a, b in zip(before, first, strict=False))
+    good = step(1.0)
+    bad = step(math.nan)
+    assert all(torch.equal(a, b) for a, b in zip(good, bad, strict=True))
+    assert not torch.equal(before[0], good[0])
