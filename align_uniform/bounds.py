@@ -127,6 +127,32 @@ def remove_self_pairs(value: float, n: int) -> float:
     return math.log1p(n / (n - 1) * math.expm1(value))
 
 
+def collapse_ratio(align_w: float, unif_w: float, t: float, *, summed: int = 1) -> float:
+    """How strongly align_w * align(alpha=2) + unif_w * uniform(t) pulls all features into a point.
+
+        align_w / (summed * t * unif_w)
+
+    Up to 1 the collapsed solution repels: features near one point move apart. Above 1 it attracts
+    once the deviations of a positive pair are correlated by less than 1 - 1/ratio. (Of deviations
+    d_i from the point, to second order: alignment is E|d - d'|^2 = 2 (1 - rho) E|d|^2, each
+    encoder's uniformity -t E|d_i - d_j|^2 = -2t E|d|^2; both views' mean has this slope per view.)
+
+    Args:
+        summed: encoders over which uniformity is summed; 1 where it is one encoder's, or the mean
+            over the two views.
+
+    Returns:
+        At least 0; infinite without uniformity.
+
+    Raises:
+        ValueError: negative weights, t not positive.
+    """
+    check_positive(t, "t")
+    if not (align_w >= 0 and unif_w >= 0):
+        raise ValueError(f"weights must be at least 0, got {align_w!r} and {unif_w!r}")
+    return align_w / (summed * t * unif_w) if unif_w else math.inf
+
+
 def _check_count(n: int) -> None:
     if not n >= 2 or n % 1 != 0:
         raise ValueError(f"n must be a whole number of at least 2, got {n!r}")

@@ -282,7 +282,7 @@ class MoCo(nn.Module):
             losses.loss_align = align_loss(q, k, self.align_alpha)
         if self.unif_t is not None:
             span = self._span(len(q))
-            gather = functools.partial(distributed.gather_group, span=span)
+            gather = functools.partial(distributed.gather_with_gradient, span=span)
             losses.loss_unif = uniform_loss_with_queue(
                 q,
                 self.queue,

@@ -36,6 +36,7 @@ from moco.config import (
     LinclsConfig,
     Part,
     PretrainConfig,
+    SentenceConfig,
     help_of,
     objective_slug,
     parts_of,
@@ -272,7 +273,9 @@ def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
         if config.speed.compile:
             _check_compiler(device)
     check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
-    return replace(config, saving=_pretrain_folder(parser, config))
+    encoder = config.encoder
+    name = f"moco-{encoder.arch}-{objective_slug(config.objective)}-k{encoder.moco_k}"
+    return replace(config, saving=_pretrain_folder(parser, config, name))
 
 
 def _check_encoder(config: PretrainConfig) -> None:
@@ -299,7 +302,9 @@ def _check_compiler(device: torch.device) -> None:
         )
 
 
-def _pretrain_folder(parser: argparse.ArgumentParser, config: PretrainConfig) -> Folder:
+def _pretrain_folder(
+    parser: argparse.ArgumentParser, config: PretrainConfig | SentenceConfig, name: str
+) -> Folder:
     """The run folder, and the checkpoint to go on from: a path, "auto" or None."""
     saving, init_from = config.saving, config.optim.init_from
     check_run_folder(parser, saving, pretraining=True)
@@ -326,14 +331,40 @@ def _pretrain_folder(parser: argparse.ArgumentParser, config: PretrainConfig) ->
     if init_from and checkpoint is None and not Path(init_from).is_file():
         parser.error(f"--init-from: no such checkpoint: {init_from}")
     if run is None:
-        encoder = config.encoder
-        name = f"moco-{encoder.arch}-{objective_slug(config.objective)}-k{encoder.moco_k}"
         run = _new_folder(f"{name}-b{config.optim.batch_size}", config.optim.seed)
     return replace(saving, save_dir=run, checkpoint=checkpoint)
 
 
 def _new_folder(name: str, seed: int) -> Path:
     return Path("results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-s{seed}"
+
+
+# ------------------------------------------------------------------------------------------------
+# scripts/train_sentences.py
+# ------------------------------------------------------------------------------------------------
+
+
+def sentence_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="two sentence encoders by Quick-Thought", allow_abbrev=False)
+    add_options(parser, SentenceConfig)
+    return parser
+
+
+def sentence_config(argv: Sequence[str] | None = None) -> SentenceConfig:
+    """The config that a command line of train_sentences.py describes; else exit status 2."""
+    parser = sentence_parser()
+    options = parser.parse_args(argv)
+    with _refusals(parser):
+        config = SentenceConfig(**_settle(make_parts(options, SentenceConfig)))
+    text = Path(config.data.data)
+    if not text.is_file():
+        parser.error(
+            f"{text} is a folder, expected a text file"
+            if text.is_dir()
+            else f"no such text: {text}"
+        )
+    name = f"sentences-{config.objective.slug()}"
+    return replace(config, saving=_pretrain_folder(parser, config, name))
 
 
 # ------------------------------------------------------------------------------------------------

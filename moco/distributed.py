@@ -94,16 +94,17 @@ def all_gather(rows: Tensor, span: int | None = None) -> Tensor:
     return gathered
 
 
-def gather_group(rows: Tensor, span: int) -> Tensor:
-    """Rows of the `span` ranks that share a group, (N, ...) -> (span*N, ...), with gradient.
+def gather_with_gradient(rows: Tensor, span: int | None = None) -> Tensor:
+    """As `all_gather`, for a loss that each of these ranks then computes alike from all rows.
 
-    Each of these ranks computes the same loss of all rows. The gradient is that of the sum of their
-    losses, as data-parallel averaging expects: `span` times that of one of them.
+    The gradient is that of the sum of their losses, as data-parallel averaging expects: as many
+    times that of one of them.
     """
-    return _GatherGroup.apply(rows, span)
+    ranks = span or world_size()
+    return rows if ranks == 1 else _GatherWithGradient.apply(rows, ranks)
 
 
-class _GatherGroup(torch.autograd.Function):
+class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, span):
         ctx.span = span

@@ -17,16 +17,18 @@ from moco.profiling import label
 class StepPrinter:
     """A bar on a terminal, plain lines every `print_freq` steps elsewhere; rank 0 only.
 
-    Counts images per second and the share of time spent waiting for data.
+    Counts images, or what else a batch has, per second and the share of time spent waiting for
+    data.
     """
 
-    def __init__(self, *, total: int, batch_size: int, done: int = 0) -> None:
+    def __init__(self, *, total: int, batch_size: int, done: int = 0, unit: str = "images") -> None:
         """
         Args:
             total: steps of the whole run; `done` of them before this process started.
             batch_size: images per step over all ranks.
+            unit: "images", or what else they are.
         """
-        self.total, self.batch_size, self.step = total, batch_size, done
+        self.total, self.batch_size, self.step, self.unit = total, batch_size, done, unit
         self.first = done
         self.start = self.last_print = time.perf_counter()
         self.last_step = done
@@ -53,11 +55,11 @@ class StepPrinter:
             self.bar.update()
 
     def rates(self) -> dict[str, float]:
-        """Since the last call: images/s and the share of time waiting for data."""
+        """Since the last call: "images_per_s" and the share of time waiting for data."""
         now = time.perf_counter()
         elapsed = now - self.last_print
         rates = {
-            "images_per_s": (self.step - self.last_step) * self.batch_size / elapsed,
+            f"{self.unit}_per_s": (self.step - self.last_step) * self.batch_size / elapsed,
             "data_share": self.waited / elapsed,
         }
         self.last_print, self.last_step, self.waited = now, self.step, 0.0

@@ -4,6 +4,7 @@
     python scripts/measure_align_uniform.py RUN/checkpoint_0199.pth.tar DIR [--out FILE.json]
     python scripts/measure_align_uniform.py --timm vit_base_patch16_224 mae_vit_base.pth DIR
     python scripts/measure_align_uniform.py --features VAL.npz [--bank TRAIN.npz]
+    python scripts/measure_align_uniform.py RUN/checkpoint_0000.pth.tar TEXT.txt
 
 Images are those of DIR/val, or of DIR itself where there is no val/. Positive pairs are two views
 of each by the augmentation that the checkpoint was trained with (MoCo v2's where the file does not
@@ -15,6 +16,9 @@ models, have a backbone only. Lower is better for alignment and uniformity.
 A features file has the arrays `features` (N, C) and perhaps `labels` (N,) and `positives` or
 `features_2` (N, C): other views of the same images. It is .npz or .safetensors, as
 extract_features.py writes it.
+
+With a text in place of DIR the checkpoint is one of train_sentences.py: positive pairs are
+neighbours among the first sentences of TEXT, as many as the run held out.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from moco.data.images import DATASETS
 from moco.errors import report_user_errors
 from moco.evaluate.extraction import LAYERS, Loading, load_image_encoder
 from moco.evaluate.measure import HeldOut, Quantities, measure_encoder, measure_features
+from moco.evaluate.sentences import measure_sentences
 from moco.launch import usable_cores, visible_devices
 from moco.run_files import write_json
 
@@ -97,6 +102,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with report_user_errors():
         if args.features:
             result = measure_features(args.features, args.bank, quantities, device, seed=args.seed)
+        elif Path(args.data).is_file():
+            result = measure_sentences(
+                args.checkpoint, args.data, quantities, device,
+                most=args.most_images, batch=args.batch_size,
+            )  # fmt: skip
         else:
             encoder = load_image_encoder(
                 args.checkpoint, layer=args.layer, timm=args.timm,
@@ -126,8 +136,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         )
     elif args.data is None:
         parser.error("CHECKPOINT and DIR are needed, or --features FILE")
-    elif not Path(args.data).is_dir():
+    elif not Path(args.data).exists():
         parser.error(f"no such data folder: {args.data}")
+    elif Path(args.data).is_file() and (args.timm or args.layer):
+        parser.error("with a text there are the encoders f and g: leave --timm and --layer out")
     if args.bank and not args.features:
         parser.error("--bank is for --features; with a CHECKPOINT the bank is DIR/train")
     if args.timm and args.layer == "projection":
@@ -149,8 +161,10 @@ def table(result: dict) -> str:
     title += [f"epoch {result['epoch']}" if result.get("epoch") is not None else None]
     title += [result.get("objective")]
     lines = [", ".join(part for part in title if part)]
-    lines.append(f"{result['images']} images")
-    if "data" in result:
+    lines.append(f"{result['images']} {result.get('unit', 'images')}")
+    if "seed" not in result:
+        lines[-1] += f" of {result['data']}"
+    elif "data" in result:
         lines[-1] += f" of {result['data']}, two views each (seed {result['seed']})"
 
     def row(name: str, cells: list[str]) -> None:

@@ -20,7 +20,7 @@ FLOORS = {
     1: "moco.config moco.encoders moco.batch_norm moco.precision moco.distributed moco.launch "
     "moco.log moco.progress moco.profiling moco.timing moco.schedule moco.errors moco.run_files "
     "moco.printable moco.lock moco.stop moco.looks moco.handshake moco.memory moco.packages "
-    "moco.pickles",
+    "moco.pickles moco.sentence_encoders",
     2: "moco.builder moco.data moco.checkpoint",
     3: "moco.train moco.evaluate moco.tasks moco.publish moco.runs",
     4: "moco.cli",

@@ -51,6 +51,15 @@ def test_commands_parse(parser, programs: tuple[str, ...]) -> None:
         assert args.data in DATA, f"{page}: {command}"
 
 
+def test_commands_of_sentences_parse() -> None:
+    program = "scripts/train_sentences.py"
+    found = commands(program)
+    assert len(found) >= 3
+    for _, command in found:
+        words = shlex.split(command)
+        cli.sentence_parser().parse_args(words[words.index(program) + 1 :])
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_exist(page: str) -> None:
     named = set(

@@ -28,6 +28,7 @@ __all__ = [
     "epoch_path",
     "is_url",
     "load_encoder",
+    "load_sentence_encoders",
     "newest_valid",
     "read_checkpoint",
     "read_url",
@@ -42,3 +43,4 @@ __all__ = [
     "write_checkpoint",
     "write_safetensors",
 ]
+from moco.checkpoint.sentences import load_sentence_encoders

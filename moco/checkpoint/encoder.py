@@ -13,6 +13,7 @@ from moco.checkpoint.download import is_url, read_url, without_secrets
 from moco.checkpoint.files import read_checkpoint
 from moco.checkpoint.hashes import checked_digits
 from moco.checkpoint.layouts import PRETRAINING, Source, find_encoder
+from moco.checkpoint.sentences import is_of_sentences
 from moco.encoders import (
     build_head,
     get_head,
@@ -61,14 +62,21 @@ def load_encoder(
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, another hash, no known architecture fits (the message
-            names what is missing, unexpected or of another shape), or no such head.
+        CheckpointError: not a checkpoint, one of sentence encoders, another hash, no known
+            architecture fits (the message names what is missing, unexpected or of another shape),
+            or no such head.
         ValueError: no such value of `head` or `sha256`.
     """
     if head not in ("none", "projection", "linear"):
         raise ValueError(f'head must be "none", "projection" or "linear", got {head!r}')
     content = _read(path, checked_digits(sha256))
     path = without_secrets(path)  # as messages have it
+    if is_of_sentences(content):
+        raise CheckpointError(
+            f"{path} holds sentence encoders (scripts/train_sentences.py), an image encoder was "
+            f"asked for: evaluate it by scripts/evaluate_sentences.py {path} --mr DIR --cr DIR, or "
+            "load it by moco.checkpoint.load_sentence_encoders"
+        )
     source = find_encoder(content, path)
     state = source.fit.state
     encoder = source.fit.build()

@@ -63,7 +63,9 @@ from moco.config.pretrain import (
 from moco.config.resume import (
     LEARNED,
     SAMPLE_ORDER,
+    learned_names,
     learned_values,
     learning_changes,
     rounding_changes,
 )
+from moco.config.sentences import SentenceConfig

@@ -16,36 +16,52 @@ from moco.config.pretrain import (
     groups_of_old_files,
     objective_formula,
 )
+from moco.config.sentences import SentenceConfig, SentenceObjective
+
+_CONFIGS = {"sentences": SentenceConfig}  # by "task" among the flat values; without it MoCo's
 
 
-def _by_class(resume: str) -> dict[str, Any]:
-    """Flat names of PretrainConfig's fields of this class -> value before the field existed."""
+def _by_class(resume: str, config: type) -> dict[str, Any]:
+    """Flat names of a config's fields of this class -> value before the field existed."""
     return {
         field.name: field.metadata["since"]
-        for field in option_fields(PretrainConfig)
+        for field in option_fields(config)
         if field.metadata["resume"] == resume
     }
 
 
-_OBJECTIVE = tuple(field.name for field in dataclasses.fields(Objective))
+def _config_of(flat: Mapping[str, Any]) -> type:
+    return _CONFIGS.get(flat.get("task"), PretrainConfig)
+
+
+_OBJECTIVE = tuple(f.name for of in (Objective, SentenceObjective) for f in dataclasses.fields(of))
 # Worked out from several fields, or found in the data.
-_DERIVED = ("images", "images_digest", "bn_group_size", "loss_group_size", "shuffled_images")
-# What the order of samples within an epoch depends on.
-SAMPLE_ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_class", "seed")
-
-
-# Flat names of all that decides what is learned: runs that differ in one of them are other runs.
-LEARNED = (
-    *(name for name in _by_class(LEARNS) if name not in _OBJECTIVE or name == "symmetric"),
-    *_DERIVED,
-    "objective",
+_DERIVED = (
+    *("images", "images_digest", "sentences", "text_digest"),
+    *("bn_group_size", "loss_group_size", "shuffled_images"),
 )
+# What the order of samples within an epoch depends on.
+SAMPLE_ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_class", "seed",
+                "sentences", "text_digest")  # fmt: skip
+
+
+def learned_names(flat: Mapping[str, Any]) -> tuple[str, ...]:
+    """Flat names of all that decides what a run with these flat values learns: runs that differ in
+    one of them are other runs."""
+    names = _by_class(LEARNS, _config_of(flat))
+    kept = (name for name in names if name not in _OBJECTIVE or name == "symmetric")
+    return (*kept, *_DERIVED, "objective")
+
+
+LEARNED = learned_names({})  # of MoCo
 
 
 def learned_values(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Of flat values those that decide what is learned, the objective as its formula."""
-    values = {name: flat[name] for name in LEARNED if name in flat and name != "objective"}
-    formula = objective_formula(flat)
+    names = learned_names(flat)
+    values = {name: flat[name] for name in names if name in flat and name != "objective"}
+    is_moco = _config_of(flat) is PretrainConfig
+    formula = objective_formula(flat) if is_moco else flat.get("objective")
     return values if formula is None else {**values, "objective": formula}
 
 
@@ -57,7 +73,8 @@ def learning_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """
     if not saved:
         return []
-    since = {n: v for n, v in _by_class(LEARNS).items() if v is not UNKNOWN}
+    fields = _by_class(LEARNS, _config_of(now))
+    since = {n: v for n, v in fields.items() if v is not UNKNOWN}
     before = learned_values({**since, **groups_of_old_files(saved), **saved})
     after = learned_values(now)
     if _objective_numbers(saved) == _objective_numbers(now):
@@ -67,7 +84,8 @@ def learning_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 def rounding_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is computed otherwise than before, so that the run goes on, but not bit for bit."""
-    return _changed({**_by_class(ROUNDS), **_only(saved, _by_class(ROUNDS))}, now) if saved else []
+    fields = _by_class(ROUNDS, _config_of(now))
+    return _changed({**fields, **_only(saved, fields)}, now) if saved else []
 
 
 def _objective_numbers(flat: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -83,7 +101,10 @@ def _objective_numbers(flat: Mapping[str, Any]) -> dict[str, Any] | None:
         if numbers[weight]:
             numbers[name] = float(flat[name])
     if numbers["unif_w"]:
-        numbers["intra_batch"] = bool(flat["intra_batch"])
+        numbers["intra_batch"] = bool(flat.get("intra_batch"))
+    if numbers["align_w"]:
+        numbers["align_pairs"] = flat.get("align_pairs")  # of sentences, as is the next
+    numbers["normalize"] = flat.get("normalize")
     return {**numbers, "symmetric": bool(flat.get("symmetric", False))}
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from moco.run_files import ARGS, LINCLS_RESULT
 
 Protocol = tuple[tuple[str, str], ...]  # all that a figure depends on but the seed: (name, value)
 KNN = "k-NN top-1"
+SENTIMENT = ("MR", "CR")
 LOGGED = ("logged while training", "")  # in the protocol of a figure that nobody has evaluated
 _LARGEST_NUMBER = 10**100  # squares, and sums of them, are still floats
 _LARGEST_MEASURE = 2**20  # bytes; a larger file is no result of a measurement
@@ -153,8 +155,9 @@ def best_fold_mean(folds: dict) -> float | None:
 
 
 def read_measure(path: Path) -> dict | None:
-    """Alignment and uniformity of the projection at alpha 2 and t 2, as "figures", and the
-    "checkpoint"; None for a file that is no result of measure_align_uniform.py."""
+    """Alignment and uniformity of the projection (or of sentences) at alpha 2 and t 2, or MR and
+    CR, as "figures", and the "checkpoint"; None for a file that is no result of
+    measure_align_uniform.py or evaluate_sentences.py."""
     try:
         if path.stat().st_size > _LARGEST_MEASURE:
             return None
@@ -163,6 +166,9 @@ def read_measure(path: Path) -> dict | None:
         return None
     if not is_path(content.get("checkpoint")):
         return None
+    about = {n: content[n] for n in ("checkpoint", "pretrained_epochs") if n in content}
+    if isinstance(content.get("sentiment"), dict):
+        return {**about, "figures": list(_sentiment_figures(content["sentiment"]))}
     layers = content.get("layers")
     on = {name: content.get(name) for name in ("images", "data") if not _nested(content.get(name))}
     if isinstance(on.get("data"), str):
@@ -170,11 +176,22 @@ def read_measure(path: Path) -> dict | None:
     figures = []
     for name, parameter in (("alignment", "alpha"), ("uniformity", "t")):
         if isinstance(layers, dict):  # by layer, then by alpha or t
-            values = layers.get("projection")
+            values = layers.get("projection", layers.get("sentences"))
             values = values.get(name) if isinstance(values, dict) else None
             value = values.get("2") if isinstance(values, dict) else None
         else:
             at_2 = content.get("layer") == "projection" and content.get(parameter) == 2
             value = content.get(name) if at_2 else None
         figures.append((name, number(value), _protocol(on)))
-    return {"checkpoint": content["checkpoint"], "figures": figures}
+    return {**about, "figures": figures}
+
+
+def _sentiment_figures(sentiment: dict) -> Iterator[tuple]:
+    """ "MR" and "CR" on the validation split, "MR folds" of the rest, "MR nested"."""
+    for name, found in sentiment.items():
+        if name in SENTIMENT and isinstance(found, dict):
+            protocol = _protocol({"of": found.get("of")})
+            yield name, number(found.get("accuracy")), protocol
+            yield f"{name} folds", number(found.get("folds_mean")), protocol
+            nested = _dict(found.get("nested"))
+            yield f"{name} nested", number(nested.get("accuracy")), protocol

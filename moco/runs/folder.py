@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moco.config import LEARNED
+from moco.config import learned_names
 from moco.printable import printable
 from moco.run_files import ARGS, FORMAT_VERSION, LINCLS_RESULT, LOG, checkpoint_files, read_log
 from moco.runs.evaluations import (
     KNN,
     LOGGED,
+    SENTIMENT,
     Protocol,
     Unusable,
     is_path,
@@ -114,7 +115,7 @@ class RunFolder:
         """Images and seconds between the lines of the log, without the time a run lay still."""
         images, seconds, before = 0.0, 0.0, None
         for line in self.log:
-            rate = number(line.get("images_per_s"))
+            rate = number(line.get("images_per_s", line.get("sentences_per_s")))
             if line["kind"] == "train" and rate and rate > 0:
                 if before is None:  # a run that went on from another's checkpoint starts later
                     before = max(0, line["step"] - int(number(self.args.get("print_freq")) or 1))
@@ -154,8 +155,10 @@ class RunFolder:
         if epoch == self.epochs:
             scalars = self.scalars()
             for name in ("alignment", "uniformity"):
-                if name in scalars:
-                    yield Figure(name, epoch, scalars[name][1][-1], (LOGGED,))
+                held_out = f"held_out {name}"  # of sentences; else of a batch
+                logged = scalars.get(held_out, scalars.get(name))
+                if logged:
+                    yield Figure(name, epoch, logged[1][-1], (LOGGED,))
 
     @functools.cached_property
     def final(self) -> dict[tuple[str, Protocol], list[float]]:
@@ -201,13 +204,15 @@ def common_accuracy(
     counts: dict[tuple[str, Protocol], int] = {(KNN, ()): 0}
     for run, epoch in encoders:
         for name, protocol in run.found(epoch):
-            if name == KNN or name.split(",")[0].endswith(" last"):
+            if name in (KNN, *SENTIMENT) or name.split(",")[0].endswith(" last"):
                 counts[name, protocol] = counts.get((name, protocol), 0) + 1
 
     def preference(kind: tuple[str, Protocol]) -> tuple:
         return counts[kind], kind[0] == "linear last", kind[0] != KNN
 
     kind = max(counts, key=preference)
+    if kind[0] in SENTIMENT:
+        return f"{kind[0]} (%)", lambda run, epoch: mean(run.found(epoch).get(kind, ()))
     title = "k-NN" if kind[0] == KNN else kind[0].replace(" last", "", 1)
     last = "" if kind[0] == KNN else ", last"
     return f"{title} top-1{last} (%)", lambda run, epoch: mean(run.found(epoch).get(kind, ()))
@@ -330,6 +335,8 @@ def _is_evaluation(folder: Path) -> bool:
 
 def _read_run(folder: Path, left_out: list[tuple[str, str]]) -> RunFolder:
     args = read_json(folder / ARGS)
+    if args.get("task") == "sentences":
+        args["images"] = args.get("sentences")  # what an epoch has so many of
     for name, kind in _NEEDED.items():
         value = args.get(name)
         usable = isinstance(value, kind) and not isinstance(value, bool)
@@ -341,7 +348,7 @@ def _read_run(folder: Path, left_out: list[tuple[str, str]]) -> RunFolder:
     if args["batch_size"] < 1 or args["images"] < 0 or args["epochs"] < 0:
         raise Unusable("args.json has a batch size, number of images or of epochs below zero")
     _refuse_other_version(folder)
-    names = [name for name in LEARNED if name in args] + ["processes", "max_steps"]
+    names = [name for name in learned_names(args) if name in args] + ["processes", "max_steps"]
     learned = {name: _text(args.get(name)) for name in names}
     return RunFolder(folder, args, _read_log(folder, _planned_steps(args), left_out), learned)
 

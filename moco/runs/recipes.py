@@ -21,6 +21,10 @@ PUBLISHED = {  # column -> what it is called
     "val_top1": "validation top-1",
     "val_top5": "validation top-5",
     "knn_top1": "k-NN top-1",
+    "cv_mr": "MR, 5 folds of the rest",
+    "cv_cr": "CR, 5 folds of the rest",
+    "val_mr": "MR validation",
+    "val_cr": "CR validation",
 }
 # Flags of main_lincls.py that the measurement shares: which images, and where it runs.
 DATA, MACHINE = ("--dataset", "--images-per-class"), ("--device", "-j", "--workers")
@@ -119,6 +123,10 @@ def plan(
         ValueError: no such recipe, or flags that cannot be.
     """
     table, row = tables.find(recipe)
+    if table.get("kind") == "sentences":
+        if folds is not None or lincls:
+            raise ValueError("--folds and --lincls are for encoders of images")
+        return _sentence_plan(tables, recipe, data, out, scale, seed, pretrain)
     moco, probe = flags_of(table, row)
     changes = []
     if scale != "full":
@@ -149,6 +157,48 @@ def plan(
           *split_off(probe_words, *DATA, *MACHINE)[0], "--out", str(metrics)]),
     ]  # fmt: skip
     return Plan(recipe, table, row, changes, moco_words, probe_words, steps)
+
+
+def _sentence_plan(
+    tables: Tables, recipe: str, data: str, out: Path, scale: str, seed: int, more: Sequence[str]
+) -> Plan:
+    """Of sentence encoders. DIR has the text to train on, text.txt, which may be a link to a
+    compressed file, and the files of MR and CR."""
+    table, row = tables.find(recipe)
+    flags: Flags = {"hidden": float(row["dim"]) / 2}  # in each direction
+    for column, flag in (("epochs", "epochs"), ("batch_size", "batch-size"), ("lr", "lr")):
+        flags[flag] = float(row[column])
+    flags.update(table["pretrain"])
+    for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
+        weight = flags[f"{term}-w"] = float(row[f"{term}_w"] or 0)
+        if weight:
+            flags[f"{term}-{parameter}"] = float(row[f"{term}_{parameter}"])
+    flags["no-normalize"] = row["normalized"] == "no"
+    changes = []
+    if scale != "full":
+        if "sentences" not in tables.scales[scale]:
+            there = ", ".join(name for name, s in tables.scales.items() if "sentences" in s)
+            raise ValueError(f"--scale {scale} is not of this table; there is {there}")
+        changes = rescale(flags, {}, {**tables.scales[scale]["sentences"], "lincls": {}})
+    words = [*spell(flags | {"seed": seed}), *more]
+    changes += [f"pretrain {shlex.join(more)}"] if more else []
+    (_, epochs), _ = split_off(words, "--epochs")
+    most, _ = split_off(words, "--max-steps")
+    name = f"step_{int(most[1]):08d}" if most else f"checkpoint_{int(epochs) - 1:04d}"
+    checkpoint = out / "pretrain" / f"{name}.pth.tar"
+    text, sentiment, metrics = (
+        f"{data}/text.txt",
+        out / "sentiment.json",
+        out / "align_uniform.json",
+    )
+    steps = [
+        (checkpoint, ["scripts/train_sentences.py", *words, *_resumed(out / "pretrain"), text]),
+        (sentiment, ["scripts/evaluate_sentences.py", str(checkpoint), "--mr", data, "--cr", data,
+                     "--out", str(sentiment)]),
+        (metrics, ["scripts/measure_align_uniform.py", str(checkpoint), text,
+                   "--out", str(metrics)]),
+    ]  # fmt: skip
+    return Plan(recipe, table, row, changes, words, [], steps)
 
 
 def _resumed(folder: Path) -> list[str]:
@@ -248,6 +298,8 @@ def claim(path: Path, facts: dict) -> None:
 
 def check_classes(tables: Tables, table: dict, data: Path) -> None:
     """Raise ValueError unless both splits of `data` hold the classes of the published figures."""
+    if "class-count" not in table and "classes" not in table:
+        return  # of sentences
     for split in ("train", "val"):
         folder = data / split
         entries = folder.iterdir() if folder.is_dir() else ()
@@ -286,7 +338,8 @@ def formula(row: dict) -> str:
         )
     ]  # fmt: skip
     text = " + ".join(f"{weight} * {term}" for weight, term in terms if weight)
-    text += ", no intra-batch pairs" if row["intra_batch"] == "no" else ""
+    text += ", no intra-batch pairs" if row.get("intra_batch") == "no" else ""
+    text += ", not normalised" if row.get("normalized") == "no" else ""
     return text + (", symmetric" if row.get("symmetric") == "yes" else "")
 
 
@@ -300,7 +353,8 @@ def overview(tables: Tables) -> list[str]:
             setting += f", MoCo {row['moco']}" if "moco" in row else ""
             setting += f", queue {row['queue']}" if "queue" in row else ""
             note = f"  ({row['note']})" if row["note"] else ""
-            top1 = row.get("val_top1") or row.get("knn_top1") or "-"
+            columns = ("val_top1", "knn_top1", "val_mr", "val_cr")
+            top1 = next((row[column] for column in columns if row.get(column)), "-")
             lines.append(f"  {name}:{number:<3} {top1:>6}  {formula(row)}; {setting}{note}")
     return lines
 
@@ -331,6 +385,8 @@ def compared(row: dict, result: dict, metrics: dict, *, changed: bool) -> list[s
         measured["cv_top1"] = max(mean for mean in means if mean is not None)  # of the chosen one
     if "knn" in result:
         measured["knn_top1"] = result["knn"]["top1"]
+    for name, found in result.get("sentiment", {}).items():
+        measured[f"val_{name.lower()}"] = found["accuracy"]
     lines = ["", f"{'':<24} {'published':>9} {'measured':>9}"]
     for column, name in PUBLISHED.items():
         if row.get(column) or column in measured:
@@ -339,6 +395,11 @@ def compared(row: dict, result: dict, metrics: dict, *, changed: bool) -> list[s
     if "folds" in result:
         folds = result["folds"]["count"]
         lines.append(f"measured: {folds} folds of the training set; validation once")
+    elif "sentiment" in result:
+        found = result["sentiment"].values()
+        constants = " / ".join(f"{one['constant']:.2f}" for one in found)
+        bags = " / ".join(f"{one['bag_of_words']['accuracy']:.2f}" for one in found)
+        lines.append(f"constant {constants}, bag of words {bags}")
     elif "best" in result:
         best = result["best"]
         lines.append(f"measured: last epoch; best {best['top1']:.2f} in epoch {best['epoch']}")

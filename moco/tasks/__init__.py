@@ -1,4 +1,4 @@
-"""Tasks: what is trained on the engine. MoCo is the first one.
+"""Tasks: what is trained on the engine. MoCo is the first one, sentences are another.
 
 A task is a class with four methods:
 

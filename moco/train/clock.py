@@ -38,7 +38,7 @@ class Rhythm:
 
     Attributes:
         total_steps: at which step the run ends.
-        evaluate: in epochs.
+        evaluate: in epochs; evaluate_steps: in steps.
     """
 
     steps_per_epoch: int
@@ -47,6 +47,7 @@ class Rhythm:
     save: int
     compare_ranks: int
     evaluate: int
+    evaluate_steps: int = 0
 
     @classmethod
     def of(
@@ -54,6 +55,7 @@ class Rhythm:
         saving: Saving,
         watching: Watching,
         *,
+        evaluate: tuple[int, int],
         steps_per_epoch: int,
         total_steps: int,
     ) -> Rhythm:
@@ -63,7 +65,8 @@ class Rhythm:
             log=saving.print_freq,
             save=saving.save_steps,
             compare_ranks=watching.check_every,
-            evaluate=watching.knn_every,
+            evaluate=evaluate[0],
+            evaluate_steps=evaluate[1],
         )
 
 
@@ -80,28 +83,34 @@ def due(step: int, step_in_epoch: int, epoch: int, rhythm: Rhythm, look_at: int)
     ended = step >= rhythm.total_steps
     epoch_end = step_in_epoch == rhythm.steps_per_epoch
     log = ended or _every(rhythm.log, step)
-    save = ended or epoch_end or _every(rhythm.save, step)
+    evaluate = evaluation_due(step, epoch + 1 if epoch_end else None, rhythm)
+    save = ended or epoch_end or evaluate or _every(rhythm.save, step)
     return Due(
         log=log,
         agree=log or save or step >= look_at,
         compare_ranks=_every(rhythm.compare_ranks, step),
         epoch_end=epoch_end,
         save=save,
-        evaluate=evaluation_due(step, epoch + 1 if epoch_end else None, rhythm),
+        evaluate=evaluate,
         ended=ended,
     )
 
 
 def evaluation_due(step: int, epochs: int | None, rhythm: Rhythm) -> bool:
-    """At the end of the run, and of every `rhythm.evaluate`-th epoch.
+    """At the end of the run, of every `rhythm.evaluate`-th epoch, and every
+    `rhythm.evaluate_steps` steps.
 
     Args:
         epochs: finished epochs; None within one.
     """
-    if not rhythm.evaluate:
+    if not (rhythm.evaluate or rhythm.evaluate_steps):
         return False
     whole = epochs is not None and epochs > 0
-    return step >= rhythm.total_steps or (whole and epochs % rhythm.evaluate == 0)
+    return (
+        step >= rhythm.total_steps
+        or (whole and _every(rhythm.evaluate, epochs))
+        or (step > 0 and _every(rhythm.evaluate_steps, step))
+    )
 
 
 def _every(steps: int, step: int) -> bool:

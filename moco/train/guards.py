@@ -151,8 +151,8 @@ class CollapseAlarm:
 
     LEAST_STD = 0.1  # of the per-dimension deviation times sqrt(C): 1 when uniform, 0 collapsed
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, remedy: str) -> None:
+        self.steps, self.remedy = steps, remedy
         self.since: int | None = None
 
     def check(self, feature_std: float, step: int, log: RunLog) -> None:
@@ -164,8 +164,7 @@ class CollapseAlarm:
         if self.steps and step - self.since >= self.steps:
             distributed.print_main(
                 f"warning: features have collapsed since step {self.since}: deviation "
-                f"{feature_std:.3f} of 1 per dimension. Raise --moco-unif-w or --moco-unif-t, or "
-                "lower --lr"
+                f"{feature_std:.3f} of 1 per dimension. {self.remedy}"
             )
             log.scalars("warning", step, {"collapsed_since": self.since})
             self.since = step  # again after as many steps

@@ -118,12 +118,12 @@ def report(t: Trainer, losses: Losses) -> None:
     if t.log.active:
         t.log.scalars("metrics", state.step, t.task.metrics(losses), epoch=state.epoch)
     terms = "  ".join(f"{name} {values[name]:.4f}" for name, _ in losses.items())
+    rate = f"{values[f'{t.task.unit}_per_s']:.0f} {t.task.unit}/s"
     t.printer.line(
         f"epoch [{state.epoch}/{epochs}] step [{state.step_in_epoch}/{t.rhythm.steps_per_epoch}]  "
         f"loss {values['loss']:.4f}  {terms}  lr {lr:.4g}  "
-        f"{values['images_per_s']:.0f} images/s  data {100 * values['data_share']:.0f}%",
-        short=f"epoch {state.epoch}/{epochs}, loss {values['loss']:.3f}, "
-        f"{values['images_per_s']:.0f} images/s",
+        f"{rate}  data {100 * values['data_share']:.0f}%",
+        short=f"epoch {state.epoch}/{epochs}, loss {values['loss']:.3f}, {rate}",
     )
     spread = t.task.feature_std(losses)
     if spread is not None:

@@ -1,4 +1,4 @@
-"""The optimizer: SGD in one kernel, its momentum, its learning rate."""
+"""The optimizer: SGD in one kernel, what it keeps of each weight, its learning rate."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ def fused_sgd(module: nn.Module, optim: PretrainOptim) -> torch.optim.SGD:
         weight_decay=optim.weight_decay,
         fused=True,
     )
-    fill_momentum(optimizer)
+    fill_moments(optimizer)
     return optimizer
 
 
 @torch.no_grad()
-def fill_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give each trained parameter a momentum of its own memory format, zero where there is none.
+def fill_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Give each trained parameter moments of its own memory format: SGD's momentum, zero where
+    there is none, and what other optimizers have made.
 
-    torch's fused kernels walk over parameter, gradient and momentum by address: of another format,
-    momentum would go to the wrong weights. And if the first step is left out, as fp16 begins, the
-    momentum that they make for themselves stays uninitialised.
+    torch's fused kernels walk over parameter, gradient and moments by address: of another format,
+    moments would go to the wrong weights. And if the first step is left out, as fp16 begins, the
+    momentum that SGD makes for itself stays uninitialised.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.requires_grad and group["momentum"]:
+            if not parameter.requires_grad:
+                continue
+            moments = {n: m for n, m in optimizer.state.get(parameter, {}).items() if n != "step"}
+            if group.get("momentum"):
+                moments.setdefault("momentum_buffer", None)
+            for name, known in moments.items():
                 own = torch.zeros_like(parameter)
-                known = optimizer.state[parameter].get("momentum_buffer")
-                if known is not None:
-                    own.copy_(known)
-                optimizer.state[parameter]["momentum_buffer"] = own
+                optimizer.state[parameter][name] = own if known is None else own.copy_(known)
 
 
 def set_learning_rate(

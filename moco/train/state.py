@@ -18,7 +18,7 @@ from torch import nn
 from moco import checkpoint, distributed
 from moco.errors import CheckpointError
 from moco.log import Means
-from moco.train.optimizer import fill_momentum
+from moco.train.optimizer import fill_moments
 from moco.train.task import Task
 
 
@@ -98,7 +98,7 @@ class TrainState:
         state._metadata = self.module.state_dict()._metadata  # versions of modules, for some archs
         state.pop("scalar_label", None)  # of moco_align_uniform's InfoNCE runs; always 0
         chosen = [
-            {name: group[name] for name in ("momentum", "weight_decay", "fused", "foreach")}
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
             for group in self.optimizer.param_groups
         ]
         try:
@@ -106,7 +106,7 @@ class TrainState:
             self.optimizer.load_state_dict(content["optimizer"])
             for group, values in zip(self.optimizer.param_groups, chosen, strict=True):
                 group.update(values)  # else --allow-changes would change nothing
-            fill_momentum(self.optimizer)
+            fill_moments(self.optimizer)
             if self.scaler.is_enabled() and content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
             self.epoch = int(content["epoch"])

@@ -39,16 +39,19 @@ def train_step(
                 loss = guard.poison(loss / parts if parts > 1 else loss)
                 state.scaler.scale(loss).backward()
     step_losses = losses[0] if parts == 1 else task.mean(losses)
-    norm = apply_gradients(state, guard)
+    norm = apply_gradients(state, guard, task.max_grad_norm)
     guard.note(norm, task.total(step_losses), step_losses)
     return step_losses
 
 
-def apply_gradients(state: TrainState, guard: StepGuard) -> Tensor:
-    """Step the optimizer if all gradients are finite; returns their norm."""
+def apply_gradients(state: TrainState, guard: StepGuard, longest: float | None = None) -> Tensor:
+    """Shorten gradients to the norm `longest`, and step the optimizer if all are finite;
+    returns their norm as it was."""
     with label("optimizer"):
         state.scaler.unscale_(state.optimizer)
         norm = gradient_norm(state.module)
+        if longest is not None:
+            nn.utils.clip_grads_with_norm_(state.module.parameters(), longest, norm)
         if not state.scaler.is_enabled():  # which would find out by itself, and adapt its scale
             state.optimizer.found_inf = guard.leave_out(norm)
         state.scaler.step(state.optimizer)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moco.errors import CheckpointError
 from moco.log import RunLog
+from moco.train.optimizer import fused_sgd
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class Task(ABC):
     """
 
     evaluation_kind = "knn"  # of the log's lines that an evaluation writes
+    unit = "images"  # what a batch has so many of
+    max_grad_norm: float | None = None  # longer gradients are shortened to it
+    collapse_remedy = "Raise --moco-unif-w or --moco-unif-t, or lower --lr"
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -97,6 +101,10 @@ class Task(ABC):
         """The scalar to minimise."""
 
     # ---- what has a default
+
+    def build_optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        """One that leaves a step out while its `found_inf` is set, as torch's fused ones do."""
+        return fused_sgd(module, self.config.optim)
 
     def split(self, batch: Any, parts: int) -> Sequence[Any]:
         """A batch in equal parts along the first axis of its tensors, for --accumulate."""
@@ -161,5 +169,10 @@ class Task(ABC):
         """Show the very first batch."""
 
     def build_evaluation(self, trainer: Any) -> Evaluation | None:
-        """The evaluation every --knn-every epochs."""
+        """The evaluation, as often as `evaluation_rhythm` says."""
         return None
+
+    def evaluation_rhythm(self) -> tuple[int, int]:
+        """Epochs, and steps, from one evaluation to the next, 0 for never; there is one at the end
+        of the run unless both are 0."""
+        return self.config.watching.knn_every, 0

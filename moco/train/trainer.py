@@ -20,7 +20,6 @@ from moco.stop import StopRequest
 from moco.train import feasible, guards, resume
 from moco.train.clock import Rhythm, Stopwatch
 from moco.train.guards import CollapseAlarm, StepGuard
-from moco.train.optimizer import fused_sgd
 from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
 from moco.train.task import Evaluation, Task, TrainData
@@ -118,16 +117,22 @@ def build_trainer(
         rhythm=Rhythm.of(
             saving,
             config.watching,
+            evaluate=task.evaluation_rhythm(),
             steps_per_epoch=data.steps_per_epoch,
             total_steps=total_steps,
         ),
         stopwatch=Stopwatch(saving.save_minutes),
         stop=stop,
         guard=StepGuard(state, writer, config.watching.max_overflows),
-        collapse=CollapseAlarm(config.watching.collapse_steps),
+        collapse=CollapseAlarm(config.watching.collapse_steps, task.collapse_remedy),
         writer=writer,
         log=log,
-        printer=StepPrinter(total=total_steps, batch_size=config.optim.batch_size, done=state.step),
+        printer=StepPrinter(
+            total=total_steps,
+            batch_size=config.optim.batch_size,
+            done=state.step,
+            unit=task.unit,
+        ),
     )
     if config.speed.profile:
         steps = total_steps - state.step
@@ -156,7 +161,7 @@ def _build_state(
     state = TrainState(
         task,
         module,
-        fused_sgd(module, config.optim),
+        task.build_optimizer(module),
         torch.amp.GradScaler(device.type, enabled=config.optim.amp == "fp16"),
         Means(),
         epoch=config.schedule.start_epoch,

@@ -22,6 +22,7 @@ from moco.config import (
     PretrainConfig,
     PretrainData,
     PretrainOptim,
+    SentenceConfig,
     help_of,
     learning_changes,
     option,
@@ -30,7 +31,7 @@ from moco.config import (
     rounding_changes,
 )
 
-CONFIGS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig])
+CONFIGS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig, SentenceConfig])
 
 
 @pytest.fixture
@@ -138,6 +139,9 @@ LEARNING = {  # what makes another run; other numbers of the objective are below
     LinclsConfig: "dataset images_per_class image_size mean std amp batch_size momentum seed lr "
     "weight_decay epochs schedule schedule_factor folds cached cached_views labels_digest finetune "
     "lr_backbone",
+    SentenceConfig: "val_sentences vocab case_sensitive length across_documents arch emb hidden "
+    "contr_w contr_tau align_w align_alpha align_pairs unif_w unif_t normalize batch_size lr clip "
+    "seed amp init_from epochs schedule schedule_factor cos warmup_epochs",
 }
 
 

@@ -34,7 +34,7 @@ def test_table_10_is_the_printed_one() -> None:
 
 
 def test_the_tables_agree_with_each_other() -> None:
-    assert [len(table["rows"]) for table in TABLES.tables.values()] == [45, 2, 2, 30, 11]
+    assert [len(table["rows"]) for table in TABLES.tables.values()] == [45, 2, 2, 30, 11, 50, 6]
     notes = [row["note"] for row in TABLES.tables["table10"]["rows"]]
     assert all("missing in print" in note for note in notes[-3:]) and not any(notes[:-3])
     table3 = TABLES.tables["table3"]
@@ -71,7 +71,7 @@ def start(plan: recipes.Plan) -> tuple[SimpleNamespace, SimpleNamespace]:
 
 
 @pytest.mark.parametrize("scale", ["full", *TABLES.scales])
-@pytest.mark.parametrize("table", TABLES.tables)
+@pytest.mark.parametrize("table", [n for n, t in TABLES.tables.items() if "kind" not in t])
 def test_every_recipe_starts_with_the_objective_of_its_row(table, scale, data, tmp_path) -> None:
     """At the other scales a few of each table."""
     rows = list(enumerate(TABLES.tables[table]["rows"], start=1))
@@ -97,7 +97,7 @@ def test_every_recipe_starts_with_the_objective_of_its_row(table, scale, data, t
             assert not any("default -> off" in change for change in plan.changes)
 
 
-SPECS = sorted((ROOT / "scripts" / "sweeps").glob("*.toml"))
+SPECS = [s for s in sorted((ROOT / "scripts/sweeps").glob("*.toml")) if s.stem != "figure9b"]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)

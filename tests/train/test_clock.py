@@ -45,6 +45,18 @@ def test_the_end_may_come_within_an_epoch() -> None:
     assert names(due(8, 2, 1, short, LATER)) == {"log", "agree", "save", "evaluate", "ended"}
 
 
+def test_evaluations_every_few_steps_are_of_saved_encoders() -> None:
+    rhythm = Rhythm(
+        steps_per_epoch=6, total_steps=8, log=100, save=0, compare_ranks=0, evaluate=0,
+        evaluate_steps=4,
+    )  # fmt: skip
+    assert names(due(3, 3, 0, rhythm, LATER)) == set()
+    assert names(due(4, 4, 0, rhythm, LATER)) == {"agree", "save", "evaluate"}
+    assert names(due(6, 6, 0, rhythm, LATER)) == {"agree", "save", "epoch_end"}
+    assert names(due(8, 2, 1, rhythm, LATER)) == {"log", "agree", "save", "evaluate", "ended"}
+    assert not evaluation_due(0, None, rhythm)
+
+
 def test_a_saved_step_is_always_one_that_was_agreed_on() -> None:
     """What is written has been checked for NaN first, whatever the rhythm."""
     for save in range(4):

@@ -211,7 +211,7 @@ def test_the_collapse_alarm_warns_after_as_many_steps(tmp_path, capsys) -> None:
     spread = losses_of(torch.nn.functional.normalize(torch.randn(64, 16), dim=1))
     collapsed = losses_of(torch.ones(64, 16) / 4 + 1e-4 * torch.randn(64, 16))
     assert spread.feature_std() > 0.9 and collapsed.feature_std() < 0.01
-    log, alarm = RunLog(tmp_path), guards.CollapseAlarm(steps=50)
+    log, alarm = RunLog(tmp_path), guards.CollapseAlarm(steps=50, remedy="Raise --moco-unif-w")
     for step in range(10, 301, 10):
         features = spread if step in (10, 50) else collapsed
         alarm.check(features.feature_std().item(), step, log)
@@ -223,7 +223,7 @@ def test_the_collapse_alarm_warns_after_as_many_steps(tmp_path, capsys) -> None:
     assert warned == [(110, 60), (160, 110), (210, 160), (260, 210)]
     said = capsys.readouterr().out
     assert said.count("warning: features have collapsed") == 4 and "--moco-unif-w" in said
-    quiet = guards.CollapseAlarm(steps=0)
+    quiet = guards.CollapseAlarm(steps=0, remedy="")
     quiet.check(0.0, 1, RunLog(tmp_path))
     quiet.check(0.0, 1000, RunLog(tmp_path))
     assert "warning" not in capsys.readouterr().out

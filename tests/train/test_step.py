@@ -27,7 +27,7 @@ from moco.looks import Looks
 from moco.tasks.moco import MoCoTask
 from moco.train import loop
 from moco.train.guards import StepGuard
-from moco.train.optimizer import fill_momentum, fused_sgd
+from moco.train.optimizer import fill_moments, fused_sgd
 from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
 from moco.train.step import train_step
@@ -88,7 +88,7 @@ def test_the_optimizer_is_plain_sgd_and_takes_over_its_state(layout, momentum) -
         fused.load_state_dict(sgd.state_dict())
         for group in fused.param_groups:
             group["fused"] = True  # as TrainState.restore does
-        fill_momentum(fused)
+        fill_moments(fused)
 
 
 # ---- --accumulate --------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ MoCo._losses = poisoned
 DIGESTS = """
 from moco.train import step
 apply = step.apply_gradients
-def applied(state, guard):
+def applied(state, guard, longest):
     norm = apply(state, guard)
     total = sum(p.double().abs().sum().item() for p in state.module.encoder_q.parameters())
     print(f"weights {state.step} {total!r}", flush=True)

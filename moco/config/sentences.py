@@ -1,0 +1,243 @@
+"""The config of scripts/train_sentences.py: text, two encoders, objective, optimisation."""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moco.config.option import FREE, LEARNS, REQUIRED, ROUNDS, Part, flat_values, option
+from moco.config.parts import Launch, Placement, check_batch
+from moco.config.pretrain import PretrainSchedule, Saving
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceData(Part):
+    """data
+
+    data: one sentence a line in order, a blank line between documents; perhaps .xz or .gz
+    val_sentences: the first N are held out (%(default)s; 0: none)
+    vocab: words that are known: <unk> and the most frequent of the training sentences (%(default)s)
+    case_sensitive: keep capitals
+    length: tokens of a sentence that are read (%(default)s)
+    across_documents: neighbours on both sides of a document's border are positives too, as in the
+        original code
+    encoding: of the text (%(default)s)
+    """
+
+    data: str = option(REQUIRED, "data", FREE, kind="path", metavar="TEXT")
+    val_sentences: int = option(50_000, "--val-sentences", LEARNS, least=0)
+    vocab: int = option(50_001, "--vocab", LEARNS, least=2)
+    case_sensitive: bool = option(False, "--case-sensitive", LEARNS)
+    length: int = option(30, "--length", LEARNS, least=1)
+    across_documents: bool = option(False, "--across-documents", LEARNS)
+    encoding: str = option("utf-8", "--encoding", FREE, metavar="NAME")
+    workers: int = option(0, "", FREE)  # a text is read once, into memory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.val_sentences == 1:
+            raise ValueError("--val-sentences must be 0 or at least 2: one sentence has no pair")
+        try:
+            bytewise = codecs.lookup(self.encoding).encode("\n")[0] == b"\n"
+        except LookupError:
+            raise ValueError(f"--encoding: no such encoding: {self.encoding!r}") from None
+        if not bytewise:
+            raise ValueError(
+                f"--encoding {self.encoding}: its lines do not end in one byte; convert the text, "
+                f"iconv -f {self.encoding} -t utf-8 TEXT"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceEncoders(Part):
+    """two encoders f and g: word embeddings and a bidirectional GRU each, with nothing in common
+
+    emb: dimension of the word embeddings (%(default)s)
+    hidden: units of the GRU in each direction; a sentence has 2N features by f, 2N by g
+        (%(default)s)
+    """
+
+    arch: str = option("bigru", "", LEARNS)
+    emb: int = option(620, "--emb", LEARNS, least=1)
+    hidden: int = option(600, "--hidden", LEARNS, least=1)
+
+
+def _weight(default: float, flag: str) -> Any:
+    """A number of the objective; the command line must know whether it was given."""
+    return option(default, flag, LEARNS, unset=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceObjective(Part):
+    """objective: contr_w * contrastive(tau) + align_w * align(alpha) + unif_w * uniform(t), over
+    the sentences of a batch and their neighbours
+
+    contr_w: weight of the contrastive loss (default 1)
+    contr_tau: its temperature (default 0.075; 1 with --no-normalize)
+    align_w: weight of alignment (default 0)
+    align_alpha: its exponent (default 2)
+    align_pairs: both: each sentence of f with both neighbours of g, as in the contrastive loss;
+        forward: with the next one only, as the paper prints (%(default)s)
+    unif_w: weight of uniformity, summed over f and g (default 0)
+    unif_t: its t (default 2)
+    normalize: features of any length, and the similarity of a sentence with itself is set to 0: the
+        original Quick-Thought loss
+    """
+
+    contr_w: float = _weight(1.0, "--contr-w")
+    contr_tau: float = _weight(0.075, "--contr-tau")
+    align_w: float = _weight(0.0, "--align-w")
+    align_alpha: float = _weight(2.0, "--align-alpha")
+    align_pairs: str = option("both", "--align-pairs", LEARNS, choices=("both", "forward"))
+    unif_w: float = _weight(0.0, "--unif-w")
+    unif_t: float = _weight(2.0, "--unif-t")
+    normalize: bool = option(True, "--no-normalize", LEARNS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = {"contr": self.contr_w, "align": self.align_w, "unif": self.unif_w}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"--{name}-w must be a number of at least 0, got {weight:g}")
+        if not any(weights.values()):
+            raise ValueError(
+                "all loss weights are zero: there is nothing to minimise; give one of --contr-w, "
+                "--align-w, --unif-w"
+            )
+        if not self.normalize and (self.align_w or self.unif_w):
+            raise ValueError(
+                "--no-normalize has the contrastive loss only: alignment and uniformity are of "
+                "features of unit length"
+            )
+        for name in ("contr_tau", "align_alpha", "unif_t"):
+            value, least = getattr(self, name), 1 if name == "align_alpha" else 0
+            if not (0 < value < math.inf and value >= least):
+                wanted = "at least 1 (the slope is infinite below)" if least else "positive"
+                raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {value:g}")
+
+    @classmethod
+    def from_options(cls, values: dict) -> SentenceObjective:
+        """From parsed options, None where a flag was not given."""
+        given = {name: value for name, value in values.items() if value is not None}
+        if not given["normalize"]:
+            given.setdefault("contr_tau", 1.0)
+        return cls(**given)
+
+    def slug(self) -> str:
+        """As part of a folder's name."""
+        terms = [
+            (self.contr_w, f"contr{self.contr_tau:g}" + ("" if self.normalize else "raw")),
+            (self.align_w, f"align{self.align_alpha:g}"),
+            (self.unif_w, f"unif{self.unif_t:g}"),
+        ]
+        return "-".join(f"{weight:g}{term}" for weight, term in terms if weight)
+
+
+def sentence_formula(values: Mapping[str, Any]) -> str:
+    """The objective as a formula for people to read, from its numbers by their flat names."""
+    raw = "" if values["normalize"] else ", raw features, diagonal 0"
+    pairs = "" if values["align_pairs"] == "both" else ", forward pairs"
+    terms = [
+        (values["contr_w"], f"contrastive(tau={values['contr_tau']:g}{raw})"),
+        (values["align_w"], f"align(alpha={values['align_alpha']:g}{pairs})"),
+        (values["unif_w"], f"uniform(t={values['unif_t']:g}, summed over f and g)"),
+    ]
+    return " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceOptim(Part):
+    """optimisation: Adam
+
+    batch_size: consecutive sentences, over all processes (%(default)s)
+    lr: learning rate (%(default)s)
+    clip: longest gradient, by the norm of all of it; longer ones are shortened (%(default)s;
+        0: none are)
+    seed: of the initial weights; default: one is drawn, printed and saved
+    """
+
+    batch_size: int = option(400, "-b --batch-size", LEARNS, least=2)
+    lr: float = option(5e-4, "--lr --learning-rate", LEARNS, least=0, kind="rate")
+    clip: float = option(0.5, "--clip", LEARNS, least=0, kind="rate")
+    seed: int | None = option(None, "--seed", LEARNS, least=0)
+    seed_given: bool = option(False, "", FREE)
+    # What the engine has for images, and a block of sentences has not: its pairs are all over it.
+    amp: str = option("off", "", LEARNS)
+    accumulate: int = option(1, "", LEARNS)
+    init_from: str | None = option(None, "", LEARNS)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed is not None and self.seed >= 2**63:
+            raise ValueError(f"--seed must be below 2^63, got {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceSchedule(PretrainSchedule):
+    """schedule"""
+
+    epochs: int = option(1, "--epochs", LEARNS, least=0)
+    schedule: tuple[int, ...] = option(
+        (), "--schedule", LEARNS, kind="numbers", metavar="EPOCH ..."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceSpeed(Part):
+    """speed
+
+    deterministic: only kernels that give the same bits every time; slower on a GPU
+    profile: write a trace of ten steps and print where their time goes
+    """
+
+    channels_last: bool = option(False, "", ROUNDS)
+    compile: bool = option(False, "", ROUNDS)
+    deterministic: bool = option(False, "--deterministic", ROUNDS)
+    profile: bool = option(False, "--profile", FREE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceWatching(Part):
+    """watching
+
+    evaluate_every: alignment and uniformity of the held-out sentences every N steps, and at the end
+        (%(default)s; 0: at the end only)
+    check_every: steps between proofs that ranks are equal (%(default)s; 0: never)
+    collapse_steps: warn after N steps with collapsed features (%(default)s; 0: never)
+    """
+
+    evaluate_every: int = option(1000, "--evaluate-every", FREE, least=0)
+    max_overflows: int = option(20, "", FREE)
+    check_every: int = option(1000, "--check-every", FREE, least=0)
+    collapse_steps: int = option(500, "--collapse-steps", FREE, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceConfig:
+    """All of scripts/train_sentences.py.
+
+    Raises:
+        ValueError: parts that do not fit each other; the parts check themselves.
+    """
+
+    data: SentenceData
+    encoder: SentenceEncoders = SentenceEncoders()
+    objective: SentenceObjective = SentenceObjective()
+    optim: SentenceOptim = SentenceOptim()
+    schedule: SentenceSchedule = SentenceSchedule()
+    speed: SentenceSpeed = SentenceSpeed()
+    saving: Saving = Saving()
+    watching: SentenceWatching = SentenceWatching()
+    launch: Launch = Launch()
+    placement: Placement = Placement()
+
+    def __post_init__(self) -> None:
+        check_batch(self.optim, self.placement)
+
+    def to_flat(self) -> dict[str, Any]:
+        """The values by their flat names, as JSON and `weights_only` can hold them."""
+        values = flat_values(self)
+        return {**values, "task": "sentences", "objective": sentence_formula(values)}
