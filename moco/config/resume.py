@@ -9,22 +9,26 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moco.config.in_batch import InBatchConfig
 from moco.config.option import LEARNS, ROUNDS, UNKNOWN, option_fields, plain
 from moco.config.pretrain import Objective, PretrainConfig, objective_formula
 
+_CONFIGS = (PretrainConfig, InBatchConfig)  # of the runs that the engine trains
+
 
 def _by_class(resume: str) -> dict[str, Any]:
-    """Flat names of PretrainConfig's fields of this class -> value before the field existed."""
+    """Flat names of the configs' fields of this class -> value before the field existed."""
     return {
         field.name: field.metadata["since"]
-        for field in option_fields(PretrainConfig)
+        for config in _CONFIGS
+        for field in option_fields(config)
         if field.metadata["resume"] == resume
     }
 
 
 _OBJECTIVE = tuple(field.name for field in dataclasses.fields(Objective))
 # Worked out from several fields, or found in the data.
-_DERIVED = ("images", "images_digest", "bn_group_size")
+_DERIVED = ("images", "images_digest", "bn_group_size", "task")
 # What the order of samples within an epoch depends on.
 SAMPLE_ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_class", "seed")
 
@@ -77,7 +81,7 @@ def _objective_numbers(flat: Mapping[str, Any]) -> dict[str, Any] | None:
         if numbers[weight]:
             numbers[name] = float(flat[name])
     if numbers["unif_w"]:
-        numbers["intra_batch"] = bool(flat["intra_batch"])
+        numbers["intra_batch"] = bool(flat.get("intra_batch"))  # within a batch there is no queue
     return {**numbers, "symmetric": bool(flat.get("symmetric", False))}
 
 

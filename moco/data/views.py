@@ -68,6 +68,14 @@ def pretrain_recipe(
     return Recipe(image_size, crop_scale, jitter_p=0.8, grey_p=0.2, blur_p=0.5 if blur else 0.0)
 
 
+def in_batch_recipe(image_size: int, crop_scale: Sequence[float] = (0.08, 1.0)) -> Recipe:
+    """Views of training within the batch, as the public STL-10 code of arXiv:2005.10242 has them:
+    crop, colour jitter (0.4, 0.4, 0.4, 0.4) always, grey with probability 0.2 after it, flip."""
+    return Recipe(
+        image_size, tuple(crop_scale), jitter_p=1.0, jitter=(0.4, 0.4, 0.4, 0.4), grey_p=0.2
+    )
+
+
 def lincls_recipe(image_size: int = 224) -> Recipe:
     """Training view of linear evaluation: ImageNet's usual random resized crop, and flip."""
     return Recipe(image_size, (0.08, 1.0))

@@ -16,6 +16,7 @@ from moco.config import (
     LEARNS,
     ROUNDS,
     Data,
+    InBatchConfig,
     LinclsConfig,
     Objective,
     Part,
@@ -30,7 +31,7 @@ from moco.config import (
     rounding_changes,
 )
 
-CONFIGS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig])
+CONFIGS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig, InBatchConfig])
 
 
 @pytest.fixture

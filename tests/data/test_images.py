@@ -229,3 +229,9 @@ def test_stl10_without_its_class_names_is_an_error_that_says_so(tmp_path, monkey
     (write_stl10(tmp_path, monkeypatch) / "class_names.txt").unlink()
     with pytest.raises(DataError, match="stl10"):
         open_images("stl10", tmp_path, "train")
+
+
+def test_cifar10_may_be_a_folder_of_images(tmp_path):
+    write_images(tmp_path / "train", {"cat": 2, "dog": 1})
+    images = open_images("cifar10", tmp_path, "train")
+    assert images.classes == ["cat", "dog"] and images.targets == [0, 0, 1]
