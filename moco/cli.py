@@ -33,6 +33,7 @@ from moco.config import (
     FINETUNE_RATES,
     IN_BATCH_DEFAULTS,
     PROBE_DEFAULTS,
+    STL10_DEFAULTS,
     Data,
     Folder,
     InBatchConfig,
@@ -407,6 +408,9 @@ def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
     if options.finetune:  # again, with the defaults of fine-tuning
         lr, lr_backbone = FINETUNE_RATES["1 %" if options.labels == 1 else "10 %"]
         parser.set_defaults(**FINETUNE_DEFAULTS, lr=(lr,), lr_backbone=lr_backbone)
+        options = parser.parse_args(argv)
+    elif options.probe == "stl10":
+        parser.set_defaults(**STL10_DEFAULTS)
         options = parser.parse_args(argv)
     with _refusals(parser):
         parts = _settle(make_parts(options, LinclsConfig))

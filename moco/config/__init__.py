@@ -27,6 +27,7 @@ from moco.config.lincls import (
     FINETUNE_DEFAULTS,
     FINETUNE_RATES,
     PROBE_DEFAULTS,
+    STL10_DEFAULTS,
     Knn,
     LinclsConfig,
     Pretrained,

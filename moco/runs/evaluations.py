@@ -64,13 +64,15 @@ def read_evaluation(folder: Path) -> dict:
     content = read_json(folder / LINCLS_RESULT)
     if not is_path(content.get("checkpoint")) or "arch" not in content:
         raise Unusable(f"{LINCLS_RESULT} names no checkpoint: it is of another version")
-    parts = {n: content[n] for n in ("knn", "last", "best") if isinstance(content.get(n), dict)}
+    names = ("knn", "nearest", "last", "best")
+    parts = {n: content[n] for n in names if isinstance(content.get(n), dict)}
     if not parts:
         raise Unusable("evaluates a saved classifier (-e): it adds nothing to its probe's folder")
     amp = _precision(folder, _dict(content.get("protocol")))
     try:
         figures = [
             *_knn_figures(parts.pop("knn", {}), amp),
+            *_nearest_figures(parts.pop("nearest", {}), amp),
             *_classifier_figures(content, parts, amp),
         ]
     except RecursionError:
@@ -98,6 +100,19 @@ def _knn_figures(knn: dict, amp: str) -> list[tuple]:
     return [(KNN, number(knn.get("top1")), _protocol({**knn, "amp": amp}))] if knn else []
 
 
+def _nearest_figures(nearest: dict, amp: str) -> list[tuple]:
+    """Of --protocol stl10: "fc7 + 5-NN", and "fc7 + 5-NN folds"."""
+    if not nearest:
+        return []
+    name = f"{nearest.get('layer')} + {nearest.get('k')}-NN"
+    folds = _dict(nearest.pop("folds", None))
+    figures = [(name, number(nearest.get("top1")), _protocol({**nearest, "amp": amp}))]
+    if folds:
+        protocol = _protocol({**nearest, "images": None, "folds": folds.get("count"), "amp": amp})
+        figures.append((f"{name} folds", number(folds.get("mean")), protocol))
+    return figures
+
+
 def _classifier_figures(content: dict, parts: dict[str, dict], amp: str) -> list[tuple]:
     """Of trained classifiers. The name tells what kind of evaluation it was, so that no two kinds
     are taken for one: "linear last", "cached last, 4 views", "fine-tune best, 10 % of labels"."""
@@ -105,6 +120,9 @@ def _classifier_figures(content: dict, parts: dict[str, dict], amp: str) -> list
     kind = content.get("evaluation", "standard")
     kind = {"standard": "linear", "finetune": "fine-tune"}.get(str(kind), str(kind))
     words = []
+    if kind == "stl10":  # of which the last epoch counts
+        kind, parts = f"{content.get('layer')} + linear", {"last": parts["last"]}
+        words = ["cached"] if protocol.get("cached") else []
     if protocol.get("cached_views"):
         words.append(f"{protocol['cached_views']} views")
     if "labels" in content:

@@ -73,7 +73,7 @@ class RunFolder:
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, self.args["images"] // self.args["batch_size"])
+        return _steps_per_epoch(self.args)
 
     @property
     def steps(self) -> int:
@@ -229,8 +229,16 @@ def mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _steps_per_epoch(args: dict) -> int:
+    """As the run noted it, else whole batches."""
+    noted = number(args.get("steps_per_epoch"))
+    return max(1, int(noted) if noted else args["images"] // args["batch_size"])
+
+
 def _planned_steps(args: dict) -> int:
     steps = args["epochs"] * (args["images"] // args["batch_size"])
+    if number(args.get("steps_per_epoch")):
+        steps = args["epochs"] * _steps_per_epoch(args)
     most = number(args.get("max_steps"))
     return steps if most is None else min(steps, int(most))
 
