@@ -416,7 +416,7 @@ def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
         parts = _settle(make_parts(options, LinclsConfig))
         parts["saving"] = _lincls_resume(parser, parts["saving"])
         parts["source"] = replace(
-            parts["source"], pretrained=_pretrained_file(parser, parts["source"].pretrained)
+            parts["source"], pretrained=pretrained_file(parser, parts["source"].pretrained)
         )
         config = LinclsConfig(**parts)
     source = config.source.pretrained or config.saving.resume
@@ -445,7 +445,7 @@ def _lincls_resume(parser: argparse.ArgumentParser, saving: Folder) -> Folder:
     return replace(saving, resume=str(latest) if latest.is_file() else None)
 
 
-def _pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | None:
+def pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | None:
     """A run folder stands for its newest checkpoint; folders with a model.safetensors for that."""
     if path is None or is_url(path) or not Path(path).is_dir():
         return path

@@ -7,11 +7,12 @@ import json
 import os
 from pathlib import Path
 
-from moco.run_files import ARGS, LINCLS_RESULT
+from moco.run_files import ARGS, DEPTH_RESULT, LINCLS_RESULT
 
 Protocol = tuple[tuple[str, str], ...]  # all that a figure depends on but the seed: (name, value)
 KNN = "k-NN top-1"
 LOGGED = ("logged while training", "")  # in the protocol of a figure that nobody has evaluated
+LOWER = "(lower is better)"  # at the end of the names of figures of which it is so
 _LARGEST_NUMBER = 10**100  # squares, and sums of them, are still floats
 _LARGEST_MEASURE = 2**20  # bytes; a larger file is no result of a measurement
 
@@ -53,12 +54,14 @@ def read_json(path: Path) -> dict:
 
 
 def read_evaluation(folder: Path) -> dict:
-    """lincls.json of a folder, with "figures": triples of name, value (None where it has none) and
-    protocol.
+    """lincls.json or depth.json of a folder, with "figures": triples of name, value (None where it
+    has none) and protocol.
 
     Raises:
         Unusable: it is missing, damaged or not to be compared.
     """
+    if os.path.exists(folder / DEPTH_RESULT):
+        return _read_depth(folder)
     if not os.path.exists(folder / LINCLS_RESULT):
         raise Unusable(f"is an unfinished linear evaluation: it has no {LINCLS_RESULT}")
     content = read_json(folder / LINCLS_RESULT)
@@ -77,6 +80,20 @@ def read_evaluation(folder: Path) -> dict:
         ]
     except RecursionError:
         raise Unusable(f"{LINCLS_RESULT} is nested too deeply") from None
+    return {**content, "figures": figures}
+
+
+def _read_depth(folder: Path) -> dict:
+    """ "conv5 depth MSE (lower is better)", a share of the training depth's variance."""
+    content = read_json(folder / DEPTH_RESULT)
+    if not is_path(content.get("checkpoint")) or not isinstance(content.get("layer"), str):
+        raise Unusable(f"{DEPTH_RESULT} names no checkpoint or layer: it is of another version")
+    protocol = {n: v for n, v in _dict(content.get("protocol")).items() if n != "folds"}
+    name, folds = f"{content['layer']} depth MSE", _dict(content.get("folds"))
+    figures = [(f"{name} {LOWER}", number(content.get("mse")), _protocol(protocol))]
+    if folds:
+        protocol["folds"] = folds.get("count")
+        figures.append((f"{name} folds {LOWER}", number(folds.get("mean")), _protocol(protocol)))
     return {**content, "figures": figures}
 
 

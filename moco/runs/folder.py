@@ -19,7 +19,15 @@ from pathlib import Path
 
 from moco.config import LEARNED
 from moco.printable import printable
-from moco.run_files import ARGS, FORMAT_VERSION, LINCLS_RESULT, LOG, checkpoint_files, read_log
+from moco.run_files import (
+    ARGS,
+    DEPTH_RESULT,
+    FORMAT_VERSION,
+    LINCLS_RESULT,
+    LOG,
+    checkpoint_files,
+    read_log,
+)
 from moco.runs.evaluations import (
     KNN,
     LOGGED,
@@ -270,7 +278,8 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunFolder], list[tuple[
                     runs.append(_read_run(folder, left_out))
             except Unusable as reason:
                 left_out.append((str(folder), str(reason)))
-        measures = [n for n in files if n.endswith(".json") and n not in (ARGS, LINCLS_RESULT)]
+        known = (ARGS, LINCLS_RESULT, DEPTH_RESULT)
+        measures = [n for n in files if n.endswith(".json") and n not in known]
         for path in (folder / name for name in measures):
             if measure := read_measure(path):
                 evaluations.append((path, measure))
