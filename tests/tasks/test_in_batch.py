@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from helpers import TinyNet, differences, load_script, read_log, refusal, two_views
 
+from moco.checkpoint import load_encoder
 from moco.cli import in_batch_config
 from moco.data.loader import EpochBatches
 from moco.data.views import in_batch_recipe
+from moco.evaluate.extraction import load_image_encoder
 from moco.tasks.collapse import collapse_warning
 from moco.tasks.in_batch import InBatchTask, TwoViews
 
@@ -257,3 +259,25 @@ def test_the_collapse_warning_has_the_weight_that_excludes_it(data) -> None:
         ["--align-w", "3", "--align-alpha", "1"],
     ):
         assert collapse_warning(task_of(data, *flags).config.objective) == {}
+
+
+def test_checkpoints_are_measured_exported_and_named(data, tmp_path, elsewhere, capsys) -> None:
+    """By the views that it was trained with; load_encoder names the task."""
+    run = trained(tmp_path / "run", data, "--epochs", "1", "--knn-every", "0")
+    file = str(run / "checkpoint_0000.pth.tar")
+    encoder, info = load_encoder(file)
+    assert (info["task"], info["arch"]) == ("in-batch", "small_alexnetx0.05")
+    assert load_image_encoder(file).recipe == in_batch_recipe(16)
+    out = tmp_path / "measure.json"
+    load_script("measure_align_uniform").main([file, str(data), "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["layer"] == "projection" and report["layers"].keys() == {"projection", "backbone"}
+    assert report["notes"] == []
+    pytest.importorskip("onnx")
+    load_script("convert").main([file, "--to", "onnx", str(tmp_path / "encoder.onnx")])
+    assert "small_alexnetx0.05" in capsys.readouterr().out
+    runtime = pytest.importorskip("onnxruntime")
+    images = torch.randn(2, 3, 16, 16)
+    session = runtime.InferenceSession(str(tmp_path / "encoder.onnx"))
+    (found,) = session.run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), encoder(images), rtol=1e-4, atol=1e-5)
