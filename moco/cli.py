@@ -361,14 +361,19 @@ def _pretrain_folder(parser: argparse.ArgumentParser, config: Any, name: str) ->
 # ------------------------------------------------------------------------------------------------
 
 
-def in_batch_config(argv: Sequence[str] | None = None) -> InBatchConfig:
-    """The config that a command line of train_in_batch.py describes; else exit status 2."""
+def in_batch_parser() -> argparse.ArgumentParser:
     parser = Parser(
         description="training within the batch: one encoder, both views, no queue",
         allow_abbrev=False,
     )
     add_options(parser, InBatchConfig)
     parser.set_defaults(**IN_BATCH_DEFAULTS)
+    return parser
+
+
+def in_batch_config(argv: Sequence[str] | None = None) -> InBatchConfig:
+    """The config that a command line of train_in_batch.py describes; else exit status 2."""
+    parser = in_batch_parser()
     options = parser.parse_args(argv)
     parser.set_defaults(**DATASET_DEFAULTS.get(options.dataset, {}))
     options = parser.parse_args(argv)  # again, with the defaults of the data set

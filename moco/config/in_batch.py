@@ -126,7 +126,7 @@ class InBatchObjective(Part):
         given = {name: value for name, value in values.items() if value is not None}
         if given["supervised"]:
             for field in dataclasses.fields(cls):
-                if field.name in given and field.name.endswith("_w"):
+                if field.name.endswith("_w") and given.get(field.name):
                     raise ValueError(
                         f"--supervised trains by cross-entropy alone; leave out {flag_of(field)}"
                     )
