@@ -31,6 +31,7 @@ from moco.run_files import (
 from moco.runs.evaluations import (
     KNN,
     LOGGED,
+    LOWER,
     Protocol,
     Unusable,
     is_path,
@@ -205,17 +206,21 @@ def common_accuracy(
     encoders: Sequence[tuple[RunFolder, int]],
 ) -> tuple[str, Callable[[RunFolder, int], float | None]]:
     """What accuracy to compare encoders (run, epoch) by, and how to find it: of one kind and
-    protocol, that most of them have; the linear probe's last rather than others, k-NN's last."""
+    protocol, that most of them have; the linear probe's last rather than others, k-NN's last. Of
+    encoders whose depth was predicted, its error."""
     counts: dict[tuple[str, Protocol], int] = {(KNN, ()): 0}
     for run, epoch in encoders:
         for name, protocol in run.found(epoch):
-            if name == KNN or name.split(",")[0].endswith(" last"):
+            depth = name.endswith(f"depth MSE {LOWER}")
+            if name == KNN or depth or name.split(",")[0].endswith(" last"):
                 counts[name, protocol] = counts.get((name, protocol), 0) + 1
 
     def preference(kind: tuple[str, Protocol]) -> tuple:
         return counts[kind], kind[0] == "linear last", kind[0] != KNN
 
     kind = max(counts, key=preference)
+    if kind[0].endswith(LOWER):
+        return kind[0], lambda run, epoch: mean(run.found(epoch).get(kind, ()))
     title = "k-NN" if kind[0] == KNN else kind[0].replace(" last", "", 1)
     last = "" if kind[0] == KNN else ", last"
     return f"{title} top-1{last} (%)", lambda run, epoch: mean(run.found(epoch).get(kind, ()))

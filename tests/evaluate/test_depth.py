@@ -18,7 +18,7 @@ from moco.errors import DataError
 from moco.evaluate.depth import DepthPredictor, doublings
 from moco.evaluate.depth_data import Depths, nearest, read_depths, squashed
 from moco.runs.compare import Comparison
-from moco.runs.folder import read_runs
+from moco.runs.folder import common_accuracy, read_runs
 
 script = load_script("evaluate_depth")
 SPLITS = {"train": range(10), "val": range(10, 16)}
@@ -281,3 +281,5 @@ def test_a_run_is_compared_by_depth_and_trained_on_nyu(nyu, tmp_path, elsewhere,
     (name,) = (name for name, _ in run.final if "depth" in name)
     assert name == "conv5 depth MSE (lower is better)"
     assert name in {column.title for column in Comparison([run]).columns}
+    title, value = common_accuracy([(run, 1)])
+    assert title == name and value(run, 1) == run.value(name)
