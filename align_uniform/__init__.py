@@ -8,6 +8,7 @@ Needs torch only and can be used without the rest of this project:
 `align_uniform.metrics` measures whole feature sets, `align_uniform.bounds` knows their limits.
 """
 
+from align_uniform.in_batch import in_batch_contrastive_loss
 from align_uniform.losses import (
     align_loss,
     contrastive_loss,
@@ -20,6 +21,7 @@ __all__ = [
     "align_loss",
     "contrastive_loss",
     "contrastive_rank",
+    "in_batch_contrastive_loss",
     "uniform_loss",
     "uniform_loss_with_queue",
 ]

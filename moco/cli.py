@@ -21,22 +21,27 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
 from moco import encoders
 from moco.checkpoint import is_url, run_checkpoints, without_secrets
 from moco.config import (
+    DATASET_DEFAULTS,
     FINETUNE_DEFAULTS,
     FINETUNE_RATES,
+    IN_BATCH_DEFAULTS,
     PROBE_DEFAULTS,
+    STL10_DEFAULTS,
     Data,
     Folder,
+    InBatchConfig,
     LinclsConfig,
     Part,
     PretrainConfig,
     SentenceConfig,
+    auto_rate,
     help_of,
     objective_slug,
     parts_of,
@@ -51,6 +56,8 @@ from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT
 # ------------------------------------------------------------------------------------------------
 # Parser and types of arguments
 # ------------------------------------------------------------------------------------------------
+
+Config = TypeVar("Config", PretrainConfig, InBatchConfig)
 
 # Flags that take a list of whole numbers, as `--gpus 0 1 2 3` or `--gpus 0,1,2,3`.
 _LIST_FLAGS = ("--gpus", "--schedule")
@@ -135,6 +142,14 @@ def rates(text: str) -> tuple[float, ...]:
     return values
 
 
+def auto_or_rate(text: str) -> float | None:
+    """argparse type of a learning rate; None for "auto"."""
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or auto, got {text!r}") from None
+
+
 def label_source(text: str) -> float | str:
     """argparse type of --labels: percent, or a file."""
     try:
@@ -157,6 +172,7 @@ KINDS: dict[str | None, Callable[[str], Any]] = {
     "numbers": numbers,
     "rate": float,
     "rates": rates,
+    "auto_rate": auto_or_rate,
     "labels": label_source,
 }
 
@@ -265,26 +281,31 @@ def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
     options = parser.parse_args(argv)
     with _refusals(parser):
         config = PretrainConfig(**_settle(make_parts(options, PretrainConfig)))
-        _check_encoder(config)
-        device = torch.device(config.placement.devices[0])
-        if config.speed.channels_last is None:
-            helps = channels_last_helps(device, config.optim.amp)
-            config = replace(config, speed=replace(config.speed, channels_last=helps))
-        if config.speed.compile:
-            _check_compiler(device)
+        config = _checked(config, config.encoder.moco_dim)
     check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
     encoder = config.encoder
     name = f"moco-{encoder.arch}-{objective_slug(config.objective)}-k{encoder.moco_k}"
     return replace(config, saving=_pretrain_folder(parser, config, name))
 
 
-def _check_encoder(config: PretrainConfig) -> None:
-    """Refuse an unknown arch, or a stem or image size that does not fit it."""
+def _checked(config: Config, outputs: int) -> Config:
+    """The config of a training, its memory format settled.
+
+    Raises:
+        ValueError: an unknown arch, a stem or image size that does not fit it, no compiler.
+    """
     arch, size = config.encoder, config.views.image_size
     encoder = encoders.build_encoder(
-        arch.arch, arch.moco_dim, image_size=size, small_stem=arch.small_stem
+        arch.arch, outputs, image_size=size, small_stem=arch.small_stem
     )
     encoders.check_image_size(encoder, size)
+    device = torch.device(config.placement.devices[0])
+    if config.speed.channels_last is None:
+        helps = channels_last_helps(device, config.optim.amp)
+        config = replace(config, speed=replace(config.speed, channels_last=helps))
+    if config.speed.compile:
+        _check_compiler(device)
+    return config
 
 
 def _check_compiler(device: torch.device) -> None:
@@ -302,10 +323,9 @@ def _check_compiler(device: torch.device) -> None:
         )
 
 
-def _pretrain_folder(
-    parser: argparse.ArgumentParser, config: PretrainConfig | SentenceConfig, name: str
-) -> Folder:
-    """The run folder, and the checkpoint to go on from: a path, "auto" or None."""
+def _pretrain_folder(parser: argparse.ArgumentParser, config: Any, name: str) -> Folder:
+    """The run folder, `name`, batch size and the time where none is given, and the checkpoint to go
+    on from: a path, "auto" or None."""
     saving, init_from = config.saving, config.optim.init_from
     check_run_folder(parser, saving, pretraining=True)
     resume, run = saving.resume, saving.save_dir
@@ -333,6 +353,40 @@ def _pretrain_folder(
     if run is None:
         run = _new_folder(f"{name}-b{config.optim.batch_size}", config.optim.seed)
     return replace(saving, save_dir=run, checkpoint=checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------
+# train_in_batch.py
+# ------------------------------------------------------------------------------------------------
+
+
+def in_batch_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        description="training within the batch: one encoder, both views, no queue",
+        allow_abbrev=False,
+    )
+    add_options(parser, InBatchConfig)
+    parser.set_defaults(**IN_BATCH_DEFAULTS)
+    return parser
+
+
+def in_batch_config(argv: Sequence[str] | None = None) -> InBatchConfig:
+    """The config that a command line of train_in_batch.py describes; else exit status 2."""
+    parser = in_batch_parser()
+    options = parser.parse_args(argv)
+    parser.set_defaults(**DATASET_DEFAULTS.get(options.dataset, {}))
+    options = parser.parse_args(argv)  # again, with the defaults of the data set
+    with _refusals(parser):
+        parts = _settle(make_parts(options, InBatchConfig))
+        if parts["optim"].lr is None:
+            parts["optim"] = replace(parts["optim"], lr=auto_rate(parts["optim"].batch_size))
+        config = InBatchConfig(**parts)
+        config = _checked(config, config.encoder.dim)
+    split = "train" if config.objective.supervised else "pretrain"
+    check_data_folder(parser, config.data, {split: config.optim.batch_size})
+    objective = "supervised" if config.objective.supervised else objective_slug(config.objective)
+    name = f"inbatch-{config.encoder.arch}-{objective}-b{config.optim.batch_size}"
+    return replace(config, saving=_pretrain_folder(parser, config, name))
 
 
 def _new_folder(name: str, seed: int) -> Path:
@@ -387,11 +441,14 @@ def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
         lr, lr_backbone = FINETUNE_RATES["1 %" if options.labels == 1 else "10 %"]
         parser.set_defaults(**FINETUNE_DEFAULTS, lr=(lr,), lr_backbone=lr_backbone)
         options = parser.parse_args(argv)
+    elif options.probe == "stl10":
+        parser.set_defaults(**STL10_DEFAULTS)
+        options = parser.parse_args(argv)
     with _refusals(parser):
         parts = _settle(make_parts(options, LinclsConfig))
         parts["saving"] = _lincls_resume(parser, parts["saving"])
         parts["source"] = replace(
-            parts["source"], pretrained=_pretrained_file(parser, parts["source"].pretrained)
+            parts["source"], pretrained=pretrained_file(parser, parts["source"].pretrained)
         )
         config = LinclsConfig(**parts)
     source = config.source.pretrained or config.saving.resume
@@ -420,7 +477,7 @@ def _lincls_resume(parser: argparse.ArgumentParser, saving: Folder) -> Folder:
     return replace(saving, resume=str(latest) if latest.is_file() else None)
 
 
-def _pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | None:
+def pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | None:
     """A run folder stands for its newest checkpoint; folders with a model.safetensors for that."""
     if path is None or is_url(path) or not Path(path).is_dir():
         return path

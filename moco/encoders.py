@@ -1,4 +1,4 @@
-"""Encoders: torchvision's classifiers and a small CIFAR ResNet, their heads and stems.
+"""Encoders: torchvision's classifiers, small CIFAR ResNets, the paper's chains; heads and stems.
 
 State-dict names are torchvision's throughout, whatever stem or batch norm is chosen, so weights
 move freely between this project and torchvision.
@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
+from moco.alexnet import CHAINS, Chain, build_chain, parse_chain
 from moco.batch_norm import split_batch_norm
 
 # ------------------------------------------------------------------------------------------------
@@ -22,9 +23,14 @@ from moco.batch_norm import split_batch_norm
 
 
 def arch_names() -> list[str]:
-    """Names that `build_encoder` takes."""
+    """Names that `build_encoder` takes; those of `CHAINS` also with a width, small_alexnetx0.25."""
     classifiers = torchvision.models.list_models(module=torchvision.models)
-    return sorted([*classifiers, *_CIFAR_RESNETS])
+    return sorted([*classifiers, *_CIFAR_RESNETS, *CHAINS])
+
+
+def is_arch(arch: object) -> bool:
+    """Whether `build_encoder` knows a network of this name."""
+    return isinstance(arch, str) and (arch in arch_names() or parse_chain(arch) is not None)
 
 
 def build_encoder(
@@ -38,7 +44,8 @@ def build_encoder(
     """A classification network with random weights and a last linear layer of `num_classes`.
 
     Args:
-        arch: a torchvision classification architecture, or a CIFAR ResNet of this file.
+        arch: a torchvision classification architecture, a CIFAR ResNet of this file, or a chain of
+            `moco.alexnet` with or without a width.
         num_classes: outputs of the last linear layer.
         image_size: side of the square input, for the networks that are built for one size.
         small_stem: for images of 32 to 64 pixels: 3x3 stride-1 first convolution, no max-pool
@@ -49,7 +56,7 @@ def build_encoder(
         ValueError: an unknown arch, or one that does not fit (no final linear layer, several
             outputs, no such stem, images too small).
     """
-    if arch not in arch_names():
+    if not is_arch(arch):
         near = difflib.get_close_matches(arch, arch_names(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see --help for the known ones"
         raise ValueError(f"unknown arch {arch!r}; {hint}")
@@ -57,6 +64,8 @@ def build_encoder(
         raise ValueError(f"arch {arch} has auxiliary outputs while training; choose another one")
     if arch in _CIFAR_RESNETS:
         encoder = CifarResNet(*_CIFAR_RESNETS[arch], num_classes=num_classes)
+    elif parse_chain(arch):
+        encoder = build_chain(arch, num_classes, image_size)
     else:
         sized = {"image_size": image_size} if arch.startswith("vit_") else {}
         try:
@@ -105,13 +114,14 @@ def check_image_size(encoder: nn.Module, image_size: int) -> None:
 
 
 def head_name(encoder: nn.Module) -> str:
-    """Dotted name of the last layer: "fc" for ResNets, "classifier.6" for VGG, "heads.head" for
-    ViT. It is a linear layer, or the projection MLP or Identity that took its place.
+    """Dotted name of the last layer: "fc" for ResNets, "fc8" for small_alexnet, "classifier.6" for
+    VGG, "heads.head" for ViT. It is a linear layer, or the projection MLP or Identity that took
+    its place.
 
     Raises:
         ValueError: there is no such layer.
     """
-    for name in ("fc", "classifier", "heads", "head"):
+    for name in ("fc", "fc8", "classifier", "heads", "head"):
         head = getattr(encoder, name, None)
         if isinstance(head, (nn.Linear, nn.Identity)) or isinstance(head, ProjectionHead):
             return name
@@ -191,6 +201,12 @@ def _build_layer(state: dict[str, Tensor], name: str, width: int) -> nn.Module:
     if shape is None or len(shape) != 2 or shape[1] != width or not shape[0]:
         raise ValueError(f"{name} is {shape or 'not there'}, expected (outputs, {width})")
     return nn.Linear(width, shape[0], bias="bias" in state)
+
+
+def layer_names(encoder: nn.Module) -> tuple[str, ...]:
+    """Names of the layers that features can be taken of: of a chain its own, of others "backbone"
+    (what enters the head) and "output"."""
+    return encoder.layers if isinstance(encoder, Chain) else ("backbone", "output")
 
 
 # ------------------------------------------------------------------------------------------------

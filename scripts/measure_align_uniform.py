@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--timm", metavar="NAME", help="CHECKPOINT has weights of this timm model")
     add("--features", type=Path, metavar="FILE", help="measure these instead")
     add("--bank", type=Path, metavar="FILE", help="with --features: for k-NN")
-    add("--dataset", choices=DATASETS, default="folder")
+    add("--dataset", choices=(*DATASETS, "nyu"), default="folder")
     add("--images-per-class", type=count, metavar="N", help="the first N of each class")
     most_help = "of larger sets take N, evenly spread: bounds memory and time (%(default)s)"
     add("--most-images", type=count, default=100_000, metavar="N", help=most_help)

@@ -42,9 +42,9 @@ def build_parser() -> command.Parser:
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         help="default: results/recipes/TABLE-ROW-SCALE-sSEED")
     parser.add_argument("--pretrain", default="", metavar="FLAGS", type=shlex.split,
-                        help='more flags for main_moco.py, --pretrain="--amp bf16"')
+                        help='more flags for what trains, --pretrain="--amp bf16"')
     parser.add_argument("--lincls", default="", metavar="FLAGS", type=shlex.split,
-                        help="more flags for main_lincls.py")
+                        help="more flags for what evaluates")
     # fmt: on
     return parser
 
@@ -84,9 +84,9 @@ def run(parser: command.Parser, args: argparse.Namespace) -> None:
                 sys.exit(status)
         if not file.is_file():  # --max-steps, say
             parser.refuse(f"{program} has ended without {file}", status=1)
-    _, result, metrics = (file for file, _ in plan.steps)
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in (result, metrics)]
-    print("\n".join(recipes.compared(plan.row, *found, changed=bool(plan.changes))))
+    found = [json.loads(file.read_text(encoding="utf-8")) for file, _ in plan.steps[1:]]
+    *results, metrics = found
+    print("\n".join(recipes.compared(plan.row, results, metrics, changed=bool(plan.changes))))
 
 
 if __name__ == "__main__":

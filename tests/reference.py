@@ -62,6 +62,14 @@ def info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> Tensor:
     return (logits.logsumexp(dim=1) - logits[:, 0]).mean()
 
 
+def in_batch_info_nce(x: Tensor, y: Tensor, tau: float) -> Tensor:
+    """Mean of the row-wise and the column-wise cross-entropy of x y^T / tau, labels 0..K-1."""
+    scores = x.double() @ y.double().t() / tau
+    rows = scores.logsumexp(dim=1) - scores.diagonal()
+    columns = scores.logsumexp(dim=0) - scores.diagonal()
+    return (rows.mean() + columns.mean()) / 2
+
+
 # ------------------------------------------------------- the same as loops over Python floats
 
 
@@ -151,6 +159,16 @@ def loop_info_nce(q: Tensor, k: Tensor, queue: Tensor, tau: float) -> float:
         for negative in negatives:
             logits.append(_dot(query, negative) / tau)
         losses.append(_log_mean_exp(logits) + math.log(len(logits)) - logits[0])
+    return math.fsum(losses) / len(losses)
+
+
+def loop_in_batch_info_nce(x: Tensor, y: Tensor, tau: float) -> float:
+    """`in_batch_info_nce` by double loops, one for each direction."""
+    losses = []
+    for ones, others in ((_rows(x), _rows(y)), (_rows(y), _rows(x))):
+        for i, row in enumerate(ones):
+            logits = [_dot(row, other) / tau for other in others]
+            losses.append(_log_mean_exp(logits) + math.log(len(logits)) - logits[i])
     return math.fsum(losses) / len(losses)
 
 

@@ -17,10 +17,10 @@ from helpers import ROOT
 
 FLOORS = {
     0: "align_uniform moco",  # moco/__init__.py alone
-    1: "moco.config moco.encoders moco.batch_norm moco.precision moco.distributed moco.launch "
-    "moco.log moco.progress moco.profiling moco.timing moco.schedule moco.errors moco.run_files "
-    "moco.printable moco.lock moco.stop moco.looks moco.handshake moco.memory moco.packages "
-    "moco.pickles moco.sentence_encoders",
+    1: "moco.config moco.encoders moco.alexnet moco.batch_norm moco.precision moco.distributed "
+    "moco.launch moco.log moco.progress moco.profiling moco.timing moco.schedule moco.errors "
+    "moco.run_files moco.printable moco.lock moco.stop moco.looks moco.handshake moco.memory "
+    "moco.packages moco.pickles moco.sentence_encoders",
     2: "moco.builder moco.data moco.checkpoint",
     3: "moco.train moco.evaluate moco.tasks moco.publish moco.runs",
     4: "moco.cli",

@@ -36,15 +36,16 @@ def commands(program: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("parser", "programs"),
+    ("parser", "programs", "least"),
     [
-        (cli.pretrain_parser(), ("main_moco.py", "own_task.py")),
-        (cli.lincls_parser(), ("main_lincls.py",)),
+        (cli.pretrain_parser(), ("main_moco.py", "own_task.py"), 9),
+        (cli.lincls_parser(), ("main_lincls.py",), 9),
+        (cli.in_batch_parser(), ("scripts/train_in_batch.py",), 4),
     ],
 )
-def test_commands_parse(parser, programs: tuple[str, ...]) -> None:
+def test_commands_parse(parser, programs: tuple[str, ...], least: int) -> None:
     found = [(*command, program) for program in programs for command in commands(program)]
-    assert len(found) >= 9
+    assert len(found) >= least
     for page, command, program in found:
         words = shlex.split(command)
         args = parser.parse_args(words[words.index(program) + 1 :])

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moco.encoders import arch_names, build_encoder, get_head, head_name
+from moco.alexnet import chain_image_size, chain_names, parse_chain
+from moco.encoders import arch_names, build_encoder, get_head, head_name, is_arch
 
 # The first convolution of torchvision's and this project's networks, and who has it.
 STEMS = {
     "conv1.weight": r"resnet|resnext|wide_resnet",
-    "conv1.0.weight": r"shufflenet",
+    "conv1.0.weight": r"shufflenet|small_alexnet|depth_cnn",
     "conv_proj.weight": r"vit_",
     "features.0.weight": r"alexnet|vgg",
     "features.0.0.weight": r"convnext|efficientnet|mobilenet|swin",
@@ -98,8 +99,9 @@ def _candidates(state: dict[str, Tensor], arch: object) -> list[str]:
     if not families and "layer1.0.conv1.weight" in state:
         families = [STEMS["conv1.weight"]]
     names = [name for name in arch_names() if families and re.match("|".join(families), name)]
-    if not families and arch in arch_names():
-        names = [arch]
+    names += chain_names(state)
+    if is_arch(arch) and (not names or parse_chain(arch)):
+        names.append(arch)
 
     def cost(name: str) -> tuple:
         return name != arch, not name.startswith("resnet"), int(re.search(r"\d+|$", name)[0] or 0)
@@ -150,7 +152,10 @@ def _by_children(
 
 
 def _image_size(state: dict[str, Tensor]) -> int:
-    """A ViT's size is in its position embedding; other networks take any size."""
+    """A ViT's size is in its position embedding, a chain's in its fc6; other networks take any."""
+    size = chain_image_size(state)
+    if size is not None:
+        return size
     patches = state.get("conv_proj.weight")
     for key, value in state.items():
         if key.endswith("pos_embedding") and patches is not None and patches.dim() == 4:

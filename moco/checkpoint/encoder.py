@@ -49,6 +49,7 @@ def load_encoder(
         (encoder, info). info has
         `arch`, `small_stem` and `feature_dim`;
         `epoch` and `objective`: None where the file does not say;
+        `task`: by which it was trained: "moco", "in-batch", ...; None where the file does not say;
         `layout`: "moco", "moco-v3", "simsiam", "lincls", "timm", "detectron2" or "plain";
         `encoder`: which of the file's encoders this is, by its name there: "encoder_q" of MoCo,
             "base_encoder" of MoCo v3, "encoder" of SimSiam; of other projects what stands before
@@ -89,6 +90,7 @@ def load_encoder(
         "small_stem": encoder.small_stem,
         "epoch": content.get("pretrained_epochs", content.get("epoch")),
         "objective": args.get("objective", content.get("objective")),
+        "task": args.get("task", "moco" if source.layout == "moco" else None),
         "layout": "plain" if source.layout == "lincls" and kind != "linear" else source.layout,
         "encoder": source.encoder,
         "head": kind,

@@ -24,7 +24,7 @@ _FOLLOWER = re.compile(
 )
 _MOST_PREFIXES = 50  # far more than encoders in any file
 # Beginnings of names in the last parts of torchvision's networks.
-_HEADS = ("fc.", "classifier.", "heads.", "head.")
+_HEADS = ("fc.", "fc8.", "classifier.", "heads.", "head.")
 
 
 class Source(NamedTuple):

@@ -11,10 +11,23 @@ writes to a config afterwards; `dataclasses.replace` makes another one. Function
 they need. `to_flat` gives the names under which args.json and checkpoints keep the values.
 """
 
+from moco.config.in_batch import (
+    DATASET_DEFAULTS,
+    IN_BATCH_DEFAULTS,
+    InBatchConfig,
+    InBatchData,
+    InBatchEncoder,
+    InBatchObjective,
+    InBatchOptim,
+    InBatchViews,
+    auto_rate,
+    in_batch_formula,
+)
 from moco.config.lincls import (
     FINETUNE_DEFAULTS,
     FINETUNE_RATES,
     PROBE_DEFAULTS,
+    STL10_DEFAULTS,
     Knn,
     LinclsConfig,
     Pretrained,

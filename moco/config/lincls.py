@@ -29,7 +29,11 @@ class Pretrained(Part):
     pretrained: ours, upstream MoCo's, or a torchvision state dict; a run folder: its newest
     evaluate: only evaluate the linear classifier that the checkpoint holds
     arch: default: the checkpoint's
+    layer: features that are classified: output (of unit length), or what enters the head, fc7 or
+        backbone (default: a classifier's own, else what enters the head)
     image_size: default: the checkpoint's, else 224
+    eval_resize: shorter side of validation images, of which the centre is taken (default: that of
+        the size: all of an image up to 64, 256 of 224; --protocol stl10: 70 of 64)
     mean: default: the checkpoint's, else ImageNet's
     amp: precision of the encoder (%(default)s: float32); classifiers are float32
     """
@@ -37,7 +41,11 @@ class Pretrained(Part):
     pretrained: str | None = option(None, "--pretrained", FREE, kind="path", metavar="CHECKPOINT")
     evaluate: bool = option(False, "-e --evaluate", FREE)
     arch: str | None = option(None, "-a --arch", FREE, metavar="ARCH")
+    layer: str | None = option(None, "--layer", LEARNS, since="backbone", metavar="NAME")
     image_size: int | None = option(None, "--image-size", LEARNS, least=1, metavar="PX")
+    eval_resize: int | None = option(
+        None, "--eval-resize", LEARNS, since=None, least=1, metavar="PX"
+    )
     mean: tuple[float, float, float] | None = option(
         None, "--mean", LEARNS, metavar=("R", "G", "B")
     )
@@ -90,6 +98,9 @@ class Knn(Part):
 class Protocol(Part):
     """several settings, trained together: --lr 1,3,10,30 --wd 0,1e-4
 
+    probe: moco: SGD, its lr 30; stl10: that of arXiv:2005.10242, Table 1: Adam with betas 0.5 and
+        0.999, lr 1e-3, batch 128, 100 epochs, x0.2 at 60 and 80, accuracy of the last epoch; and
+        5-NN (%(default)s)
     folds: choose among them by K-fold cross-validation on the training set, then train on all
         of it; val/ is evaluated once, at the end
     cached: extract features once, of centre crops, and train on those: another protocol than
@@ -104,6 +115,7 @@ class Protocol(Part):
     lr_backbone: initial learning rate of the encoder; --lr is the classifier's
     """
 
+    probe: str = option("moco", "--protocol", LEARNS, since="moco", choices=("moco", "stl10"))
     folds: int | None = option(None, "--folds", LEARNS, least=2, since=None)
     cached: bool = option(False, "--cached", LEARNS, since=False)
     cached_views: int = option(0, "--cached-views", LEARNS, least=0, since=0)
@@ -119,6 +131,11 @@ class Protocol(Part):
 
 # Defaults of linear evaluation where they differ from pretraining's: upstream MoCo's protocol.
 PROBE_DEFAULTS = {"epochs": 100, "schedule": (60, 80)}
+
+# Table 1 of arXiv:2005.10242 (appendix B.1; github.com/SsnL/align_uniform, examples/stl10).
+STL10_DEFAULTS = {
+    "lr": (1e-3,), "batch_size": 128, "epochs": 100, "schedule": (60, 80), "schedule_factor": 0.2
+}  # fmt: skip
 
 # Fine-tuning with 1 % or 10 % of ImageNet's labels as SwAV has published it (arXiv:2006.09882;
 # github.com/facebookresearch/swav, README and eval_semisup.py): 20 epochs, x0.2 at 12 and 16, batch
@@ -150,6 +167,10 @@ class LinclsConfig:
         protocol, epochs = self.protocol, self.schedule.epochs
         if epochs == 0 and not (self.knn.knn or self.source.evaluate):
             raise ValueError("--epochs 0 leaves nothing to do without --knn or -e")
+        if protocol.probe == "stl10" and protocol.finetune:
+            raise ValueError("--protocol stl10 is of a frozen encoder: leave out --finetune")
+        if protocol.finetune and self.source.layer == "output":
+            raise ValueError("--finetune trains the backbone: leave out --layer output")
         if protocol.finetune:
             self._check_finetuning()
         elif protocol.lr_backbone is not None:

@@ -100,7 +100,7 @@ class Objective(Part):
 def objective_formula(values: Mapping[str, Any]) -> str | None:
     """The objective as a formula for people to read, from its numbers by their flat names; from
     files without numbers what they say, None where they say nothing."""
-    if "align_w" not in values:
+    if "intra_batch" not in values:  # of another task, or of a file without numbers
         return values.get("objective")
     pairs = "with intra-batch pairs" if values["intra_batch"] else "queue only"
     terms = [
@@ -120,7 +120,7 @@ def objective_slug(objective: Objective) -> str:
         (objective.unif_w, f"unif{objective.unif_t:g}"),
     ]
     slug = "-".join(f"{weight:g}{term}" for weight, term in terms if weight)
-    return f"{slug}-sym" if objective.symmetric else slug
+    return f"{slug}-sym" if getattr(objective, "symmetric", False) else slug
 
 
 @dataclass(frozen=True, kw_only=True)

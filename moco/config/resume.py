@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moco.config.in_batch import InBatchConfig
 from moco.config.option import LEARNS, ROUNDS, UNKNOWN, option_fields, plain
 from moco.config.pretrain import (
     Objective,
@@ -18,7 +19,8 @@ from moco.config.pretrain import (
 )
 from moco.config.sentences import SentenceConfig, SentenceObjective
 
-_CONFIGS = {"sentences": SentenceConfig}  # by "task" among the flat values; without it MoCo's
+# By "task" among the flat values; without it MoCo's.
+_CONFIGS = {"in-batch": InBatchConfig, "sentences": SentenceConfig}
 
 
 def _by_class(resume: str, config: type) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def _config_of(flat: Mapping[str, Any]) -> type:
 _OBJECTIVE = tuple(f.name for of in (Objective, SentenceObjective) for f in dataclasses.fields(of))
 # Worked out from several fields, or found in the data.
 _DERIVED = (
-    *("images", "images_digest", "sentences", "text_digest"),
+    *("images", "images_digest", "sentences", "text_digest", "task"),
     *("bn_group_size", "loss_group_size", "shuffled_images"),
 )
 # What the order of samples within an epoch depends on.

@@ -210,7 +210,8 @@ def open_images(
     Args:
         dataset: one of `DATASETS`.
         root: for "folder" a folder with `train/` (and `val/`), or, for split "pretrain", any folder
-            with images; for the others the folder that torchvision keeps them in.
+            with images; for the others the folder that torchvision keeps them in, for cifar10 also
+            one with `train/` and `val/`.
         split: "pretrain" (all images for training, labels not needed), "train" or "val".
         per_class: keep this many images of each class, the first ones.
         classes: class names of the training set, for "val" of a folder.
@@ -221,6 +222,9 @@ def open_images(
     root = Path(root)
     if not root.is_dir():
         raise DataError(f"no such data folder: {root}")
+    if dataset == "cifar10" and not (root / "cifar-10-batches-py").is_dir():
+        if (root / "train").is_dir():
+            dataset = "folder"  # the same images as files
     if dataset == "folder":
         images: Images = FolderImages(split_folder(root, split), classes)
         _tell(root, split, images, known_classes=classes)

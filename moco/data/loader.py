@@ -22,19 +22,22 @@ from moco.stop import ignore_stop_signals
 
 
 class EpochBatches(Sampler):
-    """Batches of (epoch, index) for this rank, a new order every epoch, the ragged rest left out.
+    """Batches of (epoch, index) for this rank, a new order every epoch, the ragged rest left out,
+    or a last, smaller batch.
 
     The order is a function of (seed, epoch); global batch b is its b-th slice, and rank r takes the
     r-th part of it. So the samples of a step do not depend on the number of ranks. The epoch
     travels with the index because persistent workers never see `set_epoch`.
     """
 
-    def __init__(self, length: int, batch_size: int, *, seed: int) -> None:
+    def __init__(self, length: int, batch_size: int, *, seed: int, keep_last: bool = False) -> None:
         """
         Args:
             length: number of samples.
             batch_size: global batch, a multiple of the number of ranks.
             seed: of the order.
+            keep_last: make a batch of the ragged rest, as far as ranks can share it evenly and it
+                has two samples at least.
         """
         if length < batch_size:
             raise DataError(
@@ -45,13 +48,16 @@ class EpochBatches(Sampler):
         self.seed = seed
         self.epoch = 0
         self.start = 0
+        world = distributed.world_size()
+        rest = length % batch_size // world * world
+        self.last = rest if keep_last and rest >= 2 else 0  # samples of the smaller batch
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Select the epoch and the first batch within it (after a resume)."""
         self.epoch, self.start = epoch, start
 
     def batches_per_epoch(self) -> int:
-        return self.length // self.batch_size
+        return self.length // self.batch_size + (self.last > 0)
 
     def __len__(self) -> int:
         return self.batches_per_epoch() - self.start
@@ -59,8 +65,9 @@ class EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(_order_seed(self.seed, self.epoch))
         order = torch.randperm(self.length, generator=generator).tolist()
-        share = self.batch_size // distributed.world_size()
         for batch in range(self.start, self.batches_per_epoch()):
+            whole = (batch + 1) * self.batch_size <= self.length
+            share = (self.batch_size if whole else self.last) // distributed.world_size()
             first = batch * self.batch_size + distributed.rank() * share
             yield [(self.epoch, index) for index in order[first : first + share]]
 

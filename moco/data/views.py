@@ -68,6 +68,14 @@ def pretrain_recipe(
     return Recipe(image_size, crop_scale, jitter_p=0.8, grey_p=0.2, blur_p=0.5 if blur else 0.0)
 
 
+def in_batch_recipe(image_size: int, crop_scale: Sequence[float] = (0.08, 1.0)) -> Recipe:
+    """Views of training within the batch, as the public STL-10 code of arXiv:2005.10242 has them:
+    crop, colour jitter (0.4, 0.4, 0.4, 0.4) always, grey with probability 0.2 after it, flip."""
+    return Recipe(
+        image_size, tuple(crop_scale), jitter_p=1.0, jitter=(0.4, 0.4, 0.4, 0.4), grey_p=0.2
+    )
+
+
 def lincls_recipe(image_size: int = 224) -> Recipe:
     """Training view of linear evaluation: ImageNet's usual random resized crop, and flip."""
     return Recipe(image_size, (0.08, 1.0))
@@ -77,15 +85,19 @@ def lincls_recipe(image_size: int = 224) -> Recipe:
 MOST_RESIZED_PIXELS, MOST_RESIZED_RATIO = 2**24, 8
 
 
-def eval_transform(image_size: int = 224) -> Callable[[Image.Image], Tensor]:
-    """Centre crop, as (3, S, S) uint8: the shorter side to 256/224 of the crop, as for ImageNet.
-    Images of at most 64 pixels (CIFAR, STL-10 at 64) are taken whole, as is usual for them."""
-    return functools.partial(_centre_crop, image_size=image_size)
+def eval_transform(
+    image_size: int = 224, resize: int | None = None
+) -> Callable[[Image.Image], Tensor]:
+    """Centre crop, as (3, S, S) uint8: the shorter side to `resize`, without it to 256/224 of the
+    crop, as for ImageNet; images of at most 64 pixels (CIFAR, STL-10 at 64) are then taken whole,
+    as is usual for them."""
+    if resize is None:
+        resize = image_size if image_size <= 64 else round(image_size * 256 / 224)
+    return functools.partial(_centre_crop, image_size=image_size, shorter=resize)
 
 
-def _centre_crop(image: Image.Image, image_size: int) -> Tensor:
+def _centre_crop(image: Image.Image, image_size: int, shorter: int) -> Tensor:
     """Equal to torchvision's Resize and CenterCrop for every image, but in bounded memory."""
-    shorter = image_size if image_size <= 64 else round(image_size * 256 / 224)
     longer = int(shorter * max(image.size) / min(image.size))
     if shorter * longer <= MOST_RESIZED_PIXELS or longer <= MOST_RESIZED_RATIO * shorter:
         image = TF.center_crop(TF.resize(image, shorter), image_size)

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from moco import checkpoint, distributed, encoders
+from moco import checkpoint, distributed
 from moco.config import LEARNS, LinclsConfig, option_fields
 from moco.config.option import UNKNOWN
 from moco.errors import CheckpointError
 from moco.evaluate.heads import HeadResult, HeadTraining, best_head
+from moco.evaluate.layers import load_layer, network_state, saved_classifier
 from moco.run_files import LINCLS_BEST, LINCLS_LATEST
 
 # ------------------------------------------------------------------------------------------------
@@ -68,10 +69,8 @@ class ClassifierWriter:
     def _content(self, epochs: int, steps: int, by: str) -> dict:
         results, heads = self.training.results, self.training.heads
         chosen, best = best_head(results, by), best_head(results, "best").best
-        classifier = heads.linear[results.index(chosen)].state_dict()
-        name = encoders.head_name(self.encoder)
-        state = {**self.encoder.state_dict()}
-        state.update({f"{name}.{key}": tensor for key, tensor in classifier.items()})
+        classifier = heads.linear[results.index(chosen)]
+        state = network_state(self.encoder, classifier)
         several = {}
         if len(results) > 1:
             several = {
@@ -103,8 +102,7 @@ def load_classifier(path: str, classes: int) -> nn.Linear:
     Raises:
         CheckpointError: there is none, or one of another number of classes.
     """
-    network, _ = checkpoint.load_encoder(path, head="linear")
-    classifier = encoders.get_head(network)
+    classifier = saved_classifier(path)
     if classifier.out_features != classes:
         raise CheckpointError(
             f"{path} classifies {classifier.out_features} classes, the data has {classes}; use the "
@@ -127,7 +125,7 @@ def load_resumed(config: LinclsConfig, encoder: nn.Module) -> dict:
                 f"{path} has no {key!r}, so it is no checkpoint of main_lincls.py; give it "
                 "as --pretrained"
             )
-    other, _ = checkpoint.load_encoder(path)
+    other, _ = load_layer(path, config.source.layer)
     mine, its = encoder.state_dict(), other.state_dict()
     if config.protocol.finetune:  # its encoder has gone on from the one that was given
         same = not pretrained or content.get("pretrained_digest") == encoder_digest(encoder)
@@ -158,8 +156,7 @@ def restore(training: HeadTraining, encoder: nn.Module, content: dict, config: L
         training.heads.load_state_dict(content["heads"])
         training.results[:] = map(HeadResult.from_flat, content["results"])
     else:
-        classifier = encoders.get_head(checkpoint.load_encoder(path, head="linear")[0])
-        training.heads.linear[0].load_state_dict(classifier.state_dict())
+        training.heads.linear[0].load_state_dict(saved_classifier(path).state_dict())
         training.results[0].best, training.results[0].last = content["best"], content["last"]
     if config.protocol.finetune:
         encoder.load_state_dict(content["encoder"])

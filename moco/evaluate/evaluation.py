@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -31,7 +32,9 @@ from moco.evaluate.facts import (
 from moco.evaluate.feed import Presentation
 from moco.evaluate.heads import FrozenEncoder, Heads, head_accuracy
 from moco.evaluate.knn import knn_accuracy
+from moco.evaluate.layers import OUTPUT, load_layer
 from moco.evaluate.loop import LinearEvaluation
+from moco.evaluate.nearest import nearest_neighbours
 from moco.evaluate.protocol import make_feed, train_classifiers
 from moco.handshake import refuse_other_arguments, refuse_other_data
 from moco.lock import hold_on_main
@@ -80,7 +83,9 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
         log.scalars("knn", 0, {name: result["knn"][name] for name in ("top1", "top5")})
     if saved is not None:
         result.update(evaluate_classifier(saved.to(device), subject, show, val))
-    elif config.trains:
+    if config.protocol.probe == "stl10":
+        result["nearest"] = nearest_neighbours(subject, config, show, train, val)
+    if saved is None and config.trains:
         encoder, width = subject.encoder, subject.info["feature_dim"]
         feed = make_feed(config, encoder, width, train, val, show)
         about = checkpoint_facts(subject, config)
@@ -102,7 +107,7 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
 def load_subject(device: torch.device, config: LinclsConfig) -> tuple[Subject, LinclsConfig]:
     """The encoder, and the config with what its file says: how images are to be presented."""
     path = config.source.pretrained or config.saving.resume
-    encoder, info = checkpoint.load_encoder(path)
+    encoder, info = load_layer(path, config.source.layer)
     resume_from = load_resumed(config, encoder) if config.saving.resume else None
     config = complete(config, path, info, resume_from)
     try:
@@ -114,6 +119,8 @@ def load_subject(device: torch.device, config: LinclsConfig) -> tuple[Subject, L
     if config.knn.knn and config.knn.knn_layer == "projection":
         whole, _ = checkpoint.load_encoder(path, head="projection")
         knn_encoder = frozen(whole, config, device)
+    elif config.knn.knn and info["layer"] == OUTPUT:
+        knn_encoder = frozen(checkpoint.load_encoder(path)[0], config, device)
     return Subject(path, encoder, info, knn_encoder, resume_from), config
 
 
@@ -135,12 +142,15 @@ def complete(config: LinclsConfig, path: str, info: dict, resume_from: dict | No
         source = replace(
             source,
             arch=info["arch"],
+            layer=info["layer"],
             image_size=source.image_size or trained.get("image_size", 224),
             mean=source.mean or tuple(trained.get("mean", IMAGENET_MEAN)),
             std=source.std or tuple(trained.get("std", IMAGENET_STD)),
         )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    if config.protocol.probe == "stl10" and source.eval_resize is None:
+        source = replace(source, eval_resize=round(source.image_size * 70 / 64))
     return replace(
         config,
         source=source,
@@ -177,6 +187,11 @@ def open_splits(config: LinclsConfig) -> tuple[Images, Images, LinclsConfig]:
     if least < batch_size and config.trains:
         raise DataError(
             f"{least} images are fewer than one batch of {batch_size}; lower --batch-size"
+        )
+    smallest = min(Counter(train.targets).values())
+    if config.protocol.probe == "stl10" and folds and folds > smallest:
+        raise DataError(
+            f"--folds {folds} are more than the {smallest} images of the smallest class"
         )
     return train, val, config
 

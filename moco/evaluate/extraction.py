@@ -19,7 +19,7 @@ from moco.checkpoint.presentation import image_settings
 from moco.data import samples
 from moco.data.images import FolderImages, Images, Subset, open_images, split_folder
 from moco.data.subsets import image_names
-from moco.data.views import eval_transform, normalize, pretrain_recipe
+from moco.data.views import Recipe, eval_transform, in_batch_recipe, normalize, pretrain_recipe
 from moco.errors import CheckpointError
 from moco.evaluate.feature_files import FeatureSet
 from moco.packages import import_optional
@@ -59,8 +59,17 @@ class ImageEncoder:
 
     @property
     def augmentation(self) -> dict:
-        """Arguments of `pretrain_recipe`: the checkpoint's, else MoCo v2's."""
+        """Of the views that it was trained with, else MoCo v2's: arguments of `pretrain_recipe`, or
+        the share of the area of the crops of training within the batch."""
+        if self.trained.get("task") == "in-batch":
+            return {"crop_scale": self.trained["crop_scale"]}
         return {name: self.trained.get(name, default) for name, default in AUGMENTATION.items()}
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of random views."""
+        make = in_batch_recipe if self.trained.get("task") == "in-batch" else pretrain_recipe
+        return make(self.image_size, **self.augmentation)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
@@ -226,8 +235,7 @@ def extract(
         dataset = samples.PlainImages(images, eval_transform(encoder.image_size))
         keys = range(len(images))
     else:
-        recipe = pretrain_recipe(encoder.image_size, **encoder.augmentation)
-        dataset = samples.AugmentedViews(images, recipe, seed=seed, num_views=views)
+        dataset = samples.AugmentedViews(images, encoder.recipe, seed=seed, num_views=views)
         keys = [(0, index) for index in range(len(images))]
     batches = DataLoader(
         dataset,

@@ -11,6 +11,7 @@ from moco.config import LinclsConfig
 from moco.data.images import Images
 from moco.evaluate.classifier_io import encoder_digest
 from moco.evaluate.heads import FrozenEncoder
+from moco.evaluate.layers import lacks_statistics
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ def print_start(subject: Subject, config: LinclsConfig, device: torch.device, fa
         f"{info['feature_dim']} features; all {info['matched']} tensors matched, "
         f"{len(info['ignored'])} of the file have no place in the backbone"
     )
+    if config.protocol.probe == "stl10" or info["layer"] == "output":
+        resized = f", centre crops of {config.source.eval_resize}" * bool(config.source.eval_resize)
+        say(f"     layer: {info['layer']}{resized}")
     say(f"   trained: {info['objective'] or 'unknown objective'}, epoch {info['epoch']}")
     say(
         f"      data: {facts['train_images']} training and {facts['val_images']} validation "
@@ -122,8 +126,14 @@ def print_start(subject: Subject, config: LinclsConfig, device: torch.device, fa
         f"amp {config.source.amp}"
     )
     say(f"run folder: {config.saving.save_dir}")
+    if lacks_statistics(subject.encoder):
+        say(
+            "warning: batch norm has never seen a batch, so features of this untrained encoder are "
+            "about 0; scripts/train_in_batch.py --max-steps 0 saves one with statistics"
+        )
     scaled = 30.0 * optim.batch_size / 256
     one = len(optim.lr) == 1 and not (protocol.finetune or protocol.folds)
+    one = one and protocol.probe == "moco"
     if config.trains and one and abs(optim.lr[0] - scaled) > 1e-6 * scaled:
         say(
             f"warning: lr {optim.lr[0]:g} with batch {optim.batch_size} is not the published pair "
@@ -138,6 +148,11 @@ def protocol_line(config: LinclsConfig) -> str:
     epochs = " ".join(map(str, plan.schedule)) or "no epoch"
     if protocol.finetune:
         what = f"fine-tuning, backbone lr {protocol.lr_backbone:g}, classifier lr {rates}"
+    elif protocol.probe == "stl10":
+        views = {0: "centre crops", 1: "1 random view"}
+        views = views.get(protocol.cached_views, f"{protocol.cached_views} random views")
+        what = "linear on random crops" + (f" (cached: {views})" * protocol.cached)
+        what += f" of Table 1 of arXiv:2005.10242: Adam, lr {rates}"
     elif protocol.cached:
         views = protocol.cached_views
         views = f"{views} random views" if views else "centre crops"

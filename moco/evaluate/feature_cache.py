@@ -92,6 +92,8 @@ class FeatureCache:
             "pillow": PIL.__version__,
             "torchvision": torchvision.__version__,
         }
+        if show.eval_resize is not None:
+            key["eval_resize"] = show.eval_resize
         self.key, self.folder = key, Path(folder) / checkpoint.checksum(key)[:16]
         self.size = min(SHARD, -(-len(images) // 8))
         starts = range(0, len(images), self.size)
@@ -208,7 +210,7 @@ class FeatureCache:
             loader = TrainLoader(crops, batches, workers=show.workers, device=show.device)
         else:
             loader = DataLoader(
-                PlainImages(self.images, eval_transform(show.image_size)),
+                PlainImages(self.images, eval_transform(show.image_size, show.eval_resize)),
                 batch_sampler=batches,
                 num_workers=show.workers,
                 pin_memory=show.device.type == "cuda",

@@ -28,6 +28,7 @@ class Presentation:
     batch_size: int  # of this rank, where nothing is trained
     workers: int
     device: torch.device
+    eval_resize: int | None = None  # as `eval_transform` takes it
 
     @classmethod
     def of(cls, config: LinclsConfig, device: torch.device) -> Presentation:
@@ -40,6 +41,7 @@ class Presentation:
             batch_size=config.optim.batch_size // config.placement.processes,
             workers=config.data.workers,
             device=device,
+            eval_resize=source.eval_resize,
         )
 
     def loader(self, images: Images, *, persistent: bool = False) -> DataLoader:
@@ -48,7 +50,7 @@ class Presentation:
         Persistent workers live until the caller ends them, whatever signals arrive.
         """
         return eval_loader(
-            PlainImages(images, eval_transform(self.image_size)),
+            PlainImages(images, eval_transform(self.image_size, self.eval_resize)),
             batch_size=self.batch_size,
             workers=self.workers,
             pin_memory=self.device.type == "cuda",

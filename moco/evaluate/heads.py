@@ -36,11 +36,13 @@ class Heads(nn.Module):
         return [head(features) for head in self.linear]
 
 
-def new_heads(features: int, classes: int, count: int) -> Heads:
-    """`count` classifiers that start alike: weights from N(0, 0.01^2) as in MoCo, biases 0."""
+def new_heads(features: int, classes: int, count: int, *, probe: str = "moco") -> Heads:
+    """`count` classifiers that start alike: for "moco" weights from N(0, 0.01^2) and biases 0, for
+    "stl10" as torch makes them."""
     first = nn.Linear(features, classes)
-    nn.init.normal_(first.weight, std=0.01)
-    nn.init.zeros_(first.bias)
+    if probe == "moco":
+        nn.init.normal_(first.weight, std=0.01)
+        nn.init.zeros_(first.bias)
     return Heads([first, *(copy.deepcopy(first) for _ in range(count - 1))])
 
 
@@ -151,6 +153,7 @@ class HeadTraining:
 
     Args:
         configs: learning rate and weight decay of each head.
+        probe: "stl10" trains by Adam.
         encoder, lr_backbone: an encoder that trains too, with the weight decay of the first head.
 
     Attributes:
@@ -163,6 +166,7 @@ class HeadTraining:
         configs: Sequence[HeadConfig],
         momentum: float,
         *,
+        probe: str = "moco",
         encoder: nn.Module | None = None,
         lr_backbone: float | None = None,
     ) -> None:
@@ -177,7 +181,11 @@ class HeadTraining:
             groups.append(
                 {"params": encoder.parameters(), "lr": lr_backbone, "weight_decay": decay}
             )
-        self.optimizer = torch.optim.SGD(groups, momentum=momentum)
+        self.optimizer: torch.optim.Optimizer
+        if probe == "stl10":
+            self.optimizer = torch.optim.Adam(groups, betas=(0.5, 0.999), eps=1e-8)
+        else:
+            self.optimizer = torch.optim.SGD(groups, momentum=momentum)
         self.base_rates = [group["lr"] for group in groups]
         self.start_means()
 
@@ -208,12 +216,12 @@ def head_losses(logits: Sequence[Tensor], targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def zero_diverged_head(head: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
-    """Zero a head and its momentum, so that nothing that is saved is NaN."""
+    """Zero a head and its moments, so that nothing that is saved is NaN."""
     for parameter in head.parameters():
         parameter.zero_()
-        buffer = optimizer.state[parameter].get("momentum_buffer")
-        if buffer is not None:
-            buffer.zero_()
+        for buffer in optimizer.state[parameter].values():
+            if isinstance(buffer, Tensor) and buffer.shape == parameter.shape:
+                buffer.zero_()
 
 
 @torch.no_grad()

@@ -22,8 +22,10 @@ def extract_features(
     mean: Sequence[float],
     std: Sequence[float],
     progress: Callable = iter,
+    unit: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Unit-length features and labels of this rank's share: (N, C) float32 and (N,), on the device.
+    """Features and labels of this rank's share: (N, C) float32 and (N,), on the device; features
+    divided by their length unless `unit` is False.
 
     The encoder is put into eval mode and back. Without any images: (0, 0) and (0,).
     """
@@ -33,7 +35,8 @@ def extract_features(
     try:
         for images, targets in progress(loader):
             images = normalize(images.to(device, non_blocking=True), mean, std)
-            features.append(F.normalize(encoder(images).float(), dim=1))
+            found = encoder(images).float()
+            features.append(F.normalize(found, dim=1) if unit else found)
             labels.append(targets.to(device, non_blocking=True))
     finally:
         encoder.train(was_training)
@@ -90,6 +93,32 @@ def knn_predict(
         votes, order = votes.masked_fill_(~voted, -1).sort(dim=1, descending=True)
         ranked.append(order.masked_fill_(votes < 0, -1))
     return torch.cat(ranked)
+
+
+@torch.no_grad()
+def majority_vote(
+    features: Tensor, bank: Tensor, bank_labels: Tensor, *, classes: int, k: int = 5
+) -> Tensor:
+    """The class that most of the k nearest bank features have, in Euclidean distance; of classes
+    with as many that of the nearest.
+
+    Args:
+        features: (N, C) to classify; bank: (M, C) with bank_labels (M,) in [0, classes).
+        k: neighbours; capped at M.
+
+    Returns:
+        (N,) int64.
+    """
+    k = min(k, len(bank))
+    nearness = torch.arange(k, 0, -1, device=bank.device)  # of the neighbours, from the nearest on
+    chosen = []
+    for queries in features.split(1024):
+        neighbours = torch.cdist(queries, bank).topk(k, dim=1, largest=False).indices
+        labels = bank_labels[neighbours]  # (B, k)
+        votes = F.one_hot(labels, classes).sum(dim=1).gather(1, labels)  # (B, k) of each label
+        best = (votes * (k + 1) + nearness).argmax(dim=1, keepdim=True)
+        chosen.append(labels.gather(1, best).squeeze(1))
+    return torch.cat(chosen) if chosen else bank_labels[:0]
 
 
 def count_correct(ranked: Tensor, targets: Tensor, topk: Sequence[int]) -> Tensor:

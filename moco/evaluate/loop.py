@@ -117,10 +117,12 @@ class _HeadLoop:
         self.fold_line = {} if stage.fold is None else {"fold": stage.fold}  # for the log
         self.where = "" if stage.fold is None else f"fold {stage.fold + 1} of {protocol.folds}, "
         torch.manual_seed(optim.seed)
-        heads = new_heads(evaluation.features, evaluation.classes, len(configs)).to(self.device)
+        probe = {"probe": protocol.probe}
+        heads = new_heads(evaluation.features, evaluation.classes, len(configs), **probe)
+        heads = heads.to(self.device)
         backbone = {"encoder": self.encoder, "lr_backbone": protocol.lr_backbone}
         self.training = HeadTraining(
-            heads, configs, optim.momentum, **(backbone if self.finetune else {})
+            heads, configs, optim.momentum, **probe, **(backbone if self.finetune else {})
         )
 
     def start(self, epoch: int, step: int) -> None:
@@ -232,7 +234,8 @@ class _HeadLoop:
     def end_epoch(self, epoch: int) -> None:
         """Evaluate and save, where that is due."""
         ended, improved = epoch + 1 == self.epochs, False
-        if ended or not self.config.protocol.folds:
+        protocol = self.config.protocol
+        if ended or not (protocol.folds or protocol.probe == "stl10"):
             if self.finetune:  # rank 0's averages are the ones that are saved
                 distributed.broadcast_buffers(self.encoder)
                 self.encoder.eval()

@@ -24,6 +24,7 @@ from align_uniform.metrics import (
     uniformity_curve,
 )
 from moco.data.images import FolderImages, Images, Subset, first_per_class, open_images
+from moco.data.nyu import open_nyu
 from moco.errors import DataError
 from moco.evaluate.extraction import LAYERS, ImageEncoder, Loading, extract
 from moco.evaluate.feature_files import FeatureSet, read_features, unit_rows
@@ -52,7 +53,7 @@ class HeldOut:
 
     Attributes:
         data: a folder; DIR/val is measured, or all of DIR where there is none.
-        dataset: "folder", or a data set as torchvision stores it.
+        dataset: "folder", a data set as torchvision stores it, or "nyu".
         per_class: the first so many of each class.
         most: of a larger set take so many, evenly spread: bounds memory and time.
         seed: of the views.
@@ -67,6 +68,8 @@ class HeldOut:
     def images(self) -> Images:
         """Images to measure; labels are not needed."""
         root = Path(self.data)
+        if self.dataset == "nyu":
+            return self._limited(open_nyu(root, "val").images)
         if self.dataset != "folder":
             return self._limited(open_images(self.dataset, root, "val"))
         return self._limited(FolderImages(root / "val" if (root / "val").is_dir() else root))
@@ -74,6 +77,8 @@ class HeldOut:
     def knn_images(self) -> tuple[Images, Images]:
         """Bank and queries, of the same classes."""
         root = Path(self.data)
+        if self.dataset == "nyu":
+            raise DataError("images of nyu have no classes")
         bank = open_images(self.dataset, root, "train")
         queries = open_images(self.dataset, root, "val", classes=bank.classes)
         return self._limited(bank), self._limited(queries)
@@ -116,7 +121,7 @@ def measure_encoder(
     if held_out.dataset == "folder" and not (Path(held_out.data) / "val").is_dir():
         folder = Path(held_out.data) / "val"
         notes.append(f"no folder {folder}: measured on all images of {held_out.data}")
-    if "aug_plus" not in encoder.trained:
+    if "aug_plus" not in encoder.trained and encoder.trained.get("task") != "in-batch":
         notes.append("the file names no augmentation: views are MoCo v2's")
     only = {"unit": True, "layer": layer}
     (x, y), _ = extract(encoder, images, loading, views=2, seed=held_out.seed, what="views", **only)

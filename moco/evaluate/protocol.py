@@ -89,11 +89,15 @@ def train_classifiers(
         changed = [name for name in originally if not torch.equal(originally[name], now[name])]
         if changed:
             raise TrainingError(f"the frozen encoder has changed: {', '.join(changed[:5])}")
+    if protocol.probe == "stl10":
+        result |= {"evaluation": "stl10", "layer": config.source.layer}
     fate = "fine-tuned" if protocol.finetune else "unchanged"
     fate = f"all {len(originally)} tensors of the encoder are {fate}"
     print_results(results, fate, with_folds=bool(protocol.folds))
     best, last = best_head(results, "best"), best_head(results, "last")
     result.update(best=best.best, last=last.last, protocol=protocol_values(config))
+    if protocol.probe == "stl10":
+        distributed.print_main(f"{config.source.layer} + linear {last.last['top1']:.1f} %")
     if len(results) > 1:
         result["best"] = {**best.best, **asdict(best.config)}
         result["last"] = {**last.last, **asdict(last.config)}

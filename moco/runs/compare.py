@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from moco.runs.evaluations import KNN, LOGGED, Protocol
+from moco.runs.evaluations import KNN, LOGGED, LOWER, Protocol
 from moco.runs.folder import RunFolder, common_accuracy
 
 # Figures that always have a column, if only an empty one; the last two stand behind all others.
@@ -23,7 +23,8 @@ EXACT_SEEDS = 16
 
 
 class Column(NamedTuple):
-    """A figure that runs are compared by, of one protocol. Accuracies are in percent."""
+    """A figure that runs are compared by, of one protocol. Accuracies are in percent; where less
+    is better the title says so."""
 
     title: str
     values: Callable[[RunFolder], Sequence[float]]  # one for each evaluation
@@ -103,7 +104,7 @@ class Comparison:
 
     def _columns(self, name: str) -> list[Column]:
         """One for each protocol; where there are several, the title has what tells them apart."""
-        decimals = 3 if name in PLACE else 2
+        decimals = 3 if name in PLACE else 4 if name.endswith(LOWER) else 2
         protocols = self.protocols[name]
         shared = set.intersection(*map(set, protocols)) if protocols else set()
         columns = []

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from moco.run_files import ARGS, LINCLS_RESULT
+from moco.run_files import ARGS, DEPTH_RESULT, LINCLS_RESULT
 
 Protocol = tuple[tuple[str, str], ...]  # all that a figure depends on but the seed: (name, value)
 KNN = "k-NN top-1"
 SENTIMENT = ("MR", "CR")
 LOGGED = ("logged while training", "")  # in the protocol of a figure that nobody has evaluated
+LOWER = "(lower is better)"  # at the end of the names of figures of which it is so
 _LARGEST_NUMBER = 10**100  # squares, and sums of them, are still floats
 _LARGEST_MEASURE = 2**20  # bytes; a larger file is no result of a measurement
 
@@ -55,28 +56,46 @@ def read_json(path: Path) -> dict:
 
 
 def read_evaluation(folder: Path) -> dict:
-    """lincls.json of a folder, with "figures": triples of name, value (None where it has none) and
-    protocol.
+    """lincls.json or depth.json of a folder, with "figures": triples of name, value (None where it
+    has none) and protocol.
 
     Raises:
         Unusable: it is missing, damaged or not to be compared.
     """
+    if os.path.exists(folder / DEPTH_RESULT):
+        return _read_depth(folder)
     if not os.path.exists(folder / LINCLS_RESULT):
         raise Unusable(f"is an unfinished linear evaluation: it has no {LINCLS_RESULT}")
     content = read_json(folder / LINCLS_RESULT)
     if not is_path(content.get("checkpoint")) or "arch" not in content:
         raise Unusable(f"{LINCLS_RESULT} names no checkpoint: it is of another version")
-    parts = {n: content[n] for n in ("knn", "last", "best") if isinstance(content.get(n), dict)}
+    names = ("knn", "nearest", "last", "best")
+    parts = {n: content[n] for n in names if isinstance(content.get(n), dict)}
     if not parts:
         raise Unusable("evaluates a saved classifier (-e): it adds nothing to its probe's folder")
     amp = _precision(folder, _dict(content.get("protocol")))
     try:
         figures = [
             *_knn_figures(parts.pop("knn", {}), amp),
+            *_nearest_figures(parts.pop("nearest", {}), amp),
             *_classifier_figures(content, parts, amp),
         ]
     except RecursionError:
         raise Unusable(f"{LINCLS_RESULT} is nested too deeply") from None
+    return {**content, "figures": figures}
+
+
+def _read_depth(folder: Path) -> dict:
+    """ "conv5 depth MSE (lower is better)", a share of the training depth's variance."""
+    content = read_json(folder / DEPTH_RESULT)
+    if not is_path(content.get("checkpoint")) or not isinstance(content.get("layer"), str):
+        raise Unusable(f"{DEPTH_RESULT} names no checkpoint or layer: it is of another version")
+    protocol = {n: v for n, v in _dict(content.get("protocol")).items() if n != "folds"}
+    name, folds = f"{content['layer']} depth MSE", _dict(content.get("folds"))
+    figures = [(f"{name} {LOWER}", number(content.get("mse")), _protocol(protocol))]
+    if folds:
+        protocol["folds"] = folds.get("count")
+        figures.append((f"{name} folds {LOWER}", number(folds.get("mean")), _protocol(protocol)))
     return {**content, "figures": figures}
 
 
@@ -100,6 +119,19 @@ def _knn_figures(knn: dict, amp: str) -> list[tuple]:
     return [(KNN, number(knn.get("top1")), _protocol({**knn, "amp": amp}))] if knn else []
 
 
+def _nearest_figures(nearest: dict, amp: str) -> list[tuple]:
+    """Of --protocol stl10: "fc7 + 5-NN", and "fc7 + 5-NN folds"."""
+    if not nearest:
+        return []
+    name = f"{nearest.get('layer')} + {nearest.get('k')}-NN"
+    folds = _dict(nearest.pop("folds", None))
+    figures = [(name, number(nearest.get("top1")), _protocol({**nearest, "amp": amp}))]
+    if folds:
+        protocol = _protocol({**nearest, "images": None, "folds": folds.get("count"), "amp": amp})
+        figures.append((f"{name} folds", number(folds.get("mean")), protocol))
+    return figures
+
+
 def _classifier_figures(content: dict, parts: dict[str, dict], amp: str) -> list[tuple]:
     """Of trained classifiers. The name tells what kind of evaluation it was, so that no two kinds
     are taken for one: "linear last", "cached last, 4 views", "fine-tune best, 10 % of labels"."""
@@ -107,6 +139,9 @@ def _classifier_figures(content: dict, parts: dict[str, dict], amp: str) -> list
     kind = content.get("evaluation", "standard")
     kind = {"standard": "linear", "finetune": "fine-tune"}.get(str(kind), str(kind))
     words = []
+    if kind == "stl10":  # of which the last epoch counts
+        kind, parts = f"{content.get('layer')} + linear", {"last": parts["last"]}
+        words = ["cached"] if protocol.get("cached") else []
     if protocol.get("cached_views"):
         words.append(f"{protocol['cached_views']} views")
     if "labels" in content:

@@ -19,10 +19,19 @@ from pathlib import Path
 
 from moco.config import learned_names
 from moco.printable import printable
-from moco.run_files import ARGS, FORMAT_VERSION, LINCLS_RESULT, LOG, checkpoint_files, read_log
+from moco.run_files import (
+    ARGS,
+    DEPTH_RESULT,
+    FORMAT_VERSION,
+    LINCLS_RESULT,
+    LOG,
+    checkpoint_files,
+    read_log,
+)
 from moco.runs.evaluations import (
     KNN,
     LOGGED,
+    LOWER,
     SENTIMENT,
     Protocol,
     Unusable,
@@ -74,7 +83,7 @@ class RunFolder:
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, self.args["images"] // self.args["batch_size"])
+        return _steps_per_epoch(self.args)
 
     @property
     def steps(self) -> int:
@@ -200,11 +209,13 @@ def common_accuracy(
     encoders: Sequence[tuple[RunFolder, int]],
 ) -> tuple[str, Callable[[RunFolder, int], float | None]]:
     """What accuracy to compare encoders (run, epoch) by, and how to find it: of one kind and
-    protocol, that most of them have; the linear probe's last rather than others, k-NN's last."""
+    protocol, that most of them have; the linear probe's last rather than others, k-NN's last. Of
+    encoders whose depth was predicted, its error."""
     counts: dict[tuple[str, Protocol], int] = {(KNN, ()): 0}
     for run, epoch in encoders:
         for name, protocol in run.found(epoch):
-            if name in (KNN, *SENTIMENT) or name.split(",")[0].endswith(" last"):
+            depth = name.endswith(f"depth MSE {LOWER}")
+            if name in (KNN, *SENTIMENT) or depth or name.split(",")[0].endswith(" last"):
                 counts[name, protocol] = counts.get((name, protocol), 0) + 1
 
     def preference(kind: tuple[str, Protocol]) -> tuple:
@@ -213,6 +224,8 @@ def common_accuracy(
     kind = max(counts, key=preference)
     if kind[0] in SENTIMENT:
         return f"{kind[0]} (%)", lambda run, epoch: mean(run.found(epoch).get(kind, ()))
+    if kind[0].endswith(LOWER):
+        return kind[0], lambda run, epoch: mean(run.found(epoch).get(kind, ()))
     title = "k-NN" if kind[0] == KNN else kind[0].replace(" last", "", 1)
     last = "" if kind[0] == KNN else ", last"
     return f"{title} top-1{last} (%)", lambda run, epoch: mean(run.found(epoch).get(kind, ()))
@@ -234,8 +247,16 @@ def mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def _steps_per_epoch(args: dict) -> int:
+    """As the run noted it, else whole batches."""
+    noted = number(args.get("steps_per_epoch"))
+    return max(1, int(noted) if noted else args["images"] // args["batch_size"])
+
+
 def _planned_steps(args: dict) -> int:
     steps = args["epochs"] * (args["images"] // args["batch_size"])
+    if number(args.get("steps_per_epoch")):
+        steps = args["epochs"] * _steps_per_epoch(args)
     most = number(args.get("max_steps"))
     return steps if most is None else min(steps, int(most))
 
@@ -267,7 +288,8 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunFolder], list[tuple[
                     runs.append(_read_run(folder, left_out))
             except Unusable as reason:
                 left_out.append((str(folder), str(reason)))
-        measures = [n for n in files if n.endswith(".json") and n not in (ARGS, LINCLS_RESULT)]
+        known = (ARGS, LINCLS_RESULT, DEPTH_RESULT)
+        measures = [n for n in files if n.endswith(".json") and n not in known]
         for path in (folder / name for name in measures):
             if measure := read_measure(path):
                 evaluations.append((path, measure))

@@ -1,5 +1,5 @@
-"""Recipes: rows of published tables as command lines of main_moco.py, main_lincls.py and
-measure_align_uniform.py, at full or smaller scale, and published beside measured figures."""
+"""Recipes: rows of published tables as command lines that train, evaluate and measure, at full or
+smaller scale, and published beside measured figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco.run_files import write_json
+from moco.run_files import DEPTH_RESULT, LINCLS_RESULT, write_json
+
+
+@dataclass(frozen=True)
+class Program:
+    """The commands of a kind of table.
+
+    Attributes:
+        train: the program that trains.
+        prefix: of its flags of the objective.
+        evaluate: the program that evaluates, once for each of `layers`.
+        result: the file that it leaves in its folder, which has a layer's name, or "lincls".
+    """
+
+    train: str
+    prefix: str
+    evaluate: str
+    result: str
+    layers: tuple[str, ...] = ()
+
+
+PROGRAMS = {
+    "moco": Program("main_moco.py", "moco-", "main_lincls.py", LINCLS_RESULT),
+    "in-batch": Program(
+        "scripts/train_in_batch.py", "", "main_lincls.py", LINCLS_RESULT, ("output", "fc7")
+    ),
+    "depth": Program(
+        "scripts/train_in_batch.py", "", "scripts/evaluate_depth.py", DEPTH_RESULT,
+        ("conv5", "conv4"),
+    ),
+}  # fmt: skip
 
 PUBLISHED = {  # column -> what it is called
     "cv_top1": "cross-validation top-1",
@@ -25,6 +55,17 @@ PUBLISHED = {  # column -> what it is called
     "cv_cr": "CR, 5 folds of the rest",
     "val_mr": "MR validation",
     "val_cr": "CR validation",
+    **{
+        f"{split}_{layer}_{probe}": f"{name}{layer} + {title}"
+        for layer in ("output", "fc7")
+        for probe, title in (("linear", "linear"), ("5nn", "5-NN"))
+        for split, name in (("cv", "CV "), ("val", ""))
+    },
+    **{
+        f"{split}_mse_{layer}": f"{name}{layer} MSE, less is better"
+        for layer in ("conv5", "conv4")
+        for split, name in (("cv", "CV "), ("val", ""))
+    },
 }
 # Flags of main_lincls.py that the measurement shares: which images, and where it runs.
 DATA, MACHINE = ("--dataset", "--images-per-class"), ("--device", "-j", "--workers")
@@ -85,7 +126,7 @@ class Plan:
     table: dict
     row: dict
     changes: list[str]  # from the published setting
-    pretrain: list[str]  # flags of main_moco.py, without folders
+    pretrain: list[str]  # flags of the program that trains, without folders
     lincls: list[str]
     steps: list[tuple[Path, list[str]]]  # the file that each command ends with, and its words
 
@@ -109,7 +150,7 @@ def plan(
     pretrain: Sequence[str] = (),
     lincls: Sequence[str] = (),
 ) -> Plan:
-    """The three commands of a recipe: pretraining, evaluation, measurement.
+    """The commands of a recipe: pretraining, evaluation, measurement.
 
     Args:
         recipe: TABLE:ROW.
@@ -130,7 +171,7 @@ def plan(
     moco, probe = flags_of(table, row)
     changes = []
     if scale != "full":
-        changes = rescale(moco, probe, tables.scales[scale])
+        changes = rescale(moco, probe, _scale(tables.scales, scale, table))
     if folds is not None:
         if folds < 2:
             raise ValueError(f"--folds must be at least 2, got {folds}")
@@ -147,15 +188,16 @@ def plan(
         raise ValueError(f"--pretrain: --epochs must be a whole number of at least 1, got {epochs}")
     checkpoint = out / "pretrain" / f"checkpoint_{int(epochs) - 1:04d}.pth.tar"
     metrics = out / "align_uniform.json"
-    steps = [
-        (checkpoint, ["main_moco.py", *moco_words, *_resumed(out / "pretrain"), data]),
-        (out / "lincls" / "lincls.json",
-         ["main_lincls.py", "--pretrained", str(checkpoint), *probe_words,
-          *_resumed(out / "lincls"), data]),
-        (metrics,
-         ["scripts/measure_align_uniform.py", str(checkpoint), data,
-          *split_off(probe_words, *DATA, *MACHINE)[0], "--out", str(metrics)]),
-    ]  # fmt: skip
+    program = program_of(table)
+    steps = [(checkpoint, [program.train, *moco_words, *_resumed(out / "pretrain"), data])]
+    for layer in program.layers or (None,):
+        folder = out / (layer or "lincls")
+        words = [program.evaluate, "--pretrained", str(checkpoint)]
+        words += ["--layer", layer] if layer else []
+        steps.append((folder / program.result, [*words, *probe_words, *_resumed(folder), data]))
+    shared = split_off(moco_words if table.get("kind") == "depth" else probe_words, *DATA, *MACHINE)
+    measure = ["scripts/measure_align_uniform.py", str(checkpoint), data, *shared[0]]
+    steps.append((metrics, [*measure, "--out", str(metrics)]))
     return Plan(recipe, table, row, changes, moco_words, probe_words, steps)
 
 
@@ -176,10 +218,7 @@ def _sentence_plan(
     flags["no-normalize"] = row["normalized"] == "no"
     changes = []
     if scale != "full":
-        if "sentences" not in tables.scales[scale]:
-            there = ", ".join(name for name, s in tables.scales.items() if "sentences" in s)
-            raise ValueError(f"--scale {scale} is not of this table; there is {there}")
-        changes = rescale(flags, {}, {**tables.scales[scale]["sentences"], "lincls": {}})
+        changes = rescale(flags, {}, {**_scale(tables.scales, scale, table), "lincls": {}})
     words = [*spell(flags | {"seed": seed}), *more]
     changes += [f"pretrain {shlex.join(more)}"] if more else []
     (_, epochs), _ = split_off(words, "--epochs")
@@ -201,17 +240,37 @@ def _sentence_plan(
     return Plan(recipe, table, row, changes, words, [], steps)
 
 
+def program_of(table: dict) -> Program:
+    return PROGRAMS[table.get("kind", "moco")]
+
+
+def _scale(scales: dict[str, dict], name: str, table: dict) -> dict:
+    """What a scale replaces for a kind of table.
+
+    Raises:
+        ValueError: nothing, since it is not of that kind.
+    """
+    kind, whole = table.get("kind", "moco"), scales[name]
+    if kind == "moco":
+        return whole
+    if kind not in whole:
+        there = ", ".join(other for other, scale in scales.items() if kind in scale)
+        raise ValueError(f"--scale {name} is not of this table; there is {there}")
+    return {"data": whole["data"], **whole[kind]}
+
+
 def _resumed(folder: Path) -> list[str]:
     return ["--save-dir", str(folder), "--resume", "auto"]
 
 
 def flags_of(table: dict, row: dict) -> tuple[Flags, Flags]:
-    """Flags of main_moco.py and main_lincls.py, without seed and folders."""
+    """Flags of the programs that train and evaluate, without seed and folders."""
     pretrain: Flags = {"arch": table["pretrain"]["arch"]}
     for column, flag in (("epochs", "epochs"), ("batch_size", "batch-size"), ("lr", "lr")):
         pretrain[flag] = float(row[column])
     pretrain.update(table["pretrain"])
-    for column, flag in (("queue", "moco-k"), ("dim", "moco-dim")):
+    prefix = program_of(table).prefix
+    for column, flag in (("queue", "moco-k"), ("dim", f"{prefix}dim")):
         if column in row:
             pretrain[flag] = float(row[column])
     if row.get("moco") == "v2":
@@ -219,12 +278,12 @@ def flags_of(table: dict, row: dict) -> tuple[Flags, Flags]:
         del pretrain["schedule"], pretrain["schedule-factor"]
     for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
         weight = float(row[f"{term}_w"] or 0)
-        pretrain[f"moco-{term}-w"] = weight
+        pretrain[f"{prefix}{term}-w"] = weight
         if weight:
-            pretrain[f"moco-{term}-{parameter}"] = float(row[f"{term}_{parameter}"])
+            pretrain[f"{prefix}{term}-{parameter}"] = float(row[f"{term}_{parameter}"])
     if row.get("symmetric") == "yes":
         pretrain["symmetric"] = True
-    if row["intra_batch"] == "no":
+    if row.get("intra_batch") == "no":
         pretrain["moco-unif-no-intra-batch"] = True
     return pretrain, dict(table["lincls"])
 
@@ -299,7 +358,7 @@ def claim(path: Path, facts: dict) -> None:
 def check_classes(tables: Tables, table: dict, data: Path) -> None:
     """Raise ValueError unless both splits of `data` hold the classes of the published figures."""
     if "class-count" not in table and "classes" not in table:
-        return  # of sentences
+        return  # of sentences, torchvision's files, or images without classes
     for split in ("train", "val"):
         folder = data / split
         entries = folder.iterdir() if folder.is_dir() else ()
@@ -352,8 +411,16 @@ def overview(tables: Tables) -> list[str]:
             setting = f"batch {row['batch_size']}, lr {row['lr']}"
             setting += f", MoCo {row['moco']}" if "moco" in row else ""
             setting += f", queue {row['queue']}" if "queue" in row else ""
+            setting += f", dim {row['dim']}" if "kind" in table else ""
             note = f"  ({row['note']})" if row["note"] else ""
-            columns = ("val_top1", "knn_top1", "val_mr", "val_cr")
+            columns = (
+                "val_top1",
+                "knn_top1",
+                "val_output_linear",
+                "val_mse_conv5",
+                "val_mr",
+                "val_cr",
+            )
             top1 = next((row[column] for column in columns if row.get(column)), "-")
             lines.append(f"  {name}:{number:<3} {top1:>6}  {formula(row)}; {setting}{note}")
     return lines
@@ -375,22 +442,43 @@ def describe(plan: Plan) -> list[str]:
     return lines + [f"python {shlex.join(command)}" for _, command in plan.steps]
 
 
-def compared(row: dict, result: dict, metrics: dict, *, changed: bool) -> list[str]:
-    """Published and measured figures: `result` is lincls.json, `metrics` align_uniform.json."""
+def measured_figures(result: dict) -> dict[str, float]:
+    """The columns of `PUBLISHED` that a lincls.json or depth.json has."""
+    layer, folds = result.get("layer"), result.get("folds", {})
+    if "mse" in result:
+        found = {f"val_mse_{layer}": result["mse"], f"cv_mse_{layer}": folds.get("mean")}
+        return {column: value for column, value in found.items() if value is not None}
+    top1 = "top1" if layer is None else f"{layer}_linear"
     measured = {}
     if "last" in result:  # not with --epochs 0 --knn
-        measured.update(val_top1=result["last"]["top1"], val_top5=result["last"]["top5"])
-    if "folds" in result:
-        means = [setting["mean"] for setting in result["folds"]["settings"]]
-        measured["cv_top1"] = max(mean for mean in means if mean is not None)  # of the chosen one
+        measured[f"val_{top1}"] = result["last"]["top1"]
+        if layer is None:
+            measured["val_top5"] = result["last"]["top5"]
+    if folds:
+        means = [setting["mean"] for setting in folds["settings"]]
+        measured[f"cv_{top1}"] = max(mean for mean in means if mean is not None)  # of the chosen
     if "knn" in result:
         measured["knn_top1"] = result["knn"]["top1"]
+    if "nearest" in result:
+        measured[f"val_{layer}_5nn"] = result["nearest"]["top1"]
+        if "folds" in result["nearest"]:
+            measured[f"cv_{layer}_5nn"] = result["nearest"]["folds"]["mean"]
     for name, found in result.get("sentiment", {}).items():
         measured[f"val_{name.lower()}"] = found["accuracy"]
+    return measured
+
+
+def compared(row: dict, results: Sequence[dict], metrics: dict, *, changed: bool) -> list[str]:
+    """Published and measured figures: `results` are lincls.json or depth.json, `metrics` is
+    align_uniform.json."""
+    measured, result = {}, results[0]
+    for one in results:
+        measured |= measured_figures(one)
     lines = ["", f"{'':<24} {'published':>9} {'measured':>9}"]
     for column, name in PUBLISHED.items():
         if row.get(column) or column in measured:
-            value = f"{measured[column]:9.2f}" if column in measured else f"{'-':>9}"
+            places = 4 if "_mse_" in column else 2
+            value = f"{measured[column]:9.{places}f}" if column in measured else f"{'-':>9}"
             lines.append(f"{name:<24} {row.get(column) or '-':>9} {value}")
     if "folds" in result:
         folds = result["folds"]["count"]
@@ -400,7 +488,7 @@ def compared(row: dict, result: dict, metrics: dict, *, changed: bool) -> list[s
         constants = " / ".join(f"{one['constant']:.2f}" for one in found)
         bags = " / ".join(f"{one['bag_of_words']['accuracy']:.2f}" for one in found)
         lines.append(f"constant {constants}, bag of words {bags}")
-    elif "best" in result:
+    elif "best" in result and "layer" not in result:
         best = result["best"]
         lines.append(f"measured: last epoch; best {best['top1']:.2f} in epoch {best['epoch']}")
     lines.append(f"alignment {metrics['alignment']:.4f}, uniformity {metrics['uniformity']:.4f}")

@@ -37,7 +37,7 @@ class SweepRun:
 
     @property
     def evaluated(self) -> bool:
-        return (self.folder / "lincls" / "lincls.json").is_file()
+        return any(self.folder.glob("*/lincls.json")) or any(self.folder.glob("*/depth.json"))
 
     @property
     def done(self) -> bool:

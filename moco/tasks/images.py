@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moco.data import loader
-from moco.data.images import names_digest, open_images
+from moco.data.images import Images, names_digest, open_images
 from moco.data.samples import AugmentedViews
-from moco.data.views import pretrain_recipe
+from moco.data.views import Recipe, pretrain_recipe
 from moco.train.guards import BadImages
 
 
@@ -21,20 +21,39 @@ class ImagePairs:
     Args:
         config: with the parts data, views, optim, speed and saving.
         device: where the views are needed.
+        images: in place of those that the config names, all of them for training.
+        recipe: in place of the config's.
+        keep_last: an epoch ends in a smaller batch of what is left.
+        with_targets: give the class of each image as well, (N,) int64.
 
     Raises:
         DataError: no images, or fewer than one batch.
     """
 
-    def __init__(self, config: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Any,
+        device: torch.device,
+        *,
+        images: Images | None = None,
+        recipe: Recipe | None = None,
+        keep_last: bool = False,
+        with_targets: bool = False,
+    ) -> None:
         data, seed = config.data, config.optim.seed
-        self.images = open_images(
-            data.dataset, data.data, "pretrain", per_class=data.images_per_class
-        )
+        if images is None:
+            images = open_images(
+                data.dataset, data.data, "pretrain", per_class=data.images_per_class
+            )
+        self.images = images
         self.facts = {"images": len(self.images), "images_digest": names_digest(self.images)}
-        self._batches = loader.EpochBatches(len(self.images), config.optim.batch_size, seed=seed)
+        self._batches = loader.EpochBatches(
+            len(self.images), config.optim.batch_size, seed=seed, keep_last=keep_last
+        )
+        self.last_batch = self._batches.last  # images of the smaller batch, 0 where there is none
+        self.with_targets = with_targets
         self.steps_per_epoch = self._batches.batches_per_epoch()
-        recipe = pretrain_recipe(
+        recipe = recipe or pretrain_recipe(
             config.views.image_size,
             aug_plus=config.views.aug_plus,
             crop_scale=config.views.crop_scale,
@@ -60,10 +79,13 @@ class ImagePairs:
     def set_epoch(self, epoch: int, start: int) -> None:
         self._batches.set_epoch(epoch, start)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for im_q, im_k, _, replaced in self._loader:
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        for im_q, im_k, targets, replaced in self._loader:
             self._bad.note(replaced)
-            yield im_q, im_k
+            if self.with_targets:
+                yield im_q, im_k, targets.to(im_q.device, non_blocking=True)
+            else:
+                yield im_q, im_k
 
     def end(self) -> None:
         self._loader.end()

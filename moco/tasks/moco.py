@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align_uniform.bounds import queue_push
 from moco import encoders
 from moco.batch_norm import has_batch_norm, split_batch_norm
 from moco.builder import MoCo, MoCoLosses
-from moco.checkpoint import load_encoder
 from moco.data.views import normalize
-from moco.encoders import head_name
-from moco.errors import CheckpointError
 from moco.log import RunLog
 from moco.memory import rehearse
 from moco.precision import half_precision, memory_format
 from moco.tasks import monitor
+from moco.tasks.collapse import collapse_warning
 from moco.tasks.images import ImagePairs
 from moco.tasks.online_knn import OnlineKnn
+from moco.tasks.start import start_encoder
 from moco.train.task import Needs, Task
 from moco.train.trainer import Trainer
 
@@ -156,6 +156,7 @@ class MoCoTask(Task):
         parameters = sum(p.numel() for p in module.encoder_q.parameters())
         return {
             "objective": config.to_flat()["objective"],
+            **self._collapse_fact(),
             "data": f"{len(data.images)} images, {data.steps_per_epoch} steps per epoch, "
             f"{config.schedule.epochs} epochs",
             "batch": self._batch_fact(),
@@ -165,6 +166,13 @@ class MoCoTask(Task):
             "queue": f"{encoder.moco_k} x {encoder.moco_dim}, "
             f"{module.queue.numel() * 4 / 2**20:.1f} MiB",
         }
+
+    def _collapse_fact(self) -> dict[str, str]:
+        """A warning where the weights do not exclude a collapse."""
+        config, objective = self.config, self.config.objective
+        images = config.part_size // config.bn_groups  # that are paired with each other
+        push = queue_push(images, config.encoder.moco_k, intra_batch=objective.intra_batch)
+        return collapse_warning(objective, push)
 
     def _batch_fact(self) -> str:
         batch, processes = self.config.optim.batch_size, self.config.placement.processes
@@ -215,31 +223,6 @@ def start_from(moco: MoCo, path: str, arch: str) -> str:
         FileNotFoundError: no such file.
         CheckpointError: it holds no encoder, or another one than `arch`.
     """
-    encoder, info = load_encoder(path)
-    head = "starts from random weights"
-    own = moco.encoder_q.state_dict()
-    if info["layout"] == "moco" and info["head"] != "none":
-        with_head, _ = load_encoder(path, head="projection")
-        if _shapes(with_head.state_dict()) == _shapes(own):
-            encoder, head = with_head, "is the file's"
-        else:
-            head += f": the file's ({info['head']}) has another shape"
-    found = encoder.state_dict()
-    last = f"{head_name(moco.encoder_q)}."
-    wanted = {name: t for name, t in own.items() if not name.startswith(last)}
-    if _shapes({name: t for name, t in found.items() if not name.startswith(last)}) != _shapes(
-        wanted
-    ):
-        raise CheckpointError(
-            f"--init-from: {path} holds a {info['arch']}"
-            + (" with the small stem" if info["small_stem"] else "")
-            + f", whose weights do not fit this run's {arch}; give the --arch, stem and image size "
-            "that it was trained with"
-        )
-    moco.encoder_q.load_state_dict({**own, **found})
+    found = start_encoder(moco.encoder_q, path, arch)
     moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
-    return f"{path} ({info['layout']} file of {info['arch']}); the projection head {head}"
-
-
-def _shapes(state: dict) -> dict[str, tuple]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return found

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from align_uniform.bounds import collapse_ratio, uniformity_infimum
+from align_uniform.bounds import can_collapse, uniformity_infimum
 from align_uniform.sentences import (
     adjacent_align_loss,
     adjacent_contrastive_loss,
@@ -202,13 +202,12 @@ def collapse_warning(of: SentenceObjective) -> str | None:
     """Where the weights alone say that all features will end in one point."""
     if of.contr_w or not of.align_w:
         return None
-    ratio = collapse_ratio(of.align_w, of.unif_w, of.unif_t, summed=2)
     if of.align_alpha < 2:
         return (
             f"collapse: with alpha {of.align_alpha:g}, below 2, alignment outweighs uniformity "
             "near any point, so features that come near one end in it"
         )
-    if of.align_alpha > 2 or ratio <= 1:
+    if not can_collapse(of.align_w, of.unif_w, of.unif_t, alpha=of.align_alpha, push=2):
         return None
     return (
         f"collapse: features can end in one point, as align_w {of.align_w:g} is above "

@@ -47,6 +47,7 @@ def begin(t: Trainer) -> None:
     """Save the untrained module of --max-steps 0; make up for an evaluation that was cut off."""
     state = t.state
     if state.step == 0 and t.rhythm.total_steps == 0:
+        t.task.settle_untrained(state.module, t.data)
         save(t.writer, state, t.flat)
     epochs = state.epoch if state.step_in_epoch == 0 else None
     if t.evaluation and t.evaluation.enabled and evaluation_due(state.step, epochs, t.rhythm):

@@ -124,6 +124,9 @@ class Task(ABC):
         """Load initial weights (--init-from); returns what was found, for people to read."""
         raise CheckpointError(f"--init-from: {type(self).__name__} starts from random weights only")
 
+    def settle_untrained(self, module: nn.Module, data: TrainData) -> None:
+        """Called before the untrained module of --max-steps 0 is saved."""
+
     def on_device(self, module: nn.Module, device: torch.device) -> None:
         """Called once the module is on its device."""
 

@@ -10,8 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from align_uniform import align_loss, uniform_loss, uniform_loss_with_queue
 from align_uniform.bounds import (
     add_self_pairs,
+    can_collapse,
+    queue_push,
     remove_self_pairs,
     uniformity_infimum,
     uniformity_sample_bound,
@@ -104,3 +107,74 @@ def test_refusals() -> None:
         uniformity_sample_bound(10, 3, -1)
     with pytest.raises(ValueError, match="-3.9 is no uniformity with self-pairs of 10 points"):
         remove_self_pairs(-3.9, 10)
+
+
+# ---- Collapse: the rule against small runs near one point
+
+
+def spread_after(step, steps: int = 60) -> float:
+    """How many times as far from one point the features of f(v) = normalize(1, W v) are after some
+    steps of gradient descent as before. Views are independent: rho is 0.
+
+    Args:
+        step: (W, W of the key encoder, generator) -> loss.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = (0.01 * torch.randn(3, 6, dtype=torch.float64, generator=generator)).requires_grad_()
+    before, keys = weights.norm().item(), weights.detach().clone()
+    for _ in range(steps):
+        (gradient,) = torch.autograd.grad(step(weights, keys, generator), weights)
+        with torch.no_grad():
+            weights -= 0.1 * gradient
+            keys.lerp_(weights, 0.2)
+    return weights.norm().item() / before
+
+
+def near_one_point(weights, n: int, generator) -> torch.Tensor:
+    v = torch.randn(n, weights.shape[1], dtype=torch.float64, generator=generator)
+    ones = torch.ones(n, 1, dtype=torch.float64)
+    return torch.nn.functional.normalize(torch.cat([ones, v @ weights.t()], dim=1), dim=1)
+
+
+@pytest.mark.parametrize(("align_w", "collapses"), [(0.8, False), (1.25, True)])
+def test_collapse_within_the_batch(align_w: float, collapses: bool) -> None:
+    """unif_w 0.5 and t 2: the line is at 1."""
+
+    def step(weights, _, generator):
+        x, y = (near_one_point(weights, 256, generator) for _ in range(2))
+        return align_w * align_loss(x, y) + 0.5 * (uniform_loss(x, 2) + uniform_loss(y, 2)) / 2
+
+    assert can_collapse(align_w, 0.5, 2) == collapses
+    assert (spread_after(step) < 0.5) == collapses
+    assert (spread_after(step) > 2) != collapses
+
+
+@pytest.mark.parametrize(
+    ("align_w", "intra_batch", "collapses"),
+    [(0.8, False, False), (1.2, False, True), (1.15, True, False), (1.6, True, True)],
+)
+def test_collapse_with_a_queue(align_w: float, intra_batch: bool, collapses: bool) -> None:
+    """With as many keys as queries the line is at 1 for Eq. 21 and at 1.34 for Eq. 22: 1.15 to 1.2
+    is on different sides of it."""
+    n = 128
+    push = queue_push(n, n, intra_batch=intra_batch)
+
+    def step(weights, keys, generator):
+        q = near_one_point(weights, n, generator)
+        k, queue = (near_one_point(keys, n, generator) for _ in range(2))
+        uniform = uniform_loss_with_queue(q, queue.t(), 2, intra_batch)
+        return align_w * align_loss(q, k) + 0.5 * uniform
+
+    assert can_collapse(align_w, 0.5, 2, push=push) == collapses
+    assert (spread_after(step, 150) < 0.6) == collapses
+    assert (spread_after(step, 150) > 1.6) != collapses
+
+
+def test_the_rule_and_the_papers_rows() -> None:
+    """BookCorpus, two encoders: 0.9 and 0.1 with t 2 collapsed, with t 5 did not; ImageNet-100 with
+    1.8 and 0.2 did. The default of main_moco.py is safe. Other alphas are not judged."""
+    assert can_collapse(0.9, 0.1, 2, push=2) and not can_collapse(0.9, 0.1, 5, push=2)
+    assert can_collapse(1.8, 0.2, 2, push=queue_push(32, 16384))
+    assert not can_collapse(3, 1, 3, push=queue_push(32, 65536))
+    assert can_collapse(1, 0, 2) and not can_collapse(1, 0.1, 2, alpha=3)
+    assert queue_push(32, 65536) == pytest.approx(1.0002, abs=1e-4)

@@ -21,6 +21,7 @@ from align_uniform import (
     align_loss,
     contrastive_loss,
     contrastive_rank,
+    in_batch_contrastive_loss,
     uniform_loss,
     uniform_loss_with_queue,
 )
@@ -70,6 +71,10 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
     "queue default": queue_of(),
     "queue t=3 Eq. 21": queue_of(t=3, intra_batch=False),
     "contrastive tau=0.2": contrastive_of(0.2),
+    "in-batch tau=0.2": (
+        lambda q, k, _: in_batch_contrastive_loss(q, k, tau=0.2),
+        lambda q, k, _: reference.in_batch_info_nce(q, k, tau=0.2),
+    ),
 }
 QUEUE_LOSSES = [name for name in LOSSES if name.startswith(("queue", "contrastive"))]
 
@@ -143,6 +148,9 @@ def test_reference_expressions_equal_its_double_loops(length: float) -> None:
         assert reference.info_nce(q, k, queue, tau).item() == pytest.approx(
             reference.loop_info_nce(q, k, queue, tau), rel=1e-12
         )
+        assert reference.in_batch_info_nce(q, k, tau).item() == pytest.approx(
+            reference.loop_in_batch_info_nce(q, k, tau), rel=1e-12
+        )
 
 
 # -------------------------------------------------------------------- value and gradient, exactly
@@ -184,7 +192,7 @@ def test_gradcheck(name: str) -> None:
     """Holds on rows of any length: gradients are those of the equation, radial part included."""
     q, k, queue = batch(4, 3, 5)
     q = (1.3 * q).requires_grad_()
-    k = k.requires_grad_(name.startswith(("align", "contrastive")))
+    k = k.requires_grad_(name.startswith(("align", "contrastive", "in-batch")))
     loss, _ = LOSSES[name]
     assert torch.autograd.gradcheck(lambda q, k: loss(q, k, queue), (q, k))
 
@@ -432,6 +440,47 @@ def test_contrastive_known_values() -> None:
     assert contrastive_loss(q, q, orthogonal, tau=0.2).item() == pytest.approx(expected)
 
 
+def test_in_batch_contrastive_known_values() -> None:
+    """All equal: log K. Pairs coincide, others orthogonal: log(1 + (K-1) exp(-1/tau)). One: 0."""
+    e = torch.eye(3, 4, dtype=torch.float64)
+    same = e[:1].expand(3, 4)
+    assert in_batch_contrastive_loss(same, same, tau=0.2).item() == pytest.approx(math.log(3))
+    expected = math.log1p(2 * math.exp(-1 / 0.2))
+    assert in_batch_contrastive_loss(e, e, tau=0.2).item() == pytest.approx(expected)
+    one = e[:1].clone().requires_grad_()
+    loss = in_batch_contrastive_loss(one, e[1:2], tau=0.2)
+    (gradient,) = torch.autograd.grad(loss, one)
+    assert loss.item() == 0 and not gradient.any()
+
+
+def test_in_batch_contrastive_is_alignment_and_a_log_sum() -> None:
+    """For unit rows, L_c = L_align / (2 tau) - 1 / tau + the mean log-sum of exponentials."""
+    x, y, _ = batch(9, 5, 1)
+    tau = 0.3
+    scores = x @ y.t() / tau
+    sums = (scores.logsumexp(dim=1).mean() + scores.logsumexp(dim=0).mean()) / 2
+    expected = align_loss(x, y) / (2 * tau) - 1 / tau + sums
+    torch.testing.assert_close(in_batch_contrastive_loss(x, y, tau), expected)
+
+
+@pytest.mark.parametrize("tau", [0.07, 0.005])
+def test_in_batch_contrastive_at_small_temperature(tau: float) -> None:
+    x, y, _ = (x.float() for x in batch(8, 16, 1))
+    value, gradients = value_and_gradients(
+        lambda q, k, _: in_batch_contrastive_loss(q, k, tau), x, y, x
+    )
+    expected, wanted = value_and_gradients(
+        lambda q, k, _: reference.in_batch_info_nce(q, k, tau), x.double(), y.double(), x
+    )
+    assert value.item() == pytest.approx(expected.item(), abs=1e-6 / tau)
+    for gradient, target in zip(gradients, wanted, strict=True):
+        assert (gradient.double() - target).abs().max().item() <= 1e-5 / tau
+    # A loss that is nearly 0 is not rounded to 0: 7 exp(-1 / tau) of pairs that coincide.
+    e = torch.eye(8)
+    tiny = in_batch_contrastive_loss(e, e, tau=0.05).item()
+    assert tiny == pytest.approx(math.log1p(7 * math.exp(-1 / 0.05)), rel=1e-4)
+
+
 @pytest.mark.parametrize(("t", "value"), [(2, -3.938), (3, -5.860)])
 def test_random_queue_of_128_dimensions(t: float, value: float) -> None:
     """What MoCo's first step prints: queries against the random queue it starts from."""
@@ -572,6 +621,7 @@ def test_nan_shows_in_the_loss(name: str) -> None:
             "uniform": (True, False, False),
             "queue": (True, False, True),
             "contrastive": (True, True, True),
+            "in-batch": (True, True, False),
         }[name.split()[0]][spoilt]
         assert LOSSES[name][0](*inputs).isnan().item() == depends
 
@@ -622,6 +672,7 @@ def test_features_far_from_unit_length_are_warned_of_once(
         inputs[spoilt] = torch.cat([unit[spoilt][:5], inputs[spoilt][5:]])  # one row is enough
     caught = length_warnings(lambda: [loss(*inputs) for _ in range(2)])
     arguments = {"align": (0, 1), "uniform": (0,), "queue": (0, 2), "contrastive": (0, 1, 2)}
+    arguments["in-batch"] = (0, 1)
     assert len(caught) == (spoilt in arguments[name.split()[0]])
     for one in caught:
         assert one.filename == __file__ and f"{length:.4g}" in str(one.message)
@@ -677,6 +728,7 @@ BY_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     "x uniform": uniform_loss,
     "q queue": lambda q: uniform_loss_with_queue(q, KEYS),
     "q contrastive": lambda q: contrastive_loss(q, q, KEYS, 0.2),
+    "x in-batch": lambda x: in_batch_contrastive_loss(x, x, 0.2),
 }
 
 
@@ -737,7 +789,10 @@ def test_scalars_must_be_positive_numbers(value: float) -> None:
             lambda: uniform_loss_with_queue(ROWS, KEYS, t=value),
             lambda: uniform_loss_with_queue(ROWS, KEYS, t=value, intra_batch=False),
         ],
-        "tau": [lambda: contrastive_loss(ROWS, ROWS, KEYS, tau=value)],
+        "tau": [
+            lambda: contrastive_loss(ROWS, ROWS, KEYS, tau=value),
+            lambda: in_batch_contrastive_loss(ROWS, ROWS, tau=value),
+        ],
     }
     for name, calls_with_it in calls.items():
         for call in calls_with_it:

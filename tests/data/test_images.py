@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import sums, write_cifar
-from helpers import write_images
+from helpers import load_script, write_images
 from torchvision import datasets
 
+import main_lincls
 from moco.data.images import (
     ArrayImages,
     FolderImages,
@@ -213,3 +214,36 @@ def test_stl10_without_its_class_names_is_an_error_that_says_so(tmp_path, monkey
     (write_stl10(tmp_path, monkeypatch) / "class_names.txt").unlink()
     with pytest.raises(DataError, match="stl10"):
         open_images("stl10", tmp_path, "train")
+
+
+def test_cifar10_may_be_a_folder_of_images(tmp_path):
+    write_images(tmp_path / "train", {"cat": 2, "dog": 1})
+    images = open_images("cifar10", tmp_path, "train")
+    assert images.classes == ["cat", "dog"] and images.targets == [0, 0, 1]
+
+
+def test_stl10_from_training_within_the_batch_to_the_probe(
+    tmp_path, elsewhere, monkeypatch, capsys
+):
+    """All 9 images, the unlabelled ones among them, then the 4 labelled ones; one image alone is no
+    batch. With --supervised the labelled ones only."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_stl10(data, monkeypatch)
+    flags = (
+        "--dataset stl10 -a small_alexnetx0.05 --image-size 16 --batch-size 4 --dim 4 --epochs 1 "
+        "-j 0 --device cpu --seed 0"
+    )
+    train = load_script("train_in_batch").main
+    train([*flags.split(), "--save-dir", "run", str(data)])
+    out = capsys.readouterr().out
+    assert "9 images, 2 steps per epoch, 1 epochs; 1 images of each epoch are left out" in out
+    assert "k-NN after 1 epoch(s)" in out
+    probe = (
+        "--protocol stl10 --layer output --dataset stl10 --batch-size 2 --epochs 1 -j 0 "
+        "--device cpu --pretrained run --save-dir probe"
+    )
+    main_lincls.main([*probe.split(), str(data)])
+    assert "output + 5-NN" in capsys.readouterr().out
+    train([*flags.split(), "--supervised", "--save-dir", "supervised", str(data)])
+    assert "4 images, 1 steps per epoch" in capsys.readouterr().out

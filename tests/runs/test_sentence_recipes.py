@@ -109,6 +109,6 @@ def test_measured_figures_stand_beside_the_published_ones() -> None:
         "CR": {"accuracy": 80.0, "constant": 63.49, "bag_of_words": bag},
     }
     metrics = {"alignment": 0.5, "uniformity": -3.0}
-    text = "\n".join(recipes.compared(row, {"sentiment": sentiment}, metrics, changed=True))
+    text = "\n".join(recipes.compared(row, [{"sentiment": sentiment}], metrics, changed=True))
     assert f"{'MR validation':<24} {'73.76':>9} {'70.00':>9}" in text
     assert "constant 49.77 / 63.49, bag of words 78.00 / 78.00" in text

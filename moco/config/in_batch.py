@@ -1,0 +1,235 @@
+"""The config of train_in_batch.py: one encoder, both views of a batch, losses within the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moco.config.option import LEARNS, Part, flag_of, flat_values, option
+from moco.config.parts import Launch, Placement, check_batch, check_image_statistics
+from moco.config.pretrain import (
+    PretrainData,
+    PretrainOptim,
+    PretrainSchedule,
+    Saving,
+    Speed,
+    Watching,
+)
+
+TASK = "in-batch"
+SUPERVISED = "cross-entropy of a linear classifier on the unit output"
+# Of STL-10's training images, as the public code of arXiv:2005.10242 has them.
+STL10_MEAN = (0.44087801806139126, 0.42790631331699347, 0.3867879370752931)
+STL10_STD = (0.26826768628079806, 0.2610450402318512, 0.26866836876860795)
+# Defaults where they differ from main_moco.py's: STL-10's in that code, of other data sets the
+# paper's (appendix B.1).
+IN_BATCH_DEFAULTS = {"batch_size": 768, "epochs": 200, "schedule": (155, 170, 185)}
+DATASET_DEFAULTS: dict[str, dict] = {
+    "cifar10": {"image_size": 32},
+    "cifar100": {"image_size": 32},
+    "nyu": {
+        "arch": "depth_cnn",
+        "image_size": 128,
+        "batch_size": 128,
+        "epochs": 400,
+        "schedule": (310, 340, 370),
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchData(PretrainData):
+    """data
+
+    dataset: folder of images; one that torchvision has already put into DIR (cifar10 may be an
+        image folder); nyu: images/, depths/, train.txt and val.txt (%(default)s)
+    drop_last: leave out the last batch of an epoch where it is not a whole one
+    """
+
+    dataset: str = option(
+        "folder", "--dataset", LEARNS, since="folder",
+        choices=("folder", "cifar10", "cifar100", "stl10", "nyu"),
+    )  # fmt: skip
+    drop_last: bool = option(False, "--drop-last", LEARNS, since=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchEncoder(Part):
+    """encoder
+
+    arch: small_alexnet, depth_cnn (both also with a width, small_alexnetx0.25), a torchvision
+        classifier or a CIFAR ResNet (%(default)s). depth_cnn is this project's own: the paper's
+        network for depth is published nowhere
+    small_stem: ResNet stem for images of 32 to 64 pixels
+    dim: feature dimension (%(default)s)
+    """
+
+    arch: str = option("small_alexnet", "-a --arch", LEARNS, metavar="ARCH")
+    small_stem: bool = option(False, "--small-stem", LEARNS)
+    dim: int = option(128, "--dim", LEARNS, least=1)
+
+
+def _number(default: float, flag: str) -> Any:
+    """A number of the objective; the command line must know whether it was given."""
+    return option(default, flag, LEARNS, unset=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchObjective(Part):
+    """objective: contr_w * InfoNCE(tau) + align_w * align(alpha) + unif_w * uniform(t), within the
+    batch; terms of weight 0 are logged
+
+    contr_w: weight of InfoNCE (default 0)
+    contr_tau: its temperature (default 0.5)
+    align_w: weight of alignment (default 1)
+    align_alpha: its exponent (default 2)
+    unif_w: weight of uniformity, the mean over both views (default 1)
+    unif_t: its t (default 2)
+    supervised: in place of these, cross-entropy of a linear classifier on the unit output
+    """
+
+    contr_w: float = _number(0.0, "--contr-w")
+    contr_tau: float = _number(0.5, "--contr-tau")
+    align_w: float = _number(1.0, "--align-w")
+    align_alpha: float = _number(2.0, "--align-alpha")
+    unif_w: float = _number(1.0, "--unif-w")
+    unif_t: float = _number(2.0, "--unif-t")
+    supervised: bool = option(False, "--supervised", LEARNS, since=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = {"contr": self.contr_w, "align": self.align_w, "unif": self.unif_w}
+        for name, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"--{name}-w must be a number of at least 0, got {weight:g}")
+        for name in ("contr_tau", "align_alpha", "unif_t"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value:g}")
+        if self.align_w and self.align_alpha < 1:
+            raise ValueError(
+                "--align-alpha must be at least 1 (the slope is infinite below), got "
+                f"{self.align_alpha:g}"
+            )
+        if not any(weights.values()) and not self.supervised:
+            raise ValueError(
+                "all loss weights are zero: there is nothing to minimise; give one of --align-w, "
+                "--unif-w, --contr-w, or --supervised"
+            )
+
+    @classmethod
+    def from_options(cls, values: dict) -> InBatchObjective:
+        """From parsed options, None where a flag was not given; --supervised has no weights."""
+        given = {name: value for name, value in values.items() if value is not None}
+        if given["supervised"]:
+            for field in dataclasses.fields(cls):
+                if field.name.endswith("_w") and given.get(field.name):
+                    raise ValueError(
+                        f"--supervised trains by cross-entropy alone; leave out {flag_of(field)}"
+                    )
+            given |= {"contr_w": 0.0, "align_w": 0.0, "unif_w": 0.0}
+        return cls(**given)
+
+
+def in_batch_formula(values: Mapping[str, Any]) -> str:
+    """The objective for people to read, from its numbers by their flat names."""
+    if values["supervised"]:
+        return SUPERVISED
+    terms = [
+        (values["contr_w"], f"InfoNCE(tau={values['contr_tau']:g}, in batch)"),
+        (values["align_w"], f"align(alpha={values['align_alpha']:g})"),
+        (values["unif_w"], f"uniform(t={values['unif_t']:g}, mean of both views)"),
+    ]
+    return " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchViews(Part):
+    """views: random crop, flip, colour jitter (0.4, 0.4, 0.4, 0.4), then grey with probability 0.2
+
+    image_size: 64, with cifar10 32, with nyu 128 (%(default)s)
+    crop_scale: share of the area (%(default)s)
+    views: cpu: all by Pillow in loader processes; device: they decode and crop, the device does
+        the colour (%(default)s)
+    """
+
+    image_size: int = option(64, "--image-size", LEARNS, least=1, metavar="PX")
+    crop_scale: tuple[float, float] = option(
+        (0.08, 1.0), "--crop-scale", LEARNS, metavar=("MIN", "MAX")
+    )
+    views: str = option("cpu", "--views", LEARNS, since="cpu", choices=("cpu", "device"))
+    mean: tuple[float, float, float] = option(STL10_MEAN, "--mean", LEARNS, metavar=("R", "G", "B"))
+    std: tuple[float, float, float] = option(STL10_STD, "--std", LEARNS, metavar=("R", "G", "B"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least, most = self.crop_scale
+        if not 0 < least <= most <= 1:
+            raise ValueError(f"--crop-scale must be 0 < MIN <= MAX <= 1, got {least:g} {most:g}")
+        check_image_statistics(self.mean, self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchOptim(PretrainOptim):
+    """optimisation
+
+    lr: initial learning rate; auto: 0.12 x batch size / 256 (auto)
+    """
+
+    lr: float | None = option(None, "--lr --learning-rate", LEARNS, least=0, kind="auto_rate")
+
+
+def auto_rate(batch_size: int) -> float:
+    """The learning rate of arXiv:2005.10242, appendix B.1."""
+    return 0.12 * batch_size / 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class InBatchConfig:
+    """All of train_in_batch.py. The command line gives a learning rate of None that of `auto_rate`.
+
+    Raises:
+        ValueError: parts that do not fit each other; the parts check themselves.
+    """
+
+    data: InBatchData
+    encoder: InBatchEncoder = InBatchEncoder()
+    objective: InBatchObjective = InBatchObjective()
+    views: InBatchViews = InBatchViews()
+    optim: InBatchOptim = InBatchOptim(batch_size=IN_BATCH_DEFAULTS["batch_size"])
+    schedule: PretrainSchedule = PretrainSchedule(epochs=200, schedule=(155, 170, 185))
+    speed: Speed = Speed()
+    saving: Saving = Saving()
+    watching: Watching = Watching()
+    launch: Launch = Launch()
+    placement: Placement = Placement()
+
+    def __post_init__(self) -> None:
+        if self.optim.batch_size < 2:
+            raise ValueError(
+                f"--batch-size {self.optim.batch_size} has no second image; losses within a batch "
+                "need at least two"
+            )
+        check_batch(self.optim, self.placement)
+        if self.optim.accumulate > 1:
+            raise ValueError(
+                f"--accumulate {self.optim.accumulate} splits the batch, and losses within the "
+                "batch need all of it at once; use more devices, or a smaller --batch-size"
+            )
+        if self.objective.supervised and self.data.dataset == "nyu":
+            raise ValueError("--supervised needs labels of classes, which nyu does not have")
+        if self.optim.amp == "fp16" and self.placement.devices[0] == "cpu":
+            raise ValueError("--amp fp16 needs a GPU; use bf16 or off on the CPU")
+
+    @property
+    def part_size(self) -> int:
+        """Images of this process at a time; both views of them go through the encoder together."""
+        return self.optim.batch_size // self.placement.processes
+
+    def to_flat(self) -> dict[str, Any]:
+        """The values by their flat names, as JSON and `weights_only` can hold them."""
+        flat = flat_values(self)
+        return {**flat, "task": TASK, "objective": in_batch_formula(flat)}

@@ -1,0 +1,262 @@
+"""Training within the batch, as a task of the engine: one encoder, both views in one forward pass,
+InfoNCE in both directions, alignment, and uniformity averaged over the views. No queue, no key
+encoder (arXiv:2005.10242, section 4 and appendix B.1). Or, with --supervised, cross-entropy.
+
+Over several processes the features of all are gathered, with gradient, so negatives, pairs and logs
+are those of the whole batch; batch norm has the statistics of each process's share, as in
+data-parallel code.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from align_uniform import align_loss, in_batch_contrastive_loss, uniform_loss
+from align_uniform.bounds import uniformity_infimum
+from moco import distributed, encoders
+from moco.alexnet import calibrate_batch_norm
+from moco.batch_norm import has_batch_norm
+from moco.config import InBatchConfig, auto_rate
+from moco.data.images import open_images
+from moco.data.nyu import open_nyu
+from moco.data.views import in_batch_recipe, normalize
+from moco.log import RunLog
+from moco.precision import memory_format
+from moco.tasks import monitor
+from moco.tasks.collapse import collapse_warning
+from moco.tasks.images import ImagePairs
+from moco.tasks.online_knn import OnlineKnn
+from moco.tasks.start import start_encoder
+from moco.train.losses import Losses
+from moco.train.task import Task
+from moco.train.trainer import Trainer
+
+CALIBRATION_BATCHES = 10
+
+
+class TwoViews(nn.Module):
+    """One encoder for both views, and with `classes` a linear classifier on its unit output.
+
+    Args:
+        encoder: images -> (N, C).
+        classes: of the classifier, 0 for none.
+        dim: C.
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int, classes: int = 0) -> None:
+        super().__init__()
+        self.encoder_q = encoder  # the name by which load_encoder finds it
+        self.classifier = nn.Linear(dim, classes) if classes else None
+        self.prepare = _as_they_are  # uint8 to float32
+
+    def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Unit features (N, C) of both views, float32, and logits (2N, classes): of two (N, 3, S,
+        S) batches, which go through the encoder, and its batch norm, as one."""
+        out = self.encoder_q(self.prepare(torch.cat([first, second])))
+        features = F.normalize(out.float(), dim=1)
+        logits = None if self.classifier is None else self.classifier(features)
+        return (*features.chunk(2), logits)
+
+
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
+
+
+class InBatchLosses(Losses):
+    """Terms by name, and the unit features of both views of the whole batch, (N, C) each."""
+
+    def __init__(self, terms: Mapping[str, Tensor], x: Tensor, y: Tensor) -> None:
+        super().__init__(terms)
+        self.x, self.y = x.detach(), y.detach()
+
+
+class InBatchTask(Task):
+    """Two views of each image and one encoder; k-NN of its backbone."""
+
+    config: InBatchConfig
+
+    def build_data(self, device: torch.device) -> ImagePairs:
+        data, views = self.config.data, self.config.views
+        supervised = self.config.objective.supervised
+        if data.dataset == "nyu":
+            images = open_nyu(data.data, "train").images
+        else:
+            images = open_images(
+                data.dataset,
+                data.data,
+                "train" if supervised else "pretrain",
+                per_class=data.images_per_class,
+            )
+        self.classes = len(images.classes) if supervised else 0
+        pairs = ImagePairs(
+            self.config,
+            device,
+            images=images,
+            recipe=in_batch_recipe(views.image_size, views.crop_scale),
+            keep_last=not data.drop_last,
+            with_targets=supervised,
+        )
+        pairs.facts["steps_per_epoch"] = pairs.steps_per_epoch
+        return pairs
+
+    def build_module(self) -> TwoViews:
+        encoder = self.config.encoder
+        built = encoders.build_encoder(
+            encoder.arch,
+            encoder.dim,
+            image_size=self.config.views.image_size,
+            small_stem=encoder.small_stem,
+        )
+        return TwoViews(built, encoder.dim, self.classes)
+
+    def on_device(self, module: TwoViews, device: torch.device) -> None:
+        views = self.config.views
+        module.prepare = functools.partial(
+            normalize,
+            mean=views.mean,
+            std=views.std,
+            memory_format=memory_format(self.config.speed.channels_last),
+        )
+
+    def compiled(self, module: TwoViews) -> list[nn.Module]:
+        return [module.encoder_q]
+
+    def start_from(self, module: TwoViews, path: str) -> str:
+        return start_encoder(module.encoder_q, path, self.config.encoder.arch)
+
+    def settle_untrained(self, module: TwoViews, data: ImagePairs) -> None:
+        """Batch norm's statistics, without which features of an untrained encoder mean nothing."""
+        if not has_batch_norm(module.encoder_q):
+            return
+        data.set_epoch(0, 0)
+        batches = itertools.islice(data, CALIBRATION_BATCHES)
+        pixels = [module.prepare(torch.cat(batch[:2])) for batch in batches]
+        calibrate_batch_norm(module.encoder_q, pixels)
+        distributed.print_main(
+            f"untrained weights; batch norm has the statistics of {len(pixels)} batches, "
+            f"{sum(map(len, pixels))} views, by forward passes in training mode"
+        )
+
+    # ---- losses
+
+    def losses(
+        self, model: nn.Module, batch: tuple[Tensor, ...], part: int, parts: int
+    ) -> InBatchLosses:
+        objective = self.config.objective
+        x, y, logits = model(*batch[:2])
+        x, y = distributed.gather_with_gradient(x), distributed.gather_with_gradient(y)
+        terms = {}
+        for name, weight, loss in (
+            ("contr", objective.contr_w, self._contrastive),
+            ("align", objective.align_w, self._alignment),
+            ("unif", objective.unif_w, self._uniformity),
+        ):
+            with torch.set_grad_enabled(weight != 0 and torch.is_grad_enabled()):
+                terms[name] = loss(x, y)
+        if logits is not None:
+            terms["cross_entropy"] = F.cross_entropy(logits, batch[2].repeat(2))
+        return InBatchLosses(terms, x, y)
+
+    def _contrastive(self, x: Tensor, y: Tensor) -> Tensor:
+        return in_batch_contrastive_loss(x, y, self.config.objective.contr_tau)
+
+    def _alignment(self, x: Tensor, y: Tensor) -> Tensor:
+        return align_loss(x, y, self.config.objective.align_alpha)
+
+    def _uniformity(self, x: Tensor, y: Tensor) -> Tensor:
+        t = self.config.objective.unif_t
+        return (uniform_loss(x, t) + uniform_loss(y, t)) / 2
+
+    def total(self, losses: InBatchLosses) -> Tensor:
+        objective = self.config.objective
+        return losses.weighted(
+            {
+                "contr": objective.contr_w,
+                "align": objective.align_w,
+                "unif": objective.unif_w,
+                "cross_entropy": 1.0,
+            }
+        )
+
+    # ---- what a run shows of itself
+
+    @torch.no_grad()
+    def metrics(self, losses: InBatchLosses) -> dict[str, float]:
+        x, y, t = losses.x, losses.y, monitor.T
+        found = {
+            "alignment": align_loss(x, y, monitor.ALPHA).item(),
+            "uniformity": ((uniform_loss(x, t) + uniform_loss(y, t)) / 2).item(),
+        }
+        if x.shape[1] > 1:
+            found["uniformity_infimum"] = uniformity_infimum(x.shape[1], t)
+        return found
+
+    def feature_std(self, losses: InBatchLosses) -> Tensor:
+        return losses.x.std(dim=0, correction=0).mean() * math.sqrt(losses.x.shape[1])
+
+    @torch.no_grad()
+    def histograms(self, losses: InBatchLosses) -> dict[str, tuple[Tensor, float, float]]:
+        x, y = losses.x, losses.y
+        return {
+            "positive_distance": (torch.linalg.vector_norm(x - y, dim=1), 0.0, 2.0),
+            "batch_similarity": (x @ y.t(), -1.0, 1.0),
+        }
+
+    def begin_log(self, log: RunLog, data: ImagePairs) -> None:
+        monitor.lay_out(log, self.config, data.facts)
+
+    def show(self, log: RunLog, batch: tuple[Tensor, ...]) -> None:
+        monitor.show_views(log, *batch[:2])
+
+    def build_evaluation(self, trainer: Trainer) -> OnlineKnn | None:
+        if self.config.data.dataset == "nyu":  # its images have no classes
+            return None
+        return OnlineKnn(
+            trainer.state.module.encoder_q,
+            trainer.data.images,
+            self.config,
+            trainer.device,
+            log=trainer.log,
+            printer=trainer.printer,
+            stop=trainer.stop,
+        )
+
+    def facts(self, module: TwoViews, data: ImagePairs) -> dict[str, str]:
+        config, encoder, optim = self.config, self.config.encoder, self.config.optim
+        parameters = sum(p.numel() for p in module.encoder_q.parameters())
+        batch, processes = optim.batch_size, config.placement.processes
+        rule = auto_rate(batch)
+        facts: dict[str, Any] = {
+            "objective": config.to_flat()["objective"],
+            **collapse_warning(config.objective),
+            "data": f"{len(data.images)} images, {data.steps_per_epoch} steps per epoch, "
+            f"{config.schedule.epochs} epochs; {self._rest_fact(data)}",
+            "batch": f"{batch} over {processes} process(es), {batch // processes} each; losses are "
+            "of all of them together",
+            "batch norm": f"one group of 2 x {batch // processes} views on each device"
+            if has_batch_norm(module.encoder_q)
+            else "none in this arch",
+            "encoder": f"{encoder.arch}, {parameters / 1e6:.2f} M parameters, {encoder.dim} "
+            f"outputs, {config.views.image_size} px" + (", small stem" * encoder.small_stem),
+            "lr": f"{optim.lr:g}"
+            + (", " if optim.lr == rule else f"; the rule gives {rule:g}, ")
+            + "0.12 x batch size / 256",
+        }
+        if encoder.dim == 1:
+            facts["note"] = "features of one dimension are +1 or -1: alignment has no slope there"
+        return facts
+
+    def _rest_fact(self, data: ImagePairs) -> str:
+        rest = len(data.images) % self.config.optim.batch_size
+        if data.last_batch == rest:
+            return f"the last batch has {rest}" if rest else "all batches are whole"
+        kept = f"the last batch has {data.last_batch}, " if data.last_batch else ""
+        return f"{kept}{rest - data.last_batch} images of each epoch are left out"
