@@ -40,7 +40,7 @@ from moco.config import (
     objective_slug,
     parts_of,
 )
-from moco.data.images import image_paths, split_folder
+from moco.data.folders import image_paths, split_folder
 from moco.errors import DataError
 from moco.launch import place, usable_cores
 from moco.precision import channels_last_helps

@@ -30,7 +30,7 @@ from moco.data.folders import (
     is_image,
     is_tool_made,
 )
-from moco.data.images import MAX_PIXELS, load_rgb
+from moco.data.rgb import MAX_PIXELS, load_rgb
 from moco.errors import DataError
 from moco.printable import printable
 
