@@ -16,7 +16,16 @@ from moco import distributed
 from moco.config import DATASETS as DATASETS
 from moco.data.file_list import Names, Numbers
 from moco.data.folders import IMG_EXTENSIONS, LeftOut, data_folder, images_below, split_folder
+from moco.data.parquets import ParquetImages
 from moco.data.rgb import load_rgb
+from moco.data.shards import (
+    HOW_LABELLED,
+    SUFFIXES,
+    PackedImages,
+    number_classes,
+    shard_paths,
+)
+from moco.data.tars import TarImages
 from moco.errors import DataError
 from moco.printable import printable
 
@@ -59,15 +68,15 @@ class FolderImages:
         self.classes: list[str] = []
         if "" not in counts:
             class_of = [folder.partition(os.sep)[0] for folder in counts]
-            self.classes = list(classes or sorted(set(class_of)))
-            index = {name: i for i, name in enumerate(self.classes)}
-            unknown = sorted(set(class_of) - set(index))
-            if unknown:
-                raise DataError(
-                    f"{self.root} has classes that the training set lacks: {', '.join(unknown[:5])}"
-                )
-            targets = torch.tensor([index[name] for name in class_of])
-            self.targets = Numbers(targets.repeat_interleave(torch.tensor([*counts.values()])))
+            index = {name: i for i, name in enumerate(sorted(set(class_of)))}
+            labels = torch.tensor([index[name] for name in class_of])
+            self.classes, labels = number_classes(labels, list(index), classes, self.root)
+            self.targets = Numbers(labels.repeat_interleave(torch.tensor([*counts.values()])))
+
+    @property
+    def names(self) -> list[str]:
+        """CLASS/FILE, with forward slashes."""
+        return self.paths.without_prefix()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -104,7 +113,7 @@ class Subset:
             indices = [images.indices[i] for i in indices]
             images = images.images
         self.indices = Numbers(indices)
-        self.images: FolderImages | ArrayImages = images
+        self.images: FolderImages | PackedImages | ArrayImages = images
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -113,10 +122,12 @@ class Subset:
         return self.images.load(self.indices[index])
 
 
-Images = FolderImages | ArrayImages | Subset
+Images = FolderImages | PackedImages | ArrayImages | Subset
 
 
-def base_and_indices(images: Images) -> tuple[FolderImages | ArrayImages, Sequence[int]]:
+def base_and_indices(
+    images: Images,
+) -> tuple[FolderImages | PackedImages | ArrayImages, Sequence[int]]:
     """The whole data set, and which of its images these are."""
     if isinstance(images, Subset):
         return images.images, images.indices
@@ -125,12 +136,12 @@ def base_and_indices(images: Images) -> tuple[FolderImages | ArrayImages, Sequen
 
 def image_names(images: Images) -> list[str]:
     """A name for each image that is the same on any machine: CLASS/FILE with forward slashes for
-    folders, the index for data sets that are held in memory."""
+    folders, as it is named in archives, the index for data sets that are held in memory."""
     base, indices = base_and_indices(images)
-    if isinstance(base, FolderImages):
-        names = base.paths.without_prefix()
-        return names if base is images else [names[i] for i in indices]
-    return [str(i) for i in indices]
+    if isinstance(base, ArrayImages):
+        return [str(i) for i in indices]
+    names = list(base.names)
+    return names if base is images else [names[i] for i in indices]
 
 
 def in_memory(images: Images) -> np.ndarray | None:
@@ -154,10 +165,11 @@ def open_images(
     Args:
         dataset: one of `DATASETS`.
         root: for "folder" a folder with `train/` (and `val/`), or, for split "pretrain", any folder
-            with images; for the others the folder that torchvision keeps them in.
+            with images; for "tar" and "parquet" as `shards.shard_paths` finds them; for the others
+            the folder that torchvision keeps them in.
         split: "pretrain" (all images for training, labels not needed), "train" or "val".
         per_class: keep this many images of each class, the first ones.
-        classes: class names of the training set, for "val" of a folder.
+        classes: class names of the training set, for "val" of a folder or of shards.
 
     Raises:
         DataError: missing, empty, or without the labels that are asked for.
@@ -168,9 +180,17 @@ def open_images(
     if dataset == "folder":
         images: Images = FolderImages(split_folder(root, split), classes)
         _tell(root, split, images, known_classes=classes)
+    elif dataset in SUFFIXES:
+        kind = {"tar": TarImages, "parquet": ParquetImages}[dataset]
+        images = kind(root, shard_paths(root, split, dataset), classes)
+        _tell(root, split, images, known_classes=classes)
     else:
         images = _open_torchvision(dataset, root, split)
     if images.targets is None and (split != "pretrain" or per_class is not None):
+        if dataset in SUFFIXES:
+            raise DataError(
+                f"the {dataset} files of {root} have no labels: expected {HOW_LABELLED[dataset]}"
+            )
         stray = _image_outside_classes(images)
         raise DataError(
             f"{root} has no labels{stray}: {split} images must lie in one folder per class, "
@@ -182,7 +202,10 @@ def open_images(
 
 
 def _tell(
-    root: Path, split: str, images: FolderImages, known_classes: Sequence[str] | None
+    root: Path,
+    split: str,
+    images: FolderImages | PackedImages,
+    known_classes: Sequence[str] | None,
 ) -> None:
     """Say on rank 0 what a user may not expect of the folder, in one line each."""
     lines = []
@@ -231,7 +254,7 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
 def names_digest(images: Images) -> str:
     """Twelve hex digits over which image has which index: for files, of their names in `root`."""
     base, _ = base_and_indices(images)
-    names = image_names(base) if isinstance(base, FolderImages) else [len(base)]
+    names = [len(base)] if isinstance(base, ArrayImages) else image_names(base)
     indices = [list(images.indices)] if isinstance(images, Subset) else []
     return hashlib.sha256(repr((names, indices)).encode()).hexdigest()[:12]
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageFile
 from torch.utils.data import DataLoader
 
 from moco import checkpoint
-from moco.data import rgb, loader, samples
+from moco.data import loader, rgb, samples
 from moco.data.images import load_rgb, open_images
 from moco.data.views import pretrain_recipe
 from moco.errors import DataError
