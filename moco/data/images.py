@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -81,6 +82,13 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def read(self, index: int) -> bytes:
+        """The file's content, b"" where it cannot be read; `load` says why."""
+        with contextlib.suppress(OSError):
+            if os.path.isfile(path := self.paths[index]):
+                return Path(path).read_bytes()
+        return b""
+
     def load(self, index: int) -> Image.Image:
         return load_rgb(self.paths[index])
 
@@ -117,6 +125,9 @@ class Subset:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def read(self, index: int) -> bytes:
+        return self.images.read(self.indices[index])
 
     def load(self, index: int) -> Image.Image:
         return self.images.load(self.indices[index])
