@@ -157,17 +157,18 @@ class Audit:
         }
 
 
-def audit(root: Path, workers: int, dataset: str = "folder") -> Audit:
+def audit(root: Path, workers: int, dataset: str = "folder", *, most: int | None = None) -> Audit:
     """Decode all images of `root`, or of its train/ and val/, by `workers` processes.
 
     Args:
         dataset: "folder", "tar" or "parquet".
+        most: decode about so many images only, evenly spread; class folders are all looked at.
 
     Raises:
         DataError: no images; shards that cannot be read.
     """
     if dataset != "folder":
-        return _audit_shards(root, workers, dataset)
+        return _audit_shards(root, workers, dataset, most)
     root = data_folder(root)
     left_out = {split: LeftOut(split) for split in splits_of(root)}
     by_split = {split: list(image_paths(split, found)) for split, found in left_out.items()}
@@ -177,13 +178,14 @@ def audit(root: Path, workers: int, dataset: str = "folder") -> Audit:
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path, (kind, details) in check_classes(root, by_split):
         kinds[kind].append((path, details))
+    paths = [paths[i] for i in _spread(len(paths), most)]
     _decode_all(((path, None) for path in paths), len(paths), workers, kinds)
     ignored = sum(map(ignored_files, by_split), Counter())
     said = [str(found) for found in left_out.values() if found.counts]
     return Audit(root, len(paths), ignored, said, dict(kinds))
 
 
-def _audit_shards(root: Path, workers: int, dataset: str) -> Audit:
+def _audit_shards(root: Path, workers: int, dataset: str, most: int | None) -> Audit:
     """The images in archives, which this process reads and the others decode."""
     splits = {"train": open_images(dataset, root, "pretrain")}
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -198,19 +200,24 @@ def _audit_shards(root: Path, workers: int, dataset: str) -> Audit:
 
     def contents() -> Iterator[tuple[str, bytes | Finding]]:
         for images in splits.values():
-            for index in range(len(images)):
+            for index in _spread(len(images), most):
                 title = images.title(index)
                 try:
                     yield title, images.read(index)
                 except DataError as error:
                     yield title, ("unreadable", str(error))
 
-    count = sum(map(len, splits.values()))
+    count = sum(len(_spread(len(images), most)) for images in splits.values())
     _decode_all(contents(), count, workers, kinds)
     said = [str(images.left_out) for images in splits.values() if images.left_out.counts]
     return Audit(
         root, count, Counter(), said, {kind: found for kind, found in kinds.items() if found}
     )
+
+
+def _spread(count: int, most: int | None) -> range:
+    """Places of `most` of so many images, or of somewhat more."""
+    return range(0, count, max(1, count // most) if most else 1)
 
 
 def _decode_all(
