@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moco.cli import pretrain_config  # noqa: E402
 from moco.errors import report_user_errors  # noqa: E402
 from moco.tasks.moco import MoCoTask  # noqa: E402
-from moco.train.preflight import preflight, table  # noqa: E402
+from moco.train.preflight import preflight  # noqa: E402
+from moco.train.verdicts import table  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

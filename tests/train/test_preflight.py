@@ -10,8 +10,15 @@ from helpers import ROOT, finish, start_python
 
 from moco import cli
 from moco.run_files import LOG, read_log
-from moco.train import preflight
-from moco.train.preflight import Line, data_line, measured_lines, resume_line, table
+from moco.train import verdicts
+from moco.train.verdicts import (
+    Line,
+    data_line,
+    logged_losses,
+    measured_lines,
+    resume_line,
+    table,
+)
 
 FLAGS = (
     "-a resnet8 --image-size 16 --batch-size 16 --moco-k 64 --moco-dim 32 --bn-splits 2 --mlp "
@@ -67,7 +74,7 @@ def test_data_are_judged_as_the_check_does(images, tmp_path, monkeypatch) -> Non
     assert "check_dataset.py" in line.advice
     assert data_line(config_of("--skip-bad-images", "--max-bad-share", 0.05, whole)).go
     assert not data_line(config_of("--skip-bad-images", "--max-bad-share", 0, whole)).go
-    monkeypatch.setattr(preflight, "LOOKED_AT", 20)
+    monkeypatch.setattr(verdicts, "LOOKED_AT", 20)
     assert data_line(config_of(whole)).found.startswith("24 images looked at")
 
 
@@ -117,5 +124,5 @@ def test_each_line_has_a_verdict(changed, refused, images, tmp_path) -> None:
 
 
 def test_the_loss_of_a_step_is_read_from_the_log(half: Path) -> None:
-    losses = preflight._losses(half / LOG)
+    losses = logged_losses(half / LOG)
     assert set(losses) == {line["step"] for line in read_log(half / LOG)[0] if "loss" in line}
