@@ -116,11 +116,11 @@ class Subset:
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
         indices, targets = list(indices), images.targets
         self.classes = images.classes
-        self.targets = None if targets is None else Numbers(targets[i] for i in indices)
-        if isinstance(images, Subset):
-            indices = [images.indices[i] for i in indices]
-            images = images.images
+        self.targets = None if targets is None else _chosen(targets, indices)
         self.indices = Numbers(indices)
+        if isinstance(images, Subset):
+            self.indices = _chosen(images.indices, indices)
+            images = images.images
         self.images: FolderImages | PackedImages | ArrayImages = images
 
     def __len__(self) -> int:
@@ -131,6 +131,11 @@ class Subset:
 
     def load(self, index: int) -> Image.Image:
         return self.images.load(self.indices[index])
+
+
+def _chosen(values: Sequence[int], indices: Sequence[int]) -> Numbers:
+    values = list(values)  # a Numbers is slower to ask for one at a time
+    return Numbers(values[i] for i in indices)
 
 
 Images = FolderImages | PackedImages | ArrayImages | Subset
@@ -149,7 +154,7 @@ def image_names(images: Images) -> list[str]:
     """A name for each image that is the same on any machine: CLASS/FILE with forward slashes for
     folders, as it is named in archives, the index for data sets that are held in memory."""
     base, indices = base_and_indices(images)
-    if isinstance(base, ArrayImages):
+    if not isinstance(base, (FolderImages, PackedImages)):
         return [str(i) for i in indices]
     names = list(base.names)
     return names if base is images else [names[i] for i in indices]
@@ -265,7 +270,8 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
 def names_digest(images: Images) -> str:
     """Twelve hex digits over which image has which index: for files, of their names in `root`."""
     base, _ = base_and_indices(images)
-    names = [len(base)] if isinstance(base, ArrayImages) else image_names(base)
+    named = isinstance(base, (FolderImages, PackedImages))
+    names = image_names(base) if named else [len(base)]
     indices = [list(images.indices)] if isinstance(images, Subset) else []
     return hashlib.sha256(repr((names, indices)).encode()).hexdigest()[:12]
 
