@@ -46,9 +46,11 @@ from moco.config import (
     objective_slug,
     parts_of,
 )
-from moco.data.images import image_paths, split_folder
+from moco.data.folders import image_paths, split_folder
+from moco.data.shards import SUFFIXES, shard_paths
 from moco.errors import DataError
 from moco.launch import place, usable_cores
+from moco.packages import import_optional
 from moco.precision import channels_last_helps
 from moco.printable import printable
 from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT
@@ -531,6 +533,14 @@ def check_data_folder(
         parser.error(f"{root} is a file, expected a data folder with train/ and val/")
     if not root.is_dir():
         parser.error(f"no such data folder: {root}")
+    if data.dataset in SUFFIXES:
+        try:
+            if data.dataset == "parquet":
+                import_optional("pyarrow.parquet", "--dataset parquet", "pyarrow")
+            for split in splits:
+                shard_paths(root, split, data.dataset)
+        except DataError as error:
+            parser.error(str(error))
     if data.dataset != "folder":
         return
     for split, needed in splits.items():

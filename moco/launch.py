@@ -102,8 +102,9 @@ _LAUNCHERS = {
 def numbered_process(local_rank: int | None = None, *, alone: bool = False) -> Numbered | None:
     """This process's number, where a launcher has started one process per device; else None.
 
-    torchrun, and all that set RANK and WORLD_SIZE as it does (Kubeflow sets no LOCAL_RANK), SLURM's
-    srun and MPI are known. None also where a launcher started this process only.
+    A process group that exists already (Ray Train, Lightning Fabric, accelerate) has the first
+    word. torchrun, and all that set RANK and WORLD_SIZE as it does (Kubeflow sets no LOCAL_RANK),
+    SLURM's srun and MPI are known. None also where a launcher started this process only.
 
     Args:
         local_rank: --local-rank of older launchers, which set no LOCAL_RANK.
@@ -112,6 +113,12 @@ def numbered_process(local_rank: int | None = None, *, alone: bool = False) -> N
     Raises:
         ValueError: one of several processes that cannot know how to meet the others.
     """
+    if distributed.is_active():
+        rank, world = distributed.rank(), distributed.world_size()
+        local, on_node = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
+        local = local_rank if local is None else local
+        each = on_node or world
+        return Numbered(rank, world, local, on_node, -(-world // each), rank // each)
     for launcher, names in _LAUNCHERS.items():
         rank, world, local, local_world = map(_number, names)
         if rank is None or world is None:
@@ -220,8 +227,10 @@ def launch(
 ) -> None:
     """Run `worker(device, args)` once per process, with a process group when there are several.
 
-    Three forms: under torchrun this process is one of those already started; otherwise one process
-    per entry of `devices` is started here, on this node of `nodes`; a single one runs in place.
+    Four forms: in a process group that exists already, `worker` runs in this process, and the group
+    is left as it is; under torchrun this process is one of those already started; otherwise one
+    process per entry of `devices` is started here, on this node of `nodes`; a single one runs in
+    place.
 
     Args:
         devices: this node's devices, from `visible_devices`.
@@ -239,6 +248,11 @@ def launch(
     if number is not None:
         rank, world, local_rank = number
         device = _own_device(devices, local_rank)
+        if distributed.is_active():
+            distributed.set_timeout(timeout)
+            _set_device(device)
+            worker(device, args)
+            return
         _run(rank, world, "env://", backend, timeout, worker, device, args)
         return
     world = len(devices) * nodes

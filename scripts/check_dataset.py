@@ -3,6 +3,7 @@
 
     python scripts/check_dataset.py DIR                        DIR/train and DIR/val, or any folder
     python scripts/check_dataset.py DIR -j 16 --out report.json
+    python scripts/check_dataset.py DIR --dataset tar          images in archives; or: parquet
 
 Lists files that training refuses (unreadable, truncated, empty, too large, ...), files that it
 reads with a decision that one should know of (CMYK, greyscale, transparency, animation, EXIF
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from moco.config.parts import NAMED  # noqa: E402
 from moco.data.audit import audit  # noqa: E402
 from moco.errors import DataError  # noqa: E402
 from moco.launch import usable_cores  # noqa: E402
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # fmt: off
     parser.add_argument("root", metavar="DIR", type=Path,
                         help="with train/ and val/, or any folder")
+    parser.add_argument("--dataset", choices=NAMED, default="folder",
+                        help="as for main_moco.py (%(default)s)")
     parser.add_argument("-j", "--workers", type=int, default=usable_cores(), metavar="N",
                         help="processes (default: the cores, %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE",
@@ -42,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.workers < 1:
         parser.error(f"-j must be at least 1, got {args.workers}")
     try:
-        found = audit(args.root, args.workers)
+        found = audit(args.root, args.workers, args.dataset)
     except DataError as error:
         parser.error(str(error))
     print(found.report(args.show))

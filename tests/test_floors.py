@@ -186,8 +186,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         ({"moco.cli": "import main_moco", "main_moco": ""}, ["moco.cli imports main_moco"]),
         ({"main_moco": "import main_lincls", "main_lincls": ""},
          ["main_moco imports main_lincls"]),
-        ({"scripts.plan": "import timing", "scripts.benchmark.timing": ""},
-         ["scripts.plan imports scripts.benchmark.timing"]),
+        ({"scripts.preflight": "import timing", "scripts.benchmark.timing": ""},
+         ["scripts.preflight imports scripts.benchmark.timing"]),
         ({"scripts.benchmark.step": "import baseline", "scripts.benchmark.baseline": ""}, []),
         ({"scripts.a": "import harness"}, ["scripts.a: imports the tests' harness"]),
         ({"scripts.chaos": "import harness, sys\nsys.path.insert(0, 'tests')"}, []),
@@ -222,7 +222,7 @@ def test_the_checker_sees_each_breach_and_nothing_else(tree, expected) -> None:
 
 def test_imports_go_down_only() -> None:
     tree = tree_of(ROOT)
-    assert {"moco.builder", "align_uniform.losses", "main_moco", "scripts.plan"} <= tree.keys()
+    assert {"moco.builder", "align_uniform.losses", "main_moco", "scripts.preflight"} <= tree.keys()
     assert problems(tree) == []
 
 

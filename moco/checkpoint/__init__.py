@@ -10,6 +10,7 @@ from moco.checkpoint.files import (
     write_checkpoint,
     write_safetensors,
 )
+from moco.checkpoint.mapped import fingerprint, map_checkpoint
 from moco.checkpoint.run_folder import (
     Retention,
     epoch_path,
@@ -26,9 +27,11 @@ __all__ = [
     "Retention",
     "checksum",
     "epoch_path",
+    "fingerprint",
     "is_url",
     "load_encoder",
     "load_sentence_encoders",
+    "map_checkpoint",
     "newest_valid",
     "read_checkpoint",
     "read_url",

@@ -9,6 +9,7 @@ from typing import Any
 
 from moco.config.option import FREE, LEARNS, Part, flat_values, option
 from moco.config.parts import (
+    NAMED,
     Data,
     Folder,
     Launch,
@@ -188,7 +189,7 @@ class LinclsConfig:
             raise ValueError("--folds with --epochs 0 leaves nothing to choose among")
         if protocol.labels is not None and self.data.images_per_class is not None:
             raise ValueError("--labels and --images-per-class both select images: give one of them")
-        if isinstance(protocol.labels, str) and self.data.dataset != "folder":
+        if isinstance(protocol.labels, str) and self.data.dataset not in NAMED:
             raise ValueError(
                 f"--labels {protocol.labels}: a list names files, and {self.data.dataset} is held "
                 "in memory without names; give percent"

@@ -11,7 +11,8 @@ from moco.config.option import FREE, LEARNS, REQUIRED, Part, option
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-DATASETS = ("folder", "cifar10", "cifar100", "stl10")
+NAMED = ("folder", "tar", "parquet")  # data sets whose images have names
+DATASETS = (*NAMED, "cifar10", "cifar100", "stl10")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,8 @@ class Data(Part):
     """data
 
     data: folder with train/ and val/
-    dataset: folder of images, or one that torchvision has already put into DIR (%(default)s)
+    dataset: folder of images; tar archives (webdataset) or Parquet files (Hugging Face) of them; or
+        one that torchvision has already put into DIR (%(default)s)
     images_per_class: use the first N images of each class
     workers: data loading processes of this node (default: its cores)
     """

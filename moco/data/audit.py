@@ -6,16 +6,18 @@ of (CMYK, greyscale, EXIF rotation, ...), and class folders that do not fit.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import ExifTags, Image
 from tqdm import tqdm
@@ -30,7 +32,9 @@ from moco.data.folders import (
     is_image,
     is_tool_made,
 )
-from moco.data.images import MAX_PIXELS, load_rgb
+from moco.data.images import open_images
+from moco.data.rgb import MAX_PIXELS, load_rgb, rgb_of
+from moco.data.shards import shard_paths
 from moco.errors import DataError
 from moco.printable import printable
 
@@ -81,6 +85,7 @@ _MODES = {
     "I": ["greyscale", "16-bit"],
 }
 Finding = tuple[str, str]  # kind, details
+Source = bytes | Finding | None  # content, why there is none, or None: a file of that name
 
 # ------------------------------------------------------------------------------------------------
 # The whole data set
@@ -152,12 +157,18 @@ class Audit:
         }
 
 
-def audit(root: Path, workers: int) -> Audit:
+def audit(root: Path, workers: int, dataset: str = "folder", *, most: int | None = None) -> Audit:
     """Decode all images of `root`, or of its train/ and val/, by `workers` processes.
 
+    Args:
+        dataset: "folder", "tar" or "parquet".
+        most: decode about so many images only, evenly spread; class folders are all looked at.
+
     Raises:
-        DataError: no images.
+        DataError: no images; shards that cannot be read.
     """
+    if dataset != "folder":
+        return _audit_shards(root, workers, dataset, most)
     root = data_folder(root)
     left_out = {split: LeftOut(split) for split in splits_of(root)}
     by_split = {split: list(image_paths(split, found)) for split, found in left_out.items()}
@@ -167,16 +178,62 @@ def audit(root: Path, workers: int) -> Audit:
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path, (kind, details) in check_classes(root, by_split):
         kinds[kind].append((path, details))
-    with tqdm(total=len(paths), unit="image", disable=None) as bar:
-        for path, findings in check_files(paths, min(workers, len(paths))):
-            bar.update()
-            for kind, details in findings:
-                kinds[kind].append((path, details))
-    for found in kinds.values():
-        found.sort()
+    paths = [paths[i] for i in _spread(len(paths), most)]
+    _decode_all(((path, None) for path in paths), len(paths), workers, kinds)
     ignored = sum(map(ignored_files, by_split), Counter())
     said = [str(found) for found in left_out.values() if found.counts]
     return Audit(root, len(paths), ignored, said, dict(kinds))
+
+
+def _audit_shards(root: Path, workers: int, dataset: str, most: int | None) -> Audit:
+    """The images in archives, which this process reads and the others decode."""
+    splits = {"train": open_images(dataset, root, "pretrain")}
+    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    try:
+        shard_paths(root, "val", dataset)
+    except DataError:
+        pass  # none is needed for pretraining
+    else:
+        splits["val"] = open_images(dataset, root, "val")
+        train, val = (set(images.classes) for images in splits.values())
+        kinds["class of val not in train"] += [(name, "") for name in sorted(val - train)]
+
+    def contents() -> Iterator[tuple[str, bytes | Finding]]:
+        for images in splits.values():
+            for index in _spread(len(images), most):
+                title = images.title(index)
+                try:
+                    yield title, images.read(index)
+                except DataError as error:
+                    yield title, ("unreadable", str(error))
+
+    count = sum(len(_spread(len(images), most)) for images in splits.values())
+    _decode_all(contents(), count, workers, kinds)
+    said = [str(images.left_out) for images in splits.values() if images.left_out.counts]
+    return Audit(
+        root, count, Counter(), said, {kind: found for kind, found in kinds.items() if found}
+    )
+
+
+def _spread(count: int, most: int | None) -> range:
+    """Places of `most` of so many images, or of somewhat more."""
+    return range(0, count, max(1, count // most) if most else 1)
+
+
+def _decode_all(
+    images: Iterable[tuple[str, Source]],
+    count: int,
+    workers: int,
+    kinds: dict[str, list[tuple[str, str]]],
+) -> None:
+    """Add what there is to say about each image to `kinds`, and sort them."""
+    with tqdm(total=count, unit="image", disable=None) as bar:
+        for name, findings in check_files(images, min(workers, count)):
+            bar.update()
+            for kind, details in findings:
+                kinds[kind].append((name, details))
+    for found in kinds.values():
+        found.sort()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,21 +241,29 @@ def audit(root: Path, workers: int) -> Audit:
 # ------------------------------------------------------------------------------------------------
 
 
-def check_file(path: str) -> list[Finding]:
-    """What there is to say about one image file; [] for an ordinary RGB image."""
-    if not os.path.isfile(path):
+def check_file(name: str, source: Source = None) -> list[Finding]:
+    """What there is to say about one image; [] for an ordinary RGB image.
+
+    Args:
+        name: of a file, or of what it was read from.
+        source: the file's content, where `name` is none; or why it has none.
+    """
+    if isinstance(source, tuple):
+        return [source]
+    in_memory = isinstance(source, bytes)
+    if not in_memory and not os.path.isfile(name):
         return [("missing", "")]
-    if not os.path.getsize(path):
+    if not (len(source) if in_memory else os.path.getsize(name)):
         return [("empty", "")]
     try:
         with warnings.catch_warnings(action="ignore"):
-            found = _look_at_header(path)
+            found = _look_at_header(name, io.BytesIO(source) if in_memory else name)
     except Exception as error:  # Pillow's readers fail in any way
         found = [("unreadable", str(error))]
-    try:
-        load_rgb(path)  # the judge: this is what training does
+    try:  # the judge: this is what training does
+        rgb_of(source, name) if in_memory else load_rgb(name)
     except DataError as error:
-        reason = str(error).removeprefix(f"cannot read image {path}: ")
+        reason = str(error).removeprefix(f"cannot read image {name}: ")
         reason = reason.removesuffix("; replace or remove it")
         kind = next((kind for mark, kind in _REASONS if mark in reason), "unreadable")
         return [(kind, reason)]
@@ -214,10 +279,10 @@ _REASONS = (
 )
 
 
-def _look_at_header(path: str) -> list[Finding]:
+def _look_at_header(name: str, source: str | BinaryIO) -> list[Finding]:
     """Kinds that can be told without decoding the pixels."""
     found = []
-    with Image.open(path) as image:
+    with Image.open(source) as image:
         if 2 * image.width * image.height > MAX_PIXELS:
             found.append(("large", f"{image.width} x {image.height}"))
         if image.mode.startswith("I;16"):
@@ -236,7 +301,7 @@ def _look_at_header(path: str) -> list[Finding]:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
             if orientation not in (0, 1):
                 found.append(("EXIF-rotated", f"orientation {orientation}"))
-        suffix = os.path.splitext(path)[1].lower()
+        suffix = os.path.splitext(name.partition(" in ")[0])[1].lower()
         named = Image.registered_extensions().get(suffix)
         if named != image.format and (named, image.format) != ("JPEG", "MPO"):
             found.append(("wrong extension", f"{image.format} inside"))
@@ -244,34 +309,36 @@ def _look_at_header(path: str) -> list[Finding]:
 
 
 def check_files(
-    paths: Sequence[str], workers: int, context: multiprocessing.context.BaseContext | None = None
+    images: Iterable[tuple[str, Source]],
+    workers: int,
+    context: multiprocessing.context.BaseContext | None = None,
 ) -> Iterator[tuple[str, list[Finding]]]:
-    """`check_file` of all paths by several processes, in any order.
+    """`check_file` of all images by several processes, in any order.
 
     A file that kills the process that reads it does not stop the check: those that were in work
     are then tried one by one, each in a process of its own.
     """
-    left = iter(paths)
+    left = iter(images)
     while True:
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             pending = {}
             try:
                 while True:
-                    for path in islice(left, 4 * workers - len(pending)):
-                        pending[pool.submit(check_file, path)] = path
+                    for image in islice(left, 4 * workers - len(pending)):
+                        pending[pool.submit(check_file, *image)] = image
                     if not pending:
                         return
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
                         result = future.result()
-                        yield pending.pop(future), result
+                        yield pending.pop(future)[0], result
             except BrokenProcessPool:
                 suspects = list(pending.values())
-        for path in suspects:
+        for image in suspects:
             with ProcessPoolExecutor(1, mp_context=context) as pool:
                 try:
-                    yield path, pool.submit(check_file, path).result()
+                    yield image[0], pool.submit(check_file, *image).result()
                 except BrokenProcessPool:
-                    yield path, [("kills its reader", "")]
+                    yield image[0], [("kills its reader", "")]
 
 
 # ------------------------------------------------------------------------------------------------

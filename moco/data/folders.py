@@ -61,8 +61,17 @@ class LeftOut:
 
 def image_paths(root: str | os.PathLike, left_out: LeftOut | None = None) -> Iterator[str]:
     """Image files below root in ImageFolder's order: class by class, and those in root first."""
+    for folder, names in images_below(root, left_out):
+        yield from (os.path.join(root, folder + name) for name in names)
+
+
+def images_below(
+    root: str | os.PathLike, left_out: LeftOut | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Each folder as FOLDER/ below root ("" for root itself), with the names of its images."""
+    start = len(os.path.join(root, ""))
     for folder, names in folders_below(root, left_out):
-        yield from (os.path.join(folder, name) for name in names if is_image(name))
+        yield os.path.join(folder, "")[start:], [name for name in names if is_image(name)]
 
 
 def folders_below(

@@ -1,90 +1,34 @@
-"""Images: one file as RGB pixels, and the data sets that are made of them."""
+"""Data sets of images: folders, shards (tar, Parquet), arrays in memory, and parts of them."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+import torch
+from PIL import Image
 from torchvision import datasets
 
 from moco import distributed
-from moco.data.folders import IMG_EXTENSIONS, LeftOut, data_folder, image_paths, split_folder
+from moco.config import DATASETS as DATASETS
+from moco.data.file_list import Names, Numbers
+from moco.data.folders import IMG_EXTENSIONS, LeftOut, data_folder, images_below, split_folder
+from moco.data.parquets import ParquetImages
+from moco.data.rgb import load_rgb
+from moco.data.shards import (
+    HOW_LABELLED,
+    SUFFIXES,
+    PackedImages,
+    number_classes,
+    shard_paths,
+)
+from moco.data.tars import TarImages
 from moco.errors import DataError
 from moco.printable import printable
-
-DATASETS = ("folder", "cifar10", "cifar100", "stl10")
-
-
-# ------------------------------------------------------------------------------------------------
-# One image file
-# ------------------------------------------------------------------------------------------------
-
-# Twice what Pillow warns of: where it raises an error by default. 16,000 x 11,000 pixels, 0.5 GB.
-MAX_PIXELS = 178_956_970
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # see MAX_PIXELS
-
-
-def load_rgb(path: str | os.PathLike) -> Image.Image:
-    """Read an image file as 8-bit RGB; all images of this project come this way.
-
-    - Greyscale, palette, CMYK (without its colour profile), YCbCr: as Pillow converts them.
-    - Transparency, of RGBA, greyscale or palette, is dropped, not laid over a background.
-    - 16-bit greyscale: the high byte, as Pillow does with 16-bit colour (its own conversion of
-      greyscale would clip everything above 255 to white).
-    - 32-bit integers and floats are refused: what is black and what is white is not defined.
-    - Of an animation or several pages the first; EXIF rotation is not applied, as in torchvision's
-      ImageFolder; whatever Pillow recognises by content is read, whatever the file's name says.
-
-    Raises:
-        DataError: missing, damaged, truncated (also where the program that imports this has set
-            Pillow's LOAD_TRUNCATED_IMAGES), more than `MAX_PIXELS`, or no image. Names the file.
-    """
-    if not os.path.isfile(path):  # to open a pipe would wait for ever
-        raise DataError(f"cannot read image {path}: there is no such file")
-    try:
-        with _refusing_truncated(), Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{image.width} x {image.height} pixels, the most is {MAX_PIXELS}")
-            if image.format in ("EPS", "WMF"):  # Pillow would start another program to draw it
-                raise DataError(f"a drawing ({image.format}), not pixels")
-            return _to_rgb(image)
-    except Exception as error:  # a damaged file can make Pillow's readers fail in any way
-        reason = str(error) or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = "its beginning is not that of any image format"
-        raise DataError(f"cannot read image {path}: {reason}; replace or remove it") from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.format == "JPEG" and image.mode == "RGB":  # nearly all: without convert's copy
-        image.load()
-        return image
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        high_bytes = np.asarray(image) >> 8
-        image = Image.fromarray(high_bytes.astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise DataError(f"the range of its 32-bit pixels (mode {image.mode}) is not defined")
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours; Pillow would warn of going to RGB at once
-    return image.convert("RGB")
-
-
-@contextlib.contextmanager
-def _refusing_truncated() -> Iterator[None]:
-    """Half an image, the rest of it grey, is an error, whatever the program at large has set."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
-
 
 # ------------------------------------------------------------------------------------------------
 # Data sets: load(index) -> RGB image, targets (class indices, or None without labels), classes
@@ -106,28 +50,44 @@ class FolderImages:
         """
         self.root = Path(root)
         self.left_out = LeftOut(self.root)
-        self.paths = list(image_paths(self.root, self.left_out))
+        counts: dict[str, int] = {}  # folder below root -> number of its images
+
+        def groups() -> Iterator[list[str]]:
+            for folder, names in images_below(self.root, self.left_out):
+                if names:
+                    counts[folder] = len(names)
+                    yield [folder + name for name in names]
+
+        self.paths = Names(groups(), prefix=os.path.join(self.root, ""))
         if not self.paths:
             raise DataError(
                 f"no images in {self.root} (looked for {', '.join(IMG_EXTENSIONS)}); expected "
                 "FOLDER/train/CLASS/IMAGE as for ImageNet, or any folder with images"
                 + (f"; {self.left_out}" if self.left_out.counts else "")
             )
-        names = [os.path.relpath(path, self.root).split(os.sep) for path in self.paths]
-        self.targets: list[int] | None = None
+        self.targets: Numbers | None = None
         self.classes: list[str] = []
-        if all(len(parts) > 1 for parts in names):
-            self.classes = list(classes or sorted({parts[0] for parts in names}))
-            index = {name: i for i, name in enumerate(self.classes)}
-            unknown = sorted({parts[0] for parts in names} - set(index))
-            if unknown:
-                raise DataError(
-                    f"{self.root} has classes that the training set lacks: {', '.join(unknown[:5])}"
-                )
-            self.targets = [index[parts[0]] for parts in names]
+        if "" not in counts:
+            class_of = [folder.partition(os.sep)[0] for folder in counts]
+            index = {name: i for i, name in enumerate(sorted(set(class_of)))}
+            labels = torch.tensor([index[name] for name in class_of])
+            self.classes, labels = number_classes(labels, list(index), classes, self.root)
+            self.targets = Numbers(labels.repeat_interleave(torch.tensor([*counts.values()])))
+
+    @property
+    def names(self) -> list[str]:
+        """CLASS/FILE, with forward slashes."""
+        return self.paths.without_prefix()
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        """The file's content, b"" where it cannot be read; `load` says why."""
+        with contextlib.suppress(OSError):
+            if os.path.isfile(path := self.paths[index]):
+                return Path(path).read_bytes()
+        return b""
 
     def load(self, index: int) -> Image.Image:
         return load_rgb(self.paths[index])
@@ -154,26 +114,36 @@ class Subset:
     `images` is never a Subset itself."""
 
     def __init__(self, images: Images, indices: Sequence[int]) -> None:
-        self.indices = list(indices)
+        indices, targets = list(indices), images.targets
         self.classes = images.classes
-        targets = images.targets
-        self.targets = None if targets is None else [targets[i] for i in self.indices]
+        self.targets = None if targets is None else _chosen(targets, indices)
+        self.indices = Numbers(indices)
         if isinstance(images, Subset):
-            self.indices = [images.indices[i] for i in self.indices]
+            self.indices = _chosen(images.indices, indices)
             images = images.images
-        self.images: FolderImages | ArrayImages = images
+        self.images: FolderImages | PackedImages | ArrayImages = images
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def read(self, index: int) -> bytes:
+        return self.images.read(self.indices[index])
 
     def load(self, index: int) -> Image.Image:
         return self.images.load(self.indices[index])
 
 
-Images = FolderImages | ArrayImages | Subset
+def _chosen(values: Sequence[int], indices: Sequence[int]) -> Numbers:
+    values = list(values)  # a Numbers is slower to ask for one at a time
+    return Numbers(values[i] for i in indices)
 
 
-def base_and_indices(images: Images) -> tuple[FolderImages | ArrayImages, Sequence[int]]:
+Images = FolderImages | PackedImages | ArrayImages | Subset
+
+
+def base_and_indices(
+    images: Images,
+) -> tuple[FolderImages | PackedImages | ArrayImages, Sequence[int]]:
     """The whole data set, and which of its images these are."""
     if isinstance(images, Subset):
         return images.images, images.indices
@@ -182,11 +152,12 @@ def base_and_indices(images: Images) -> tuple[FolderImages | ArrayImages, Sequen
 
 def image_names(images: Images) -> list[str]:
     """A name for each image that is the same on any machine: CLASS/FILE with forward slashes for
-    folders, the index for data sets that are held in memory."""
+    folders, as it is named in archives, the index for data sets that are held in memory."""
     base, indices = base_and_indices(images)
-    if isinstance(base, FolderImages):
-        return [Path(os.path.relpath(base.paths[i], base.root)).as_posix() for i in indices]
-    return [str(i) for i in indices]
+    if not isinstance(base, (FolderImages, PackedImages)):
+        return [str(i) for i in indices]
+    names = list(base.names)
+    return names if base is images else [names[i] for i in indices]
 
 
 def in_memory(images: Images) -> np.ndarray | None:
@@ -194,7 +165,7 @@ def in_memory(images: Images) -> np.ndarray | None:
     base, indices = base_and_indices(images)
     if not isinstance(base, ArrayImages):
         return None
-    return base.array if base is images else base.array[indices]
+    return base.array if base is images else base.array[list(indices)]
 
 
 def open_images(
@@ -210,11 +181,11 @@ def open_images(
     Args:
         dataset: one of `DATASETS`.
         root: for "folder" a folder with `train/` (and `val/`), or, for split "pretrain", any folder
-            with images; for the others the folder that torchvision keeps them in, for cifar10 also
-            one with `train/` and `val/`.
+            with images; for "tar" and "parquet" as `shards.shard_paths` finds them; for the others
+            the folder that torchvision keeps them in, for cifar10 also one with both splits.
         split: "pretrain" (all images for training, labels not needed), "train" or "val".
         per_class: keep this many images of each class, the first ones.
-        classes: class names of the training set, for "val" of a folder.
+        classes: class names of the training set, for "val" of a folder or of shards.
 
     Raises:
         DataError: missing, empty, or without the labels that are asked for.
@@ -228,9 +199,17 @@ def open_images(
     if dataset == "folder":
         images: Images = FolderImages(split_folder(root, split), classes)
         _tell(root, split, images, known_classes=classes)
+    elif dataset in SUFFIXES:
+        kind = {"tar": TarImages, "parquet": ParquetImages}[dataset]
+        images = kind(root, shard_paths(root, split, dataset), classes)
+        _tell(root, split, images, known_classes=classes)
     else:
         images = _open_torchvision(dataset, root, split)
     if images.targets is None and (split != "pretrain" or per_class is not None):
+        if dataset in SUFFIXES:
+            raise DataError(
+                f"the {dataset} files of {root} have no labels: expected {HOW_LABELLED[dataset]}"
+            )
         stray = _image_outside_classes(images)
         raise DataError(
             f"{root} has no labels{stray}: {split} images must lie in one folder per class, "
@@ -242,7 +221,10 @@ def open_images(
 
 
 def _tell(
-    root: Path, split: str, images: FolderImages, known_classes: Sequence[str] | None
+    root: Path,
+    split: str,
+    images: FolderImages | PackedImages,
+    known_classes: Sequence[str] | None,
 ) -> None:
     """Say on rank 0 what a user may not expect of the folder, in one line each."""
     lines = []
@@ -291,8 +273,9 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
 def names_digest(images: Images) -> str:
     """Twelve hex digits over which image has which index: for files, of their names in `root`."""
     base, _ = base_and_indices(images)
-    names = image_names(base) if isinstance(base, FolderImages) else [len(base)]
-    indices = [images.indices] if isinstance(images, Subset) else []
+    named = isinstance(base, (FolderImages, PackedImages))
+    names = image_names(base) if named else [len(base)]
+    indices = [list(images.indices)] if isinstance(images, Subset) else []
     return hashlib.sha256(repr((names, indices)).encode()).hexdigest()[:12]
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moco.data import device_views, views
-from moco.data.images import Images
+from moco.data import device_views, jpeg, views
+from moco.data.images import Images, base_and_indices
 from moco.errors import DataError
 
+Loaded = Image.Image | Tensor  # RGB; (3, H, W) uint8
 MOST_BAD_IN_A_ROW = 1000  # beyond it the fault is not in the images
 
 
@@ -53,6 +54,9 @@ class AugmentedViews(Dataset):
         self.num_views = num_views
         self.skip_bad = skip_bad
         self.augment_on_device = augment_on_device
+        # A function of the installation: processes and resumed runs decide alike.
+        has_files = hasattr(base_and_indices(images)[0], "read")
+        self.decode_fast = augment_on_device and has_files and jpeg.equals_pillow()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,7 +70,8 @@ class AugmentedViews(Dataset):
         loaded, pixels = [], 0
         for i, (_, index) in enumerate(keys):
             loaded.append(self._load(index))
-            pixels += loaded[-1][0].width * loaded[-1][0].height
+            height, width = _size(loaded[-1][0])
+            pixels += height * width
             if (
                 len(loaded) == self.DRAWN_TOGETHER or pixels >= self.PIXELS_HELD
                 or i + 1 == len(keys)
@@ -76,14 +81,14 @@ class AugmentedViews(Dataset):
         return samples
 
     def _samples(
-        self, keys: Sequence[tuple[int, int]], loaded: list[tuple[Image.Image, int, str]]
+        self, keys: Sequence[tuple[int, int]], loaded: list[tuple[Loaded, int, str]]
     ) -> Iterator[tuple[Tensor | int | str, ...]]:
-        widths, heights = zip(*(image.size for image, _, _ in loaded), strict=True)
+        heights, widths = zip(*(_size(image) for image, _, _ in loaded), strict=True)
         drawn = self.draw(keys, heights, widths)
         tables = torch.stack([params.as_tensor() for params in drawn], dim=1)  # (N, num_views, 16)
         for i, (image, used, replaced) in enumerate(loaded):
             if self.augment_on_device:
-                pixels = views.pixels_of(image)
+                pixels = image if isinstance(image, Tensor) else views.pixels_of(image)
                 crops = [device_views.crop(pixels, self.recipe, params, i) for params in drawn]
                 yield (*crops, self.target(used), replaced, tables[i])
             else:
@@ -103,13 +108,18 @@ class AugmentedViews(Dataset):
     def target(self, index: int) -> int:
         return -1 if self.images.targets is None else self.images.targets[index]
 
-    def _load(self, index: int) -> tuple[Image.Image, int, str]:
+    def _decode(self, index: int) -> Loaded:
+        if self.decode_fast and (pixels := jpeg.decode_plain(self.images.read(index))) is not None:
+            return pixels
+        return self.images.load(index)
+
+    def _load(self, index: int) -> tuple[Loaded, int, str]:
         """The image, the index it really has, and what could not be read before it."""
         unreadable = []
         for offset in range(min(len(self.images), MOST_BAD_IN_A_ROW)):
             used = (index + offset) % len(self.images)
             try:
-                return self.images.load(used), used, "\n".join(unreadable)
+                return self._decode(used), used, "\n".join(unreadable)
             except DataError as error:
                 if not self.skip_bad:
                     raise
@@ -118,6 +128,11 @@ class AugmentedViews(Dataset):
             f"{len(unreadable)} images in a row, of {len(self.images)}, are unreadable; is the "
             f"data still where it was? The first: {unreadable[0]}"
         )
+
+
+def _size(image: Loaded) -> tuple[int, int]:
+    """Height and width."""
+    return tuple(image.shape[1:]) if isinstance(image, Tensor) else (image.height, image.width)
 
 
 class PlainImages(Dataset):

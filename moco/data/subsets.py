@@ -24,9 +24,10 @@ def percent_of_labels(images: Images, percent: float, seed: int) -> list[int]:
         seed: selects the subset; no other seed has a part in it.
     """
     by_class: dict[int, list[tuple[bytes, int]]] = {}
-    for index, name in enumerate(image_names(images)):
+    named = zip(image_names(images), images.targets, strict=True)
+    for index, (name, target) in enumerate(named):
         rank = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
-        by_class.setdefault(images.targets[index], []).append((rank, index))
+        by_class.setdefault(target, []).append((rank, index))
     chosen = []
     for ranked in by_class.values():
         count = max(1, int(len(ranked) * percent / 100 + 0.5))
@@ -83,7 +84,7 @@ def stratified_folds(targets: Sequence[int], folds: int, seed: int) -> list[list
 
     A function of the arguments; each index is in one part, sizes differ by one at most.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, targets = torch.Generator().manual_seed(seed), list(targets)
     by_class: dict[int, list[int]] = {}
     for index in torch.randperm(len(targets), generator=generator).tolist():
         by_class.setdefault(targets[index], []).append(index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
@@ -18,9 +19,10 @@ from moco.checkpoint.layouts import named_tensors
 from moco.checkpoint.presentation import image_settings
 from moco.data import samples
 from moco.data.images import FolderImages, Images, Subset, open_images, split_folder
+from moco.data.shards import SUFFIXES
 from moco.data.subsets import image_names
 from moco.data.views import Recipe, eval_transform, in_batch_recipe, normalize, pretrain_recipe
-from moco.errors import CheckpointError
+from moco.errors import CheckpointError, DataError
 from moco.evaluate.feature_files import FeatureSet
 from moco.packages import import_optional
 from moco.progress import progress
@@ -328,7 +330,11 @@ def _choose_images(
 ) -> tuple[Images, str]:
     if dataset != "folder":
         split = split or "val"
-        return open_images(dataset, root, split, per_class=per_class), split
+        classes = None
+        if dataset in SUFFIXES and split == "val":  # labels are those of training
+            with contextlib.suppress(DataError):
+                classes = open_images(dataset, root, "train").classes
+        return open_images(dataset, root, split, per_class=per_class, classes=classes), split
     split = split or next((s for s in ("val", "train") if (root / s).is_dir()), "all")
     folder = root if split == "all" else split_folder(root, split)
     # "pretrain": as a folder of images, whatever lies in it.

@@ -28,6 +28,7 @@ from moco import checkpoint, distributed
 from moco.data.images import FolderImages, Images, base_and_indices, image_names
 from moco.data.loader import TrainLoader
 from moco.data.samples import AugmentedViews, PlainImages
+from moco.data.shards import PackedImages, files_digest
 from moco.data.views import eval_transform, lincls_recipe
 from moco.errors import CheckpointError, DataError
 from moco.evaluate.feed import Presentation
@@ -50,6 +51,8 @@ def pixels_digest(images: Images) -> str:
         for index in indices:
             facts = os.stat(base.paths[index])
             digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+    elif isinstance(base, PackedImages):
+        digest.update(f"{files_digest(base.files.paths)} {list(indices)}".encode())
     else:
         digest.update(np.ascontiguousarray(base.array))
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from moco import distributed, encoders
 from moco.config import Data, PretrainConfig
 from moco.data import loader
 from moco.data.images import Images, Subset, first_per_class, open_images, split_folder
+from moco.data.shards import SUFFIXES, shard_paths
 from moco.data.views import eval_transform
 from moco.errors import DataError
 from moco.evaluate import knn as evaluate
@@ -168,6 +169,8 @@ def open_splits(images: Images, data: Data, bank_size: int) -> tuple[Images, Ima
     """
     if data.dataset == "folder":
         split_folder(Path(data.data), "train")  # else `images` may hold validation images
+    elif data.dataset in SUFFIXES:
+        shard_paths(data.data, "train", data.dataset)
     per_class = data.images_per_class
     if images.targets is None:  # of STL-10 only some of the images have labels
         images = open_images(data.dataset, data.data, "train", per_class=per_class)

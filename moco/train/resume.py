@@ -63,9 +63,10 @@ def _as_before(config: Any, saved: dict, path: str) -> Any:
 
 
 def _find_checkpoint(path: str | None, folder: Path) -> tuple[str | None, dict | None]:
-    """The checkpoint to go on from, for "auto" the newest that is whole. Rank 0 reads it and hands
-    it to the others, which may see another state of a shared folder, or have none."""
-    found, error = None, None
+    """The checkpoint to go on from, for "auto" the newest that is whole. Rank 0 reads and checks
+    it; the others map that very file, or are handed its content where one of them does not see it
+    (another state of a shared folder, or none)."""
+    found, mark, error = None, None, None
     if path and distributed.is_main():
         try:
             if path == "auto":
@@ -74,11 +75,18 @@ def _find_checkpoint(path: str | None, folder: Path) -> tuple[str | None, dict |
                 found = path, checkpoint.read_checkpoint(path)
         except (CheckpointError, OSError) as caught:
             error = caught
-    found, error = distributed.broadcast_object((found, error))
+        mark = checkpoint.fingerprint(Path(found[0])) if found else None
+    path, saved = found or (None, None)
+    path, mark, error = distributed.broadcast_object((path and str(path), mark, error))
     if error:
         raise error
-    path, saved = found or (None, None)
-    return path and str(path), saved
+    if path is None:
+        return None, None
+    if not distributed.is_main():
+        saved = checkpoint.map_checkpoint(Path(path), mark)
+    if not all(distributed.gather_objects(saved is not None)):
+        saved = distributed.broadcast_object(saved)
+    return path, saved
 
 
 def refuse_changes(saved: dict, path: str, flat: dict, *, allow: bool) -> list[str]:

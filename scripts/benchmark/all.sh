@@ -38,6 +38,7 @@ else
   run shuffle shuffle.py
   if [ -n "$images" ]; then run data data.py "$images"; else run data data.py; fi
   run lincls lincls.py
+  run file_list file_list.py
 fi
 if [ -n "$failed" ]; then
   echo "failed:$failed" >&2

@@ -13,6 +13,7 @@ decode each image once and do nothing else.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import os
 import statistics
@@ -69,6 +70,8 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
         loader.AugmentedViews(images, recipe, seed=0, num_views=2, augment_on_device=on_device)
         for on_device in (False, True)
     )
+    by_device_pillow = copy.copy(by_device)
+    by_device_pillow.decode_fast = False
     ancestors = baseline.v2_transform(args.image_size)
     epochs = itertools.count()
 
@@ -85,6 +88,7 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
             "baseline": theirs,
             "cpu": lambda: ours(by_pillow),
             "device": lambda: ours(by_device),
+            "device, Pillow": lambda: ours(by_device_pillow),
             "decode": lambda: [images.load(i) for i in range(count)],
         },
         repeats=args.repeats,
@@ -99,6 +103,12 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
                 items=count, unit="pairs/s", floor=floor, limited_by="decoding",
             )
         )  # fmt: skip
+    table.add(
+        timing.row(
+            "device, decoded by torchvision", times["device, Pillow"], times["device"],
+            items=count, unit="pairs/s", floor=floor, limited_by="decoding by Pillow",
+        )
+    )  # fmt: skip
     batch = args.batch or (256 if device.type == "cuda" else 32)
     finishing = finish_ms(by_device, batch, device, args.repeats)
     print(

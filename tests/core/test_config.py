@@ -143,8 +143,8 @@ LEARNING = {  # what makes another run; other numbers of the objective are below
     "weight_decay epochs schedule schedule_factor folds cached cached_views labels_digest finetune "
     "lr_backbone",
     InBatchConfig: "dataset images_per_class drop_last arch small_stem dim contr_w contr_tau "
-    "align_w align_alpha unif_w unif_t supervised image_size crop_scale views mean std batch_size momentum "
-    "seed lr weight_decay amp init_from epochs schedule schedule_factor cos warmup_epochs",
+    "align_w align_alpha unif_w unif_t supervised image_size crop_scale views mean std batch_size "
+    "momentum seed lr weight_decay amp init_from epochs schedule schedule_factor cos warmup_epochs",
     SentenceConfig: "val_sentences vocab case_sensitive length across_documents arch emb hidden "
     "contr_w contr_tau align_w align_alpha align_pairs unif_w unif_t normalize batch_size lr clip "
     "seed amp init_from epochs schedule schedule_factor cos warmup_epochs",

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
+import harness
 import pytest
 import torch
+from harness import differences, final_state
+from helpers import ROOT
+from torch.distributed.run import get_args_parser
 
+from moco import cli
 from moco.config import Launch
 from moco.launch import _LAUNCHERS, Numbered, _own_device, numbered_process, place
 
@@ -107,3 +115,94 @@ def test_each_process_has_a_device_of_its_own() -> None:
     assert _own_device([CPU], 3) == CPU
     with pytest.raises(ValueError, match="local rank 2 has no GPU: 2 usable"):
         _own_device(gpus, 2)
+
+
+# ------------------------------------------------------------------------------------------------
+# A process group that exists already
+# ------------------------------------------------------------------------------------------------
+
+OWN_GROUP = """
+import os
+import torch, torch.distributed as dist
+said = {name: os.environ.pop(name) for name in
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+rank, world = int(said["RANK"]), int(said["WORLD_SIZE"])
+address = f"tcp://{said['MASTER_ADDR']}:{said['MASTER_PORT']}"
+dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
+"""
+STILL_THERE = """
+total = torch.tensor(rank + 1)
+dist.all_reduce(total)
+print("still there", total.item())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.long
+def test_a_group_that_exists_is_trained_in_and_left(images, whole, tmp_path) -> None:
+    """As Ray Train, Lightning Fabric and accelerate make it: no variable tells of it. The run is
+    that of two processes that torchrun has started, bit for bit."""
+    run = tmp_path / "run"
+    argv = [*harness.FLAGS, "-j", 0, "--save-dir", run, images]
+    processes = harness.Processes(
+        tmp_path / "out", *argv, count=2, before=OWN_GROUP, code=harness.MAIN + STILL_THERE
+    )
+    assert processes.wait() == [0, 0], processes.output()
+    for rank in (0, 1):
+        assert "still there 3" in processes.output(rank)
+    assert differences(final_state(run), final_state(whole[2])) == []
+
+
+# ------------------------------------------------------------------------------------------------
+# The lines of docs/training.md, and SkyPilot's file
+# ------------------------------------------------------------------------------------------------
+
+LINES = re.findall(
+    r"^(?:.*)main_moco.py DIR", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.M
+)
+
+
+def torchrun_line(command: str) -> object:
+    words = shlex.split(command)
+    options = get_args_parser().parse_args(words[words.index("torchrun") + 1 :])
+    assert options.training_script == "main_moco.py"
+    return options
+
+
+def test_torchruns_line() -> None:
+    (line,) = (line for line in LINES if line.startswith("torchrun --nnodes"))
+    options = torchrun_line(line)
+    assert (options.nnodes, options.nproc_per_node) == ("2", "8")
+    assert options.rdzv_endpoint == "HOST:29500" and options.training_script_args == ["DIR"]
+
+
+@pytest.mark.parametrize(
+    ("begins", "more"),
+    [
+        ("MASTER_ADDR=", {"SLURM_PROCID": 9, "SLURM_NTASKS": 16, "SLURM_LOCALID": 1,
+                          "SLURM_NTASKS_PER_NODE": 8}),
+        ("RANK=0", {"RANK": 9, "LOCAL_RANK": 1}),
+    ],
+)  # fmt: skip
+def test_the_lines_of_slurm_and_of_an_environment(begins, more, environment) -> None:
+    """Process 9 of 16: the variables that the line sets, and those that srun or the user adds."""
+    (line,) = (line for line in LINES if line.startswith(begins))
+    words = shlex.split(line)
+    environment(**{**dict(word.split("=") for word in words if re.match("[A-Z_]+=", word)), **more})
+    placement = place(Launch())
+    assert placement.processes == 16 and placement.number == (9, 16, 1)
+
+
+def test_skypilots_file() -> None:
+    text = (ROOT / "scripts" / "skypilot" / "imagenet.yaml").read_text(encoding="utf-8")
+    command = text.partition("\nrun: |\n")[2].replace("\\\n", " ")
+    for name, value in {"NUM_NODES": 2, "NUM_GPUS_PER_NODE": 8, "NODE_RANK": 1}.items():
+        command = command.replace(f"$SKYPILOT_{name}", str(value))
+    command = re.sub(r"\$\(.*?\)", "HOST", command)
+    options = torchrun_line(command)
+    assert (options.nnodes, options.nproc_per_node, options.node_rank) == ("2", "8", 1)
+    parsed = cli.pretrain_parser().parse_args(options.training_script_args)
+    recipe = (ROOT / "scripts" / "imagenet_align_uniform.sh").read_text(encoding="utf-8")
+    for flag in ("--epochs 200", "--batch-size 256", "--lr 0.03", "--aug-plus", "--mlp", "--cos"):
+        assert flag in recipe and flag in command
+    assert parsed.resume == "auto" and parsed.data == "$DATA"

@@ -124,7 +124,7 @@ def test_wrong_arguments(
     assert caught.value.code == 2
 
 
-def deadly(path: str) -> list[tuple[str, str]]:
+def deadly(path: str, source: None) -> list[tuple[str, str]]:
     """Stands for a decoder that crashes or is killed for its memory."""
     if "deadly" in path:
         os._exit(1)
@@ -139,7 +139,7 @@ def test_a_file_that_kills_its_reader_does_not_stop_the_check(
     paths = [f"{index}" for index in range(30)]
     paths[3], paths[20] = "deadly 1", "deadly 2"
     context = multiprocessing.get_context("fork")
-    found = dict(audit.check_files(paths, 2, context))
+    found = dict(audit.check_files([(path, None) for path in paths], 2, context))
     assert set(found) == set(paths)
     kills = [path for path, findings in found.items() if findings]
     assert sorted(kills) == ["deadly 1", "deadly 2"]
@@ -151,5 +151,7 @@ def test_spawned_processes(tmp_path: Path) -> None:
     for name in ("good.jpg", "grey.jpg"):
         (tmp_path / name).write_bytes(FILES[name][0])
     paths = [str(tmp_path / "good.jpg"), str(tmp_path / "grey.jpg")]
-    found = dict(audit.check_files(paths, 1, multiprocessing.get_context("spawn")))
+    found = dict(
+        audit.check_files([(path, None) for path in paths], 1, multiprocessing.get_context("spawn"))
+    )
     assert found == {paths[0]: [], paths[1]: [("greyscale", "L")]}

@@ -510,3 +510,28 @@ def test_chaos_sees_a_single_bit() -> None:
     assert differences(one, changed) == ["/b/c"]
     changed = {"a": [torch.ones(3).nextafter(torch.tensor(2.0)), 1.0], "b": one["b"]}
     assert len(differences(one, changed)) == 2
+
+
+SEES = """
+import os
+from moco import checkpoint
+seen, mapped = {seen}, checkpoint.map_checkpoint
+def counted(path, mark):
+    content = mapped(path, mark) if os.environ["RANK"] in seen else None
+    print("mapped", content is not None, flush=True)
+    return content
+checkpoint.map_checkpoint = counted
+"""
+
+
+@pytest.mark.long
+def test_ranks_map_the_checkpoint_or_are_handed_it(data, whole, tmp_path) -> None:
+    """Where rank 1 sees the file, and where it does not: the run goes on bit for bit."""
+    cut = tmp_path / "cut"
+    finish(cut, data, "--max-steps", 8, "--save-steps", 4, processes=2)
+    for seen in (["1"], []):
+        run = tmp_path / f"seen by {len(seen)}"
+        shutil.copytree(cut, run)
+        said = finish(run, data, "--save-steps", 4, processes=2, before=SEES.format(seen=seen))
+        assert said.count("mapped") == 1 and f"mapped {bool(seen)}" in said
+        assert differences(final_state(run), final_state(whole[2])) == []

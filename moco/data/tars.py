@@ -1,0 +1,203 @@
+"""Images in tar archives: webdataset's shards, or archives of a folder of images.
+
+The label of an image is, of the whole data set, the first that there is:
+
+    KEY.cls beside KEY.jpg         webdataset: a number, or the name of a class
+    CLASS/IMAGE                    the first folder on its way, as of a folder
+    CLASS_... in CLASS.tar         the archive's name, as of the archives that ImageNet comes in
+
+Images are numbered in the order of their names, as those of folders are, whatever their order in
+the archives. Finding them takes a walk over all archives: the index is kept in the user's cache
+($XDG_CACHE_HOME, else ~/.cache), under a digest of the files' names, sizes and times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moco.data.file_list import Names, Numbers
+from moco.data.folders import FILES, LeftOut, is_image, is_tool_made
+from moco.data.shards import WORDS, OpenFiles, PackedImages, files_digest, number_classes
+from moco.errors import DataError
+from moco.progress import progress
+
+_VERSION = 1  # of the index
+
+
+class TarImages(PackedImages):
+    """Images in the tar archives of one split.
+
+    Raises:
+        DataError: an archive cannot be read, no images, some images with a label and some without,
+            a class that `classes` lacks.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike, paths: Sequence[str], classes: Sequence[str] | None = None
+    ) -> None:
+        self.root, self.left_out = Path(root), LeftOut(root)
+        self.files = OpenFiles(paths)
+        index = _index(paths)
+        self.names = Names([index["names"]])
+        self._place = torch.from_numpy(index["place"])  # (N, 3): archive, offset, size
+        for path in index["left_out"]:
+            self.left_out.add(FILES, os.path.join(root, path))
+        self.targets, self.classes = None, []
+        if len(index["labels"]):
+            labels = torch.from_numpy(index["labels"])
+            self.classes, labels = number_classes(labels, index["classes"], classes, root)
+            self.targets = Numbers(labels)
+
+    def read(self, index: int) -> bytes:
+        return self.files.read(*self._place[index].tolist())
+
+    def title(self, index: int) -> str:
+        return f"{self.names[index]} in {self.files.paths[int(self._place[index, 0])]}"
+
+
+def _index(paths: Sequence[str]) -> dict:
+    """names, place, labels, classes, left_out; from the cache, or made and put there."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cached = Path(home) / "moco_align_uniform" / f"tar-{_VERSION}-{files_digest(paths)[:32]}.npz"
+    try:
+        with np.load(cached) as file:
+            index = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        index = _make_index(paths)
+        packed = {name: _packed(v) if isinstance(v, list) else v for name, v in index.items()}
+        temporary = cached.with_name(f".{cached.name}.{secrets.token_hex(8)}.tmp")
+        with contextlib.suppress(OSError):  # then it is made again next time
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "wb") as file:
+                    np.savez(file, **packed)
+                os.replace(temporary, cached)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return index
+    return {n: _unpacked(v) if v.dtype == np.uint8 else v for n, v in index.items()}
+
+
+def _packed(names: list[str]) -> np.ndarray:
+    text = "\0".join([*names, ""]).encode("utf-8", "surrogateescape")
+    return np.frombuffer(text, dtype=np.uint8)
+
+
+def _unpacked(text: np.ndarray) -> list[str]:
+    return text.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+
+
+def _make_index(paths: Sequence[str]) -> dict:
+    images, said, left_out = _scan(paths)
+    names = [name for name, _, _, _ in images]
+    if not names:
+        raise DataError(f"no images in {paths[0]} and {len(paths) - 1} more archives")
+    for word in (word for words in WORDS.values() for word in words):  # of an archive of train/
+        if all(name.startswith(f"{word}/") for name in names):
+            names = [name.partition("/")[2] for name in names]
+    numbers = [number for _, number, _, _ in images]
+    if said:
+        classes, found = _said_classes(paths, images, said)
+    else:
+        names, found = _named_classes(paths, names, numbers)
+        classes = sorted(set(found))
+    label_of = {name: i for i, name in enumerate(classes)}
+    order = sorted(range(len(names)), key=lambda i: (*_in_folders(names[i]), images[i]))
+    places = [images[i][1:] for i in order]
+    return {
+        "names": [names[i] for i in order],
+        "place": np.array(places, dtype=np.int64),
+        "labels": np.array([label_of[found[i]] for i in order if found], dtype=np.int64),
+        "classes": classes,
+        "left_out": left_out,
+    }
+
+
+Place = tuple[str, int, int, int]  # name, archive, offset, size
+
+
+def _key(name: str) -> str:
+    """What an image and its .cls file have in common."""
+    folder, _, file = name.rpartition("/")
+    return f"{folder}/{file.partition('.')[0]}"
+
+
+def _scan(paths: Sequence[str]) -> tuple[list[Place], dict[tuple[int, str], str], list[str]]:
+    """Images, what the .cls file of (archive, key) says, and the names of images left out."""
+    files = OpenFiles(paths)
+    images, said, left_out = [], {}, []
+    for number, path in enumerate(progress(paths, "index of archives")):
+        for name, offset, size in members(path):
+            if any(map(is_tool_made, name.split("/"))):
+                left_out += [name] * is_image(name)
+            elif is_image(name):
+                images.append((name, number, offset, size))
+            elif name.endswith(".cls"):
+                text = files.read(number, offset, min(size, 1000))
+                said[number, _key(name)] = text.decode("utf-8", "replace").strip()
+    return images, said, left_out
+
+
+def _said_classes(
+    paths: Sequence[str], images: Sequence[Place], said: dict[tuple[int, str], str]
+) -> tuple[list[str], list[str]]:
+    """Class names, and that of each image, from .cls files."""
+    found = [said.get((number, _key(name))) for name, number, _, _ in images]
+    if None in found:
+        name, number, _, _ = images[found.index(None)]
+        raise DataError(
+            f"{name} in {paths[number]} has no .cls file, which {len(said)} other images have: "
+            "expected one for each image, or none"
+        )
+    if all(text.isascii() and text.isdigit() and len(text) < 7 for text in found):
+        found = [str(int(text)) for text in found]
+        return [str(i) for i in range(max(map(int, found)) + 1)], found
+    return sorted(set(found)), found
+
+
+def _named_classes(
+    paths: Sequence[str], names: list[str], numbers: Sequence[int]
+) -> tuple[list[str], list[str]]:
+    """Names as a folder has them, and the class of each: none where neither folder nor archive
+    tells."""
+    if all("/" in name for name in names):
+        return names, [name.partition("/")[0] for name in names]
+    stems = [Path(paths[number]).stem for number in numbers]
+    if all(name.startswith(f"{stem}_") for name, stem in zip(names, stems, strict=True)):
+        return [f"{stem}/{name}" for stem, name in zip(stems, names, strict=True)], stems
+    return names, []
+
+
+def _in_folders(name: str) -> tuple[str, str, str]:
+    """What `folders.image_paths` sorts by: class, folder, file."""
+    folder, _, file = name.rpartition("/")
+    return folder.partition("/")[0], folder, file
+
+
+def members(path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, offset of its bytes, their number) of each file in an archive.
+
+    Raises:
+        DataError: it is no tar archive, compressed, or cut off.
+    """
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # else all are kept
+                if member.isreg() and not member.issparse():
+                    yield os.path.normpath(member.name), member.offset_data, member.size
+    except (tarfile.TarError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"cannot read {path} as a tar archive: {reason[:200]}; expected one that is not "
+            "compressed, and whole"
+        ) from error

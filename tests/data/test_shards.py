@@ -1,0 +1,329 @@
+"""Images in tar archives and Parquet files: the pictures, order, labels and batches of the folder
+that they were made from; what is refused."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import load_script, write_images
+
+from moco import cli
+from moco.data.images import Images, image_names, names_digest, open_images
+from moco.data.loader import EpochBatches, TrainLoader
+from moco.data.parquets import hybrid, hybrid_from
+from moco.data.samples import AugmentedViews
+from moco.data.views import pretrain_recipe
+from moco.errors import DataError
+
+COUNTS = {"ant": 5, "bee/deep": 2, "bee": 6, "a-x": 4}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moco_align_uniform"
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    """train/ and val/, 17 and 3 images."""
+    write_images(tmp_path / "plain" / "train", COUNTS, suffix=".jpg")
+    write_images(tmp_path / "plain" / "val", {"ant": 1, "bee": 2}, suffix=".jpg", seed=1)
+    return tmp_path / "plain"
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def named(plain: Path, split: str) -> list[tuple[str, bytes, int]]:
+    images = open_images("folder", plain, split)
+    names = image_names(images)
+    contents = [Path(path).read_bytes() for path in images.paths]
+    classes = open_images("folder", plain, "train").classes
+    return [
+        (n, data, classes.index(n.split("/")[0])) for n, data in zip(names, contents, strict=True)
+    ]
+
+
+def write_tars(plain: Path, out: Path, kind: str) -> Path:
+    """By folders: CLASS/FILE in any order; by .cls: KEY.jpg and KEY.cls; by class: CLASS.tar."""
+    for split in ("train", "val"):
+        (out / split).mkdir(parents=True)
+        samples = named(plain, split)
+        shuffled = [samples[i] for i in np.random.default_rng(0).permutation(len(samples))]
+        for number in range(2):
+            if kind == "class":
+                break
+            with tarfile.open(out / split / f"part-{number}.tar", "w") as tar:
+                for i, (name, data, label) in enumerate(shuffled[number::2]):
+                    if kind == "folders":
+                        add(tar, f"./{name}", data)
+                        add(tar, f"./{name.rpartition('/')[0]}/._{i}.jpg", b"of macOS")
+                    else:
+                        key = f"{samples.index((name, data, label)):06d}"
+                        add(tar, f"{key}.cls", b"%d\n" % label)
+                        add(tar, f"{key}.jpg", data)
+                        add(tar, f"{key}.json", b"{}")
+        if kind == "class":
+            for label in {name.split("/")[0] for name, _, _ in samples}:
+                with tarfile.open(out / split / f"{label}.tar", "w") as tar:
+                    for name, data, _ in samples:
+                        if name.startswith(f"{label}/"):
+                            add(tar, f"{label}_{name.partition('/')[2].replace('/', '')}", data)
+    return out
+
+
+def write_parquets(plain: Path, out: Path, **options: object) -> Path:
+    """data/train-0000x-of-00002.parquet, validation-..., as Hugging Face's datasets do."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (out / "data").mkdir(parents=True)
+    classes = open_images("folder", plain, "train").classes
+    about = '{"info": {"features": {"label": {"names": ["%s"], "_type": "ClassLabel"}}}}'
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema(
+        [("image", image), ("label", pa.int64())],
+        metadata={"huggingface": about % '", "'.join(classes)},
+    )
+    for split, word in (("train", "train"), ("val", "validation")):
+        samples = named(plain, split)
+        half = len(samples) // 2
+        for number, part in enumerate((samples[:half], samples[half:])):
+            rows = [{"image": {"bytes": d, "path": n}, "label": y} for n, d, y in part]
+            table = pa.Table.from_pylist(rows, schema=schema)
+            name = f"{word}-{number:05d}-of-00002.parquet"
+            pq.write_table(table, out / "data" / name, **options)
+    return out
+
+
+def same_batches(got: Images, wanted: Images) -> None:
+    """Views of two epochs, the second from its second batch on, as after a resume."""
+    batches = []
+    for images in (got, wanted):
+        views = AugmentedViews(images, pretrain_recipe(16, aug_plus=True), seed=3, num_views=2)
+        order = EpochBatches(len(images), 4, seed=3)
+        pairs = TrainLoader(views, order, workers=0, device=torch.device("cpu"))
+        order.set_epoch(0)
+        found = list(pairs)
+        order.set_epoch(1, 1)
+        batches.append(found + list(pairs))
+    assert len(batches[0]) == 7
+    for one, two in zip(*batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], two[:3], strict=True))
+
+
+def same_images(dataset: str, root: Path, plain: Path) -> Images:
+    folder = open_images("folder", plain, "train")
+    packed = open_images(dataset, root, "train")
+    assert packed.targets == folder.targets and len(packed) == len(folder)
+    for i in range(len(folder)):
+        assert np.array_equal(packed.load(i), folder.load(i))
+    same_batches(packed, folder)
+    val = open_images("folder", plain, "val", classes=folder.classes)
+    packed_val = open_images(dataset, root, "val", classes=packed.classes)
+    assert packed_val.targets == val.targets == [1, 2, 2]
+    assert np.array_equal(packed_val.load(2), val.load(2))
+    few = open_images(dataset, root, "train", per_class=2)
+    assert few.targets == [0, 0, 1, 1, 2, 2] and np.array_equal(few.load(3), folder.load(5))
+    again = pickle.loads(pickle.dumps(packed))
+    assert np.array_equal(again.load(9), folder.load(9))
+    return packed
+
+
+# ------------------------------------------------------------------------------------------------
+# tar
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["folders", "cls", "class"])
+def test_archives_hold_what_the_folder_holds(kind, plain, tmp_path, capsys) -> None:
+    root = write_tars(plain, tmp_path / "tars", kind)
+    packed = same_images("tar", root, plain)
+    folder = open_images("folder", plain, "train")
+    if kind == "folders":
+        assert names_digest(packed) == names_digest(folder) and packed.classes == folder.classes
+        assert "left out" in capsys.readouterr().out
+    if kind == "cls":
+        assert packed.classes == ["0", "1", "2"] and packed.names[3] == "000003.jpg"
+
+
+def test_the_index_is_made_once_and_anew_for_other_files(plain, tmp_path, cache, monkeypatch):
+    root = write_tars(plain, tmp_path / "tars", "folders")
+    first = open_images("tar", root, "train")
+    (kept,) = cache.iterdir()
+    with monkeypatch.context() as without:
+        without.setattr("moco.data.tars.members", None)
+        again = open_images("tar", root, "train")
+        assert again.names == first.names and again.targets == first.targets
+        assert again.left_out.counts == first.left_out.counts
+        assert np.array_equal(again.load(5), first.load(5))
+    kept.write_bytes(kept.read_bytes()[:300])  # a full disk
+    assert open_images("tar", root, "train").names == first.names
+    with tarfile.open(root / "train" / "part-9.tar", "w") as tar:
+        add(tar, "zebra/1.jpg", first.read(0))
+    assert open_images("tar", root, "train").classes == [*first.classes, "zebra"]
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert len(open_images("tar", root, "train")) == 18
+
+
+def test_a_whole_archive_of_train_and_unlabelled_images(plain, tmp_path) -> None:
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"imagenet-{split}.tar", "w") as tar:
+            tar.add(plain / split, split)
+    same_images("tar", tmp_path, plain)
+    (tmp_path / "photos").mkdir()
+    with tarfile.open(tmp_path / "photos" / "all.tar", "w") as tar:
+        for i, (_, data, _) in enumerate(named(plain, "train")):
+            add(tar, f"{i}.jpg", data)
+    assert open_images("tar", tmp_path / "photos", "pretrain").targets is None
+    with pytest.raises(DataError, match="no .tar files of the val images in .*photos"):
+        open_images("tar", tmp_path / "photos", "val")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "cannot read .*0.tar as a tar archive: unexpected end"),
+        ("gzip", "cannot read .*0.tar as a tar archive: .*expected one that is not compressed"),
+        ("empty", "no images in .*0.tar and 0 more"),
+        ("half labelled", "b.jpg in .*0.tar has no .cls file"),
+        ("no labels", "tar files of .* have no labels: expected CLASS/IMAGE"),
+        ("none", "no .tar files of the train images in .*expected train/\\*.tar, or"),
+    ],
+)
+def test_what_is_wrong_with_archives_is_named(damage, message, tmp_path) -> None:
+    path = tmp_path / "train" / "0.tar"
+    path.parent.mkdir()
+    if damage != "none":
+        with tarfile.open(path, "w:gz" if damage == "gzip" else "w") as tar:
+            if damage != "empty":
+                add(tar, "a.jpg", b"1" * 5000)
+                add(tar, "b.jpg", b"1" * 5000)
+            if damage == "half labelled":
+                add(tar, "a.cls", b"0")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(DataError, match=message):
+        open_images("tar", tmp_path, "train")
+
+
+def test_damaged_images_are_named_with_their_archive(plain, tmp_path, capsys) -> None:
+    root = write_tars(plain, tmp_path / "tars", "folders")
+    images = open_images("tar", root, "pretrain")
+    number, offset, _ = images._place[4].tolist()
+    with open(images.files.paths[number], "r+b") as file:
+        file.seek(offset)
+        file.write(b"garbage" * 5)
+    with pytest.raises(DataError, match="cannot read image ant/000.jpg in .*part-.*tar: its begin"):
+        open_images("tar", root, "pretrain").load(4)
+    assert load_script("check_dataset").main([str(root), "--dataset", "tar", "-j", "1"]) == 1
+    said = capsys.readouterr().out
+    assert "20 images checked" in said and "ant/000.jpg in" in said and "1 would be" in said
+    assert "left out" in said
+
+
+# ------------------------------------------------------------------------------------------------
+# Parquet
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},  # snappy, all images in a dictionary
+        {"row_group_size": 6, "dictionary_pagesize_limit": 3000, "write_batch_size": 2},  # then not
+        {
+            "compression": "none",
+            "use_dictionary": False,
+            "data_page_size": 2000,
+            "write_batch_size": 2,
+        },
+        {"compression": "zstd", "use_dictionary": False, "data_page_version": "2.0"},
+        {"compression": "none", "data_page_version": "2.0", "row_group_size": 3},
+        {"compression": "lz4", "use_dictionary": False, "write_statistics": False},
+    ],
+)
+def test_parquet_files_hold_what_the_folder_holds(options, plain, tmp_path) -> None:
+    packed = same_images("parquet", write_parquets(plain, tmp_path / "hf", **options), plain)
+    folder = open_images("folder", plain, "train")
+    assert packed.classes == folder.classes and packed.names == image_names(folder)
+    assert names_digest(packed) == names_digest(folder)
+
+
+def test_rows_without_an_image_and_damaged_ones_are_named(plain, tmp_path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    good = named(plain, "train")[0][1]
+    rows = [{"bytes": good}, None, {"bytes": None}, {"bytes": b"bad"}, {"bytes": good}]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "train.parquet")
+    images = open_images("parquet", tmp_path, "pretrain")
+    assert len(images) == 5 and images.targets is None and images.read(4) == good
+    for row in (1, 2):
+        with pytest.raises(DataError, match=rf"image {row} \(row {row} of .*: there is none in"):
+            images.load(row)
+    with pytest.raises(DataError, match="row 3 of .*train.parquet.*its beginning is not that"):
+        images.load(3)
+    with open(tmp_path / "train.parquet", "r+b") as file:
+        file.seek(30)
+        file.write(b"\xff" * 200)
+    with pytest.raises(DataError, match="train.parquet"):
+        open_images("parquet", tmp_path, "pretrain").load(4)
+    (tmp_path / "train.parquet").write_bytes(b"nonsense" * 9)
+    with pytest.raises(DataError, match="cannot read .*train.parquet as a Parquet file"):
+        open_images("parquet", tmp_path, "pretrain")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="has no column of images .columns text.: expected"):
+        open_images("parquet", tmp_path, "pretrain")
+
+
+def test_numbers_in_runs_and_packed() -> None:
+    """The examples of Parquet's own description: 0 to 7 in three bits, and a run."""
+    data = bytes([0b11, 0b10001000, 0b11000110, 0b11111010, 10 << 1, 4])
+    assert hybrid(data, 3, 18) == [*range(8), *[4] * 10]
+    assert [next(hybrid_from(data, 3, i)) for i in (0, 7, 8, 17)] == [0, 7, 4, 4]
+
+
+# ------------------------------------------------------------------------------------------------
+# The mains
+# ------------------------------------------------------------------------------------------------
+
+
+def test_pretraining_and_evaluation_of_archives(data, tmp_path, monkeypatch, capsys) -> None:
+    import main_lincls
+    import main_moco
+
+    write_tars(data, tmp_path / "tars", "folders")
+    flags = "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 --mlp --epochs 1 -j 0".split()
+    weights = []
+    for dataset, root in (("folder", data), ("tar", tmp_path / "tars")):
+        run = tmp_path / dataset
+        more = ["--device", "cpu", "--seed", "1", "--dataset", dataset, "--save-dir", str(run)]
+        main_moco.main([*flags, *more, str(root)])
+        saved = torch.load(run / "checkpoint_0000.pth.tar", weights_only=True)
+        weights.append((saved["state_dict"], saved["args"]["images_digest"]))
+        assert "k-NN after 1 epoch" in capsys.readouterr().out
+        probe = ["--pretrained", str(run), "--lr", "1", "--epochs", "1", "--batch-size", "8"]
+        more = ["--dataset", dataset, "--cached", "--save-dir", str(tmp_path / f"{dataset}-lincls")]
+        main_lincls.main([*probe, "-j", "0", "--device", "cpu", "--seed", "1", *more, str(root)])
+    assert weights[0][1] == weights[1][1]
+    for name, tensor in weights[0][0].items():
+        assert torch.equal(tensor, weights[1][0][name]), name
+    results = [(tmp_path / f"{d}-lincls" / "lincls.json").read_text() for d in ("folder", "tar")]
+    assert results[0].partition('"best"')[2][:60] == results[1].partition('"best"')[2][:60]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "part"),
+    [("tar", "no .tar files of the train images"), ("parquet", "parquet")],
+)
+def test_missing_files_are_refused_at_parse_time(dataset, part, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.pretrain_config(["--dataset", dataset, "--device", "cpu", str(tmp_path)])
+    assert stop.value.code == 2 and part in capsys.readouterr().err
