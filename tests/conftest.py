@@ -15,9 +15,19 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+import torchvision
 from helpers import write_labelled
 
+from moco.log import TESTED
+
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+
+
+def pytest_report_header() -> str:
+    """What CI says at its beginning."""
+    installed = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    tested = "; ".join(f"{name} {', '.join(versions)}" for name, versions in TESTED.items())
+    return f"{installed} (tested: {tested})"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
