@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
@@ -65,6 +66,17 @@ class _Watch(TorchDispatchMode):
         self.alive -= size
 
 
+class _OnMeta(TorchFunctionMode):
+    """New tensors that are filled or drawn have shapes alone. Networks work out widths from those
+    that count (torch.arange), which keep their numbers."""
+
+    makers = (torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": META} if func in self.makers else kwargs))
+
+
 def rehearse(
     build: Callable[[], nn.Module],
     images: tuple[int, int, int, int],
@@ -85,8 +97,8 @@ def rehearse(
         RuntimeError: torch knows no shape of something that the encoder calls, or the images do not
             fit it.
     """
-    with META:
-        encoder = build().train()
+    with _OnMeta():
+        encoder = build().train().to(META)
     weights, buffers = (
         sum(t.numel() * t.element_size() for t in tensors)
         for tensors in (encoder.parameters(), encoder.buffers())

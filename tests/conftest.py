@@ -16,12 +16,22 @@ from pathlib import Path
 import harness
 import pytest
 import torch
+import torchvision
 from helpers import write_labelled
+
+from moco.log import TESTED
 
 # A background job ignores Ctrl-C, and so would all processes that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+
+
+def pytest_report_header() -> str:
+    """What CI says at its beginning."""
+    installed = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    tested = "; ".join(f"{name} {', '.join(versions)}" for name, versions in TESTED.items())
+    return f"{installed} (tested: {tested})"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moco import cli
+from moco.log import TESTED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -111,3 +112,10 @@ def test_the_readme_is_short() -> None:
 def test_nothing_is_left_to_fill_in() -> None:
     for page, text in PAGES.items():
         assert not re.findall(r"\b[A-Z0-9]+_(?:TABLE|OUTPUT|TIME|SPEED|NOTE)\b", text), page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/design.md"])
+def test_the_versions_that_were_tested_are_named(page) -> None:
+    text = " ".join(PAGES[page].split())
+    for name, versions in TESTED.items():
+        assert f"{name} {', '.join(versions)}" in text

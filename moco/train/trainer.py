@@ -12,7 +12,7 @@ from torch import nn
 
 from moco import distributed
 from moco.handshake import refuse_other_data
-from moco.log import Means, RunLog, provenance
+from moco.log import TESTED, Means, RunLog, provenance
 from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
 from moco.progress import StepPrinter
@@ -218,7 +218,8 @@ def print_facts(task: Task, module: nn.Module, data: TrainData, device: torch.de
         "speed": ", ".join(name if on else f"no {name}" for name, on in speed.items()),
         "seed": f"{config.optim.seed}" + ("" if config.optim.seed_given else " (drawn)"),
         "run folder": str(config.saving.save_dir),
-        "code": ", ".join(f"{name} {version}" for name, version in provenance().items()),
+        "code": ", ".join(f"{name} {version}" for name, version in provenance().items())
+        + f" (tested: torch {', '.join(TESTED['torch'])})",
     }
     for name, fact in facts.items():
         distributed.print_main(f"{name:>10}: {fact}")

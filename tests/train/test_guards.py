@@ -145,6 +145,19 @@ def test_no_step_after_one_that_is_not_finite_changes_the_weights(scaled, tmp_pa
         guarded.guard.check(False, False)
 
 
+def test_no_step_after_a_gradient_that_is_not_finite_changes_the_weights(tmp_path) -> None:
+    """Though all losses are."""
+    guarded = overflowing_run(tmp_path, scale=1.0, max_overflows=5)
+    guarded.run.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    hook = guarded.weight.register_hook(lambda gradient: gradient * math.inf)
+    one_step(guarded, 1.0, check=False)
+    hook.remove()
+    one_step(guarded, 1.0, check=False)
+    assert guarded.weight.tolist() == [1.0, 1.0]
+    with pytest.raises(TrainingError, match="epoch 0, step 3: gradient norm inf, all loss terms"):
+        guarded.guard.check(False, False)
+
+
 # ---- Ranks that differ ---------------------------------------------------------------------------
 
 DRIFT = """

@@ -47,17 +47,22 @@ def test_where_a_look_costs_nothing_each_step_has_one(clock) -> None:
     assert looking_waits(torch.device("cuda", 0))
 
 
-# A step of rank 0 takes 1/16 s by its clock, one of rank 1 takes 9 s, and rank `asked` is sent
-# SIGTERM within step 100.
+# A step of rank 0 takes 1/16 s by its clock, one of rank 1 takes 9 s, a save a minute, and rank
+# `asked` is sent SIGTERM within step 100.
 AS_ON_A_GPU = """
 import os, signal
 from types import SimpleNamespace
 from moco import looks
 from moco.train import loop
 looks.looking_waits = guards.looking_waits = lambda device: True
-rank, done = int(os.environ.get("RANK", "0")), 0
-looks.time = SimpleNamespace(monotonic=lambda: done * (9.0 if rank else 0.0625))
-step = loop.train_step
+rank, done, away = int(os.environ.get("RANK", "0")), 0, 0.0
+looks.time = SimpleNamespace(monotonic=lambda: away + done * (9.0 if rank else 0.0625))
+step, save = loop.train_step, loop.save
+def saves(*args):
+    global away
+    away += 60
+    save(*args)
+loop.save = saves
 def steps(task, model, state, guard, batch):
     global done
     done += 1

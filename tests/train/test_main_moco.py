@@ -32,6 +32,7 @@ import main_moco
 from moco import cli
 from moco.config import Placement
 from moco.launch import launch_config
+from moco.log import TESTED
 from moco.tasks.moco import MoCoTask
 from moco.train.loop import train as train_run
 
@@ -398,6 +399,14 @@ def test_a_file_that_is_no_pretraining_checkpoint_is_refused(data, run, tmp_path
         assert status == 1 and f"{path} " in message
 
 
+def test_a_checkpoint_of_an_evaluation_is_named_for_what_it_is(data, tiny_run, capsys):
+    path = tiny_run / "lincls" / "checkpoint.pth.tar"
+    argv = [*TINY, "--mlp", "--moco-dim", 16, "--allow-changes", "--resume", path, data]
+    status, message = refusal(main_moco.main, argv, capsys)
+    assert status == 1
+    assert f"{path} is a checkpoint of main_lincls.py, expected one of main_moco.py" in message
+
+
 # ---- A run and its folder ------------------------------------------------------------------------
 
 
@@ -467,6 +476,7 @@ def test_start_prints_the_derived_numbers(data, capsys):
         f"seed: {drawn} (drawn)",
         f"run folder: {folder}",
         "torch " + torch.__version__,
+        f"(tested: torch {', '.join(TESTED['torch'])})\n",
         "done: 1 steps",
     ):
         assert fact in out, out

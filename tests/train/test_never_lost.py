@@ -191,16 +191,18 @@ if os.environ["RANK"] == "1":
 
 
 @pytest.mark.long
-def test_ranks_with_other_images_are_named(images, tmp_path) -> None:
-    other = """
-import os
-from moco.tasks import images as task_images
-digest = task_images.names_digest
-task_images.names_digest = lambda images: os.environ["RANK"] + digest(images)
-"""
-    ranks = start(tmp_path / "run", images, processes=2, before=other)
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ("task_images.names_digest = lambda images: os.environ['RANK']", "images_digest '1'"),
+        ("handshake.provenance = lambda: {'git': os.environ['RANK']}", "git version '1'"),
+    ],
+)
+def test_ranks_with_other_images_or_code_are_named(other, named, images, tmp_path) -> None:
+    modules = "import os\nfrom moco import handshake\nfrom moco.tasks import images as task_images"
+    ranks = start(tmp_path / "run", images, processes=2, before=f"{modules}\n{other}")
     assert ranks.wait() == [1, 1]
-    assert all("rank 1 has images_digest" in ranks.output(rank) for rank in range(2))
+    assert all(f"rank 1 has {named}" in ranks.output(rank) for rank in range(2))
 
 
 @pytest.mark.long

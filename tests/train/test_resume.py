@@ -310,6 +310,13 @@ def test_an_older_checkpoint_of_the_same_run_may_be_resumed(stopped, data, whole
     assert_same_end(stopped, whole[1])
 
 
+def test_the_checkpoint_that_a_run_was_resumed_from_is_kept(stopped, data) -> None:
+    """Whatever is written after it: it may be the last good one."""
+    resumed = stopped / "step_00000008.pth.tar"
+    finish(stopped, data, "--keep-last", 1, "--keep-every", 0)
+    assert checkpoint.run_checkpoints(stopped) == [resumed, stopped / "checkpoint_0002.pth.tar"]
+
+
 def test_the_log_drops_the_lines_after_the_checkpoint(tmp_path) -> None:
     lines = [json.dumps({"kind": "train", "step": step, "loss": step / 2}) for step in range(1, 7)]
     path = tmp_path / "log.jsonl"
