@@ -79,8 +79,10 @@ def learning_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     since = {n: v for n, v in fields.items() if v is not UNKNOWN}
     before = learned_values({**since, **groups_of_old_files(saved), **saved})
     after = learned_values(now)
-    if _objective_numbers(saved) == _objective_numbers(now):
-        before.pop("objective", None)
+    numbers, others = _objective_numbers(saved), _objective_numbers(now)
+    if numbers and others and before.get("objective") == after.get("objective"):
+        # They may differ in digits that the formula leaves out.
+        return _changed({**before, **numbers}, {**after, **others})
     return _changed(before, after)
 
 

@@ -163,6 +163,8 @@ def test_the_numbers_of_the_objective_decide_and_not_its_sentence(config) -> Non
     before = changed(config, objective={"unif_t": 2.0})
     (line,) = learning_changes(before, now)
     assert "uniform(t=2" in line and "uniform(t=3" in line and line.startswith("objective: ")
+    close = changed(config, objective={"unif_t": 3.00000001})  # "t=3" in the formula, too
+    assert learning_changes(close, now) == ["unif_t: 3.00000001 before, 3.0 now"]
     # Parameters of terms without weight may be anything.
     assert learning_changes(changed(config, objective={"contr_tau": 9.0}), now) == []
     infonce = {"contr_w": 1.0, "align_w": 0.0, "unif_w": 0.0}
