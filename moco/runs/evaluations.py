@@ -11,6 +11,13 @@ from moco.run_files import ARGS, LINCLS_RESULT
 
 Protocol = tuple[tuple[str, str], ...]  # all that a figure depends on but the seed: (name, value)
 KNN = "k-NN top-1"
+# Numbers of a measurement that need no labels, beside alignment and uniformity: name -> key.
+SPECTRAL = {
+    "Wasserstein uniformity": "wasserstein_uniformity",
+    "effective rank": "effective_rank",
+    "alpha-ReQ": "alpha_req",
+    "LiDAR": "lidar",
+}
 LOGGED = ("logged while training", "")  # in the protocol of a figure that nobody has evaluated
 _LARGEST_NUMBER = 10**100  # squares, and sums of them, are still floats
 _LARGEST_MEASURE = 2**20  # bytes; a larger file is no result of a measurement
@@ -153,8 +160,9 @@ def best_fold_mean(folds: dict) -> float | None:
 
 
 def read_measure(path: Path) -> dict | None:
-    """Alignment and uniformity of the projection at alpha 2 and t 2, as "figures", and the
-    "checkpoint"; None for a file that is no result of measure_align_uniform.py."""
+    """Alignment and uniformity of the projection at alpha 2 and t 2, and the other numbers that
+    need no labels, as "figures", and the "checkpoint"; None for a file that is no result of
+    measure_align_uniform.py."""
     try:
         if path.stat().st_size > _LARGEST_MEASURE:
             return None
@@ -177,4 +185,11 @@ def read_measure(path: Path) -> dict | None:
             at_2 = content.get("layer") == "projection" and content.get(parameter) == 2
             value = content.get(name) if at_2 else None
         figures.append((name, number(value), _protocol(on)))
+    projection = _dict(_dict(layers).get("projection"))
+    for name, key in SPECTRAL.items():
+        more = {}
+        if key == "lidar":
+            more = {each: projection.get(each) for each in ("lidar_images", "lidar_views")}
+        if number(projection.get(key)) is not None:
+            figures.append((name, number(projection[key]), _protocol({**on, **more})))
     return {"checkpoint": content["checkpoint"], "figures": figures}
