@@ -3,6 +3,7 @@
 
     python main_moco.py DIR                              all visible GPUs, else the CPU
     torchrun --nproc-per-node 8 main_moco.py DIR         one process per GPU, started by torchrun
+    python main_moco.py --replay RUN/failed              rerun the step that went wrong, and look
     python main_moco.py -a resnet50 --lr 0.03 --batch-size 256 --mlp --aug-plus --cos \\
         --dist-url tcp://HOST:10001 --multiprocessing-distributed --world-size 2 --rank 0 DIR
 
@@ -23,10 +24,13 @@ from moco.cli import pretrain_config
 from moco.launch import launch_config
 from moco.tasks.moco import MoCoTask
 from moco.train.loop import train
+from moco.train.replay import replay
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    launch_config(functools.partial(train, task=MoCoTask), pretrain_config(argv))
+    config = pretrain_config(argv)
+    run = replay if config.saving.replay else train
+    launch_config(functools.partial(run, task=MoCoTask), config)
 
 
 if __name__ == "__main__":

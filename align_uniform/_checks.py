@@ -25,6 +25,50 @@ def check_positive(value: float, name: str) -> None:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
+def unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
+    """The rows checked and, if asked for, divided by their length (then at least float32)."""
+    if not isinstance(x, Tensor) or x.dtype not in UNIT_TOLERANCE:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{name} must be a floating-point torch tensor, got {got}; convert it first: "
+            "torch.as_tensor(...).float()"
+        )
+    if x.dim() != 2 or x.shape[1] == 0:
+        raise ValueError(
+            f"{name} must have shape (N, C), got {tuple(x.shape)}; one feature per row, other "
+            "dimensions flattened"
+        )
+    if len(x) < 2:
+        raise ValueError(f"{name} must have at least 2 rows, got {len(x)}; add images")
+    lengths = row_lengths(x)
+    if not lengths.isfinite().all():
+        row = int((~lengths.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"{name} has NaN or infinite values, first in row {row}; leave such rows out or mend "
+            "what made them"
+        )
+    if normalize:
+        if not lengths.all():
+            row = int((lengths == 0).nonzero()[0])
+            raise ValueError(f"row {row} of {name} is zero and has no direction; leave it out")
+        x = x.to(torch.promote_types(torch.float32, x.dtype))
+        return x / lengths.to(x.dtype)[:, None]
+    error = (lengths - 1).abs()
+    if error.max() > UNIT_TOLERANCE[x.dtype]:
+        row = int(error.argmax())
+        raise ValueError(
+            f"rows of {name} must have unit length, got {lengths[row].item():.6g} in row {row}; "
+            "pass normalize=True to divide each by its length"
+        )
+    return x
+
+
+def row_lengths(x: Tensor) -> Tensor:
+    """(N,) float64; in blocks, because torch makes a float64 copy of what it is given."""
+    blocks = x.split(65536)
+    return torch.cat([torch.linalg.vector_norm(b, dim=1, dtype=torch.float64) for b in blocks])
+
+
 class UnitLengthWarning:
     """Warns once in a process of features that are far from unit length, without a wait.
 

@@ -11,6 +11,8 @@ beyond one copy of the features, time does as N^2 C. Products are float32 (never
 set) and sums float64, which leaves an error of at most 2e-6 t in uniformity and far less when it is
 not all due to a few near pairs. They are float64 where that costs little or matters more: for
 float64 features, for at most 4096 rows, and for t > 8.
+
+Uniformity hardly sees that dimensions are lost; `align_uniform.spectrum` has what does.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from align_uniform._checks import UNIT_TOLERANCE, check_positive
+from align_uniform._checks import check_positive, row_lengths, unit_rows
 from align_uniform.bounds import add_self_pairs, uniformity_infimum
 
 _FLOAT64_ROWS, _FLOAT32_T = 4096, 8.0  # see above
@@ -109,7 +111,7 @@ def alignment_interval(
 
 def _pair_powers(x: Tensor, y: Tensor, alpha: float, normalize: bool) -> Tensor:
     """||x_i - y_i||^alpha, (N,) float64."""
-    x, y = _unit_rows(x, "x", normalize), _unit_rows(y, "y", normalize)
+    x, y = unit_rows(x, "x", normalize), unit_rows(y, "y", normalize)
     if x.shape != y.shape:
         raise ValueError(
             f"x and y must pair up row by row, got shapes {tuple(x.shape)} and {tuple(y.shape)}"
@@ -173,7 +175,7 @@ def uniformity_curve(
     block_size: int | None = None,
 ) -> list[float]:
     """`uniformity` for several t, with one computation of the distances."""
-    x = _unit_rows(x, "x", normalize)
+    x = unit_rows(x, "x", normalize)
     pairs = len(x) * (len(x) - 1) / 2
     values = _log_mean_potential(x, None, t, pairs, block_size)
     return [add_self_pairs(value, len(x)) for value in values] if self_pairs else values
@@ -215,7 +217,7 @@ def uniformity_by_class(
     Raises:
         ValueError: as `uniformity`; labels of another shape or type; a class of a single row.
     """
-    x = _unit_rows(x, "x", normalize)
+    x = unit_rows(x, "x", normalize)
     labels = _check_labels(labels, x)
     found, counts = labels.unique(return_counts=True)
     if counts.min() < 2:
@@ -247,7 +249,7 @@ def uniformity_between(
     Raises:
         ValueError: as `uniformity`; x and y of different dimensions.
     """
-    x, y = _unit_rows(x, "x", normalize), _unit_rows(y, "y", normalize)
+    x, y = unit_rows(x, "x", normalize), unit_rows(y, "y", normalize)
     if x.shape[1] != y.shape[1] or x.device != y.device:
         raise ValueError(
             f"x and y must have rows of one dimension on one device, got {tuple(x.shape)} on "
@@ -295,7 +297,7 @@ def uniformity_interval(
     check_positive(t, "t")
     if t > _LARGEST_INTERVAL_T:
         raise ValueError(f"t must be at most {_LARGEST_INTERVAL_T} for an interval, got {t!r}")
-    x = _unit_rows(x, "x", normalize)
+    x = unit_rows(x, "x", normalize)
     x, _ = _prepared(x, None, [t])
     values = []
     for weights in _resampled(len(x), resamples, seed, x.dtype, x.device):  # (N, R)
@@ -387,7 +389,7 @@ def _negated_squared_distances(
 
 
 def _squared_norms(x: Tensor) -> Tensor:
-    return _lengths(x).square().to(x.dtype)
+    return row_lengths(x).square().to(x.dtype)
 
 
 @contextlib.contextmanager
@@ -441,7 +443,7 @@ def effective_rank(x: Tensor, *, normalize: bool = False) -> float:
         ValueError: rows not of unit length (or of length 0 with `normalize`), NaN, fewer than two
             rows.
     """
-    x = _unit_rows(x, "x", normalize)
+    x = unit_rows(x, "x", normalize)
     small = x if x.shape[0] >= x.shape[1] else x.t()  # (longer side, shorter side)
     gram = torch.zeros(small.shape[1], small.shape[1], dtype=torch.float64, device=x.device)
     for block in small.split(4096):
@@ -471,7 +473,7 @@ def dimension_deviation(x: Tensor, *, normalize: bool = False) -> Tensor:
     Raises:
         ValueError: as `effective_rank`.
     """
-    x = _unit_rows(x, "x", normalize)
+    x = unit_rows(x, "x", normalize)
     mean = x.mean(dim=0, dtype=torch.float64)
     squares = torch.zeros_like(mean)
     for block in x.split(4096):
@@ -509,50 +511,6 @@ def _percentiles(values: Tensor, confidence: float) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------
 # Checks
 # ------------------------------------------------------------------------------------------------
-
-
-def _unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
-    """The rows checked and, if asked for, divided by their length (then at least float32)."""
-    if not isinstance(x, Tensor) or x.dtype not in UNIT_TOLERANCE:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(
-            f"{name} must be a floating-point torch tensor, got {got}; convert it first: "
-            "torch.as_tensor(...).float()"
-        )
-    if x.dim() != 2 or x.shape[1] == 0:
-        raise ValueError(
-            f"{name} must have shape (N, C), got {tuple(x.shape)}; one feature per row, other "
-            "dimensions flattened"
-        )
-    if len(x) < 2:
-        raise ValueError(f"{name} must have at least 2 rows, got {len(x)}; add images")
-    lengths = _lengths(x)
-    if not lengths.isfinite().all():
-        row = int((~lengths.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"{name} has NaN or infinite values, first in row {row}; leave such rows out or mend "
-            "what made them"
-        )
-    if normalize:
-        if not lengths.all():
-            row = int((lengths == 0).nonzero()[0])
-            raise ValueError(f"row {row} of {name} is zero and has no direction; leave it out")
-        x = x.to(torch.promote_types(torch.float32, x.dtype))
-        return x / lengths.to(x.dtype)[:, None]
-    error = (lengths - 1).abs()
-    if error.max() > UNIT_TOLERANCE[x.dtype]:
-        row = int(error.argmax())
-        raise ValueError(
-            f"rows of {name} must have unit length, got {lengths[row].item():.6g} in row {row}; "
-            "pass normalize=True to divide each by its length"
-        )
-    return x
-
-
-def _lengths(x: Tensor) -> Tensor:
-    """(N,) float64; in blocks, because torch makes a float64 copy of what it is given."""
-    blocks = x.split(65536)
-    return torch.cat([torch.linalg.vector_norm(b, dim=1, dtype=torch.float64) for b in blocks])
 
 
 def _check_labels(labels: Tensor | Sequence[int], x: Tensor) -> Tensor:

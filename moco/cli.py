@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 import torch
 
 from moco import encoders
-from moco.checkpoint import is_url, run_checkpoints, without_secrets
+from moco.checkpoint import is_url, read_checkpoint, run_checkpoints, without_secrets
 from moco.config import (
     DATASET_DEFAULTS,
     FINETUNE_DEFAULTS,
@@ -42,18 +43,19 @@ from moco.config import (
     PretrainConfig,
     SentenceConfig,
     auto_rate,
+    from_flat,
     help_of,
     objective_slug,
     parts_of,
 )
 from moco.data.folders import image_paths, split_folder
 from moco.data.shards import SUFFIXES, shard_paths
-from moco.errors import DataError
+from moco.errors import CheckpointError, DataError
 from moco.launch import place, usable_cores
 from moco.packages import import_optional
 from moco.precision import channels_last_helps
 from moco.printable import printable
-from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT
+from moco.run_files import ARGS, FAILED_STATE, LINCLS_LATEST, LINCLS_RESULT
 
 # ------------------------------------------------------------------------------------------------
 # Parser and types of arguments
@@ -183,9 +185,13 @@ KINDS: dict[str | None, Callable[[str], Any]] = {
 # ------------------------------------------------------------------------------------------------
 
 
-def add_options(parser: argparse.ArgumentParser, config: type) -> None:
-    """Add the flags of all parts of a config, in a group for each part."""
-    for part in parts_of(config).values():
+def add_options(
+    parser: argparse.ArgumentParser, config: type, only: Sequence[str] | None = None
+) -> None:
+    """Add the flags of all parts of a config, or of some by name, in a group for each part."""
+    for name, part in parts_of(config).items():
+        if only is not None and name not in only:
+            continue
         title, _, description = part.__doc__.partition("\n\n")[0].partition(": ")
         hints, helps = get_type_hints(part), help_of(part)
         group = parser.add_argument_group(title.strip(), " ".join(description.split()) or None)
@@ -217,14 +223,18 @@ def _add_option(
     group.add_argument(*flags, **given)
 
 
-def make_parts(options: argparse.Namespace, config: type) -> dict[str, Part]:
-    """The parts of a config from parsed options.
+def make_parts(
+    options: argparse.Namespace, config: type, only: Sequence[str] | None = None
+) -> dict[str, Part]:
+    """The parts of a config, or some of them by name, from parsed options.
 
     Raises:
         ValueError: a part refuses its values.
     """
     parts = {}
     for name, part in parts_of(config).items():
+        if only is not None and name not in only:
+            continue
         values = {
             field.name: _frozen(getattr(options, field.name))
             for field in dataclasses.fields(part)
@@ -279,6 +289,9 @@ def pretrain_parser() -> argparse.ArgumentParser:
 
 def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
     """The config that a command line of main_moco.py describes; else exit status 2."""
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--replay" for word in words):
+        return _replay_config(words)
     parser = pretrain_parser()
     options = parser.parse_args(argv)
     with _refusals(parser):
@@ -288,6 +301,40 @@ def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
     encoder = config.encoder
     name = f"moco-{encoder.arch}-{objective_slug(config.objective)}-k{encoder.moco_k}"
     return replace(config, saving=_pretrain_folder(parser, config, name))
+
+
+def _replay_config(argv: Sequence[str]) -> PretrainConfig:
+    """The config of the run that a black box is of, to rerun one step of it here."""
+    parser = Parser(description="rerun the step that a run's black box holds", allow_abbrev=False)
+    parser.add_argument("--replay", required=True, type=folder, metavar="RUN/failed")
+    parser.add_argument("data", nargs="?", type=non_empty, metavar="DIR", help="if it has moved")
+    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N")
+    add_options(parser, PretrainConfig, only=["launch"])
+    options = parser.parse_args(argv)
+    state = options.replay / FAILED_STATE
+    try:
+        saved = read_checkpoint(state)
+        about, flat = saved["failed"], saved["args"]
+    except (FileNotFoundError, CheckpointError, KeyError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        parser.error(
+            f"--replay: expected RUN/failed, which a run leaves when a step fails: {reason}"
+        )
+    flat = {**flat, **_REPLAYED, "workers": options.workers, "seed_given": True}
+    flat |= {"data": options.data or flat["data"], "replay": str(options.replay)}
+    flat |= {"checkpoint": str(state), "max_steps": about["step"] + 1}
+    flat["save_dir"] = f"{tempfile.gettempdir()}/replay-{secrets.token_hex(4)}"
+    with _refusals(parser):
+        launch = make_parts(options, PretrainConfig, only=["launch"])["launch"]
+        parts = {name: from_flat(part, flat) for name, part in parts_of(PretrainConfig).items()}
+        placement = place(launch)
+        config = PretrainConfig(**{**parts, "launch": launch, "placement": placement})
+    check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
+    return config
+
+
+# What a replay does without, whatever the run did.
+_REPLAYED = {"resume": None, "init_from": None, "knn_every": 0, "profile": False, "compile": False}
 
 
 def _checked(config: Config, outputs: int) -> Config:

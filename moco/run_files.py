@@ -20,6 +20,8 @@ LINCLS_LATEST, LINCLS_BEST, LINCLS_RESULT = (
 )
 # Written by scripts/evaluate_depth.py: the newest state, the result.
 DEPTH_STATE, DEPTH_RESULT = "predictor.pth.tar", "depth.json"
+# The black box in a run folder: what led to a step that went wrong (`moco.train.blackbox`).
+FAILED, FAILED_STATE, FAILED_ABOUT = "failed", "before.pth.tar", "failed.json"
 # Written by main_moco.py: after an epoch (0-based), and within one (steps since the start).
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
 STEP_CHECKPOINT = re.compile(r"step_(\d{8,})\.pth\.tar")

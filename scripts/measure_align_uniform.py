@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Alignment, uniformity, k-NN accuracy and rank of an encoder's features on held-out images.
+"""Alignment, uniformity and other numbers to choose an encoder by, on held-out images.
 
     python scripts/measure_align_uniform.py RUN/checkpoint_0199.pth.tar DIR [--out FILE.json]
     python scripts/measure_align_uniform.py --timm vit_base_patch16_224 mae_vit_base.pth DIR
@@ -8,10 +8,12 @@
 
 Images are those of DIR/val, or of DIR itself where there is no val/. Positive pairs are two views
 of each by the augmentation that the checkpoint was trained with (MoCo v2's where the file does not
-say) under a fixed seed; uniformity, rank and deviation are over the first views, each image once.
-k-NN classifies centre crops of DIR/val by those of DIR/train. Features are normalised, and come
-from the projection head and from the backbone below it; files without a projection head, and timm's
-models, have a backbone only. Lower is better for alignment and uniformity.
+say) under a fixed seed; uniformity, rank, deviation, alpha-ReQ and Wasserstein uniformity are over
+the first views, each image once; LiDAR is over more views of fewer images. k-NN classifies centre
+crops of DIR/val by those of DIR/train. Features are normalised, and come from the projection head
+and from the backbone below it; files without a projection head, and timm's models, have a backbone
+only. Lower is better for alignment and for both uniformities; rank and LiDAR count dimensions;
+alpha-ReQ is best near 1. docs/evaluation.md says what they cannot see.
 
 A features file has the arrays `features` (N, C) and perhaps `labels` (N,) and `positives` or
 `features_2` (N, C): other views of the same images. It is .npz or .safetensors, as
@@ -60,6 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--t", type=positives, default=ts, metavar="A,B", help="of uniformity (1,2,...,8)")
     add("--knn-k", type=count, default=200, metavar="K")
     add("--knn-t", type=positive, default=0.07, metavar="T", help="temperature")
+    add("--lidar-views", type=int, default=10, metavar="N",
+        help="of each image; published with 50; 0: leave LiDAR out (%(default)s)")  # fmt: skip
+    add("--lidar-images", type=count, default=1000, metavar="N", help="(%(default)s)")
+    add("--intervals", action="store_true", help="95 %% confidence intervals over images")
     add("--image-size", type=count, metavar="PX", help="default: the checkpoint's")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"))
@@ -98,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = visible_devices(args.device, None)[0]
     except ValueError as error:
         parser.error(str(error))
-    quantities = Quantities(args.alpha, args.t, args.knn_k, args.knn_t)
+    quantities = Quantities(
+        args.alpha, args.t, args.knn_k, args.knn_t,
+        args.lidar_images, args.lidar_views, args.intervals,
+    )  # fmt: skip
     with report_user_errors():
         if args.features:
             result = measure_features(args.features, args.bank, quantities, device, seed=args.seed)
@@ -140,10 +149,16 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"no such data folder: {args.data}")
     elif Path(args.data).is_file() and (args.timm or args.layer):
         parser.error("with a text there are the encoders f and g: leave --timm and --layer out")
+    check_numbers(parser, args)
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.bank and not args.features:
         parser.error("--bank is for --features; with a CHECKPOINT the bank is DIR/train")
     if args.timm and args.layer == "projection":
         parser.error("timm's models have no projection head; leave --layer projection out")
+    if args.lidar_views < 0 or args.lidar_views == 1:
+        parser.error(f"--lidar-views must be 0 or at least 2, got {args.lidar_views}")
     if args.seed < 0 or args.workers < 0:
         parser.error("--seed and --workers must not be negative")
     if args.out and not args.out.parent.is_dir():
@@ -167,21 +182,39 @@ def table(result: dict) -> str:
     elif "data" in result:
         lines[-1] += f" of {result['data']}, two views each (seed {result['seed']})"
 
-    def row(name: str, cells: list[str]) -> None:
-        lines.append(f"{name:28}" + "".join(f"{cell:>20}" for cell in cells))
-
     first, *_ = results = list(layers.values())
+    width = 32 if first["intervals"] else 20
+
+    def row(name: str, cells: list[str]) -> None:
+        lines.append(f"{name:28}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+    def cell(one: dict, name: str, decimals: int, key: str | None = None, more: str = "") -> str:
+        """A value, and its interval where there is one."""
+        value, interval = one[name], (one["intervals"] or {}).get(name)
+        if key is not None:
+            value, interval = value[key], interval and interval[key]
+        if value is None:
+            return "-"
+        low_high = "[{:.{d}f}, {:.{d}f}]".format(*interval, d=decimals) if interval else ""
+        return f"{value:.{decimals}f}{more} {low_high}".strip()
+
     lines.append("")
     row("", list(layers))
     row("dimensions", [str(one["dim"]) for one in results])
     for alpha in first["alignment"] or ():
-        row(f"alignment, alpha {alpha}", [f"{one['alignment'][alpha]:.4f}" for one in results])
+        row(f"alignment, alpha {alpha}", [cell(one, "alignment", 4, alpha) for one in results])
     for t in first["uniformity"]:
         cells = [
-            f"{one['uniformity'][t]:.4f} ({one['uniformity_infimum'][t]:.4f})" for one in results
+            cell(one, "uniformity", 4, t, f" ({one['uniformity_infimum'][t]:.4f})")
+            for one in results
         ]
         row(f"uniformity, t {t} (best)", cells)
-    row("effective rank", [f"{one['effective_rank']:.1f}" for one in results])
+    row("Wasserstein uniformity", [cell(one, "wasserstein_uniformity", 4) for one in results])
+    row("effective rank", [cell(one, "effective_rank", 1) for one in results])
+    row("alpha-ReQ", [cell(one, "alpha_req", 3) for one in results])
+    if first["lidar"] is not None:
+        name = f"LiDAR, {first['lidar_images']} x {first['lidar_views']} views"
+        row(name, [cell(one, "lidar", 1) for one in results])
     row("deviation * sqrt(dim)", [f"{one['deviation']:.4f}" for one in results])
     if knn := first["knn"]:
         for key, top in {"top1": 1, "top5": min(5, knn["classes"])}.items():

@@ -102,7 +102,7 @@ def evaluate(name: str, flags: str, out: Path, data: Path, settings: dict) -> di
         run([str(ROOT / "main_lincls.py"), *shlex.split(settings["probe"]), *source, str(data)])
     if not measured.is_file():
         run([str(ROOT / "scripts" / "measure_align_uniform.py"), str(file), str(data), "--t", T,
-             "--out", str(measured)])  # fmt: skip
+             "--lidar-views", "0", "--out", str(measured)])  # fmt: skip
     linear = json.loads((probed / LINCLS_RESULT).read_text(encoding="utf-8"))
     metrics = json.loads(measured.read_text(encoding="utf-8"))
     return {

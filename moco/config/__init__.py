@@ -41,6 +41,7 @@ from moco.config.option import (
     Part,
     flag_of,
     flat_values,
+    from_flat,
     help_of,
     option,
     option_fields,

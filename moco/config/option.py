@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -112,6 +112,18 @@ def flat_values(config: Any) -> dict[str, Any]:
         elif field.name not in ("devices", "number"):
             flat[field.name] = plain(value)
     return flat
+
+
+def from_flat(part: type[Part], flat: Mapping[str, Any]) -> Part:
+    """A part from values by their flat names (`flat_values`); defaults for the rest."""
+    values = {}
+    for field in dataclasses.fields(part):
+        if field.name in flat:
+            value = flat[field.name]
+            is_folder = field.metadata["kind"] == "folder" and value is not None
+            value = Path(value) if is_folder else value
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return part(**values)
 
 
 def plain(value: Any) -> Any:

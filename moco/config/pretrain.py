@@ -278,6 +278,8 @@ class Saving(Folder):
     save_steps: save every N steps too (0: after each epoch only)
     save_minutes: save every M minutes too (0: no)
     allow_changes: resume although what is learned changes; logs the differences
+    replay: rerun the step that RUN/failed holds and say what was in it; needs no other flag (DIR:
+        where the images are now)
     """
 
     keep_last: int = option(5, "--keep-last", FREE, least=1)
@@ -285,6 +287,7 @@ class Saving(Folder):
     save_steps: int = option(0, "--save-steps", FREE, least=0)
     save_minutes: float = option(0, "--save-minutes", FREE, least=0)
     allow_changes: bool = option(False, "--allow-changes", FREE)
+    replay: str | None = option(None, "--replay", FREE, kind="path", metavar="RUN/failed")
     checkpoint: str | None = option(None, "", FREE)  # to go on from: a path, or "auto"
 
 

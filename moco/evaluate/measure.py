@@ -1,4 +1,5 @@
-"""Alignment, uniformity, k-NN accuracy, effective rank and deviation of an encoder or of features.
+"""What is measured of an encoder or of features: alignment, uniformity, k-NN accuracy; effective
+rank, deviation, alpha-ReQ, Wasserstein uniformity and LiDAR.
 
 `measure_encoder` takes held-out images: positive pairs are two random views of each image under a
 fixed seed; uniformity, rank and deviation are those of the first views, each image once; k-NN
@@ -19,10 +20,13 @@ from torch import Tensor
 from align_uniform.bounds import uniformity_infimum
 from align_uniform.metrics import (
     alignment,
+    alignment_interval,
     dimension_deviation,
     effective_rank,
     uniformity_curve,
+    uniformity_interval,
 )
+from align_uniform.spectrum import alpha_req, jackknife_interval, lidar, wasserstein_uniformity
 from moco.data.images import FolderImages, Images, Subset, first_per_class, open_images
 from moco.data.nyu import open_nyu
 from moco.errors import DataError
@@ -39,12 +43,18 @@ class Quantities:
         alphas: exponents of alignment, ascending.
         ts: inverse temperatures of uniformity, ascending.
         knn_k, knn_temperature: of the weighted k-NN vote.
+        lidar_images, lidar_views: of LiDAR, which was published with 1000 images of 50 views each;
+            no views: leave it out.
+        intervals: 95 % confidence intervals over images as well.
     """
 
     alphas: Sequence[float] = (1.0, 2.0)
     ts: Sequence[float] = tuple(float(t) for t in range(1, 9))
     knn_k: int = 200
     knn_temperature: float = 0.07
+    lidar_images: int = 1000
+    lidar_views: int = 10
+    intervals: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,8 +135,11 @@ def measure_encoder(
         notes.append("the file names no augmentation: views are MoCo v2's")
     only = {"unit": True, "layer": layer}
     (x, y), _ = extract(encoder, images, loading, views=2, seed=held_out.seed, what="views", **only)
+    views = _views_for_lidar(encoder, images, held_out.seed, loading, quantities, layer)
     layers = {
-        each: _without_labels(x[each], y[each], quantities, loading.device, f"{name}, {each}")
+        each: _without_labels(
+            x[each], y[each], views.get(each), quantities, loading.device, f"{name}, {each}"
+        )
         for each in LAYERS
         if each in x
     }
@@ -143,6 +156,27 @@ def measure_encoder(
             )
     facts = {"checkpoint": name, **encoder.facts, "data": str(held_out.data)}
     return _report(facts, layers, len(images), held_out.seed, quantities, notes)
+
+
+def _views_for_lidar(
+    encoder: ImageEncoder,
+    images: Images,
+    seed: int,
+    loading: Loading,
+    quantities: Quantities,
+    layer: str | None,
+) -> dict[str, Tensor]:
+    """Unit features (n, views, C) of some images, evenly spread, by layer."""
+    if not quantities.lidar_views:
+        return {}
+    most = quantities.lidar_images
+    if len(images) > most:
+        images = Subset(images, [i * len(images) // most for i in range(most)])
+    found, _ = extract(
+        encoder, images, loading, views=quantities.lidar_views, seed=seed, what="LiDAR",
+        unit=True, layer=layer,
+    )  # fmt: skip
+    return {name: torch.stack([view[name] for view in found], dim=1) for name in found[0]}
 
 
 def measure_features(
@@ -164,9 +198,12 @@ def measure_features(
     """
     notes: list[str] = []
     own = _read_unit_rows(path, notes)
-    layer = _without_labels(own.features, own.second_view, quantities, device, str(path))
+    both = None
+    if own.second_view is not None:
+        both = torch.stack([own.features, own.second_view], dim=1)
+    layer = _without_labels(own.features, own.second_view, both, quantities, device, str(path))
     if own.second_view is None:
-        notes.append(f"alignment left out: {path} has no positives (other views)")
+        notes.append(f"alignment and LiDAR left out: {path} has no positives (other views)")
     if bank_path is None:
         notes.append("k-NN left out: give a bank with labels by --bank FILE")
     else:
@@ -207,11 +244,18 @@ def _read_unit_rows(path: str | os.PathLike, notes: list[str]) -> FeatureSet:
 
 
 def _without_labels(
-    x: Tensor, y: Tensor | None, quantities: Quantities, device: torch.device, what: str
+    x: Tensor,
+    y: Tensor | None,
+    views: Tensor | None,
+    quantities: Quantities,
+    device: torch.device,
+    what: str,
 ) -> dict:
-    """All that needs no labels. x, y: (N, C) unit rows; without y no alignment."""
+    """All that needs no labels. x, y: (N, C) unit rows; views: (n, views, C). Without y no
+    alignment, without views no LiDAR."""
     x = x.to(device)
     y = None if y is None else y.to(device)
+    views = None if views is None else views.to(device)
     dim = x.shape[1]
     by_t = [f"{t:g}" for t in quantities.ts]
     try:
@@ -227,10 +271,36 @@ def _without_labels(
             },
             "effective_rank": effective_rank(x),
             "deviation": dimension_deviation(x).mean().item() * dim**0.5,
+            "alpha_req": alpha_req(x),
+            "wasserstein_uniformity": wasserstein_uniformity(x),
+            "lidar": None if views is None else lidar(views),
+            "lidar_images": None if views is None else views.shape[0],
+            "lidar_views": None if views is None else views.shape[1],
+            "intervals": _intervals(x, y, views, quantities) if quantities.intervals else None,
             "knn": None,
         }
     except ValueError as error:
         raise DataError(f"features of {what} cannot be measured: {error}") from error
+
+
+def _intervals(
+    x: Tensor, y: Tensor | None, views: Tensor | None, quantities: Quantities
+) -> dict[str, dict | list]:
+    """95 % confidence intervals [low, high] over images, under the names of the values."""
+    found: dict[str, dict | list] = {
+        "uniformity": {f"{t:g}": list(uniformity_interval(x, t)) for t in quantities.ts},
+        "effective_rank": list(jackknife_interval(effective_rank, x)),
+        "wasserstein_uniformity": list(jackknife_interval(wasserstein_uniformity, x)),
+    }
+    if y is not None:
+        found["alignment"] = {
+            f"{alpha:g}": list(alignment_interval(x, y, alpha)) for alpha in quantities.alphas
+        }
+    if alpha_req(x) is not None:
+        found["alpha_req"] = list(jackknife_interval(alpha_req, x))
+    if views is not None:
+        found["lidar"] = list(jackknife_interval(lidar, views))
+    return found
 
 
 def _knn(

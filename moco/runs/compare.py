@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from moco.runs.evaluations import KNN, LOGGED, LOWER, Protocol
+from moco.runs.evaluations import KNN, LOGGED, LOWER, SPECTRAL, Protocol
 from moco.runs.folder import RunFolder, common_accuracy
 
-# Figures that always have a column, if only an empty one; the last two stand behind all others.
+# Figures that always have a column, if only an empty one; PLACE stands behind all accuracies, and
+# what else needs no labels behind it.
 FIRST = (KNN, "linear last", "linear best", "linear folds")
 PLACE = ("alignment", "uniformity")
+WITHOUT_LABELS = (*PLACE, *SPECTRAL)
 # Up to so many seeds the test goes through every way to swap, 2^16; beyond, through as many.
 EXACT_SEEDS = 16
 
@@ -93,8 +95,8 @@ class Comparison:
             known = self.protocols.setdefault(name, [])
             if protocol not in known:
                 known.append(protocol)
-        places = {name: self.protocols.pop(name, []) for name in PLACE}
-        self.protocols |= places
+        places = {name: self.protocols.pop(name, []) for name in WITHOUT_LABELS}
+        self.protocols |= {n: found for n, found in places.items() if found or n in PLACE}
         self.tested = [column for name in self.protocols for column in self._columns(name)]
         self.columns = [
             *self.tested,
@@ -104,7 +106,7 @@ class Comparison:
 
     def _columns(self, name: str) -> list[Column]:
         """One for each protocol; where there are several, the title has what tells them apart."""
-        decimals = 3 if name in PLACE else 4 if name.endswith(LOWER) else 2
+        decimals = 3 if name in WITHOUT_LABELS else 4 if name.endswith(LOWER) else 2
         protocols = self.protocols[name]
         shared = set.intersection(*map(set, protocols)) if protocols else set()
         columns = []
@@ -129,7 +131,7 @@ class Comparison:
             "uniformity": "alignment and uniformity",
         }
         for name, protocols in self.protocols.items():
-            if name.partition(",")[0].endswith((" best", " folds", "alignment")):
+            if name.partition(",")[0].endswith((" best", " folds", "alignment", *SPECTRAL)):
                 continue  # of the same evaluations as another name
             title = titles.get(name, name)
             evaluated = [dict(protocol) for protocol in protocols if LOGGED not in protocol]
@@ -246,12 +248,24 @@ def encoder_places(comparison: Comparison) -> tuple[str, list[Place]]:
     return name, [Place(a, u, accuracy(run, run.epochs), i) for i, run, a, u in runs]
 
 
-def rank_correlations(places: Sequence[Place]) -> list[tuple[str, float]]:
-    """Of alignment and of uniformity with accuracy, where they can be told."""
-    known = [place for place in places if place.accuracy is not None]
-    accuracies = [place.accuracy for place in known]
-    pairs = [
-        (name, rank_correlation([getattr(place, name) for place in known], accuracies))
-        for name in ("alignment", "uniformity")
-    ]
-    return [(name, rho) for name, rho in pairs if rho is not None]
+class Correlation(NamedTuple):
+    """Spearman's rank correlation with accuracy."""
+
+    name: str  # of what needs no labels
+    rho: float
+    encoders: int
+
+
+def rank_correlations(comparison: Comparison) -> list[Correlation]:
+    """Of each number that needs no labels with accuracy, over the runs of `encoder_places` that
+    have both, where it can be told."""
+    runs = [run for run in comparison.runs if None not in map(run.measured, PLACE)]
+    _, accuracy = common_accuracy([(run, run.epochs) for run in runs])
+    found = []
+    for name in WITHOUT_LABELS:
+        pairs = [(run.measured(name), accuracy(run, run.epochs)) for run in runs]
+        pairs = [pair for pair in pairs if None not in pair]
+        rho = rank_correlation(*zip(*pairs, strict=True)) if pairs else None
+        if rho is not None:
+            found.append(Correlation(name, rho, len(pairs)))
+    return found

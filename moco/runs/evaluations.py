@@ -13,6 +13,13 @@ from moco.run_files import ARGS, DEPTH_RESULT, LINCLS_RESULT
 Protocol = tuple[tuple[str, str], ...]  # all that a figure depends on but the seed: (name, value)
 KNN = "k-NN top-1"
 SENTIMENT = ("MR", "CR")
+# Numbers of a measurement that need no labels, beside alignment and uniformity: name -> key.
+SPECTRAL = {
+    "Wasserstein uniformity": "wasserstein_uniformity",
+    "effective rank": "effective_rank",
+    "alpha-ReQ": "alpha_req",
+    "LiDAR": "lidar",
+}
 LOGGED = ("logged while training", "")  # in the protocol of a figure that nobody has evaluated
 LOWER = "(lower is better)"  # at the end of the names of figures of which it is so
 _LARGEST_NUMBER = 10**100  # squares, and sums of them, are still floats
@@ -190,9 +197,9 @@ def best_fold_mean(folds: dict) -> float | None:
 
 
 def read_measure(path: Path) -> dict | None:
-    """Alignment and uniformity of the projection (or of sentences) at alpha 2 and t 2, or MR and
-    CR, as "figures", and the "checkpoint"; None for a file that is no result of
-    measure_align_uniform.py or evaluate_sentences.py."""
+    """Alignment and uniformity of the projection (or of sentences) at alpha 2 and t 2, the other
+    numbers that need no labels, or MR and CR, as "figures", and the "checkpoint"; None for a file
+    that is no result of measure_align_uniform.py or evaluate_sentences.py."""
     try:
         if path.stat().st_size > _LARGEST_MEASURE:
             return None
@@ -218,6 +225,13 @@ def read_measure(path: Path) -> dict | None:
             at_2 = content.get("layer") == "projection" and content.get(parameter) == 2
             value = content.get(name) if at_2 else None
         figures.append((name, number(value), _protocol(on)))
+    projection = _dict(_dict(layers).get("projection"))
+    for name, key in SPECTRAL.items():
+        more = {}
+        if key == "lidar":
+            more = {each: projection.get(each) for each in ("lidar_images", "lidar_views")}
+        if number(projection.get(key)) is not None:
+            figures.append((name, number(projection[key]), _protocol({**on, **more})))
     return {**about, "figures": figures}
 
 

@@ -66,7 +66,7 @@ def _render(name: str, comparison: Comparison, published: Path, **more: object) 
         left_out=[["left out", "because it"], *map(list, comparison.left_out)],
         accuracy=accuracy,
         encoders=len(places),
-        correlations=rank_correlations(places),
+        correlations=rank_correlations(comparison),
         **more,
     )
 

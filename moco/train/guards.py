@@ -16,6 +16,7 @@ from moco import checkpoint, distributed
 from moco.errors import TrainingError
 from moco.log import RunLog
 from moco.looks import Looks, looking_waits
+from moco.train.blackbox import BlackBox, SpikeAlarm
 from moco.train.saver import BackgroundWriter, finish_saving
 from moco.train.state import TrainState
 from moco.train.task import Losses
@@ -49,8 +50,19 @@ class StepGuard:
     An overflow of scaled fp16 gradients alone is passed over: the scaler leaves that step out.
     """
 
-    def __init__(self, state: TrainState, writer: BackgroundWriter, max_overflows: int) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        writer: BackgroundWriter,
+        max_overflows: int,
+        box: BlackBox | None = None,
+    ) -> None:
+        """
+        Args:
+            box: takes what led to a step that is not finite, or is a spike.
+        """
         self.state, self.writer, self.max_overflows = state, writer, max_overflows
+        self.box, self.spikes = box, SpikeAlarm()
         self.looks = Looks(state.step, waits=looking_waits(state.device))
         self.failed = torch.zeros((), dtype=torch.bool, device=state.device)
         # Since the last check: (epoch, step, names, their values on the device).
@@ -89,10 +101,13 @@ class StepGuard:
                 stepped since), too many fp16 overflows in a row, or rank 0 could not save.
         """
         rows = torch.stack([values for *_, values in self.noted]).tolist() if self.noted else []
-        *bad_losses, unsaved, stopping, save_now = self.looks.together(
-            self.state.step, *(not all(map(math.isfinite, losses)) for _, *losses in rows),
-            self.writer.failed(), stopping, save_now, device=self.state.device,
+        bad = [not all(map(math.isfinite, losses)) for _, *losses in rows]
+        high = [not off and self.spikes.rings(row[1]) for off, row in zip(bad, rows, strict=True)]
+        *seen, unsaved, stopping, save_now = self.looks.together(
+            self.state.step, *bad, *high, self.writer.failed(), stopping, save_now,
+            device=self.state.device,
         )  # fmt: skip
+        bad_losses, spikes = seen[: len(rows)], seen[len(rows) :]
         if unsaved:
             finish_saving(self.writer, self.state.device)
         noted, self.noted = self.noted, []
@@ -105,7 +120,17 @@ class StepGuard:
                 self.state.means.add("grad_norm", norm)
             for name, value in zip(("loss", *names), (loss, *terms), strict=True):
                 self.state.means.add(name, value)
+        for (epoch, step, *_), row, spike in zip(noted, rows, spikes, strict=True):
+            if spike and self.box is not None:
+                self._spike(epoch, step, row[1])
         return stopping, save_now
+
+    def _spike(self, epoch: int, step: int, loss: float) -> None:
+        """All ranks are here together: the loss of one of them has jumped."""
+        text = f"the loss has jumped in epoch {epoch}, step {step}: {loss:g} on rank 0"
+        folder = self.box.write("spike", epoch, step, text)
+        where = f"; --replay {folder} reruns that step" if folder else ""
+        distributed.print_main(f"warning: {text}, far above the steps before{where}")
 
     def _not_finite(
         self, epoch: int, step: int, norm: float, terms: dict[str, float], bad_loss: bool
@@ -125,13 +150,16 @@ class StepGuard:
             for rank, term in (~by_rank.isfinite()).nonzero().tolist()
         ]
         guilty = guilty or [f"gradient norm {norm:g}, all loss terms are finite"]
+        text = f"not finite in epoch {epoch}, step {step}: {'; '.join(guilty)}"
+        folder = self.box.write("not finite", epoch, step, text) if self.box is not None else None
         self.writer.finish()
         left = checkpoint.run_checkpoints(self.writer.folder)
         raise TrainingError(
-            f"not finite in epoch {epoch}, step {step}: {'; '.join(guilty)}"
+            text
             + (f" ({state.skipped_in_a_row} steps in a row)" if state.skipped_in_a_row else "")
             + f". The last checkpoint is {left[-1] if left else 'none yet'}. "
             "Lower --lr, add --warmup-epochs, or use --amp bf16 instead of fp16"
+            + (f"; --replay {folder} reruns that step" if folder else "")
         )
 
 
@@ -155,19 +183,23 @@ class CollapseAlarm:
         self.steps, self.remedy = steps, remedy
         self.since: int | None = None
 
-    def check(self, feature_std: float, step: int, log: RunLog) -> None:
+    def check(self, feature_std: float, step: int, log: RunLog) -> str | None:
+        """Log the spread after `step` steps; what there is to warn of, if anything."""
         log.scalars("features", step, {"std": feature_std})
         if feature_std >= self.LEAST_STD:
             self.since = None
-            return
+            return None
         self.since = step if self.since is None else self.since
         if self.steps and step - self.since >= self.steps:
-            distributed.print_main(
-                f"warning: features have collapsed since step {self.since}: deviation "
-                f"{feature_std:.3f} of 1 per dimension. {self.remedy}"
+            text = (
+                f"features have collapsed since step {self.since}: deviation {feature_std:.3f} of "
+                "1 per dimension"
             )
+            distributed.print_main(f"warning: {text}. {self.remedy}")
             log.scalars("warning", step, {"collapsed_since": self.since})
             self.since = step  # again after as many steps
+            return text
+        return None
 
 
 class BadImages:

@@ -102,6 +102,7 @@ def after_step(t: Trainer, losses: Losses) -> Due:
             step = step.extended(stop=t.evaluation.measure(state.epoch, state.step))
         t.stopwatch.restart()
     if step.agree:
+        t.box.keep_after(state.step)
         looks.time_from(state.step)
     return step
 
@@ -128,4 +129,6 @@ def report(t: Trainer, losses: Losses) -> None:
     )
     spread = t.task.feature_std(losses)
     if spread is not None:
-        t.collapse.check(spread.item(), state.step, t.log)
+        text = t.collapse.check(spread.item(), state.step, t.log)
+        if text := distributed.broadcast_object(text):  # rank 0's batch decides
+            t.box.write("collapse", state.epoch, state.step - 1, text)

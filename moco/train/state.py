@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from moco.errors import CheckpointError
 from moco.log import Means
 from moco.train.optimizer import fill_moments
 from moco.train.task import Task
+
+_NUMBERS = ("epoch", "step", "step_in_epoch", "skipped", "skipped_in_a_row")
 
 
 @dataclass
@@ -75,6 +78,31 @@ class TrainState:
             "args": args,
             **self.task.extra_state(self.module),
         }
+
+    def position(self) -> dict[str, Any]:
+        """All that changes beside the tensors of module and optimizer, on this rank, as a copy."""
+        device = self.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return {
+            "numbers": {name: getattr(self, name) for name in _NUMBERS},
+            "scaler": self.scaler.state_dict(),
+            "means": self.means.state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+            "extra": self.task.extra_state(self.module),
+        }
+
+    def set_position(self, position: dict[str, Any]) -> None:
+        """Go to where `position` was asked for."""
+        for name, value in position["numbers"].items():
+            setattr(self, name, value)
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(position["scaler"])
+        self.means.load(position["means"])
+        torch.set_rng_state(position["rng"])
+        if position["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(position["cuda_rng"], self.device)
+        self.task.load_extra_state(self.module, position["extra"])
 
     def restore(self, content: dict, path: str, steps_per_epoch: int) -> None:
         """Restore a checkpoint, this project's or upstream MoCo's; prints what upstream's lacks.

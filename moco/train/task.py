@@ -30,8 +30,9 @@ class Needs:
     operations: frozenset[str]
 
     def memory(self, device: torch.device) -> int:
-        """Bytes at the peak: in main memory there is also the copy that is being saved."""
-        return self.step + self.state * (2 if device.type == "cpu" else 1)
+        """Bytes at the peak: there is also the copy of the black box, and in main memory the one
+        that is being saved."""
+        return self.step + self.state * (3 if device.type == "cpu" else 2)
 
 
 class Losses(Protocol):

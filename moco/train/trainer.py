@@ -18,6 +18,7 @@ from moco.profiling import StepProfile
 from moco.progress import StepPrinter
 from moco.stop import StopRequest
 from moco.train import feasible, guards, resume
+from moco.train.blackbox import BlackBox
 from moco.train.clock import Rhythm, Stopwatch
 from moco.train.guards import CollapseAlarm, StepGuard
 from moco.train.saver import BackgroundWriter
@@ -50,6 +51,7 @@ class Trainer:
     guard: StepGuard
     collapse: CollapseAlarm
     writer: BackgroundWriter
+    box: BlackBox
     log: RunLog
     printer: StepPrinter
     evaluation: Evaluation | None = None
@@ -107,6 +109,7 @@ def build_trainer(
     at_exit.push(writer.leave)
     if saving.checkpoint:  # until it is older than all that is kept, it may be the last good one
         writer.retention.keep.add(Path(saving.checkpoint))
+    box = BlackBox(state, flat, saving.save_dir)
     trainer = Trainer(
         task=task,
         device=device,
@@ -123,9 +126,10 @@ def build_trainer(
         ),
         stopwatch=Stopwatch(saving.save_minutes),
         stop=stop,
-        guard=StepGuard(state, writer, config.watching.max_overflows),
+        guard=StepGuard(state, writer, config.watching.max_overflows, box),
         collapse=CollapseAlarm(config.watching.collapse_steps, task.collapse_remedy),
         writer=writer,
+        box=box,
         log=log,
         printer=StepPrinter(
             total=total_steps,

@@ -91,7 +91,8 @@ REFUSED = ("googlenet", "inception", "squeezenet")  # by build_encoder
 @pytest.mark.long
 def test_adaptive_pooling_alone_is_not_deterministic_in_torchvisions_classifiers() -> None:
     """They have no other layer of the documented list; pooling to one pixel is a mean."""
-    for name in encoders.arch_names():
+    own = ("small_alexnet", "depth_cnn")  # without adaptive pooling
+    for name in set(encoders.arch_names()) - set(own):
         assert name.startswith((*FAMILIES, *REFUSED)), "a new family"
     state = torch.get_rng_state()
     for arch in FAMILIES.values():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from align_uniform.bounds import uniformity_infimum
 from align_uniform.metrics import alignment, effective_rank, uniformity
+from align_uniform.spectrum import alpha_req, lidar, wasserstein_uniformity
 from moco import encoders
 from moco.checkpoint import load_encoder, write_checkpoint
 from moco.data import loader
@@ -100,6 +101,11 @@ def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path,
             assert layer["uniformity"][str(t)] == pytest.approx(uniformity(x, t), rel=1e-4)
             assert layer["uniformity_infimum"][str(t)] == uniformity_infimum(x.shape[1], t)
         assert layer["effective_rank"] == pytest.approx(effective_rank(x), rel=1e-3)
+        assert layer["wasserstein_uniformity"] == pytest.approx(wasserstein_uniformity(x), rel=1e-3)
+        assert layer["alpha_req"] == pytest.approx(alpha_req(x), rel=1e-2)
+        # LiDAR is over 10 views of each image, of which the first two are those above.
+        assert (layer["lidar_images"], layer["lidar_views"]) == (15, 10) and layer["lidar"] > 1
+        assert layer["intervals"] is None
 
         knn = evaluate.knn_accuracy(
             encoder,
@@ -125,6 +131,32 @@ def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path,
     assert result["alignment"] == first["alignment"]["2"]
     assert result["uniformity"] == first["uniformity"]["2"]
     assert result["uniformity_infimum"] == first["uniformity_infimum"]["2"]
+
+
+def test_intervals_and_lidar_of_a_few_images(data, moco_file, capsys) -> None:
+    flags = [moco_file, data, "--layer", "projection", "--lidar-images", "4", "--lidar-views", "3"]
+    flags += ["--intervals", "--t", "2", "--alpha", "2"]
+    (status, line) = refusal(measure.main, [*flags, "-j", "0"], capsys)
+    assert status == 1 and "at most half the 15 images" in line
+
+
+def test_a_features_file_has_lidar_of_its_two_views_and_intervals(tmp_path, capsys) -> None:
+    x = unit_rows(60, 6, 0)
+    y = F.normalize(x + 0.1 * unit_rows(60, 6, 1), dim=1)
+    np.savez(tmp_path / "f.npz", features=x, positives=y)
+    result = run(capsys, "--features", tmp_path / "f.npz", "--intervals", "--t", "2")
+    layer = result["layers"]["features"]
+    assert layer["lidar"] == pytest.approx(lidar(torch.stack([x, y], dim=1)))
+    assert (layer["lidar_images"], layer["lidar_views"]) == (60, 2)
+    for name, interval in layer["intervals"].items():
+        for low, high in interval.values() if isinstance(interval, dict) else [interval]:
+            assert low < high, name
+    low, high = layer["intervals"]["wasserstein_uniformity"]
+    assert low < layer["wasserstein_uniformity"] < high
+    measure.main(["--features", str(tmp_path / "f.npz"), "--intervals", "--t", "2"])
+    table = capsys.readouterr().out
+    assert f"{layer['wasserstein_uniformity']:.4f} [{low:.4f}, {high:.4f}]" in table
+    assert "LiDAR, 60 x 2 views" in table and "alpha-ReQ" in table
 
 
 def test_seed_and_chosen_exponents(data: Path, moco_file: Path, capsys) -> None:

@@ -115,6 +115,24 @@ def test_rank_correlation_is_reported(two_objectives, tmp_path) -> None:
     assert "correlation of uniformity and linear top-1, last (%): -1.00 (6 encoders)" in screen
 
 
+def test_each_number_without_labels_is_correlated_with_accuracy(two_objectives) -> None:
+    """Over the runs that have it, and with a column of its own."""
+    for i, name in enumerate(("a0", "a1", "a2", "b0", "b1", "b2")):
+        top1 = (50, 52, 57, 45, 48, 49)[i]
+        layer = {"alignment": {"2": top1 / 100}, "uniformity": {"2": -top1 / 20}}
+        layer |= {"wasserstein_uniformity": 1 - top1 / 100, "effective_rank": 10.0 + (i == 0)}
+        layer |= {"lidar": float(top1), "lidar_images": 100, "lidar_views": 10}
+        if i < 2:
+            layer["alpha_req"] = 1.0 + i
+        make_measure(two_objectives / name, 0, 0, layers={"projection": layer})
+    rows, screen = compare(two_objectives)
+    for text in ("alignment", "LiDAR"):
+        assert f"correlation of {text} and linear top-1, last (%): +1.00 (6 encoders)" in screen
+    assert "correlation of Wasserstein uniformity and linear top-1, last (%): -1.00" in screen
+    assert "correlation of effective rank" in screen and "correlation of alpha-ReQ" not in screen
+    assert column(rows, "LiDAR") == ["53.000 ± 3.606 (of 3)", "47.333 ± 2.082 (of 3)"]
+
+
 def test_more_than_the_objective_is_flagged(two_objectives, tmp_path) -> None:
     make_run(tmp_path / "other", NCE, 0, lr=0.06, processes=8, schedule=[60, 80])
     rows, screen = compare(two_objectives, tmp_path / "other")

@@ -60,6 +60,11 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
         assert "Traceback" not in said
     path, content = checkpoint.newest_valid(run, print)
     assert (path.name, content["step"]) == ("step_00000007.pth.tar", 7)
+    boxed = checkpoint.read_checkpoint(run / "failed" / "before.pth.tar")
+    assert boxed["failed"]["step"] == 7 and len(boxed["rng"]) == 2
+    rerun = Processes(tmp_path / "rerun", "--replay", run / "failed", count=2)
+    assert rerun.wait() == [0, 0], rerun.output()
+    assert re.findall(r"^rank [01]$", rerun.output(0), re.M) == ["rank 0", "rank 1"]
     finish(run, data, processes=2)
     assert differences(final_state(whole[2]), final_state(run)) == []
 
