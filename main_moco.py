@@ -24,13 +24,10 @@ from moco.cli import pretrain_config
 from moco.launch import launch_config
 from moco.tasks.moco import MoCoTask
 from moco.train.loop import train
-from moco.train.replay import replay
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config = pretrain_config(argv)
-    run = replay if config.saving.replay else train
-    launch_config(functools.partial(run, task=MoCoTask), config)
+    launch_config(functools.partial(train, task=MoCoTask), pretrain_config(argv))
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
     """The config that a command line of main_moco.py describes; else exit status 2."""
     words = sys.argv[1:] if argv is None else argv
     if any(word.partition("=")[0] == "--replay" for word in words):
-        return _replay_config(words)
+        return replay_config(words, PretrainConfig)
     parser = pretrain_parser()
     options = parser.parse_args(argv)
     with _refusals(parser):
@@ -303,13 +303,17 @@ def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
     return replace(config, saving=_pretrain_folder(parser, config, name))
 
 
-def _replay_config(argv: Sequence[str]) -> PretrainConfig:
-    """The config of the run that a black box is of, to rerun one step of it here."""
+def replay_config(argv: Sequence[str], config_type: type) -> Any:
+    """The config of the run that a black box is of, to rerun one step of it here.
+
+    Args:
+        config_type: of the run's task; with the parts data, optim, saving, launch and placement.
+    """
     parser = Parser(description="rerun the step that a run's black box holds", allow_abbrev=False)
     parser.add_argument("--replay", required=True, type=folder, metavar="RUN/failed")
     parser.add_argument("data", nargs="?", type=non_empty, metavar="DIR", help="if it has moved")
     parser.add_argument("-j", "--workers", type=int, default=0, metavar="N")
-    add_options(parser, PretrainConfig, only=["launch"])
+    add_options(parser, config_type, only=["launch"])
     options = parser.parse_args(argv)
     state = options.replay / FAILED_STATE
     try:
@@ -325,10 +329,10 @@ def _replay_config(argv: Sequence[str]) -> PretrainConfig:
     flat |= {"checkpoint": str(state), "max_steps": about["step"] + 1}
     flat["save_dir"] = f"{tempfile.gettempdir()}/replay-{secrets.token_hex(4)}"
     with _refusals(parser):
-        launch = make_parts(options, PretrainConfig, only=["launch"])["launch"]
-        parts = {name: from_flat(part, flat) for name, part in parts_of(PretrainConfig).items()}
+        launch = make_parts(options, config_type, only=["launch"])["launch"]
+        parts = {name: from_flat(part, flat) for name, part in parts_of(config_type).items()}
         placement = place(launch)
-        config = PretrainConfig(**{**parts, "launch": launch, "placement": placement})
+        config = config_type(**{**parts, "launch": launch, "placement": placement})
     check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
     return config
 

@@ -183,7 +183,7 @@ def table(result: dict) -> str:
         lines[-1] += f" of {result['data']}, two views each (seed {result['seed']})"
 
     first, *_ = results = list(layers.values())
-    width = 32 if first["intervals"] else 20
+    width = 40 if first["intervals"] else 20
 
     def row(name: str, cells: list[str]) -> None:
         lines.append(f"{name:28}" + "".join(f"{cell:>{width}}" for cell in cells))

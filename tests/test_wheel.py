@@ -43,6 +43,8 @@ def test_the_wheel_holds_all_packages_and_imports_elsewhere(tmp_path) -> None:
     assert {path.name for path in site.iterdir() if "." not in path.name} == {
         "align_uniform", "moco",
     }  # fmt: skip
+    for name in ("align_uniform/py.typed", "moco/evaluate/neighbours.html.jinja"):
+        assert (site / name).is_file(), f"{name} is not a module, and is packaged all the same"
     status, out, err = finish(start_python("-c", IMPORT_ALL, cwd=tmp_path, path=site))
     assert status == 0, err
     imported = dict(line.split(maxsplit=1) for line in out.splitlines())

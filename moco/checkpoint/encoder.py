@@ -12,6 +12,7 @@ from moco.checkpoint.content import saved_args, warn_of_numbers
 from moco.checkpoint.download import is_url, read_url, without_secrets
 from moco.checkpoint.files import read_checkpoint
 from moco.checkpoint.hashes import checked_digits
+from moco.checkpoint.hub import hub_file, is_hub
 from moco.checkpoint.layouts import PRETRAINING, Source, find_encoder
 from moco.checkpoint.sentences import is_of_sentences
 from moco.encoders import (
@@ -38,8 +39,9 @@ def load_encoder(
     the tensors. Nothing in the file is run.
 
     Args:
-        path: a file, a folder with a model.safetensors as Hugging Face has them, or an http(s)
-            address, which is downloaded once into torch's cache; see `moco.checkpoint.read_url`.
+        path: a file, a folder with a model.safetensors as Hugging Face has them, an http(s)
+            address, which is downloaded once into torch's cache (see `moco.checkpoint.read_url`),
+            or hf://USER/NAME[@REVISION][/FILE] (see `moco.checkpoint.hub`).
         head: "none" for features (N, feature_dim) with Identity as last layer; "projection" for
             the linear or MLP head of contrastive training; "linear" for a trained linear
             classifier.
@@ -106,6 +108,8 @@ def load_encoder(
 
 def _read(path: str | os.PathLike, sha256: str | None) -> dict:
     """The content of a file, of a folder as Hugging Face has them, or at an address."""
+    if is_hub(path):
+        return read_checkpoint(hub_file(os.fspath(path)), sha256=sha256)
     if is_url(path):
         return read_url(path, sha256)
     path = Path(path)

@@ -299,7 +299,7 @@ def folder_features(
     Raises:
         DataError: no images, or one that cannot be read.
     """
-    images, split = _choose_images(dataset, Path(data), split, per_class)
+    images, split = choose_images(dataset, Path(data), split, per_class)
     found, labels = extract(
         encoder, images, loading, views=views, seed=seed, unit=unit, layer=layer
     )
@@ -325,9 +325,15 @@ def folder_features(
     )
 
 
-def _choose_images(
+def choose_images(
     dataset: str, root: Path, split: str | None, per_class: int | None
 ) -> tuple[Images, str]:
+    """Images of a folder or data set, and which split they are: the one that is asked for, else
+    "val" where there is one, else "train", else "all"; of each class the first `per_class`.
+
+    Raises:
+        DataError: missing, empty, or without the labels that are asked for.
+    """
     if dataset != "folder":
         split = split or "val"
         classes = None

@@ -37,11 +37,10 @@ class BlackBox:
 
     def __init__(self, state: TrainState, flat: dict[str, Any], run: Path) -> None:
         self.state, self.flat, self.folder = state, flat, run / FAILED
-        self._tensors = _tensors(state)
-        self._kept = [torch.empty_like(tensor) for tensor in self._tensors]
+        self._momenta = -1  # parameters that the optimizer holds something of
+        self.keep()
         size = sum(tensor.nbytes for tensor in self._tensors)
         self._every = 10 if state.device.type == "cpu" and size > CHEAP else 1
-        self.keep()
 
     def keep_after(self, step: int) -> None:
         """Copy the state after a step that was looked at, where a copy is due."""
@@ -51,6 +50,10 @@ class BlackBox:
     @torch.no_grad()
     def keep(self) -> None:
         """Copy the state as it is now; the steps until here were good."""
+        if len(self.state.optimizer.state) != self._momenta:  # some make it in their first step
+            self._momenta = len(self.state.optimizer.state)
+            self._tensors = _tensors(self.state)
+            self._kept = [torch.empty_like(tensor) for tensor in self._tensors]
         torch._foreach_copy_(self._kept, self._tensors)
         self._rest = self.state.position()
 

@@ -13,6 +13,7 @@ from moco.stop import AgreedStop
 from moco.train import guards
 from moco.train.clock import Due, due, evaluation_due
 from moco.train.optimizer import set_learning_rate
+from moco.train.replay import StepSeen, watched
 from moco.train.saver import finish_saving, save
 from moco.train.step import train_step
 from moco.train.task import Losses, Task
@@ -25,9 +26,14 @@ def train(device: torch.device, config: Any, *, task: type[Task]) -> None:
     Exit status: 75 after a request to stop, 130 after Ctrl-C, 1 after an error for the user.
     """
     with report_user_errors(), contextlib.ExitStack() as at_exit:
+        if config.saving.replay:
+            task = watched(task, config, at_exit)
         t = build_trainer(config, task, device, at_exit)
         begin(t)
-        stopped = train_epochs(t)
+        try:
+            stopped = train_epochs(t)
+        except StepSeen:
+            return
         finish_saving(t.writer, device)
         if stopped:
             distributed.print_main(

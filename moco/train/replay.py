@@ -20,45 +20,50 @@ from torchvision.utils import save_image
 
 from moco import distributed
 from moco.checkpoint import read_checkpoint
-from moco.errors import TrainingError, report_user_errors
+from moco.errors import TrainingError
 from moco.run_files import FAILED_STATE, write_json
-from moco.train.loop import train_epochs
 from moco.train.task import Losses, Task
-from moco.train.trainer import Trainer, build_trainer
+from moco.train.trainer import Trainer
 
 SHOWN_TOGETHER = 16  # images of a picture
 
 
-class _Seen(Exception):
+class StepSeen(Exception):
     """The step has been looked at: nothing is left to do."""
 
 
-def replay(device: torch.device, config: Any, *, task: type[Task]) -> None:
-    """Rerun the step in this process, one of `config.placement.processes`.
+def watched(task: type[Task], config: Any, at_exit: contextlib.ExitStack) -> type[Task]:
+    """The task of the run, which looks at the step that `config.saving.replay` holds, and then
+    raises `StepSeen`. The run folder, which `moco.cli` has chosen for this, is removed in the end.
 
-    Args:
-        config: of the run, with `saving.replay` the black box, and `saving.save_dir` a folder that
-            is removed in the end.
+    Raises:
+        TrainingError: the config is not that of the run.
+        CheckpointError: the black box cannot be read.
     """
     folder = Path(config.saving.replay)
-    with report_user_errors(), contextlib.ExitStack() as at_exit:
-        about = read_checkpoint(folder / FAILED_STATE)["failed"]
-        watched = type(f"Watched{task.__name__}", (_Watched, task), {})
-        if distributed.is_main():
-            at_exit.callback(shutil.rmtree, config.saving.save_dir, ignore_errors=True)
-        t = build_trainer(config, watched, device, at_exit)
-        t.task.watch(t, about, folder)
-        distributed.print_main(f"rerunning step {about['step']} ({about['kind']}: {about['text']})")
-        with contextlib.suppress(_Seen):
-            train_epochs(t)
-            raise TrainingError(f"stopped before step {about['step']} was reached")
+    if config.saving.checkpoint != str(folder / FAILED_STATE):
+        raise TrainingError("--replay: this command cannot rerun a step")
+    if distributed.is_main():
+        at_exit.callback(shutil.rmtree, config.saving.save_dir, ignore_errors=True)
+    about = read_checkpoint(folder / FAILED_STATE)["failed"]
+    distributed.print_main(f"rerunning step {about['step']} ({about['kind']}: {about['text']})")
+    return type(f"Watched{task.__name__}", (_Watched, task), {"about": about, "folder": folder})
 
 
 class _Watched(Task):
-    """A task that looks at one step, mixed into the task of the run."""
+    """A task that looks at one step, mixed into the task of the run.
 
-    def watch(self, trainer: Trainer, about: dict[str, Any], folder: Path) -> None:
-        self.trainer, self.about, self.folder = trainer, about, folder
+    Attributes:
+        about: which step, and why.
+        folder: the black box.
+    """
+
+    about: dict[str, Any]
+    folder: Path
+
+    def build_evaluation(self, trainer: Trainer) -> None:
+        """None, and the last that is built: from here on the trainer is whole."""
+        self.trainer = trainer
         self.parts: list[dict] = []
 
     def losses(self, model: nn.Module, batch: Any, part: int, parts: int) -> Losses:
@@ -84,19 +89,20 @@ class _Watched(Task):
         self.parts.append(found)
         if part == parts - 1:
             self._report(batch)
-            raise _Seen
+            raise StepSeen
         return losses
 
     def _report(self, batch: Any) -> None:
         rank = distributed.rank()
         suffix = f"_rank{rank}" if rank else ""
         pictures = _Pictures(self.folder, suffix)
-        for first in range(0, len(batch[0]), SHOWN_TOGETHER):
+        images = len(batch[0]) if all(isinstance(rows, Tensor) for rows in batch) else 0
+        for first in range(0, images, SHOWN_TOGETHER):
             self.show(pictures, [rows[first : first + SHOWN_TOGETHER] for rows in batch])
         path = self.folder / f"replay{suffix}.json"
         write_json(path, _printable({**self.about, "rank": rank, "parts": self.parts}))
         said = "\n".join([*_lines(self.parts[-1]), self._verdict(), f"written: {path}, "
-                          f"{pictures.count} picture(s) of {len(batch[0])} images"])  # fmt: skip
+                          f"{pictures.count} picture(s) of {images} images"])  # fmt: skip
         said = said if distributed.world_size() == 1 else f"rank {rank}\n{said}"
         distributed.print_main("\n".join(distributed.gather_objects(said)))
 

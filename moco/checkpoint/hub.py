@@ -1,0 +1,77 @@
+"""Checkpoints of the Hugging Face hub, hf://USER/NAME[@REVISION][/FILE], through huggingface_hub.
+
+They are in its cache, and a private repository is read with its token.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path, PurePosixPath
+
+from moco.errors import CheckpointError, DataError
+from moco.packages import import_optional
+
+SCHEME = "hf://"
+_ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?", re.ASCII)
+# What a file of weights ends in, the ones to prefer first.
+_WEIGHTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
+
+
+def is_hub(path: str | os.PathLike) -> bool:
+    return os.fspath(path).lower().startswith(SCHEME)
+
+
+def hub_file(address: str) -> Path:
+    """The file at hf://USER/NAME[@REVISION][/FILE], downloaded once into huggingface_hub's cache.
+
+    Without FILE: model.safetensors; else the only file of weights, of several the only one that
+    says "backbone", as the releases of this project have it, rather as .safetensors.
+
+    Raises:
+        CheckpointError: no such address, repository or file, no connection, several files to choose
+            from, or huggingface_hub is not installed. One line.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        raise CheckpointError(
+            f"{address} is no address of the hub, expected hf://USER/NAME or hf://USER/NAME/FILE"
+        )
+    repository, revision, name = match.groups()
+    try:
+        hub = import_optional("huggingface_hub", f"to read {address}")
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    try:
+        if name is None:
+            names = hub.HfApi().list_repo_files(repository, revision=revision)
+            name = _only_weights(names, address)
+        return Path(hub.hf_hub_download(repository, name, revision=revision))
+    except CheckpointError:
+        raise
+    except Exception as error:  # of its own, of its HTTP client's, of the disk
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(
+            f"{address} cannot be had from the hub: {reason}; check the address, the connection "
+            "and, for a private repository, `hf auth login`"
+        ) from error
+
+
+def _only_weights(names: list[str], address: str) -> str:
+    if "model.safetensors" in names:
+        return "model.safetensors"
+    for suffix in _WEIGHTS:
+        found = [name for name in names if name.endswith(suffix)]
+        backbones = [name for name in found if "backbone" in PurePosixPath(name).name]
+        for only in (found, backbones):
+            if len(only) == 1:
+                return only[0]
+        if found:
+            break
+    else:
+        found = []
+    raise CheckpointError(
+        f"{address} has {len(found)} files of weights"
+        + (f" ({', '.join(sorted(found)[:5])})" if found else "")
+        + f"; name one: {address}/FILE"
+    )
