@@ -8,6 +8,7 @@ nyu_depth_v2_labeled.mat (HDF5: needs h5py), with the official split beside it i
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from moco.data.file_list import Names
 from moco.data.folders import LeftOut, is_image
 from moco.data.images import ArrayImages, FolderImages, Images
 from moco.errors import DataError
@@ -47,7 +49,10 @@ class _Files(FolderImages):
     """Image files in a given order, without labels."""
 
     def __init__(self, root: Path, paths: list[Path]) -> None:
-        self.root, self.paths = root, list(map(str, paths))
+        self.root = root
+        self.paths = Names(
+            [[str(path.relative_to(root)) for path in paths]], prefix=os.path.join(root, "")
+        )
         self.left_out = LeftOut(root)
         self.targets, self.classes = None, []
 
