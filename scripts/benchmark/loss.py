@@ -39,7 +39,7 @@ CURVE_K = [(256, size) for size in (4096, 16384, 65536, 262144)]
 CURVE_N = [(n, 65536) for n in (32, 64, 128, 256, 512, 1024)]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time and memory of the queue losses")
     parser.add_argument("--queue", type=int, default=65536)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--memory-of", choices=["baseline", "ours"], help=argparse.SUPPRESS)
     timing.add_arguments(parser, repeats=15)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.memory_of:
         print(added_memory(args))
         return
