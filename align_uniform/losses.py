@@ -381,8 +381,8 @@ def products_by_onednn() -> bool:
 
     The product that `@` calls is MKL's, which makes do with AVX2 on AMD's processors: measured on
     two with AVX-512, it takes twice as long and about as long; on one with AVX2 only, oneDNN takes
-    10 to 25 % longer. The two round differently, so a run that is resumed must get the same one: what the machine is
-    decides, and not a measurement, which could turn out otherwise the next time.
+    10 to 25 % longer. The two round differently, so a run that is resumed must get the same one:
+    what the machine is decides, and not a measurement, which could turn out otherwise next time.
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return _ONEDNN_LINEAR is not None and has_avx512 and "AuthenticAMD" in _cpu_vendor()
