@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import functools
 import math
+import platform
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -373,18 +375,39 @@ def _blocks(keys: Tensor) -> Iterator[Tensor]:
         yield keys[start : start + size].contiguous()
 
 
+@functools.cache
+def products_by_onednn() -> bool:
+    """Whether sweeps multiply by oneDNN on this processor: AMD's with AVX-512 only.
+
+    The product that `@` calls is MKL's, which makes do with AVX2 on AMD's processors: measured on
+    two with AVX-512, it takes twice as long and about as long; on one with AVX2 only, oneDNN takes
+    10 to 25 % longer. The two round differently, so a run that is resumed must get the same one:
+    what the machine is decides, and not a measurement, which could turn out otherwise next time.
+    """
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return _ONEDNN_LINEAR is not None and has_avx512 and "AuthenticAMD" in _cpu_vendor()
+
+
+def _cpu_vendor() -> str:
+    """What the kernel says of the processor's maker: "vendor_id : AuthenticAMD"."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor()  # "AMD64 Family 25 Model 1 Stepping 1, AuthenticAMD"
+    with open(info, encoding="utf-8", errors="replace") as file:
+        return next((line for line in file if line.startswith("vendor_id")), "")
+
+
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.t() + bias: (n, c), (m, c) and (m,) -> (n, m). `a` is contiguous, `b` or its transpose.
 
-    On CPUs by oneDNN. The product that `@` calls is MKL's, which makes do with AVX2 on AMD's
-    processors: measured there, it takes twice as long.
+    By oneDNN or by what `@` calls, see `products_by_onednn`.
     """
     if (
-        _ONEDNN_LINEAR is not None
-        and a.device.type == "cpu"
+        a.device.type == "cpu"
         and a.dtype == torch.float32
         and torch.backends.mkldnn.enabled
         and not torch.compiler.is_compiling()
+        and products_by_onednn()
     ):
         return _ONEDNN_LINEAR(a, b, bias, "none", [], "")
     return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())

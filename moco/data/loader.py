@@ -6,7 +6,9 @@ between processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ from moco.data.images import in_memory
 from moco.data.samples import AugmentedViews, PlainImages
 from moco.errors import DataError
 from moco.stop import ignore_stop_signals
+
+AHEAD = 2  # batches that are copied to a GPU while it still works on those before
+T = TypeVar("T")
 
 
 class EpochBatches(Sampler):
@@ -138,15 +143,17 @@ class TrainLoader:
         return self._from_workers() if self.pixels is None else self._on_the_device()
 
     def _from_workers(self) -> Iterator[tuple]:
-        count = self.data.num_views
-        for batch in self.workers:
-            made = [view.to(self.device, non_blocking=True) for view in batch[:count]]
-            target, replaced = batch[count : count + 2]
-            if self.data.augment_on_device:
-                tables = batch[-1].to(self.device, non_blocking=True).unbind(1)
+        count, in_part = self.data.num_views, self.data.augment_on_device
+
+        def to_copy(batch: list) -> list[Tensor]:
+            return [*batch[:count], batch[-1]] if in_part else batch[:count]
+
+        for batch, copies in copied_ahead(self.workers, to_copy, self.device):
+            made, target, replaced = copies[:count], *batch[count : count + 2]
+            if in_part:
                 made = [
                     self.augment(crops, table, self.data.recipe)
-                    for crops, table in zip(made, tables, strict=True)
+                    for crops, table in zip(made, copies[-1].unbind(1), strict=True)
                 ]
             yield (*made, target, replaced)
 
@@ -171,6 +178,51 @@ class TrainLoader:
         iterator = None if self.pixels is not None else self.workers._iterator
         if iterator is not None and self.workers.num_workers:
             iterator._shutdown_workers()
+
+
+def copied_ahead(
+    batches: Iterable[T], to_copy: Callable[[T], list[Tensor]], device: torch.device
+) -> Iterator[tuple[T, list[Tensor]]]:
+    """Each batch, with its tensors `to_copy` on the device.
+
+    A GPU copies `AHEAD` batches, from pinned memory and in a stream of its own, while it computes.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch, [tensor.to(device) for tensor in to_copy(batch)]
+        return
+    stream = torch.cuda.Stream(device)
+
+    def start(batch: T) -> tuple[T, list[Tensor], torch.cuda.Event]:
+        with torch.cuda.stream(stream):
+            copies = [tensor.to(device, non_blocking=True) for tensor in to_copy(batch)]
+            return batch, copies, stream.record_event()
+
+    for batch, copies, copied in started_ahead(batches, start, AHEAD):
+        current = torch.cuda.current_stream(device)
+        current.wait_event(copied)
+        for tensor in copies:  # of the other stream's memory: not to be used again before this one
+            tensor.record_stream(current)  # is done with it
+        yield batch, copies
+
+
+def started_ahead(batches: Iterable[T], start: Callable[[T], Any], ahead: int) -> Iterator[Any]:
+    """`start(batch)` of each in order, called when up to `ahead` earlier ones are still to be
+    yielded. An error comes where the batch would have come that it belongs to."""
+    waiting: deque = deque()
+    source, error, ended = iter(batches), None, False
+    while waiting or not ended:
+        while not ended and len(waiting) <= ahead:
+            try:
+                waiting.append(start(next(source)))
+            except StopIteration:
+                ended = True
+            except Exception as caught:
+                error, ended = caught, True
+        if waiting:
+            yield waiting.popleft()
+    if error is not None:
+        raise error
 
 
 def _fits(array: np.ndarray, device: torch.device) -> bool:

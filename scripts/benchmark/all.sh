@@ -39,6 +39,7 @@ else
   if [ -n "$images" ]; then run data data.py "$images"; else run data data.py; fi
   run lincls lincls.py
   run file_list file_list.py
+  run saving saving.py
 fi
 if [ -n "$failed" ]; then
   echo "failed:$failed" >&2

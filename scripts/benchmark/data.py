@@ -35,14 +35,14 @@ from moco.data.images import ArrayImages, FolderImages, Subset
 from moco.errors import DataError
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="pairs of views per second and core")
     parser.add_argument("data", nargs="?", metavar="DIR", help="folder with JPEGs")
     parser.add_argument("--images", type=int, default=50, help="%(default)s, spread over DIR")
     parser.add_argument("--image-size", type=int, default=224, help="of a view (%(default)s)")
     parser.add_argument("--batch", type=int, help="of the device (256 on a GPU, 32 on a CPU)")
     timing.add_arguments(parser, repeats=7)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

@@ -30,13 +30,13 @@ from moco.data.images import FolderImages, names_digest
 from moco.run_files import write_json
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="list a folder as large as ImageNet")
     parser.add_argument("--images", type=int, default=1281167, metavar="N", help="%(default)s")
     parser.add_argument("--classes", type=int, default=1000, metavar="N", help="%(default)s")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="made by an earlier call, kept")
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         root = args.folder or Path(temporary)
         if not any(root.glob("*")):

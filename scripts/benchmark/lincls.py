@@ -43,7 +43,7 @@ BATCH, CLASSES = 256, 1000  # of training the classifiers
 RATES = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time of a linear probe")
     parser.add_argument("-a", "--arch", default="resnet50")
     parser.add_argument("--image-size", type=int, default=224)
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--data", type=Path, help="folder of photographs (default: made up)")
     timing.add_arguments(parser, repeats=7)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         if args.data is None:
             timing.write_photographs(Path(folder) / "photographs", args.images)

@@ -4,19 +4,23 @@
     python scripts/benchmark/loss.py [--out FILE.json]
     python scripts/benchmark/loss.py --curve [--out FILE.json]     how they grow with K and with N
 
-The limit is arithmetic: two products of 2NKC flops (three with the ranks, which are counted in a
-sweep of their own, as only print steps ask for them) at the rate of a large product here. Memory is
-what a step adds to the peak of a process that has just started.
+On a CPU also against ours with the other of torch's two products (oneDNN's and that of `@`), as a
+check of `losses.products_by_onednn`. The limit is arithmetic: two products of 2NKC flops (three
+with the ranks, which are counted in a sweep of their own, as only print steps ask for them) at the
+rate of a large product here. Memory is what a step adds to the peak of a process that has just
+started.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +39,12 @@ from align_uniform import (
 from moco import timing
 
 LOSSES = ("align+uniform", "InfoNCE", "InfoNCE+top1,5")
+HAS_ONEDNN = losses._ONEDNN_LINEAR is not None
 CURVE_K = [(256, size) for size in (4096, 16384, 65536, 262144)]
 CURVE_N = [(n, 65536) for n in (32, 64, 128, 256, 512, 1024)]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time and memory of the queue losses")
     parser.add_argument("--queue", type=int, default=65536)
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 256])
@@ -49,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--memory-of", choices=["baseline", "ours"], help=argparse.SUPPRESS)
     timing.add_arguments(parser, repeats=15)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.memory_of:
         print(added_memory(args))
         return
@@ -57,48 +62,67 @@ def main() -> None:
     rate = product_rate(args.device)
     table = timing.Table(
         f"queue losses, forward and backward, C={args.dim}, float32; "
-        f"large product {rate / 1e9:.0f} Gflop/s"
+        f"large product {rate / 1e9:.0f} Gflop/s; ours multiplies by {product_name(args.device)}"
     )
     if args.curve:
         cases = [("align+uniform", n, size) for n, size in CURVE_K + CURVE_N]
     else:
         cases = [(loss, n, args.queue) for loss in LOSSES for n in args.batch]
     for loss, n, size in cases:
-        table.add(compare(loss, n, size, args, rate))
+        for row in compare(loss, n, size, args, rate):
+            table.add(row)
     memory = []
     for n in [] if args.curve else args.batch:
         theirs, own = (memory_in_a_process(which, n, args) for which in ("baseline", "ours"))
         memory.append({"N": n, "K": args.queue, "baseline_MiB": theirs, "ours_MiB": own})
         print(f"memory of align+uniform N={n}: baseline {theirs:.1f} MiB, ours {own:.1f} MiB")
-    table.write(args.out, product_rate=rate, memory=memory)
+    table.write(args.out, product_rate=rate, memory=memory, product=product_name(args.device))
+
+
+def product_name(device: str) -> str:
+    if device != "cpu":
+        return "@"
+    return "oneDNN" if losses.products_by_onednn() else "@"
+
+
+def by_onednn(used: bool) -> contextlib.AbstractContextManager:
+    """Within, sweeps on a CPU multiply by oneDNN or by `@`, whatever the processor."""
+    return mock.patch.object(losses, "products_by_onednn", lambda: used)
 
 
 def product_rate(device: str, size: int = 2048) -> float:
     """Flops per second of a square float32 product, by the faster of torch's two libraries on a
     CPU; medians of 9."""
     a = torch.randn(size, size, device=device)
-    times = timing.interleaved(
-        {"@": lambda: a @ a, "onednn": lambda: losses._product(a, a)}, repeats=9, device=device
-    )
+    with by_onednn(HAS_ONEDNN):
+        times = timing.interleaved(
+            {"@": lambda: a @ a, "onednn": lambda: losses._product(a, a)}, repeats=9, device=device
+        )
     return 2 * size**3 / min(map(statistics.median, times.values()))
 
 
-def compare(loss: str, n: int, size: int, args: argparse.Namespace, rate: float) -> timing.Row:
-    """One loss at batch n against a queue of `size` keys."""
+def compare(
+    loss: str, n: int, size: int, args: argparse.Namespace, rate: float
+) -> list[timing.Row]:
+    """One loss at batch n against a queue of `size` keys, and by the other product."""
     times = timing.interleaved(steps(loss, n, size, args), repeats=args.repeats, device=args.device)
     products = 3 if loss == "InfoNCE+top1,5" else 2
-    return timing.row(
-        f"{loss} N={n} K={size}",
-        times["baseline"],
-        times["ours"],
-        floor=products * 2 * n * size * args.dim / rate,
-        limited_by=f"{products} products",
-        more={"loss": loss, "N": n, "K": size, "C": args.dim},
-    )
+    return [
+        timing.row(
+            f"{loss} N={n} K={size}" if other == "baseline" else f"  against ours by {other}",
+            times[other],
+            times["ours"],
+            floor=products * 2 * n * size * args.dim / rate,
+            limited_by=f"{products} products",
+            more={"loss": loss, "N": n, "K": size, "C": args.dim},
+        )
+        for other in times
+        if other != "ours"
+    ]
 
 
 def steps(loss: str, n: int, size: int, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Forward and backward of a loss, the baseline's way and ours."""
+    """Forward and backward of a loss: the baseline's way, ours, and ours by the other product."""
     torch.manual_seed(0)
     x = torch.randn(n, args.dim, device=args.device, requires_grad=True)
     k = F.normalize(torch.randn(n, args.dim, device=args.device), dim=1)
@@ -128,7 +152,15 @@ def steps(loss: str, n: int, size: int, args: argparse.Namespace) -> dict[str, C
         x.grad = None
         value.backward()
 
-    return {"baseline": theirs, "ours": ours}
+    def by_the_other() -> None:
+        with by_onednn(not chosen):
+            ours()
+
+    variants = {"baseline": theirs, "ours": ours}
+    chosen = losses.products_by_onednn()
+    if args.device == "cpu" and HAS_ONEDNN:
+        variants["@" if chosen else "oneDNN"] = by_the_other
+    return variants
 
 
 def memory_in_a_process(which: str, n: int, args: argparse.Namespace) -> float:

@@ -22,35 +22,41 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moco import checkpoint, encoders, timing
-from moco.builder import MoCo
+from moco.config import Encoder, Placement, PretrainConfig, PretrainData
 from moco.log import Means
-from moco.train.state import BackgroundWriter, Run
+from moco.run_files import write_json
+from moco.tasks.moco import MoCoTask
+from moco.train.saver import BackgroundWriter
+from moco.train.state import TrainState
 
 STEPS, BATCH = 5004, 256  # one epoch of ImageNet
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="what saving takes away from training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("-a", "--arch", default="resnet50", help="%(default)s")
+    parser.add_argument("--queue", type=int, default=65536, help="%(default)s")
     parser.add_argument("--images-per-s", type=float, default=1000, help="of the training")
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="to save in (default: a temporary one)")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write JSON")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="saving-") as folder:
-        measure(torch.device(args.device), Path(folder), args.saves, args.images_per_s)
+        measure(torch.device(args.device), Path(folder), args)
 
 
-def measure(device: torch.device, folder: Path, saves: int, images_per_s: float) -> None:
-    run, work = imagenet_run(device), small_work(device)
+def measure(device: torch.device, folder: Path, args: argparse.Namespace) -> None:
+    state, work = state_of_a_run(args.arch, args.queue, device), small_work(device)
     alone = statistics.median(
         timing.interleaved({"": work}, repeats=20, warmup=5, device=device)[""]
     )
     writer = BackgroundWriter(folder, keep_last=2, keep_every=0)
     waits, slowdowns = [], []
-    for step in range(1, saves + 1):
+    for step in range(1, args.saves + 1):
         path = checkpoint.step_path(folder, step)
         began = time.perf_counter()
-        writer.write(path, run.state({"arch": "resnet50"}))
+        writer.write(path, state.content({"arch": args.arch}))
         timing.synchronize(device)
         waits.append(time.perf_counter() - began)
         began, pieces = time.perf_counter(), 0
@@ -66,28 +72,30 @@ def measure(device: torch.device, folder: Path, saves: int, images_per_s: float)
             flush=True,
         )
     wait, slowdown = statistics.median(waits), statistics.median(slowdowns)
-    cost, epoch = wait + slowdown, STEPS * BATCH / images_per_s
+    cost, epoch = wait + slowdown, STEPS * BATCH / args.images_per_s
     print(
         f"\n{path.stat().st_size / 2**20:.0f} MiB on {device}, {torch.get_num_threads()} threads: "
         f"{wait:.3f} s waited + {slowdown:.3f} s slowed "
-        f"down = {cost:.3f} s per save (medians of {saves})\n"
-        f"at {images_per_s:g} images/s an epoch takes {epoch:.0f} s: a save per epoch takes "
+        f"down = {cost:.3f} s per save (medians of {args.saves})\n"
+        f"at {args.images_per_s:g} images/s an epoch takes {epoch:.0f} s: a save per epoch takes "
         f"{100 * cost / epoch:.3f} %, one per 30 minutes {100 * cost / 1800:.3f} %"
     )
+    if args.out:
+        found = {"waited_s": waits, "slowed_s": slowdowns, "bytes": path.stat().st_size}
+        write_json(args.out, {"machine": timing.machine(), **found})
 
 
-def imagenet_run(device: torch.device) -> Run:
-    """The run whose state is saved, with the optimizer's momentum filled in."""
-    moco = MoCo(
-        lambda num_classes: encoders.build_encoder("resnet50", num_classes, bn_splits=1),
-        K=65536, align_alpha=2, unif_t=3, mlp=True,
-    ).to(device)  # fmt: skip
-    optimizer = torch.optim.SGD(moco.parameters(), 0.03, momentum=0.9)
-    for parameter in moco.encoder_q.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return Run(moco, optimizer, torch.amp.GradScaler(device.type, enabled=False), Means())
+def state_of_a_run(arch: str, queue: int, device: torch.device) -> TrainState:
+    """What is saved; the optimizer's momentum is there from the start."""
+    config = PretrainConfig(
+        data=PretrainData(data="unused"),
+        encoder=Encoder(arch=arch, moco_k=queue, mlp=True),
+        placement=Placement(devices=(str(device),)),
+    )
+    task = MoCoTask(config)
+    moco = task.build_module().to(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=False)
+    return TrainState(task, moco, task.build_optimizer(moco), scaler, Means())
 
 
 def small_work(device: torch.device) -> Callable[[], None]:

@@ -27,13 +27,13 @@ from moco import distributed, timing
 from moco.launch import launch, visible_devices
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time of the key shuffle")
     parser.add_argument("--ranks", type=int, default=2, help="processes; GPUs are used one each")
     parser.add_argument("--batch", type=int, default=32, help="images on each rank")
     parser.add_argument("--image-size", type=int, default=224)
     timing.add_arguments(parser, repeats=15)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.ranks < 2:
         parser.error(f"--ranks {args.ranks}: one process sends nothing; use at least 2")
     if args.device.startswith("cuda"):

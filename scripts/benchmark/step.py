@@ -19,7 +19,6 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -30,20 +29,32 @@ import baseline
 
 from moco import encoders, timing
 from moco.builder import MoCo
-from moco.data.views import IMAGENET_MEAN, IMAGENET_STD
+from moco.config import (
+    Encoder,
+    Objective,
+    Placement,
+    PretrainConfig,
+    PretrainData,
+    PretrainOptim,
+    Speed,
+    Views,
+)
 from moco.log import Means
-from moco.train import guards
-from moco.train import step as training
-from moco.train.state import BackgroundWriter, Run
+from moco.precision import half_precision, kernels, memory_format
+from moco.tasks.moco import MoCoTask
+from moco.train.guards import StepGuard
+from moco.train.optimizer import fused_sgd
+from moco.train.saver import BackgroundWriter
+from moco.train.state import TrainState
+from moco.train.step import train_step
 
 CASES = {
     "cpu": ["resnet18:64:32", "resnet50:224:8"],
     "cuda": ["resnet50:224:256", "resnet50:224:32"],
 }
-CHECK_FREQ = 10  # steps between looks at the numbers on a GPU, as with the default --print-freq
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="time of a whole training step")
     parser.add_argument("--cases", type=case, nargs="+", metavar="ARCH:PX:N",
                         help="encoder, image size and batch (by device)")  # fmt: skip
@@ -52,7 +63,7 @@ def main() -> None:
     parser.add_argument("--amp", choices=("off", "bf16"), help="of ours (bf16 on a GPU)")
     parser.add_argument("--compile", action="store_true", help="ours compiled as well")
     timing.add_arguments(parser, repeats=7)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     args.amp = args.amp or ("bf16" if device.type == "cuda" else "off")
     cases = args.cases or [case(text) for text in CASES[device.type]]
@@ -61,7 +72,7 @@ def main() -> None:
         f"{args.amp} and {args.bn_splits} batch-norm group(s)",
         width=46,
     )
-    with training.kernels(deterministic=False):
+    with kernels(deterministic=False):
         for arch, size, n in cases:
             steps(table, arch, size, n, device, args)
         for arch in dict.fromkeys(arch for arch, _, _ in cases):
@@ -97,14 +108,14 @@ def steps(
     floats = [image.float() / 127.5 - 1 for image in pixels]
     last = [image.contiguous(memory_format=torch.channels_last) for image in floats]
 
-    own = our_step(arch, size, args, device, compiled=False)
+    own, encoder = our_step(arch, size, n, args, device, compiled=False)
     variants: dict[str, Callable[[], object]] = {
         "baseline": bind(baseline_step(arch, size, args, device), floats),
         "ours": bind(own, pixels),
-        "convolutions": convolutions(own.moco.encoder_q, last[0], args),
+        "convolutions": convolutions(encoder, last[0], args),
     }
     if args.compile:
-        compiled = our_step(arch, size, args, device, compiled=True)
+        compiled, _ = our_step(arch, size, n, args, device, compiled=True)
         variants["ours, compiled"] = bind(compiled, pixels)
     if device.type == "cuda":
         tuned = baseline_step(arch, size, args, device, tuned=True)
@@ -137,44 +148,39 @@ def bind(step: Callable[..., object], images: list[Tensor]) -> Callable[[], obje
     return lambda: step(*images)
 
 
-def base_encoder(arch: str, size: int, splits: int = 1) -> Callable[..., nn.Module]:
-    return lambda num_classes: encoders.build_encoder(
-        arch, num_classes, image_size=size, bn_splits=splits
-    )
+def base_encoder(arch: str, size: int) -> Callable[..., nn.Module]:
+    return lambda num_classes: encoders.build_encoder(arch, num_classes, image_size=size)
 
 
 def our_step(
-    arch: str, size: int, args: argparse.Namespace, device: torch.device, *, compiled: bool
-) -> Callable[[Tensor, Tensor], None]:
-    """The step of main_moco.py, by its own functions."""
-    options = SimpleNamespace(
-        lr=0.03, momentum=0.9, weight_decay=1e-4, accumulate=1, symmetric=False, amp=args.amp,
-        contr_w=0.0, align_w=1.0, unif_w=1.0, channels_last=True,
-        mean=IMAGENET_MEAN, std=IMAGENET_STD,
-    )  # fmt: skip
-    moco = MoCo(
-        base_encoder(arch, size, args.bn_splits), 128, args.queue, align_alpha=2, unif_t=3, mlp=True
+    arch: str, size: int, n: int, args: argparse.Namespace, device: torch.device, *, compiled: bool
+) -> tuple[Callable[[Tensor, Tensor], None], nn.Module]:
+    """The step of main_moco.py, by its own functions; and the query encoder."""
+    config = PretrainConfig(
+        data=PretrainData(data="unused"),
+        objective=Objective(align_w=1, unif_w=1),
+        encoder=Encoder(arch=arch, moco_k=args.queue, mlp=True, bn_splits=str(args.bn_splits)),
+        views=Views(image_size=size),
+        optim=PretrainOptim(batch_size=n, amp=args.amp, seed=0),
+        speed=Speed(channels_last=True),
+        placement=Placement(devices=(str(device),)),
     )
-    moco.to(device, memory_format=training.memory_format(options))
-    moco.prepare = training.preparation(options, device)
-    if compiled:
-        moco.encoder_q.compile()
-        moco.encoder_k.compile()
+    task = MoCoTask(config)
+    moco = task.build_module().to(device, memory_format=memory_format(True))
+    task.on_device(moco, device)
+    for module in task.compiled(moco) if compiled else ():
+        module.compile()
     scaler = torch.amp.GradScaler(device.type, enabled=False)
-    run = Run(moco, training.fused_sgd(moco, options), scaler, Means())
-    guard = guards.StepGuard(run, BackgroundWriter(Path(), keep_last=1, keep_every=0), 0)
-    check_freq = guards.steps_between_checks(device, CHECK_FREQ)
+    state = TrainState(task, moco, task.build_optimizer(moco), scaler, Means())
+    guard = StepGuard(state, BackgroundWriter(Path(), keep_last=1, keep_every=0), 0)
 
     def step(im_q: Tensor, im_k: Tensor) -> None:
-        run.optimizer.zero_grad()
-        losses, loss = training.forward_and_backward(moco, im_q, im_k, device, options, guard)
-        guard.step(losses, loss, 0)
-        run.step += 1
-        if run.step % check_freq == 0:
+        train_step(task, moco, state, guard, (im_q, im_k))
+        state.step += 1
+        if state.step >= guard.looks.next:
             guard.check(False, False)
 
-    step.moco = moco
-    return step
+    return step, moco.encoder_q
 
 
 def baseline_step(
@@ -190,7 +196,7 @@ def convolutions(
     encoder: nn.Module, images: Tensor, args: argparse.Namespace
 ) -> Callable[[], None]:
     """All convolutions of a step with the inputs that they get there, and nothing else."""
-    dtype = torch.bfloat16 if args.amp == "bf16" else torch.float32
+    dtype = half_precision(args.amp) or torch.float32
     as_ours = {"dtype": dtype, "memory_format": torch.channels_last}
     seen: list[tuple[nn.Conv2d, Tensor]] = []
 
@@ -259,9 +265,8 @@ def lightly_step(
 
 def parts(table: timing.Table, arch: str, device: torch.device, args: argparse.Namespace) -> None:
     """The momentum update and the optimizer; limited by the bytes that must be read and written."""
-    options = SimpleNamespace(lr=0.03, momentum=0.9, weight_decay=1e-4)
     moco = MoCo(base_encoder(arch, 224), 128, 1, align_alpha=2, mlp=True).to(device)
-    ours = training.fused_sgd(moco, options)
+    ours = fused_sgd(moco, PretrainOptim())
     theirs = torch.optim.SGD(
         moco.encoder_q.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, foreach=False
     )

@@ -27,6 +27,7 @@ from align_uniform import (
 )
 from align_uniform._checks import UnitLengthWarning
 from align_uniform.bounds import uniformity_infimum
+from align_uniform.losses import products_by_onednn
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of q (N, C), k (N, C) and queue (C, K)
 
@@ -318,10 +319,12 @@ def test_queue_may_be_overwritten_before_backward(name: str) -> None:
 def test_both_matrix_products_are_right(
     name: str, onednn: bool, block_size: int, n: int, c: int, size: int, monkeypatch
 ) -> None:
-    """float32 on a CPU goes through oneDNN unless it is switched off; also for rows, columns and
-    blocks of one, and with queries and keys that lie in memory in other orders."""
+    """float32 on a CPU goes through oneDNN or through `@`; also for rows, columns and blocks of
+    one, and with queries and keys that lie in memory in other orders."""
+    if onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("a torch without oneDNN")
     monkeypatch.setattr("align_uniform.losses.BLOCK_SIZE", block_size)
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", onednn)
+    monkeypatch.setattr("align_uniform.losses.products_by_onednn", lambda: onednn)
     q, k, queue = (x.float() for x in batch(n, c, size))
     q, k = 0.9 * q, 0.8 * k  # of unit rows with C = 1, the positive ties with half of the queue
     for keys in (queue, queue.t().contiguous().t()):
@@ -335,6 +338,25 @@ def test_both_matrix_products_are_right(
     own = (q.double() * k.double()).sum(dim=1, keepdim=True)
     nearer = (q.double() @ queue.double() > own).sum(dim=1)
     assert contrastive_rank(by_columns, k, queue).tolist() == nearer.tolist()
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "chosen"),
+    [
+        ("AVX512", "vendor_id\t: AuthenticAMD\n", True),
+        ("AVX2", "vendor_id\t: AuthenticAMD\n", False),
+        ("AVX512", "vendor_id\t: GenuineIntel\n", False),
+        ("DEFAULT", "", False),
+    ],
+)
+def test_the_machine_decides_on_the_product(
+    capability: str, vendor: str, chosen: bool, monkeypatch
+) -> None:
+    """A measurement might decide otherwise when a run is resumed."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("align_uniform.losses._cpu_vendor", lambda: vendor)
+    monkeypatch.setattr("align_uniform.losses._ONEDNN_LINEAR", object())
+    assert products_by_onednn.__wrapped__() is chosen
 
 
 @each_loss

@@ -324,3 +324,39 @@ def test_eval_loader_gives_images_in_order():
 
 def data_of(data: PlainImages) -> list[tuple[torch.Tensor, int]]:
     return [data[i] for i in range(len(data))]
+
+
+# ---- Batches on their way to a GPU --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [0, 2, 9])
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_batches_are_started_ahead_in_order(ahead, count):
+    """Never more than asked for, and none beyond those that there are."""
+    started, seen = [], []
+    for batch in loader.started_ahead(range(count), lambda b: started.append(b) or b, ahead):
+        seen.append(batch)
+        assert started == list(range(min(count, batch + 1 + ahead)))
+    assert seen == started == list(range(count))
+
+
+@pytest.mark.parametrize("of_the_copy", [False, True])
+def test_an_error_comes_where_its_batch_would_have(of_the_copy):
+    """Of a loader process, or of the copy: the steps before it are done."""
+    seen = []
+
+    def batches():
+        for batch in range(5):
+            if batch == 3 and not of_the_copy:
+                raise DataError("no batch 3")
+            yield batch
+
+    def start(batch):
+        if batch == 3:
+            raise DataError("no batch 3")
+        return batch
+
+    with pytest.raises(DataError, match="no batch 3"):
+        for batch in loader.started_ahead(batches(), start, 2):
+            seen.append(batch)
+    assert seen == [0, 1, 2]
