@@ -61,18 +61,26 @@ def shuffle(images: Tensor, permutation: Tensor) -> Tensor:
 
 class Step:
     """One whole training step of a single process: momentum update in a Python loop, keys shuffled
-    by gathering all images, the losses above, torch's plain SGD.
+    by gathering all images, one of the losses above, torch's plain SGD.
 
     Args:
         encoder_q, encoder_k: networks of equal weights.
         queue_size, dim: of the queue of keys, (dim, queue_size).
         amp: encoders under bf16 autocast.
+        tau: of InfoNCE, with its hits; None trains align + uniform.
     """
 
     def __init__(
-        self, encoder_q: nn.Module, encoder_k: nn.Module, queue_size: int, dim: int, *, amp: bool
+        self,
+        encoder_q: nn.Module,
+        encoder_k: nn.Module,
+        queue_size: int,
+        dim: int,
+        *,
+        amp: bool,
+        tau: float | None = None,
     ) -> None:
-        self.encoder_q, self.encoder_k, self.amp = encoder_q, encoder_k, amp
+        self.encoder_q, self.encoder_k, self.amp, self.tau = encoder_q, encoder_k, amp, tau
         device = next(encoder_q.parameters()).device
         self.queue = F.normalize(torch.randn(dim, queue_size, device=device), dim=0)
         self.pointer = 0
@@ -88,7 +96,10 @@ class Step:
                 permutation = torch.randperm(len(im_k), device=im_k.device)
                 k = F.normalize(self.encoder_k(shuffle(im_k, permutation)), dim=1)
                 k = k[permutation.argsort()]
-        loss = align_uniform(q.float(), k.float(), self.queue, 3)
+        if self.tau is None:
+            loss = align_uniform(q.float(), k.float(), self.queue, 3)
+        else:
+            loss, _ = info_nce(q.float(), k.float(), self.queue, self.tau)
         self.enqueue(k)
         self.optimizer.zero_grad()
         loss.backward()

@@ -6,8 +6,8 @@
 DIR is a folder with JPEGs of the size they are trained on; without one, smooth random pictures of
 ImageNet's mean size are written and read. One core and one thread, file to uint8 or float tensor,
 variants in turn. `cpu` makes the whole view by Pillow (`--views cpu`), `device` only decodes and
-crops (`--views device`); what is then left to the device is timed apart, per batch. The limit is to
-decode each image once and do nothing else.
+crops (`--views device`); what is then left to the device is timed apart, per batch, and beside
+kornia where that is installed. The limit is to decode each image once and do nothing else.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
         )
     )  # fmt: skip
     batch = args.batch or (256 if device.type == "cuda" else 32)
-    finishing = finish_ms(by_device, batch, device, args.repeats)
+    finishing = finished(table, by_device, batch, device, args.repeats)
     print(
         f"the device's part on {device}: {finishing:.1f} ms for {batch} pairs "
         f"({1e3 * batch / finishing:.0f} pairs/s)"
@@ -129,7 +129,13 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
     )
 
 
-def finish_ms(data: loader.AugmentedViews, batch: int, device: torch.device, repeats: int) -> float:
+def finished(
+    table: timing.Table,
+    data: loader.AugmentedViews,
+    batch: int,
+    device: torch.device,
+    repeats: int,
+) -> float:
     """Milliseconds in which the device finishes both views of a batch."""
     samples = data.__getitems__([(0, i % len(data)) for i in range(batch)])
     crops = [torch.stack([sample[view] for sample in samples]).to(device) for view in (0, 1)]
@@ -139,7 +145,34 @@ def finish_ms(data: loader.AugmentedViews, batch: int, device: torch.device, rep
         for crop, params in zip(crops, tables, strict=True):
             device_views.augment_on_device(crop, params, data.recipe)
 
-    return median_ms(both, device, repeats)
+    variants: dict[str, Callable[[], object]] = {"ours": both}
+    augment = kornia_augmentation()
+    if augment:
+        variants["kornia"] = lambda: [augment(crop.float() / 255) for crop in crops]
+    times = timing.interleaved(variants, repeats=repeats, warmup=1, device=device)
+    if augment:
+        table.add(
+            timing.row(
+                f"the device's part, {batch} pairs; kornia", times["kornia"], times["ours"],
+                items=batch, unit="pairs/s",
+            )
+        )  # fmt: skip
+    return 1e3 * statistics.median(times["ours"])
+
+
+def kornia_augmentation() -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The same colour jitter, greyscale, blur (as wide as ours) and flip by kornia's classes."""
+    try:
+        import kornia.augmentation as K
+    except ImportError:
+        print("kornia is not installed: its augmentation is left out")
+        return None
+    return K.AugmentationSequential(
+        K.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=0.5),
+        K.RandomHorizontalFlip(p=0.5),
+    )
 
 
 def small_ms(batch: int, device: torch.device, repeats: int) -> float:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import sys
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -400,6 +401,9 @@ def differences(recipe: Recipe, params: ViewParams, images: list[Image.Image]) -
     crops = as_tensor(images)
     before = crops.clone()
     ours = augment_on_device(crops, params.as_tensor(), recipe)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        at_once = augment_on_device(crops, params.as_tensor(), recipe)
+    assert torch.equal(ours, at_once), "all images at once, as on a GPU"
     assert ours.dtype == torch.uint8 and torch.equal(crops, before)
     wanted = as_tensor([pil_view(image, recipe, params, i) for i, image in enumerate(images)])
     return ours.int() - wanted.int()
