@@ -67,7 +67,7 @@ def counted_exchange(output, input, sizes, *more):
     row = output[0].numel() * output.element_size()
     note("shuffle", row * sum(s for r, s in enumerate(sizes) if r != dist.get_rank()))
     exchange(output, input, sizes, *more)
-def counted_gather(output, input):
+def counted_gather(output, input, group=None):
     if input.shape[1:] == (32,):  # keys
         note("gather", output.nbytes - input.nbytes)
     gather(output, input)
