@@ -63,11 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-size", type=count, metavar="PX", help="default: the checkpoint's")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"))
-    add("--seed", type=int, default=0, help="of the views (%(default)s)")
+    add("--seed", type=cli.seed, default=0, help="of the views (%(default)s)")
     add("--batch-size", type=count, default=256)
     add("-j", "--workers", type=int, default=usable_cores())
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, metavar="FILE", help="also write the result as JSON")
+    add("--out", type=cli.new_file, metavar="FILE", help="also write the result as JSON")
     add("--json", action="store_true", help="print JSON instead of the table")
     return parser
 
@@ -144,10 +144,8 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--bank is for --features; with a CHECKPOINT the bank is DIR/train")
     if args.timm and args.layer == "projection":
         parser.error("timm's models have no projection head; leave --layer projection out")
-    if args.seed < 0 or args.workers < 0:
-        parser.error("--seed and --workers must not be negative")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"no such folder for --out: {args.out.parent}")
+    if args.workers < 0:
+        parser.error("--workers must not be negative")
     if args.mean or args.std:
         try:
             check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
