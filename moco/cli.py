@@ -55,7 +55,14 @@ from moco.launch import place, usable_cores
 from moco.packages import import_optional
 from moco.precision import channels_last_helps
 from moco.printable import printable
-from moco.run_files import ARGS, FAILED_STATE, LINCLS_LATEST, LINCLS_RESULT
+from moco.run_files import (
+    ARGS,
+    DEPTH_RESULT,
+    DEPTH_STATE,
+    FAILED_STATE,
+    LINCLS_LATEST,
+    LINCLS_RESULT,
+)
 
 # ------------------------------------------------------------------------------------------------
 # Parser and types of arguments
@@ -123,6 +130,23 @@ def folder(text: str) -> Path:
     if path.exists() and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a file, expected a folder")
     return path
+
+
+def new_file(text: str) -> Path:
+    """argparse type of --out, a file to write: whether it can be is known before work starts."""
+    path = Path(non_empty(text))
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, expected a file to write")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no such folder for --out: {path.parent}")
+    return path
+
+
+def seed(text: str) -> int:
+    """argparse type of a seed, as all generators take it."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"--seed must be at least 0 and below 2^63, got {text}")
+    return int(text)
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -380,7 +404,7 @@ def _pretrain_folder(parser: argparse.ArgumentParser, config: Any, name: str) ->
     """The run folder, `name`, batch size and the time where none is given, and the checkpoint to go
     on from: a path, "auto" or None."""
     saving, init_from = config.saving, config.optim.init_from
-    check_run_folder(parser, saving, pretraining=True)
+    check_run_folder(parser, saving.save_dir, saving.resume, "pretraining")
     resume, run = saving.resume, saving.save_dir
     checkpoint = resume
     if resume == "auto":
@@ -523,7 +547,7 @@ def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
 
 
 def _lincls_resume(parser: argparse.ArgumentParser, saving: Folder) -> Folder:
-    check_run_folder(parser, saving, pretraining=False)
+    check_run_folder(parser, saving.save_dir, saving.resume, "lincls")
     if saving.resume != "auto":
         return saving
     latest = saving.save_dir / LINCLS_LATEST
@@ -550,18 +574,25 @@ def pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | 
 # ------------------------------------------------------------------------------------------------
 
 
-def check_run_folder(parser: argparse.ArgumentParser, saving: Folder, *, pretraining: bool) -> None:
-    """Never start over in a folder that holds a run, nor mix two runs in one."""
-    folder = saving.save_dir
+def check_run_folder(
+    parser: argparse.ArgumentParser, folder: Path | None, resume: str | None, kind: str
+) -> None:
+    """Never start over in a folder that holds a run, nor mix two runs in one.
+
+    Args:
+        kind: of the run that is to be there: "pretraining", "lincls" or "depth".
+    """
     if folder is None:
         return
-    pretrained = [path.name for path in run_checkpoints(folder)]
-    probed = [name for name in (LINCLS_RESULT, LINCLS_LATEST) if (folder / name).exists()]
-    own, other = (pretrained, probed) if pretraining else (probed, pretrained)
-    continued = saving.resume == "auto" or (
-        saving.resume and Path(saving.resume).resolve().parent == folder.resolve()
-    )
-    if pretraining and not own and (folder / ARGS).exists():
+    held = {
+        "pretraining": [path.name for path in run_checkpoints(folder)],
+        "lincls": [name for name in (LINCLS_RESULT, LINCLS_LATEST) if (folder / name).exists()],
+        "depth": [name for name in (DEPTH_RESULT, DEPTH_STATE) if (folder / name).exists()],
+    }
+    own = held.pop(kind)
+    other = [name for names in held.values() for name in names]
+    continued = resume == "auto" or (resume and Path(resume).resolve().parent == folder.resolve())
+    if kind == "pretraining" and not own and (folder / ARGS).exists():
         own = [ARGS]  # that run may be in its first epoch
     if other or (own and not continued):
         parser.error(

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=default.lr, help="of Adam (%(default)s)")
     add("--schedule", type=cli.numbers, default=default.schedule, metavar="EPOCH ...",
         help="where the learning rate drops to a fifth")  # fmt: skip
-    add("--seed", type=int, default=default.seed)
+    add("--seed", type=cli.seed, default=default.seed)
     add("--save-dir", type=cli.folder, metavar="RUN", help="results/depth-<time>")
     add("--resume", choices=("auto",), help="go on with what is in --save-dir")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -59,12 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if value is not None and value < least:
             flag = name.replace("_", "-")
             parser.error(f"--{flag} must be at least {least}, got {value}")
+    if any(epoch < 0 for epoch in args.schedule):
+        parser.error(f"--schedule must be epochs of at least 0, got {min(args.schedule)}")
     if not 0 < args.lr < float("inf"):
         parser.error(f"--lr must be positive, got {args.lr:g}")
     if not Path(args.data).is_dir():
         parser.error(f"no such data folder: {args.data}")
     if args.resume and args.save_dir is None:
         parser.error("--resume auto looks into the run folder: give --save-dir")
+    cli.check_run_folder(parser, args.save_dir, args.resume, "depth")
     pretrained = cli.pretrained_file(parser, args.pretrained)
     try:
         device = visible_devices(args.device, None)[0]

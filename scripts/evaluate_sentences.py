@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=400, metavar="N", help="sentences at a time (%(default)s)"
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, metavar="FILE", help="write the result as JSON")
+    add("--out", type=cli.new_file, metavar="FILE", help="write the result as JSON")
     add("--json", action="store_true", help="print JSON instead of the line")
     return parser
 
@@ -56,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no such checkpoint: {args.checkpoint}")
     if args.batch_size < 1:
         parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"no such folder for --out: {args.out.parent}")
     try:
         device = visible_devices(args.device, None)[0]
     except ValueError as error:

@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="features of unit length")
     add("--views", type=int, choices=(1, 2), default=1,
         help="1: centre crops (default); 2: two random views of each image")
-    add("--seed", type=int, default=0, help="of --views 2 (%(default)s)")
+    add("--seed", type=cli.seed, default=0, help="of --views 2 (%(default)s)")
     add("--image-size", type=int, metavar="PX", help="default: the checkpoint's")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
         help="default: the checkpoint's, else ImageNet's")
@@ -82,7 +82,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{args.out} exists; --overwrite replaces a file, or choose another OUT")
     if not Path(args.data).is_dir():
         parser.error(f"no such data folder: {args.data}")
-    least = {"images_per_class": 1, "image_size": 1, "batch_size": 1, "workers": 0, "seed": 0}
+    least = {"images_per_class": 1, "image_size": 1, "batch_size": 1, "workers": 0}
     for name, smallest in least.items():
         value = getattr(args, name)
         if value is not None and value < smallest:

@@ -69,11 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--image-size", type=count, metavar="PX", help="default: the checkpoint's")
     add("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
     add("--std", type=float, nargs=3, metavar=("R", "G", "B"))
-    add("--seed", type=int, default=0, help="of the views (%(default)s)")
+    add("--seed", type=cli.seed, default=0, help="of the views (%(default)s)")
     add("--batch-size", type=count, default=256)
     add("-j", "--workers", type=int, default=usable_cores())
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add("--out", type=Path, metavar="FILE", help="also write the result as JSON")
+    add("--out", type=cli.new_file, metavar="FILE", help="also write the result as JSON")
     add("--json", action="store_true", help="print JSON instead of the table")
     return parser
 
@@ -159,10 +159,8 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("timm's models have no projection head; leave --layer projection out")
     if args.lidar_views < 0 or args.lidar_views == 1:
         parser.error(f"--lidar-views must be 0 or at least 2, got {args.lidar_views}")
-    if args.seed < 0 or args.workers < 0:
-        parser.error("--seed and --workers must not be negative")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"no such folder for --out: {args.out.parent}")
+    if args.workers < 0:
+        parser.error("--workers must not be negative")
     if args.mean or args.std:
         try:
             check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)

@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--crop-scale", type=float, nargs=2, default=[0.2, 1.0], metavar=("MIN", "MAX"))
     add("--mean", type=float, nargs=3, default=list(IMAGENET_MEAN), metavar=("R", "G", "B"))
     add("--std", type=float, nargs=3, default=list(IMAGENET_STD), metavar=("R", "G", "B"))
-    add("--seed", type=int, default=0)
+    add("--seed", type=cli.seed, default=0)
     add("-j", "--workers", type=int, default=0)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser

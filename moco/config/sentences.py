@@ -42,7 +42,7 @@ class SentenceData(Part):
             raise ValueError("--val-sentences must be 0 or at least 2: one sentence has no pair")
         try:
             bytewise = codecs.lookup(self.encoding).encode("\n")[0] == b"\n"
-        except LookupError:
+        except (LookupError, TypeError, ValueError):  # the last ones of codecs that are no text's
             raise ValueError(f"--encoding: no such encoding: {self.encoding!r}") from None
         if not bytewise:
             raise ValueError(

@@ -98,7 +98,10 @@ def doublings(channels: int, side: int, depth_size: int) -> int:
             f"--depth-size {side * 2 ** max(0, round(times))}"
         )
     if channels >> int(times) < 1:
-        raise DataError(f"{channels} channels cannot be halved {int(times)} times")
+        raise DataError(
+            f"{channels} channels cannot be halved {int(times)} times, from {side} to {depth_size} "
+            "pixels; give a smaller --depth-size, or a wider encoder"
+        )
     return int(times)
 
 
@@ -120,7 +123,7 @@ def evaluate_depth(
     encoder, images, depths, known = _prepare(settings, loading, say)
     with contextlib.ExitStack() as at_exit:
         hold_on_main(settings.save_dir, at_exit)
-        args, state = _begin_folder(settings, encoder)
+        args, state = _begin_folder(settings, encoder, depths)
         log = RunLog(settings.save_dir, first_step=(state or {}).get("step", 0))
         at_exit.callback(log.close)
         stop = StopRequest()
@@ -174,8 +177,11 @@ def _prepare(
         )
     size = settings.depth_size or encoder.image_size
     pairs = {split: open_nyu(settings.data, split, settings.unit) for split in ("train", "val")}
-    if len(pairs["train"]) < 2:
-        raise DataError(f"{settings.data} has one training image; at least 2 are needed")
+    if len(pairs["train"]) < max(2, settings.folds or 0):
+        needed = f"--folds {settings.folds}" if settings.folds else "training"
+        raise DataError(
+            f"{settings.data} has {len(pairs['train'])} training image(s), too few for {needed}"
+        )
     with torch.no_grad():
         empty = torch.zeros(1, 3, encoder.image_size, encoder.image_size)
         _, channels, side, _ = module(empty, layer=settings.layer).shape
@@ -202,12 +208,18 @@ def _prepare(
     return encoder, images, depths, unknown
 
 
-def _begin_folder(settings: DepthSettings, encoder: ImageEncoder) -> tuple[dict, dict | None]:
+def _begin_folder(
+    settings: DepthSettings, encoder: ImageEncoder, depths: dict[str, Depths]
+) -> tuple[dict, dict | None]:
     """Write args.json; (arguments, the state to go on from, if there is one)."""
     folder, path = settings.save_dir, settings.save_dir / DEPTH_STATE
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.remove_unfinished(folder)
-    args = {**settings.to_flat(), "encoder": checkpoint.checksum(encoder.module.state_dict())}
+    args = {
+        **settings.to_flat(),
+        "encoder": checkpoint.checksum(encoder.module.state_dict()),
+        "depth": checkpoint.checksum({split: found.metres for split, found in depths.items()}),
+    }
     state = None
     if path.is_file():
         if not settings.resume:
@@ -217,7 +229,7 @@ def _begin_folder(settings: DepthSettings, encoder: ImageEncoder) -> tuple[dict,
             )
         state = checkpoint.read_checkpoint(path)
         before = checkpoint.saved_args(state)
-        changed = [n for n in args if n != "pretrained" and before.get(n) != args[n]]
+        changed = [n for n in args if n != "pretrained" and before.get(n, args[n]) != args[n]]
         if changed:
             raise CheckpointError(
                 f"{path} was made with another {', '.join(changed)}; choose another --save-dir"

@@ -12,6 +12,7 @@ from torch import Tensor
 from align_uniform.bounds import uniformity_infimum
 from align_uniform.metrics import dimension_deviation, effective_rank, uniformity_curve
 from align_uniform.sentences import adjacent_align_loss
+from align_uniform.spectrum import alpha_req, wasserstein_uniformity
 from moco.checkpoint import load_sentence_encoders
 from moco.data.text import Sentences, Vocabulary, read_sentences
 from moco.evaluate.measure import Quantities
@@ -133,12 +134,16 @@ def _one_encoder(x: Tensor, alignment: dict[str, float], quantities: Quantities)
         "uniformity_infimum": dict(zip(by_t, infima, strict=True)),
         "effective_rank": effective_rank(x),
         "deviation": dimension_deviation(x).mean().item() * dim**0.5,
-        "knn": None,
+        "alpha_req": alpha_req(x),
+        "wasserstein_uniformity": wasserstein_uniformity(x),
+        **dict.fromkeys(("lidar", "intervals", "knn")),  # of images
     }
 
 
 def _mean(a: Any, b: Any) -> Any:
-    """Of numbers in nested dicts; what is equal, or no number, stays."""
+    """Of numbers in nested dicts; what is equal stays, what one of them lacks is None."""
     if isinstance(a, dict):
         return {name: _mean(a[name], b[name]) for name in a}
+    if a is None or b is None:
+        return None
     return a if a == b else (a + b) / 2

@@ -21,6 +21,7 @@ from moco import distributed
 from moco.config import SentenceConfig, learned_values
 from moco.config.sentences import SentenceObjective
 from moco.data.text import Sentences, Text, read_text
+from moco.errors import DataError
 from moco.evaluate.sentences import encode, neighbour_metrics
 from moco.log import RunLog
 from moco.sentence_encoders import QuickThought
@@ -37,7 +38,7 @@ class TextBlocks:
     epoch; what is left over at its end is no block.
 
     Raises:
-        DataError: see `moco.data.text.read_text`.
+        DataError: see `moco.data.text.read_text`; no sentence has a neighbour.
     """
 
     def __init__(self, config: SentenceConfig, device: torch.device) -> None:
@@ -52,6 +53,11 @@ class TextBlocks:
             encoding=data.encoding,
         )
         self.across_documents = data.across_documents
+        if documents(self.text.train) == len(self.text.train) and not data.across_documents:
+            raise DataError(
+                f"{data.data} has no two sentences in a row: a blank line, a document's border, "
+                "is between all of them; take blank lines out, or give --across-documents"
+            )
         self.facts = {"sentences": len(self.text.train), "text_digest": self.text.digest()}
         self.steps_per_epoch = len(self.text.train) // self.batch
         self._start = 0

@@ -101,12 +101,17 @@ def refuse_changes(saved: dict, path: str, flat: dict, *, allow: bool) -> list[s
         The changes, one line each; they are printed.
 
     Raises:
-        CheckpointError: another arch, changes that are not allowed, or such of the order of
+        CheckpointError: another task or arch, changes that are not allowed, or such of the order of
             samples within an epoch.
     """
+    before = checkpoint.saved_args(saved)
+    tasks = [values.get("task", "moco") for values in (before or flat, flat)]
+    if tasks[0] != tasks[1]:
+        raise CheckpointError(
+            f"{path} is of the task {tasks[0]}, this run of {tasks[1]}: choose another --save-dir"
+        )
     if saved.get("arch", flat["arch"]) != flat["arch"]:
         raise CheckpointError(f"{path} is of arch {saved['arch']}, this run is of {flat['arch']}")
-    before = checkpoint.saved_args(saved)
     changes = learning_changes(before, flat)
     if changes and not allow:
         raise CheckpointError(

@@ -12,6 +12,7 @@ import torch
 from helpers import load_script, refusal
 from PIL import Image
 
+import main_lincls
 from moco.alexnet import build_chain, calibrate_batch_norm
 from moco.data.nyu import open_nyu
 from moco.errors import DataError
@@ -257,6 +258,10 @@ def test_an_evaluation_goes_on_bit_for_bit(encoder, nyu, tmp_path, elsewhere, mo
         (["--layer", "fc7"], 1, "has no --layer fc7"),
         (["--depth-size", "48"], 1, "48 pixels is not the layer's 2 doubled"),
         (["--folds", "1"], 2, "--folds must be at least 2, got 1"),
+        (["--folds", "11"], 1, "has 10 training image(s), too few for --folds 11"),
+        (["--seed", "-5"], 2, "--seed must be at least 0"),
+        (["--seed", str(2**64)], 2, "below 2^63"),
+        (["--schedule", "-5"], 2, "--schedule must be epochs of at least 0, got -5"),
         (["--depth-unit", "feet"], 1, "depth unit 'feet'"),
         (["--pretrained", "nowhere.pth.tar"], 1, "nowhere.pth.tar"),
     ],
@@ -265,6 +270,30 @@ def test_what_is_refused(encoder, nyu, elsewhere, capsys, flags, status, message
     words = ["--layer", "conv5", "--pretrained", encoder, "--device", "cpu", *flags, nyu]
     code, line = refusal(script.main, words, capsys)
     assert code == status and message in line
+
+
+def test_folders_of_other_runs_and_other_data_are_refused(
+    encoder, nyu, own, tmp_path, elsewhere, capsys
+) -> None:
+    """Each command would write over args.json and log.jsonl of the other."""
+    out = tmp_path / "out"
+    evaluate(out, encoder, nyu, "--epochs", "1")
+    kept = (out / "args.json").read_bytes()
+    words = ["--layer", "conv5", "--pretrained", encoder, "--device", "cpu", "--save-dir"]
+    again = [*words, out, "--epochs", "1"]
+    shutil.copy(own / "depths" / "0003.png", own / "depths" / "0004.png")
+    shutil.copy(encoder, tmp_path / "checkpoint_0000.pth.tar")
+    train = load_script("train_in_batch").main
+    for main, argv, message in (
+        (script.main, [*again, nyu], "already holds a run (predictor.pth.tar): go on with"),
+        (script.main, [*again, "--resume", "auto", own], "depth; choose another --save-dir"),
+        (script.main, [*words, tmp_path, nyu], "already holds a run (checkpoint_0000.pth.tar)"),
+        (train, ["--save-dir", out, "--resume", "auto", nyu], "already holds a run (predictor"),
+        (main_lincls.main, ["--pretrained", encoder, "--save-dir", out, nyu], "already holds"),
+    ):
+        _, line = refusal(main, argv, capsys)
+        assert message in line
+    assert (out / "args.json").read_bytes() == kept
 
 
 def test_a_run_is_compared_by_depth_and_trained_on_nyu(nyu, tmp_path, elsewhere, capsys) -> None:

@@ -310,6 +310,8 @@ def test_refusals(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
         ([moco_file, data, "--most-images", "0"], 2, "at least 1"),
         ([moco_file, data, "--std", 0, 1, 1], 2, "std"),
         ([moco_file, data, "--out", tmp_path / "no" / "o.json"], 2, "no such folder for --out"),
+        ([moco_file, data, "--out", tmp_path], 2, "is a folder, expected a file to write"),
+        ([moco_file, data, "--seed", 2**64], 2, "--seed must be at least 0 and below 2^63"),
         ([tmp_path / "no.pth", data], 1, "no such checkpoint"),
         ([data / "val" / "class_0" / "000.png", data], 1, "as torch.save writes it"),
         ([moco_file, one], 1, "at least 2"),

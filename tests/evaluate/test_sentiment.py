@@ -198,6 +198,7 @@ def test_what_the_command_refuses(file, reviews, tmp_path, capsys, monkeypatch) 
         ([file, "--cr", tmp_path / "none"], "no such folder"),
         ([tmp_path / "none", "--cr", reviews], "no such checkpoint"),
         ([file, "--cr", reviews, "--batch-size", 0], "--batch-size must be at least 1"),
+        ([file, "--cr", reviews, "--out", tmp_path], "is a folder, expected a file to write"),
     ):
         status, line = refusal(main, words, capsys)
         assert status == 2 and message in line

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import TinyNet, differences, load_script, read_log, refusal, two_views
 
+import main_moco
 from moco.checkpoint import load_encoder
 from moco.cli import in_batch_config
 from moco.data.loader import EpochBatches
@@ -233,6 +234,23 @@ def test_another_objective_does_not_resume(data, tmp_path, elsewhere, capsys) ->
     ):
         status, line = refusal(train_in_batch.main, [*again, *flags, data], capsys)
         assert status == 1 and "other arguments" in line and change in line
+
+
+def test_the_folder_of_another_task_does_not_resume(data, tmp_path, elsewhere, capsys) -> None:
+    """Of the same arch, and where changes are allowed; MoCo's files say nothing of their task."""
+    arch = shlex.split("-a resnet8x2s2 --epochs 1 --max-steps 1 --knn-every 0")
+    run = trained(tmp_path / "run", data, *arch)
+    moco = tmp_path / "moco"
+    words = [*arch, *shlex.split("--image-size 16 --batch-size 8 --moco-k 8 -j 0 --device cpu")]
+    main_moco.main([*words, "--save-dir", str(moco), str(data)])
+    on = ["--resume", "auto", "--allow-changes", "--save-dir"]
+    capsys.readouterr()
+    for main, argv, tasks in (
+        (main_moco.main, [*words, *on, run, data], "of the task in-batch, this run of moco"),
+        (train_in_batch.main, [*SMALL, *arch, *on, moco, data], "moco, this run of in-batch"),
+    ):
+        status, line = refusal(main, argv, capsys)
+        assert status == 1 and tasks in line
 
 
 def test_an_untrained_encoder_has_statistics_and_starts_another(

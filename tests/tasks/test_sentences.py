@@ -222,6 +222,8 @@ def test_what_would_learn_something_else_is_refused(whole, text, tmp_path, capsy
         ("-b 1", "--batch-size must be at least 2"),
         ("--encoding utf-16", "--encoding utf-16: its lines do not end in one byte"),
         ("--encoding klingon", "no such encoding: 'klingon'"),
+        ("--encoding hex", "no such encoding: 'hex'"),
+        ("--encoding undefined", "no such encoding: 'undefined'"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_at_once(text, capsys, flags, message) -> None:
@@ -235,6 +237,15 @@ def test_a_text_that_is_none_is_refused(text, tmp_path, capsys) -> None:
     run = tmp_path / "run"
     status, line = refusal(main, ["--device", "cpu", "--save-dir", run, text], capsys)
     assert status == 1 and "lower --val-sentences or --batch-size" in line and not run.exists()
+
+
+def test_a_text_without_neighbours_is_refused(text, tmp_path, capsys) -> None:
+    """Double-spaced, each sentence is a document of its own, and all losses would be 0."""
+    spaced = tmp_path / "spaced.txt"
+    spaced.write_text("\n\n".join(text.read_text().split("\n")))
+    words = "--device cpu --val-sentences 0 --batch-size 4 --emb 4 --hidden 4 --epochs 1 --seed 1"
+    status, line = refusal(main, [*words.split(), spaced], capsys)
+    assert status == 1 and "no two sentences in a row" in line and "--across-documents" in line
 
 
 def test_the_original_has_temperature_1() -> None:
