@@ -112,7 +112,10 @@ def majority_vote(
     k = min(k, len(bank))
     nearness = torch.arange(k, 0, -1, device=bank.device)  # of the neighbours, from the nearest on
     chosen = []
-    for queries in features.split(1024):
+    # Distances come from products: of features that share a large part nothing else would be left.
+    centre = bank.mean(dim=0)
+    bank = bank - centre
+    for queries in (features - centre).split(1024):
         neighbours = torch.cdist(queries, bank).topk(k, dim=1, largest=False).indices
         labels = bank_labels[neighbours]  # (B, k)
         votes = F.one_hot(labels, classes).sum(dim=1).gather(1, labels)  # (B, k) of each label

@@ -288,7 +288,11 @@ def test_folders_of_other_runs_and_other_data_are_refused(
         (script.main, [*again, nyu], "already holds a run (predictor.pth.tar): go on with"),
         (script.main, [*again, "--resume", "auto", own], "depth; choose another --save-dir"),
         (script.main, [*words, tmp_path, nyu], "already holds a run (checkpoint_0000.pth.tar)"),
-        (train, ["--save-dir", out, "--resume", "auto", nyu], "already holds a run (predictor"),
+        (
+            train,
+            ["--batch-size", 4, "--save-dir", out, "--resume", "auto", nyu],
+            "already holds a run (predictor",
+        ),
         (main_lincls.main, ["--pretrained", encoder, "--save-dir", out, nyu], "already holds"),
     ):
         _, line = refusal(main, argv, capsys)

@@ -58,6 +58,16 @@ def test_majority_vote() -> None:
     assert majority_vote(queries, bank, labels, classes=3, k=99).tolist() == [2] * 4
 
 
+def test_neighbours_are_the_nearest_where_features_share_a_large_part() -> None:
+    """As of an encoder near collapse."""
+    draw = torch.Generator().manual_seed(0)
+    bank = torch.randint(0, 99, (60, 3), generator=draw) / 64 + 1000  # as they are in float32
+    queries = torch.randint(0, 99, (40, 3), generator=draw) / 64 + 1000
+    labels = torch.randint(0, 4, (60,), generator=draw)
+    nearest = torch.cdist(queries.double(), bank.double()).argmin(dim=1)
+    assert majority_vote(queries, bank, labels, classes=4, k=1).equal(labels[nearest])
+
+
 @pytest.mark.parametrize("layer", ["fc7", "output"])
 def test_neighbours_are_those_of_the_layer(run, data, tmp_path, elsewhere, capsys, layer) -> None:
     """Centre crops of 70/64 of the size; the output of unit length, fc7 as it is."""
