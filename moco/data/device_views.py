@@ -3,8 +3,8 @@ rounding of Pillow's 8-bit arithmetic.
 
 A loader process crops an image (`crop`); the device augments whole batches of crops
 (`augment_on_device`), and crops too where it holds the images (`crop_on_device`). On a GPU there is
-no loop over samples, and nothing waits for it. On a CPU images are augmented one after another,
-with the same pixels.
+no loop over samples, and nothing waits for it. A CPU augments all but small images one by one, with
+the same pixels.
 
 Distance from `views.pil_view`, in levels of 255: crop at most 1; greyscale, flip, brightness,
 contrast and saturation 0; hue differs in 1 % of the pixels; blur by 4 at most, 1 on average.
@@ -79,6 +79,11 @@ def _triangles(start: Tensor, length: Tensor, available: int, size: int) -> Tens
     return _fixed_point(weights / weights.sum(2, keepdim=True))
 
 
+# A CPU augments images of more numbers than this (74 x 74 pixels) one by one. With smaller ones,
+# measured at 64 pixels, starting the operations takes longer than what they do.
+ONE_BY_ONE = 2**14
+
+
 def augment_on_device(crops: Tensor, params: Tensor, recipe: Recipe) -> Tensor:
     """Colour jitter, greyscale, blur and flip of N crops, each with its own parameters.
 
@@ -92,7 +97,8 @@ def augment_on_device(crops: Tensor, params: Tensor, recipe: Recipe) -> Tensor:
     Returns:
         (N, 3, S, S) uint8.
     """
-    if params.device.type == "cpu" and not torch.compiler.is_compiling():
+    on_cpu = params.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and crops.shape[1:].numel() > ONE_BY_ONE:
         return _one_by_one(crops, params, recipe)
     params = params[:, :, None, None, None]  # each column (N, 1, 1, 1)
     jitter, grey, flip, sigma, factors, order = (params[:, COLUMNS[name]] for name in _USED)

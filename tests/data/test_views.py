@@ -357,7 +357,7 @@ def test_views_by_pillow_are_torchvisions(recipe):
 
 # ---- Views on the device -------------------------------------------------------------------------
 
-SIZE = 40
+SIZE = 80  # large enough for a CPU to augment them one by one
 
 
 def pictures() -> list[Image.Image]:
