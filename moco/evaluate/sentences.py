@@ -27,6 +27,9 @@ def encode(
 
     Sentences of about one length go through together.
     """
+    if not len(sentences):  # a rank's share, where ranks are more than sentences
+        empty = torch.empty(0, 2 * module.f.gru.hidden_size)
+        return empty, empty
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     words, lengths = sentences.padded()
     order = lengths.argsort(stable=True)

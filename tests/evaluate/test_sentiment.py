@@ -164,6 +164,16 @@ def test_features_are_a_sentences_own(file) -> None:
     assert found["alignment"] == pytest.approx((torch.stack(distances) @ shares).item(), rel=1e-5)
 
 
+def test_a_share_without_sentences_has_no_features(file) -> None:
+    """As that of a rank, where ranks are more than held-out sentences."""
+    module, info = load_sentence_encoders(file)
+    sentences = Vocabulary(info["vocabulary"], lower=True).encode(["a b", "c"])
+    cpu = torch.device("cpu")
+    shares = [encode(module, sentences.part(*ends), cpu) for ends in ((0, 0), (0, 2))]
+    for none, all_of_them in zip(*shares, strict=True):
+        assert torch.cat([none, all_of_them]).equal(all_of_them)
+
+
 def test_a_run_folder_stands_for_its_newest_checkpoint(file) -> None:
     assert load_sentence_encoders(file.parent)[1]["checkpoint"] == str(file)
     with pytest.raises(CheckpointError, match="without checkpoints"):

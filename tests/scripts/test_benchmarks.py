@@ -37,7 +37,7 @@ def _as_a_program(monkeypatch) -> Iterator[None]:
 
 
 def test_every_benchmark_is_listed() -> None:
-    assert {path.stem for path in FOLDER.glob("*.py")} == {*SMALLEST, "baseline"}
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*SMALLEST, "baseline", "peers"}
 
 
 @pytest.mark.long
