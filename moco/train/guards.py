@@ -158,7 +158,8 @@ class StepGuard:
             text
             + (f" ({state.skipped_in_a_row} steps in a row)" if state.skipped_in_a_row else "")
             + f". The last checkpoint is {left[-1] if left else 'none yet'}. "
-            "Lower --lr, add --warmup-epochs, or use --amp bf16 instead of fp16"
+            "Lower --lr or add --warmup-epochs"
+            + (", or use --amp bf16 instead of fp16" if state.scaler.is_enabled() else "")
             + (f"; --replay {folder} reruns that step" if folder else "")
         )
 
