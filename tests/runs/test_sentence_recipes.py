@@ -43,6 +43,7 @@ def test_every_row_starts_with_its_objective(scale, tmp_path) -> None:
     for recipe in ROWS:
         _, row = TABLES.find(recipe)
         out = tmp_path / recipe.replace(":", "-")
+        out.mkdir()  # by then it holds recipe.json
         plan = recipes.plan(TABLES, recipe, str(tmp_path), out, scale=scale, seed=3)
         (checkpoint, train), (_, evaluate), (_, measure) = plan.steps
         config = sentence_config(train[1:])
@@ -63,7 +64,6 @@ def test_every_row_starts_with_its_objective(scale, tmp_path) -> None:
         assert args.checkpoint == str(checkpoint) and args.mr == args.cr == str(tmp_path)
         parser = measure_align_uniform.build_parser()
         args = parser.parse_args(measure[1:])
-        out.mkdir()
         measure_align_uniform.check(parser, args)
 
 
