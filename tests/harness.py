@@ -222,11 +222,13 @@ def end_all(folder: Path) -> None:
 
 
 def processes_of(path: Path) -> list[int]:
-    """Ids of all processes that name `path` on their command line."""
+    """Ids of all other processes that name `path` on their command line. (This one's may: pytest
+    --basetemp.)"""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            if str(path) in (folder / "cmdline").read_text():
+            named = str(path) in (folder / "cmdline").read_text()
+            if named and folder.name != str(os.getpid()):
                 found.append(int(folder.name))
     return found
 
