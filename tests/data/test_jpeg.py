@@ -19,6 +19,8 @@ from moco.data.samples import AugmentedViews
 from moco.data.views import pretrain_recipe
 from moco.errors import DataError
 
+pytestmark = pytest.mark.skipif(not jpeg.equals_pillow(), reason="Pillow decodes all images")
+
 
 @pytest.fixture(autouse=True)
 def _anew():
