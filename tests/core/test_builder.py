@@ -231,7 +231,13 @@ def test_parts_out_of_turn_are_refused_before_anything_changes(part, parts):
 
 def test_a_step_that_was_broken_off_leaves_no_keys_behind():
     """Part 0 begins anew; the parts of the step before it are forgotten."""
-    moco, other = make_moco(plain_net, m=1.0), make_moco(plain_net, m=1.0)
+
+    def base(num_classes: int) -> nn.Module:
+        encoder = TinyNet(num_classes)
+        split_batch_norm(encoder, 2)
+        return encoder
+
+    moco, other = make_moco(base, m=1.0), make_moco(base, m=1.0)
     moco(*two_views(7, 8), part=0, parts=2)
     for each in (moco, other):
         each.shuffle_generator.manual_seed(0)
@@ -239,6 +245,8 @@ def test_a_step_that_was_broken_off_leaves_no_keys_behind():
             each(*two_views(0, 8), part=part, parts=2)
     assert torch.equal(moco.queue, other.queue)
     assert moco.queue_ptr.tolist() == other.queue_ptr.tolist() == [8]
+    for name, buffer in moco.named_buffers():  # nor statistics of batch norm
+        assert torch.equal(buffer, other.get_buffer(name)), name
 
 
 @pytest.mark.parametrize(("parts", "symmetric", "k"), [(1, False, 7), (1, True, 15), (2, True, 15)])
