@@ -62,6 +62,7 @@ from moco.run_files import (
     FAILED_STATE,
     LINCLS_LATEST,
     LINCLS_RESULT,
+    weights_file,
 )
 
 # ------------------------------------------------------------------------------------------------
@@ -555,18 +556,13 @@ def _lincls_resume(parser: argparse.ArgumentParser, saving: Folder) -> Folder:
 
 
 def pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | None:
-    """A run folder stands for its newest checkpoint; folders with a model.safetensors for that."""
+    """A folder stands for its newest checkpoint, or for the encoder of a release."""
     if path is None or is_url(path) or not Path(path).is_dir():
         return path
-    if (Path(path) / "model.safetensors").is_file():
-        return str(Path(path) / "model.safetensors")
-    own = run_checkpoints(path)
-    if not own:
-        parser.error(
-            f"--pretrained: {path} is a folder without checkpoints of main_moco.py; expected a "
-            "checkpoint file or a run folder"
-        )
-    return str(own[-1])
+    try:
+        return str(weights_file(path))
+    except CheckpointError as error:
+        parser.error(f"--pretrained: {printable(error)}")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import json
 import os
 import re
 import secrets
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from moco.errors import CheckpointError
 
 FORMAT_VERSION = 1  # "version" in every checkpoint that is written
 ARGS = "args.json"
@@ -25,6 +27,8 @@ FAILED, FAILED_STATE, FAILED_ABOUT = "failed", "before.pth.tar", "failed.json"
 # Written by main_moco.py: after an epoch (0-based), and within one (steps since the start).
 EPOCH_CHECKPOINT = re.compile(r"checkpoint_(\d{4,})\.pth\.tar")
 STEP_CHECKPOINT = re.compile(r"step_(\d{8,})\.pth\.tar")
+# What a file of weights ends in, the ones to prefer first.
+_WEIGHTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 
 
 def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
@@ -32,6 +36,42 @@ def checkpoint_files(folder: str | os.PathLike) -> list[Path]:
     names = (EPOCH_CHECKPOINT, STEP_CHECKPOINT)
     found = Path(folder).glob("*.pth.tar")
     return sorted(path for path in found if any(name.fullmatch(path.name) for name in names))
+
+
+def weights_file(folder: str | os.PathLike) -> Path:
+    """The file of weights that a folder stands for: a run's newest checkpoint, a release's encoder.
+
+    Raises:
+        CheckpointError: neither, or several files to choose from; one line that names them.
+    """
+    own = checkpoint_files(folder)
+    names = [path.name for path in Path(folder).iterdir()]
+    return own[-1] if own else Path(folder) / only_weights(names, os.fspath(folder))
+
+
+def only_weights(names: list[str], where: str) -> str:
+    """Of the files at `where` model.safetensors; else the only file of weights, of several the only
+    one that says "backbone", as the releases of this project have it, rather as .safetensors.
+
+    Raises:
+        CheckpointError: none or several; one line that names them.
+    """
+    if "model.safetensors" in names:
+        return "model.safetensors"
+    found: list[str] = []
+    for suffix in _WEIGHTS:
+        found = [name for name in names if name.endswith(suffix)]
+        backbones = [name for name in found if "backbone" in PurePosixPath(name).name]
+        for only in (found, backbones):
+            if len(only) == 1:
+                return only[0]
+        if found:
+            break
+    raise CheckpointError(
+        f"{where} has {len(found)} files of weights"
+        + (f" ({', '.join(sorted(found)[:5])})" if found else "")
+        + f"; name one: {where}/FILE"
+    )
 
 
 def write_json(path: str | Path, content: dict) -> None:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Everything that the encoders share: the budget.
 SHARED = "-a resnet8x2s2 --image-size 32 --batch-size 64 --bn-splits 8 --moco-k 128 --moco-m 0.99 "
 SHARED += "--lr 0.03 --wd 1e-4 --mlp --aug-plus --cos --seed 0"
-EPOCHS = 30
+EPOCHS = 20
 ENCODERS = {
     "align + uniform": "--moco-align-w 2 --moco-align-alpha 2 --moco-unif-w 1 --moco-unif-t 2",
     "InfoNCE (MoCo v2)": "--moco-t 0.1",

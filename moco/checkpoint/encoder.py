@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from moco.encoders import (
     set_head,
 )
 from moco.errors import CheckpointError
+from moco.run_files import weights_file
 
 
 def load_encoder(
@@ -39,9 +39,10 @@ def load_encoder(
     the tensors. Nothing in the file is run.
 
     Args:
-        path: a file, a folder with a model.safetensors as Hugging Face has them, an http(s)
-            address, which is downloaded once into torch's cache (see `moco.checkpoint.read_url`),
-            or hf://USER/NAME[@REVISION][/FILE] (see `moco.checkpoint.hub`).
+        path: a file; a run folder (its newest checkpoint), a release, or a folder with a
+            model.safetensors as Hugging Face has them; an http(s) address, which is downloaded once
+            into torch's cache (see `moco.checkpoint.read_url`), or
+            hf://USER/NAME[@REVISION][/FILE] (see `moco.checkpoint.hub`).
         head: "none" for features (N, feature_dim) with Identity as last layer; "projection" for
             the linear or MLP head of contrastive training; "linear" for a trained linear
             classifier.
@@ -112,9 +113,8 @@ def _read(path: str | os.PathLike, sha256: str | None) -> dict:
         return read_checkpoint(hub_file(os.fspath(path)), sha256=sha256)
     if is_url(path):
         return read_url(path, sha256)
-    path = Path(path)
-    if (path / "model.safetensors").is_file():
-        path = path / "model.safetensors"
+    if os.path.isdir(path):
+        path = weights_file(path)
     return read_checkpoint(path, sha256=sha256)
 
 

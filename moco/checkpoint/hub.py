@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from moco.errors import CheckpointError, DataError
 from moco.packages import import_optional
+from moco.run_files import only_weights
 
 SCHEME = "hf://"
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?", re.ASCII)
-# What a file of weights ends in, the ones to prefer first.
-_WEIGHTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".bin")
 
 
 def is_hub(path: str | os.PathLike) -> bool:
@@ -45,7 +44,7 @@ def hub_file(address: str) -> Path:
     try:
         if name is None:
             names = hub.HfApi().list_repo_files(repository, revision=revision)
-            name = _only_weights(names, address)
+            name = only_weights(names, address)
         return Path(hub.hf_hub_download(repository, name, revision=revision))
     except CheckpointError:
         raise
@@ -55,23 +54,3 @@ def hub_file(address: str) -> Path:
             f"{address} cannot be had from the hub: {reason}; check the address, the connection "
             "and, for a private repository, `hf auth login`"
         ) from error
-
-
-def _only_weights(names: list[str], address: str) -> str:
-    if "model.safetensors" in names:
-        return "model.safetensors"
-    for suffix in _WEIGHTS:
-        found = [name for name in names if name.endswith(suffix)]
-        backbones = [name for name in found if "backbone" in PurePosixPath(name).name]
-        for only in (found, backbones):
-            if len(only) == 1:
-                return only[0]
-        if found:
-            break
-    else:
-        found = []
-    raise CheckpointError(
-        f"{address} has {len(found)} files of weights"
-        + (f" ({', '.join(sorted(found)[:5])})" if found else "")
-        + f"; name one: {address}/FILE"
-    )

@@ -13,8 +13,8 @@ import pytest
 from helpers import finish, start_python
 
 from moco.checkpoint import is_url, load_encoder, without_secrets
-from moco.checkpoint.hub import _only_weights
 from moco.errors import CheckpointError
+from moco.run_files import only_weights
 
 # huggingface_hub reads its settings when it is imported: each address in a process of its own.
 LOAD = """
@@ -122,7 +122,7 @@ def test_addresses_and_the_file_that_is_taken(tmp_path) -> None:
         "pytorch_model.bin": ["config.json", "pytorch_model.bin"],
     }  # fmt: skip
     for expected, names in taken.items():
-        assert _only_weights(names, "hf://me/tiny") == expected
+        assert only_weights(names, "hf://me/tiny") == expected
     for names in (["a.pth", "b.pth"], ["README.md"]):
         with pytest.raises(CheckpointError, match="name one: hf://me/tiny/FILE"):
-            _only_weights(names, "hf://me/tiny")
+            only_weights(names, "hf://me/tiny")

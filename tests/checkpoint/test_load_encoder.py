@@ -345,10 +345,23 @@ def test_numbers_of_another_sort_are_refused(dtype: torch.dtype, tmp_path: Path,
 
 def test_a_folder_of_hugging_face_is_its_model_safetensors(tmp_path: Path) -> None:
     network = resnet8()
-    with pytest.raises(FileNotFoundError, match="is a folder; give a file in it"):
+    with pytest.raises(CheckpointError, match="has 0 files of weights; name one: .*/FILE"):
         load_encoder(tmp_path)
     write_safetensors(tmp_path / "model.safetensors", network.state_dict(), {})
     assert_gives(tmp_path, network, "linear", arch="resnet8")
+
+
+def test_a_folder_is_its_newest_checkpoint_or_the_encoder_of_a_release(tmp_path: Path) -> None:
+    fixtures = Path(__file__).parent.parent / "fixtures"
+    encoder, info = load_encoder(fixtures / "release")
+    assert info["head"] == "none"
+    same, _ = load_encoder(next((fixtures / "release").glob("toy-backbone-*.pth")))
+    assert all(map(torch.equal, encoder.state_dict().values(), same.state_dict().values()))
+    assert load_encoder(fixtures / "pretrain", "projection")[1]["head"] != "none"
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"has 2 files of weights \(a.pth, b.pth\)"):
+        load_encoder(tmp_path)
 
 
 def test_tensors_beside_the_encoder_are_listed(tmp_path: Path) -> None:
