@@ -562,7 +562,7 @@ def pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | 
     try:
         return str(weights_file(path))
     except CheckpointError as error:
-        parser.error(f"--pretrained: {printable(error)}")
+        parser.error(f"--pretrained: {printable(error)}; a folder must be a run's or a release's")
 
 
 # ------------------------------------------------------------------------------------------------

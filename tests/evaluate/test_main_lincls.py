@@ -331,7 +331,7 @@ def test_knn_beside_the_probe_is_knn_alone_and_does_not_change_it(data, pretrain
         ("", ["--pretrained CHECKPOINT"]),
         ("--pretrained missing.pth.tar", ["--pretrained", "missing.pth.tar"]),
         ("--resume missing.pth.tar", ["--resume", "missing.pth.tar"]),
-        ("--pretrained .", ["--pretrained", "expected a checkpoint file or a run folder"]),
+        ("--pretrained .", ["--pretrained", "has 0 files of weights; name one"]),
         ("--pretrained FILE --epochs 0", ["--epochs 0", "--knn"]),
         ("--pretrained FILE --knn --knn-k 0", ["--knn-k", "0"]),
         ("--pretrained FILE --knn --knn-t 0", ["--knn-t", "0"]),
