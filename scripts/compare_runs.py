@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compare finished runs: a Markdown table on the screen and a page with curves as one HTML file.
 
-    python scripts/compare_runs.py RUN... [--out report.html]
+    python scripts/compare_runs.py RUN... [--out report.html] [--csv runs.csv]
 
 RUN is a run folder of main_moco.py or main_lincls.py, or any folder that has such folders in it
 (and results of `measure_align_uniform.py --out`). A linear evaluation or a measurement belongs to
@@ -31,14 +31,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, or a folder of them")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE.html",
                         help="the page (%(default)s)")  # fmt: skip
+    parser.add_argument("--csv", type=Path, metavar="FILE.csv",
+                        help="also the figures of every run, a line each")  # fmt: skip
     args = parser.parse_args(argv)
     if args.out.suffix.lower() not in (".html", ".htm"):
         parser.refuse(f"--out must end in .html, got {args.out}")
     with command.running(parser.prog):
-        run(parser, args.runs, args.out)
+        run(parser, args.runs, args.out, args.csv)
 
 
-def run(parser: command.Parser, folders: Sequence[str], out: Path) -> None:
+def run(parser: command.Parser, folders: Sequence[str], out: Path, table: Path | None) -> None:
     # What takes seconds to import is imported here, where Ctrl-C ends in one line.
     from moco.runs import report
     from moco.runs.compare import Comparison
@@ -58,10 +60,14 @@ def run(parser: command.Parser, folders: Sequence[str], out: Path) -> None:
     comparison = Comparison(runs, left_out)
     try:
         write_text(out, report.page(comparison, PUBLISHED, figures))
+        if table:
+            write_text(table, report.run_table(comparison))
     except OSError as error:
         parser.refuse(error, status=1)
     print(report.markdown(comparison, PUBLISHED))
-    print(f"wrote {printable(out)}", file=sys.stderr)
+    print(
+        " ".join(["wrote", printable(out), *([printable(table)] if table else [])]), file=sys.stderr
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import statistics
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from moco.runs.compare import (
     paired_differences,
     rank_correlations,
 )
+from moco.runs.folder import short_names
 
 Rows = list[list[str]]
 
@@ -138,6 +140,21 @@ def run_rows(comparison: Comparison) -> Rows:
             versions = [f"{k} {v}" for k, v in code.items()] if isinstance(code, dict) else []
             rows.append([str(i), str(run.seed), *cells, ", ".join(versions), str(run.folder)])
     return rows
+
+
+def run_table(comparison: Comparison) -> str:
+    """The figures of every run as CSV, a line each; a mean where a run was evaluated repeatedly.
+    Figures that no run has get no column."""
+    names = short_names(comparison.runs)
+    columns = [c for c in comparison.columns if any(c.values(run) for run in comparison.runs)]
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["run", "objective", "seed", *(column.title for column in columns)])
+    for name, run in zip(names, comparison.runs, strict=True):
+        found = [column.values(run) for column in columns]
+        cells = [f"{statistics.fmean(values):.6g}" if values else "" for values in found]
+        writer.writerow([printable(name), printable(run.objective), run.seed, *cells])
+    return file.getvalue()
 
 
 def published_rows(path: Path) -> Rows:

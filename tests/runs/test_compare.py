@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import re
@@ -13,7 +14,8 @@ import torch
 from run_folders import ALIGN, NCE, column, compare, make_measure, make_probe, make_run
 from scipy import stats
 
-from moco.runs.compare import rank_correlation, sign_flip_p
+from moco.runs import report
+from moco.runs.compare import Comparison, rank_correlation, rank_interval, sign_flip_p
 from moco.runs.folder import common_accuracy, read_runs
 
 
@@ -109,10 +111,36 @@ def test_rank_correlation_is_scipys() -> None:
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
+def test_the_interval_of_a_rank_correlation_is_the_bootstraps() -> None:
+    xs = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
+    ys = [2.0, 1.0, 6.0, 3.0, 4.0, 9.0, 2.0, 5.0]
+    reference = stats.bootstrap(
+        (xs, ys), lambda x, y: stats.spearmanr(x, y).statistic, paired=True, vectorized=False,
+        n_resamples=2000, method="percentile", random_state=1,
+    ).confidence_interval  # fmt: skip
+    low, high = rank_interval(xs, ys)
+    assert (low, high) == pytest.approx((reference.low, reference.high), abs=0.05)
+    assert low < rank_correlation(xs, ys) < high <= 1 + 1e-9
+    assert rank_interval([1, 2, 3, 4], [2, 4, 6, 8]) == pytest.approx((1, 1))  # constant ones aside
+
+
+def test_the_figures_of_every_run_as_csv(two_objectives, tmp_path) -> None:
+    comparison = Comparison(*read_runs([str(two_objectives)]))
+    rows = list(csv.DictReader(report.run_table(comparison).splitlines()))
+    assert [(row["run"], row["seed"]) for row in rows] == list(
+        zip(["a0", "a1", "a2", "b0", "b1", "b2"], "012012", strict=True)
+    )
+    assert [float(row["linear last"]) for row in rows] == [50, 52, 57, 45, 48, 49]
+    assert rows[0]["objective"] == ALIGN and "linear folds" not in rows[0]
+
+
 def test_rank_correlation_is_reported(two_objectives, tmp_path) -> None:
     _, screen = compare(two_objectives)
-    assert "correlation of alignment and linear top-1, last (%): +1.00 (6 encoders)" in screen
-    assert "correlation of uniformity and linear top-1, last (%): -1.00 (6 encoders)" in screen
+    for name, rho in (("alignment", "+1.00"), ("uniformity", "-1.00")):
+        text = (
+            f"correlation of {name} and linear top-1, last (%): {rho} (6 encoders; 95 %: {rho} to"
+        )
+        assert text in screen
 
 
 def test_each_number_without_labels_is_correlated_with_accuracy(two_objectives) -> None:
@@ -127,7 +155,7 @@ def test_each_number_without_labels_is_correlated_with_accuracy(two_objectives) 
         make_measure(two_objectives / name, 0, 0, layers={"projection": layer})
     rows, screen = compare(two_objectives)
     for text in ("alignment", "LiDAR"):
-        assert f"correlation of {text} and linear top-1, last (%): +1.00 (6 encoders)" in screen
+        assert f"correlation of {text} and linear top-1, last (%): +1.00 (6 encoders" in screen
     assert "correlation of Wasserstein uniformity and linear top-1, last (%): -1.00" in screen
     assert "correlation of effective rank" in screen and "correlation of alpha-ReQ" not in screen
     assert column(rows, "LiDAR") == ["53.000 ± 3.606 (of 3)", "47.333 ± 2.082 (of 3)"]
