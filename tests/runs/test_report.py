@@ -64,7 +64,7 @@ def test_screen_and_page_say_the_same(two_objectives, reported, tmp_path) -> Non
     for text in (ALIGN, NCE, f"53.00 ± {deviation:.2f}", "67.69", "cited", "lr 0.06, not 0.03",
                  "1 − 2", str(tmp_path / "bad"), "is unfinished: step 16 of 20"):  # fmt: skip
         assert text in shown and text in screen, text
-    assert "alignment +1.00, uniformity -1.00 (6 runs)" in shown
+    assert "alignment +1.00 (+1.00 to +1.00), uniformity -1.00 (-1.00 to -1.00) (6 runs;" in shown
     assert "knn top1" in shown, "a curve"
     assert reported(two_objectives, tmp_path / "other", tmp_path / "bad")[1] == page
 
