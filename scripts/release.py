@@ -43,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--licence", "--license", metavar="ID", help="of the weights, such as mit or cc-by-nc-4.0, "
         "which is for you to decide (default: the card says that none is stated)",
     )  # fmt: skip
+    parser.add_argument(
+        "--encoder-only", action="store_true", help="of the weights only the encoder, as "
+        ".safetensors: no momentum encoder, heads, queue or classifier",
+    )  # fmt: skip
     args = parser.parse_intermixed_args(argv)
     making = {name: value for name, value in vars(args).items() if name != "verify"}
     try:

@@ -49,13 +49,15 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
     Raises:
         CheckpointError: a file is missing, or lacks a value, or holds one of another kind.
     """
-    full = files.only_weights(folder, "full", "pth")
+    safetensors = files.only_weights(folder, "backbone", "safetensors")
+    alone = files.is_encoder_only(folder)
+    full = safetensors if alone else files.only_weights(folder, "full", "pth")
     network = export.load_with_head(full, keep="none")
     info = network.info
     config = export.timm_config(network, licence)
     if info["small_stem"]:
         config["small_stem"] = True
-    weights = files.only_weights(folder, "backbone", "safetensors").name
+    weights = safetensors.name
     config["pretrained_cfg"]["hf_hub_filename"] = weights
 
     args = files.read_json(folder / ARGS, or_empty=True)
@@ -69,7 +71,7 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
     losses = {term: line[term] for line in trained for term in _TERMS if term in line}
     result = files.read_json(folder / files.PROBE, or_empty=True)
     classifier_epoch = None
-    if result:
+    if result and not alone:
         linear = read_checkpoint(files.only_weights(folder, "linear", "safetensors"))
         classifier_epoch = linear["classifier_epoch"]
     kinds = {  # of the files with weights, else None
@@ -104,20 +106,17 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
 
 def _usage(network: export.LoadedEncoder, folder: Path) -> list[tuple[str, str, str]]:
     """(title, language, lines) for each tool that has such a network."""
-    pth, safetensors = (
-        files.only_weights(folder, "backbone", s).name for s in ("pth", "safetensors")
-    )
+    safetensors = files.only_weights(folder, "backbone", "safetensors").name
+    pth = full = safetensors
+    if not (alone := files.is_encoder_only(folder)):
+        pth = files.only_weights(folder, "backbone", "pth").name
+        full = files.only_weights(folder, "full", "pth").name
     hub = "this folder is a model repository as timm reads it (uploaded: `hf-hub:USER/NAME`)"
     tools = (
         ("torchvision", "torchvision", "python", pth),
         ("timm", "timm", "python", safetensors),
         ("huggingface", f"Hugging Face: {hub}", "python", "."),
-        (
-            "upstream-moco",
-            "facebookresearch/moco",
-            "sh",
-            files.only_weights(folder, "full", "pth").name,
-        ),
+        *([] if alone else [("upstream-moco", "facebookresearch/moco", "sh", full)]),
     )
     return [
         (title, language, export.usage(to, file, network))

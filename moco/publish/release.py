@@ -2,7 +2,8 @@
 
 A release is a folder with NAME-backbone-HASH and NAME-full-HASH (both encoders with their heads and
 the queue; no optimizer), after a linear evaluation also NAME-linear-HASH, each as .pth and
-.safetensors; config.json; arguments, logs and results; the model card README.md; and SHA256SUMS.
+.safetensors, or on request NAME-backbone-HASH.safetensors alone; config.json; arguments, logs and
+results; the model card README.md; and SHA256SUMS.
 HASH is the first 8 hex digits of the file's SHA-256, which torch.hub checks.
 """
 
@@ -12,6 +13,7 @@ import dataclasses
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -41,6 +43,7 @@ class Request:
     licence: str | None = None  # of the weights; None: the card says that none is stated
     lincls: str | None = None  # checkpoint or result of a linear evaluation, in its run folder
     metrics: str | None = None  # what measure_align_uniform.py --out wrote for `checkpoint`
+    encoder_only: bool = False  # of the weights only the encoder, as .safetensors
 
     def check(self) -> tuple[Path, str]:
         """The absolute path of the release and its name.
@@ -87,9 +90,9 @@ def make_release(request: Request) -> dict[str, Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.") as inside:
         folder = Path(inside) / target.name
         folder.mkdir()
-        network = _write_pretrained(folder, name, source)
+        network = _write_pretrained(folder, name, source, request.encoder_only)
         if request.lincls:
-            _write_lincls(folder, name, Path(request.lincls), network)
+            _write_lincls(folder, name, Path(request.lincls), network, request.encoder_only)
         if request.metrics:
             _write_metrics(folder, Path(request.metrics), source.name)
         config, card = config_and_card(folder, request.licence)
@@ -104,7 +107,9 @@ def make_release(request: Request) -> dict[str, Path]:
     return {path: target / path for path in files.listed(target)}
 
 
-def _write_pretrained(folder: Path, name: str, source: Path) -> export.LoadedEncoder:
+def _write_pretrained(
+    folder: Path, name: str, source: Path, encoder_only: bool
+) -> export.LoadedEncoder:
     """NAME-backbone and NAME-full of a checkpoint, its arguments, and what its run folder says."""
     content = read_checkpoint(source)
     network = export.load_with_head(source, keep="none")
@@ -114,22 +119,34 @@ def _write_pretrained(folder: Path, name: str, source: Path) -> export.LoadedEnc
             "which holds both encoders; scripts/convert.py converts a single encoder"
         )
     metadata = network.metadata()
-    _write_weights(folder, f"{name}-backbone", network.state(), metadata)
-    named = content.get("state_dict", content)  # safetensors of others hold nothing else
-    state = {key: tensor for key, tensor in named.items() if isinstance(tensor, Tensor)}
     step = {"step": content["step"]} if "step" in content else {}
-    _write_weights(folder, f"{name}-full", state, step | metadata, in_checkpoint=True)
+    if encoder_only:
+        _write_weights(folder, f"{name}-backbone", network.state(), step | metadata, _ONE)
+    else:
+        _write_weights(folder, f"{name}-backbone", network.state(), metadata)
+        named = content.get("state_dict", content)  # safetensors of others hold nothing else
+        state = {key: tensor for key, tensor in named.items() if isinstance(tensor, Tensor)}
+        _write_weights(folder, f"{name}-full", state, step | metadata, in_checkpoint=True)
     if metadata.get("args"):  # else it is not of this project
         _write_run(folder, source, metadata["args"], content.get("step"))
     return network
 
 
+_ONE, _BOTH = (".safetensors",), (".pth", ".safetensors")
+
+
 def _write_weights(
-    folder: Path, name: str, state: dict, metadata: dict, *, in_checkpoint: bool = False
+    folder: Path,
+    name: str,
+    state: dict,
+    metadata: dict,
+    suffixes: Sequence[str] = _BOTH,
+    *,
+    in_checkpoint: bool = False,
 ) -> None:
     """Write NAME-HASH.safetensors and NAME-HASH.pth; the latter is a state dict, or a checkpoint
     with the metadata and a checksum."""
-    for suffix in (".pth", ".safetensors"):
+    for suffix in suffixes:
         path = folder / f"{name}{suffix}"
         if suffix == ".safetensors":
             write_safetensors(path, state, metadata)
@@ -166,8 +183,11 @@ def _copy_log(source: Path, out: Path, args: dict, *, last_step: int | None = No
     out.write_text("".join(kept), encoding="utf-8")
 
 
-def _write_lincls(folder: Path, name: str, source: Path, pretrained: export.LoadedEncoder) -> None:
-    """The classifier, arguments, log and result of a linear evaluation of this very encoder.
+def _write_lincls(
+    folder: Path, name: str, source: Path, pretrained: export.LoadedEncoder, encoder_only: bool
+) -> None:
+    """The classifier (unless `encoder_only`), arguments, log and result of a linear evaluation of
+    this very encoder.
 
     Raises:
         CheckpointError: it is of another encoder or of fine-tuning, or its result is not beside it.
@@ -197,8 +217,9 @@ def _write_lincls(folder: Path, name: str, source: Path, pretrained: export.Load
             "(another checkpoint, or fine-tuned)"
         )
     content = read_checkpoint(source)
-    metadata = {**network.metadata(), "classifier_epoch": content.get("epoch", 0) - 1}
-    _write_weights(folder, f"{name}-linear", network.state(), metadata)
+    if not encoder_only:
+        metadata = {**network.metadata(), "classifier_epoch": content.get("epoch", 0) - 1}
+        _write_weights(folder, f"{name}-linear", network.state(), metadata)
     (folder / files.PROBE).parent.mkdir()
     args = saved_args(content)
     write_json(folder / files.PROBE, export.strip_local_paths(result, args))

@@ -69,6 +69,12 @@ def weights(folder: Path, kind: str, suffix: str) -> list[Path]:
     ]
 
 
+def is_encoder_only(folder: Path) -> bool:
+    """Its one file of weights is the encoder as .safetensors (release.py --encoder-only)."""
+    kinds = [match for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
+    return [(match[2], match[4]) for match in kinds] == [("backbone", "safetensors")]
+
+
 def only_weights(folder: Path, kind: str, suffix: str) -> Path:
     """The one file NAME-KIND-HASH.SUFFIX.
 

@@ -62,7 +62,7 @@ def _check_sums(folder: Path) -> list[str]:
         f"there is no NAME-{kind}-HASH.{suffix}"
         for kind in ("backbone", "full")
         for suffix in ("pth", "safetensors")
-        if not files.weights(folder, kind, suffix)
+        if not (files.is_encoder_only(folder) or files.weights(folder, kind, suffix))
     ]
     return problems + [
         f"{name} is missing" for name in (files.CONFIG, files.CARD) if name not in sums
@@ -82,14 +82,15 @@ def _check_weights(folder: Path) -> list[str]:
             problems.append(f"{path.name} holds another backbone than {of_first}")
     args = files.read_json(folder / ARGS, or_empty=True)
     args.pop("provenance", None)
-    for kind in ("full", "linear"):
+    alone = files.is_encoder_only(folder)
+    for kind in ("backbone",) if alone else ("full", "linear"):
         paths = [*files.weights(folder, kind, "pth"), *files.weights(folder, kind, "safetensors")]
         contents = [read_checkpoint(path) for path in paths]
         states = [content.get("state_dict", content) for content in contents]
-        if states and not (len(states) == 2 and export.same_tensors(*states)):
+        if states and not alone and not (len(states) == 2 and export.same_tensors(*states)):
             names = ", ".join(path.name for path in paths)
             problems.append(f"{names}: not the same tensors in both")
-        if kind == "full":
+        if kind != "linear":
             problems += [
                 f"{ARGS} is not what {path.name} was trained by"
                 for path, content in zip(paths, contents, strict=True)
@@ -108,7 +109,8 @@ def _check_logs(folder: Path) -> list[str]:
     for name in (LOG, files.PROBE_LOG):
         if (folder / name).is_file() and read_log(folder / name)[1]:
             problems.append(f"{name} has lines that are no lines of a log")
-    if (folder / files.PROBE).is_file() != bool(files.weights(folder, "linear", "pth")):
+    probed = (folder / files.PROBE).is_file()
+    if probed != bool(files.weights(folder, "linear", "pth")) and not files.is_encoder_only(folder):
         return [*problems, f"{files.PROBE} and the file with the classifier belong together"]
     if not ((folder / files.PROBE).is_file() and (folder / files.PROBE_LOG).is_file()):
         return problems

@@ -227,6 +227,31 @@ def test_accuracies_of_other_protocols_say_so(run_of, data, tmp_path, capsys):
     assert "labels is None, lincls/args.json says 80.0" in findings(folder, capsys)
 
 
+def test_the_encoder_alone_is_one_file_with_all_figures(run_of, published, capsys):
+    release(
+        [str(run_of / "run" / "checkpoint_0001.pth.tar"), "alone", "--encoder-only",
+         "--lincls", str(run_of / "probe" / "checkpoint.pth.tar"),
+         "--metrics", str(run_of / "metrics.json"), "--licence", "mit"]
+    )  # fmt: skip
+    folder = Path("alone")
+    release(["--verify", "alone"])
+    assert [*folder.glob("*.pth"), *folder.glob("*.safetensors")] == [
+        weights_of(folder, "backbone", "safetensors")
+    ]
+    encoder, info = load_encoder(folder)
+    same, _ = load_encoder(weights_of(published, "backbone", "pth"))
+    assert all(map(torch.equal, encoder.state_dict().values(), same.state_dict().values()))
+    assert info["epoch"] == 2 and info["args"]["arch"] == info["arch"]
+    card = (folder / "README.md").read_text()
+    for text in ("Linear evaluation", "0.1235", "license: mit", "| Epochs | 2"):
+        assert text in card, text
+    assert "Classifier in the file" not in card and "facebookresearch/moco:" not in card
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps({**args, "lr": 9.0}))
+    sum_again(folder)
+    assert "args.json is not what alone-backbone-" in findings(folder, capsys)
+
+
 def test_without_probe_metrics_or_licence_the_card_has_no_such_figures(run_of, tmp_path):
     release([str(run_of / "run" / "checkpoint_0001.pth.tar"), "plain v1.0"])
     assert list(Path("plain v1.0").glob("plain-v1-0-backbone-*.pth")), "no dot before the hash"
