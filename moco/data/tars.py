@@ -14,6 +14,7 @@ the archives. Finding them takes a walk over all archives: the index is kept in 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import tarfile
@@ -68,23 +69,40 @@ def _index(paths: Sequence[str]) -> dict:
     """names, place, labels, classes, left_out; from the cache, or made and put there."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     cached = Path(home) / "moco_align_uniform" / f"tar-{_VERSION}-{files_digest(paths)[:32]}.npz"
-    try:
-        with np.load(cached) as file:
-            index = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
-        index = _make_index(paths)
-        packed = {name: _packed(v) if isinstance(v, list) else v for name, v in index.items()}
-        temporary = cached.with_name(f".{cached.name}.{secrets.token_hex(8)}.tmp")
-        with contextlib.suppress(OSError):  # then it is made again next time
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, "wb") as file:
-                    np.savez(file, **packed)
-                os.replace(temporary, cached)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return index
+    with _one_at_a_time(cached.parent):
+        try:
+            with np.load(cached) as file:
+                index = dict(file)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            index = _make_index(paths)
+            _keep(cached, index)
+            return index
     return {n: _unpacked(v) if v.dtype == np.uint8 else v for n, v in index.items()}
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """The first process of a machine makes the index; the others wait and read it. Where the folder
+    cannot be made or locked, each makes its own."""
+    with contextlib.ExitStack() as at_exit:
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY)
+            at_exit.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _keep(cached: Path, index: dict) -> None:
+    packed = {name: _packed(v) if isinstance(v, list) else v for name, v in index.items()}
+    temporary = cached.with_name(f".{cached.name}.{secrets.token_hex(8)}.tmp")
+    with contextlib.suppress(OSError):  # then it is made again next time
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **packed)
+            os.replace(temporary, cached)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _packed(names: list[str]) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, write_images
+from helpers import finish, load_script, start_python, write_images
 
 from moco import cli
 from moco.data.images import Images, image_names, names_digest, open_images
@@ -172,6 +172,37 @@ def test_the_index_is_made_once_and_anew_for_other_files(plain, tmp_path, cache,
     assert open_images("tar", root, "train").classes == [*first.classes, "zebra"]
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert len(open_images("tar", root, "train")) == 18
+
+
+AT_ONCE = """
+import sys, time
+from pathlib import Path
+from moco.data import images, tars
+
+root, place, mine = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+make = tars._make_index
+
+def made(paths):
+    (place / f"made-{mine}").touch()
+    while len(list(place.glob("here-*"))) < 3:
+        time.sleep(0.01)
+    time.sleep(0.3)  # for the others to come as far
+    return make(paths)
+
+tars._make_index = made
+(place / f"here-{mine}").touch()
+print(len(images.open_images("tar", root, "train")))
+"""
+
+
+@pytest.mark.long
+def test_of_processes_that_start_together_one_makes_the_index(plain, tmp_path) -> None:
+    root = write_tars(plain, tmp_path / "tars", "folders")
+    (place := tmp_path / "place").mkdir()
+    ranks = [start_python("-c", AT_ONCE, root, place, rank, cwd=tmp_path) for rank in range(3)]
+    for status, out, error in map(finish, ranks):
+        assert status == 0 and out.endswith("17\n"), out + error
+    assert len(list(place.glob("made-*"))) == 1
 
 
 def test_a_whole_archive_of_train_and_unlabelled_images(plain, tmp_path) -> None:
