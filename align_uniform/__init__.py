@@ -3,7 +3,7 @@
 Needs torch only and can be used without the rest of this project:
 
     from align_uniform import align_loss, uniform_loss
-    loss = align_loss(x, y) + uniform_loss(torch.cat([x, y]))     # x, y: (N, C), unit rows
+    loss = align_loss(x, y) + (uniform_loss(x) + uniform_loss(y)) / 2    # x, y: (N, C), unit rows
 
 `align_uniform.metrics` measures whole feature sets, `align_uniform.bounds` knows their limits.
 """

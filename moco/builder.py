@@ -33,8 +33,8 @@ class MoCo(nn.Module):
         contr_tau: temperature of the InfoNCE term; None leaves the term out.
         align_alpha: exponent of the alignment term, >= 1; None leaves the term out.
         unif_t: t of the uniformity term; None leaves the term out.
-        unif_intra_batch: the uniformity term also counts the pairs within the batch on this rank
-            (Eq. 22 of arXiv:2005.10242) or only query-queue pairs (Eq. 21).
+        unif_intra_batch: the uniformity term also counts the pairs within the group (see
+            `group_size`; Eq. 22 of arXiv:2005.10242) or only query-queue pairs (Eq. 21).
         mlp: two-layer projection head as in MoCo v2 (arXiv:2003.04297).
         group_size: images of a group, which are consecutive in the global batch: the uniformity
             term takes its log and its pairs within a group, and is the mean over groups. A rank can

@@ -7,7 +7,7 @@ align + uniform, InfoNCE (MoCo v2) and an untrained encoder: each is pretrained,
 probe and k-NN) and measured (alignment, uniformity) by the commands that are printed, which can be
 run by hand as well. What has been finished in FOLDER is not run again.
 
-Each objective was chosen among three on toy images of another seed; the README has the figures.
+Each objective was chosen among three on toy images of another seed (docs/results.md).
 """
 
 import argparse

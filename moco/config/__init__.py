@@ -4,7 +4,7 @@ A field is declared once, with its default, flags and resume class, and its help
 
     LEARNS  a run under another value learns something else: to resume is refused
     ROUNDS  the same is learned, but sums run in another order: to resume is not bit for bit
-    FREE    no trace in the weights
+    FREE    may change in mid-run: no part of what is learned, or its effect is kept elsewhere
 
 `moco.cli` makes the command line from these fields, and a config from the command line. Nothing
 writes to a config afterwards; `dataclasses.replace` makes another one. Functions take the part that

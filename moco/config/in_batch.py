@@ -151,7 +151,7 @@ class InBatchViews(Part):
     """views: random crop, flip, colour jitter (0.4, 0.4, 0.4, 0.4), then grey with probability 0.2
 
     image_size: 64, with cifar10 32, with nyu 128 (%(default)s)
-    crop_scale: share of the area (%(default)s)
+    crop_scale: share of the area; default %(default)s
     views: cpu: all by Pillow in loader processes; device: they decode and crop, the device does
         the colour (%(default)s)
     """

@@ -58,7 +58,7 @@ class Schedule(Part):
 
     epochs: %(default)s
     start_epoch: 0-based, for restarts without --resume
-    schedule: epochs at which the learning rate drops (%(default)s)
+    schedule: epochs at which the learning rate drops; default %(default)s
     schedule_factor: what it is multiplied by there (%(default)s)
     """
 

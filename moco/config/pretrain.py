@@ -173,7 +173,7 @@ class Views(Part):
 
     aug_plus: augmentation of MoCo v2
     image_size: %(default)s
-    crop_scale: share of the area (%(default)s)
+    crop_scale: share of the area; default %(default)s
     blur: leave the Gaussian blur out of --aug-plus
     views: cpu: all by Pillow in loader processes; device: they decode and crop, the device does
         colour and blur (%(default)s)
@@ -258,7 +258,7 @@ class Speed(Part):
     with, but not bit for bit
 
     channels_last: weights and images in NHWC order (default: on the CPU and with --amp)
-    compile: compile both encoders by torch.compile: minutes at the start
+    compile: compile the encoders by torch.compile: minutes at the start
     deterministic: only kernels that give the same bits every time; slower on a GPU
     profile: write a trace of ten steps and print where their time goes
     """
@@ -274,9 +274,9 @@ class Saving(Folder):
     """never lose a run
 
     keep_last: checkpoints to keep (%(default)s), the newest, and
-    keep_every: that of every M-th epoch (%(default)s; 0: none)
+    keep_every: that of every N-th epoch (%(default)s; 0: none)
     save_steps: save every N steps too (0: after each epoch only)
-    save_minutes: save every M minutes too (0: no)
+    save_minutes: save every X minutes too (0: no)
     allow_changes: resume although what is learned changes; logs the differences
     replay: rerun the step that RUN/failed holds and say what was in it; needs no other flag (DIR:
         where the images are now)

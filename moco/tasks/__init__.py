@@ -5,7 +5,7 @@ A task is a class with four methods:
     build_data(device)     batches: steps_per_epoch, facts, set_epoch(epoch, start), iter, end()
     build_module()         the nn.Module, on the CPU
     losses(model, batch, part, parts)
-                           named terms of a batch: anything with `items()` as moco.train.losses has
+                           named terms of a batch, as moco.train.losses.Losses has them
     total(losses)          the scalar to minimise
 
 The engine (`moco.train.loop.train`) gives it the loop, resumption, saving, guards, logs and

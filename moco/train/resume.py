@@ -112,6 +112,11 @@ def refuse_changes(saved: dict, path: str, flat: dict, *, allow: bool) -> list[s
         )
     if saved.get("arch", flat["arch"]) != flat["arch"]:
         raise CheckpointError(f"{path} is of arch {saved['arch']}, this run is of {flat['arch']}")
+    if not before:
+        distributed.print_main(
+            f"{path} does not say by which objective it was trained; this run goes on with "
+            f"{flat['objective']} (flags of the objective choose another)"
+        )
     changes = learning_changes(before, flat)
     if changes and not allow:
         raise CheckpointError(

@@ -263,6 +263,7 @@ def test_a_checkpoint_of_upstream_moco_goes_on_and_what_is_missing_is_said(
     run = tmp_path / "run"
     said = finish(run, data, "--resume", tmp_path / "theirs.pth.tar", "--max-steps", PER_EPOCH + 1)
     assert "1 epochs and 0 steps done" in said and "it is not of this project" in said
+    assert "does not say by which objective it was trained; this run goes on with 3 * al" in said
     assert "random states start anew" in said and "weights, queue and optimizer go on" in said
     final = final_state(run)["checkpoint"]
     assert (final["epoch"], final["step_in_epoch"]) == (1, 1)
