@@ -89,7 +89,7 @@ def check_content(content: dict, path: Path) -> None:
                 f"{path} holds NaN or infinity in {name}: its training had failed, or it is "
                 "damaged. Use an earlier checkpoint"
             )
-        if name.endswith("running_var") and lowest < 0:
+        if _is_variance(name) and lowest < 0:
             raise CheckpointError(
                 f"{path} holds a variance below zero in {name}: it is damaged. Use an earlier "
                 "checkpoint"
@@ -103,11 +103,10 @@ def warn_of_numbers(state: dict[str, Tensor], path: str | os.PathLike) -> None:
     for name, tensor in state.items():
         lowest, highest = _range(tensor)
         size = max(-lowest, highest)
-        is_variance = name.endswith("running_var")
         is_weight = name.endswith("weight") and tensor.dim() > 1
-        if not size and (is_variance or is_weight) and tensor.numel():
+        if not size and (_is_variance(name) or is_weight) and tensor.numel():
             zero.append(name)
-        if tensor.is_floating_point() and size > (1e12 if is_variance else 1e6):
+        if tensor.is_floating_point() and size > largest_sane(name):
             large.append(f"{name} (up to {size:.0e})")
     for names, what in ((zero, "nothing but zeros"), (large, "absurdly large numbers")):
         if names:
@@ -117,6 +116,15 @@ def warn_of_numbers(state: dict[str, Tensor], path: str | os.PathLike) -> None:
                 "training had failed",
                 stacklevel=4,
             )
+
+
+def largest_sane(name: str) -> float:
+    """No training that works leads a weight, or a running variance, above this number."""
+    return 1e12 if _is_variance(name) else 1e6
+
+
+def _is_variance(name: str) -> bool:
+    return name.endswith("running_var")
 
 
 _MOST_SHARING = 4  # tied weights lie in a file once; so do tensors made to fill the memory

@@ -74,12 +74,7 @@ def load_encoder(
         raise ValueError(f'head must be "none", "projection" or "linear", got {head!r}')
     content = _read(path, checked_digits(sha256))
     path = without_secrets(path)  # as messages have it
-    if is_of_sentences(content):
-        raise CheckpointError(
-            f"{path} holds sentence encoders (scripts/train_sentences.py), an image encoder was "
-            f"asked for: evaluate it by scripts/evaluate_sentences.py {path} --mr DIR --cr DIR, or "
-            "load it by moco.checkpoint.load_sentence_encoders"
-        )
+    _refuse_others_of_this_project(content, path)
     source = find_encoder(content, path)
     state = source.fit.state
     encoder = source.fit.build()
@@ -104,6 +99,21 @@ def load_encoder(
         "args": args,
     }
     return encoder, info
+
+
+def _refuse_others_of_this_project(content: dict, path: str | os.PathLike) -> None:
+    """Raise CheckpointError for files of this project that hold no image encoder."""
+    if is_of_sentences(content):
+        raise CheckpointError(
+            f"{path} holds sentence encoders (scripts/train_sentences.py), an image encoder was "
+            f"asked for: evaluate it by scripts/evaluate_sentences.py {path} --mr DIR --cr DIR, or "
+            "load it by moco.checkpoint.load_sentence_encoders"
+        )
+    if {"predictor", "errors"} <= content.keys():
+        raise CheckpointError(
+            f"{path} holds a depth predictor (scripts/evaluate_depth.py), an image encoder was "
+            "asked for: give the one that it was trained on, which args.json beside it names"
+        )
 
 
 def _read(path: str | os.PathLike, sha256: str | None) -> dict:

@@ -92,6 +92,8 @@ def after_step(t: Trainer, losses: Losses) -> Due:
         wants_save = distributed.is_main() and t.stopwatch.rings()
         stop, save_now = t.guard.check(t.stop.requested, wants_save)
         step = step.extended(stop=stop, save=save_now)
+    if step.log or step.save:
+        guards.stop_if_weights_left_all_bounds(state, t.writer)
     if step.log:
         report(t, losses)
     if step.compare_ranks:
