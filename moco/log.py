@@ -162,8 +162,15 @@ class Means:
         return means
 
 
-# All tests have passed with these, on CPUs.
+# On CPUs: all tests have passed with the first, the quick tests have been run with the others.
 TESTED = {"torch": ("2.14.1",), "torchvision": ("0.29.1",)}
+QUICKLY_TESTED = {"torch": ("2.6.0", "2.11.0"), "torchvision": ("0.21.0", "0.26.0")}
+
+
+def versions_tested(name: str) -> str:
+    """Versions of a library, for people: "torch 2.14.1, the quick tests with 2.6.0, 2.11.0"."""
+    quickly = ", ".join(QUICKLY_TESTED[name])
+    return f"{name} {', '.join(TESTED[name])}, the quick tests with {quickly}"
 
 
 def provenance() -> dict[str, str]:

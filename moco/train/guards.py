@@ -178,8 +178,8 @@ def stop_if_ranks_differ(tensors: Sequence[Tensor], step: int) -> None:
 @torch.no_grad()
 def stop_if_weights_left_all_bounds(state: TrainState, writer: BackgroundWriter) -> None:
     """Losses of features of bounded length stay finite whatever becomes of the weights, and where
-    all is saturated gradients are small. So before a line and a save the weights themselves, and
-    statistics of batch norm, are looked at; those of rank 0, which are saved."""
+    all is saturated gradients are small. So before a save the weights themselves, and statistics of
+    batch norm, are looked at; those of rank 0, which are saved."""
     text = None
     if distributed.is_main():
         named = state.module.state_dict().items()

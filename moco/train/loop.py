@@ -92,8 +92,6 @@ def after_step(t: Trainer, losses: Losses) -> Due:
         wants_save = distributed.is_main() and t.stopwatch.rings()
         stop, save_now = t.guard.check(t.stop.requested, wants_save)
         step = step.extended(stop=stop, save=save_now)
-    if step.log or step.save:
-        guards.stop_if_weights_left_all_bounds(state, t.writer)
     if step.log:
         report(t, losses)
     if step.compare_ranks:
@@ -105,6 +103,7 @@ def after_step(t: Trainer, losses: Losses) -> Due:
     if t.profile:
         t.profile.step_done()
     if step.save:
+        guards.stop_if_weights_left_all_bounds(state, t.writer)
         save(t.writer, state, t.flat)
         if step.evaluate and t.evaluation and t.evaluation.enabled:
             step = step.extended(stop=t.evaluation.measure(state.epoch, state.step))

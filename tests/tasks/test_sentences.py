@@ -264,7 +264,7 @@ def test_weights_that_no_training_leads_to_end_the_run(text, tmp_path, capsys) -
     """Features of unit length keep the loss finite, and saturated states the gradients small."""
     words = [*FLAGS, "--lr", "1e30", "--save-dir", tmp_path, text]
     status, line = refusal(main, words, capsys)
-    assert status == 1 and "after step 1 f.embedding.weight is up to 1e+30" in line
+    assert status == 1 and "after step 4 f.embedding.weight is up to 3e+30" in line
     assert "checkpoint is none yet. Lower --lr" in line and not list(tmp_path.glob("*.tar"))
 
 
