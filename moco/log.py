@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from moco import distributed
 from moco.run_files import read_log, write_text
@@ -37,6 +35,8 @@ class RunLog:
             path = Path(folder) / "log.jsonl"
             self.kept = _drop_later_lines(path, first_step)
             self.file = open(path, "a", encoding="utf-8")
+            from torch.utils.tensorboard import SummaryWriter  # `cli.check_run_folder` looks for it
+
             self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def event(self, kind: str, step: int, **facts: object) -> None:
@@ -94,6 +94,8 @@ class RunLog:
                 name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
                 for name, value in values.items()
             }
+            from torch.utils.tensorboard.summary import hparams
+
             *beginning, self.session_end = hparams(simple, dict.fromkeys(metrics, 0))
             with self._full_disk_is_named():
                 for summary in beginning:

@@ -116,6 +116,9 @@ def _refuse_others_of_this_project(content: dict, path: str | os.PathLike) -> No
         )
 
 
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.")  # as large models are saved
+
+
 def _read(path: str | os.PathLike, sha256: str | None) -> dict:
     """The content of a file, of a folder as Hugging Face has them, or at an address."""
     if is_hub(path):
@@ -123,6 +126,12 @@ def _read(path: str | os.PathLike, sha256: str | None) -> dict:
     if is_url(path):
         return read_url(path, sha256)
     path = Path(path)
+    part = _PART.search(path.name)
+    if part and int(part[1]) > 1:
+        raise CheckpointError(
+            f"{path} is one of {int(part[1])} parts of a checkpoint; put them together first: "
+            "safetensors.torch.save_file of the tensors that load_file finds in all of them"
+        )
     if (path / "model.safetensors").is_file():
         path = path / "model.safetensors"
     return read_checkpoint(path, sha256=sha256)

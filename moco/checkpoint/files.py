@@ -46,6 +46,7 @@ from moco.checkpoint.refusals import (
     unsafe,
 )
 from moco.errors import CheckpointError
+from moco.packages import import_optional
 from moco.pickles import Inert, Refused
 from moco.run_files import FORMAT_VERSION
 
@@ -110,9 +111,9 @@ def write_safetensors(path: str | os.PathLike, state: dict[str, Tensor], about: 
 
     Raises:
         ValueError: `about` has a value that JSON cannot hold.
+        DataError: there is no package safetensors.
     """
-    from safetensors.torch import save
-
+    save = import_optional("safetensors.torch", f"to write {path}").save
     said = json.dumps({"version": FORMAT_VERSION, **about}, sort_keys=True, allow_nan=False)
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -362,3 +362,12 @@ def test_tensors_beside_the_encoder_are_listed(tmp_path: Path) -> None:
     _, info = load_encoder(path)
     assert info["beside"] == ["queue", "scalar_label"]
     assert info["ignored"] == ["fc.bias", "fc.weight"]
+
+
+def test_a_part_of_a_checkpoint_is_named_as_one(tmp_path):
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    write_safetensors(path, small_resnet(10).state_dict(), {})
+    with pytest.raises(CheckpointError, match="is one of 2 parts of a checkpoint"):
+        load_encoder(path)
+    whole = path.rename(tmp_path / "model-00001-of-00001.safetensors")
+    assert load_encoder(whole)[1]["arch"] == "resnet8"
