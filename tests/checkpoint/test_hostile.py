@@ -259,6 +259,16 @@ def test_harmful_pickles_are_refused_at_once(kind: str, form: str, tmp_path: Pat
     assert not hasattr(pickles.parse, "hacked") and not hasattr(CheckpointError, "x")
 
 
+@pytest.mark.parametrize("form", [in_zip, bytes])
+def test_opcodes_without_end_are_refused(form, tmp_path: Path, monkeypatch) -> None:
+    """Though the values that are left are few."""
+    monkeypatch.setattr(pickles, "MOST_OPCODES", 1000)
+    path = tmp_path / "a.pkl"
+    path.write_bytes(form(PROTO + b"N0" * 501 + b"}" + STOP))
+    with pytest.raises(CheckpointError, match="it has no end of opcodes"):
+        load_encoder(path)
+
+
 def test_a_run_folder_with_a_bomb_goes_on(tmp_path: Path) -> None:
     """Its name is listed, the newest that is whole is found, and nothing hangs."""
     torch.save(
