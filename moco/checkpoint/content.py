@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moco.checkpoint.refusals import damaged
 from moco.errors import CheckpointError
+from moco.printable import printable
 
 
 def checksum(content: object) -> str:
@@ -66,6 +67,11 @@ def saved_args(content: dict) -> dict:
     return args if isinstance(args, dict) else {}
 
 
+def shown(value: object) -> object:
+    """What a file says of itself, for people: of text what can be printed in one line."""
+    return printable(value) if isinstance(value, str) else value
+
+
 def check_content(content: dict, path: Path) -> None:
     """Refuse tensors that are larger than the file and, in what is trained, numbers that are not
     finite and variances below zero."""
@@ -111,11 +117,8 @@ def warn_of_numbers(state: dict[str, Tensor], path: str | os.PathLike) -> None:
     for names, what in ((zero, "nothing but zeros"), (large, "absurdly large numbers")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            warnings.warn(
-                f"{path} holds {what} in {', '.join(names[:3])}{more}: it is damaged, or its "
-                "training had failed",
-                stacklevel=4,
-            )
+            text = f"{path} holds {what} in {', '.join(names[:3])}{more}: it is damaged, or its "
+            warnings.warn(printable(text + "training had failed"), stacklevel=4)
 
 
 def largest_sane(name: str) -> float:

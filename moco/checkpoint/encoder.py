@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from moco.checkpoint.content import saved_args, warn_of_numbers
+from moco.checkpoint.content import saved_args, shown, warn_of_numbers
 from moco.checkpoint.download import is_url, read_url, without_secrets
 from moco.checkpoint.files import read_checkpoint
 from moco.checkpoint.hashes import checked_digits
@@ -85,11 +85,11 @@ def load_encoder(
     info = {
         "arch": encoder.arch,
         "small_stem": encoder.small_stem,
-        "epoch": content.get("pretrained_epochs", content.get("epoch")),
-        "objective": args.get("objective", content.get("objective")),
-        "task": args.get("task", "moco" if source.layout == "moco" else None),
+        "epoch": shown(content.get("pretrained_epochs", content.get("epoch"))),
+        "objective": shown(args.get("objective", content.get("objective"))),
+        "task": shown(args.get("task", "moco" if source.layout == "moco" else None)),
         "layout": "plain" if source.layout == "lincls" and kind != "linear" else source.layout,
-        "encoder": source.encoder,
+        "encoder": shown(source.encoder),
         "head": kind,
         "head_use": use,
         "feature_dim": encoder.feature_dim,

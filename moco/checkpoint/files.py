@@ -48,6 +48,7 @@ from moco.checkpoint.refusals import (
 from moco.errors import CheckpointError
 from moco.packages import import_optional
 from moco.pickles import Inert, Refused
+from moco.printable import printable
 from moco.run_files import FORMAT_VERSION
 
 _OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # the first pickle in it
@@ -211,8 +212,8 @@ _UNCHECKED = {
 def warn_of(name: object, kind: str) -> None:
     what, remedy = _UNCHECKED[kind]
     warnings.warn(
-        f"{name} {what}: only its structure could be checked, changed numbers go unnoticed. "
-        f"{remedy}",
+        f"{printable(name)} {what}: only its structure could be checked, changed numbers go "
+        f"unnoticed. {remedy}",
         stacklevel=3,
     )
 
