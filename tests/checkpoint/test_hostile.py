@@ -295,6 +295,16 @@ def test_values_beside_tensors_are_read_without_them(tmp_path: Path) -> None:
         pickles.peek(path)
 
 
+def test_short_tuples_are_keys_by_their_text(tmp_path: Path, state) -> None:
+    """What people keep beside weights; `HARMFUL` has tuples that are refused."""
+    hits = {(0, 1): 2, ("a", None): 3, ("b" * 1000,): 4}
+    torch.save({"state_dict": state, "hits": hits}, tmp_path / "a.pth")
+    assert load_encoder(tmp_path / "a.pth")[1]["arch"] == "resnet8"
+    found = read_checkpoint(tmp_path / "a.pth")["hits"]
+    assert list(found.items())[:2] == [("(0, 1)", 2), ("('a', None)", 3)]
+    assert max(map(len, found)) < 100
+
+
 # ---- Memory --------------------------------------------------------------------------------------
 
 
