@@ -573,11 +573,16 @@ def pretrained_file(parser: argparse.ArgumentParser, path: str | None) -> str | 
 def check_run_folder(
     parser: argparse.ArgumentParser, folder: Path | None, resume: str | None, kind: str
 ) -> None:
-    """Never start over in a folder that holds a run, nor mix two runs in one.
+    """Never start over in a folder that holds a run, nor mix two runs in one; nor start one whose
+    log cannot be written.
 
     Args:
         kind: of the run that is to be there: "pretraining", "lincls" or "depth".
     """
+    try:
+        import_optional("tensorboard", "the log of a run")
+    except DataError as error:
+        parser.error(str(error))
     if folder is None:
         return
     held = {

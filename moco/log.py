@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from moco import distributed
 from moco.run_files import read_log, write_text
@@ -37,6 +35,8 @@ class RunLog:
             path = Path(folder) / "log.jsonl"
             self.kept = _drop_later_lines(path, first_step)
             self.file = open(path, "a", encoding="utf-8")
+            from torch.utils.tensorboard import SummaryWriter  # `cli.check_run_folder` looks for it
+
             self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def event(self, kind: str, step: int, **facts: object) -> None:
@@ -94,6 +94,8 @@ class RunLog:
                 name: value if isinstance(value, (bool, int, float, str)) else json.dumps(value)
                 for name, value in values.items()
             }
+            from torch.utils.tensorboard.summary import hparams
+
             *beginning, self.session_end = hparams(simple, dict.fromkeys(metrics, 0))
             with self._full_disk_is_named():
                 for summary in beginning:
@@ -162,8 +164,15 @@ class Means:
         return means
 
 
-# All tests have passed with these, on CPUs.
+# On CPUs: all tests have passed with the first, the quick tests have been run with the others.
 TESTED = {"torch": ("2.14.1",), "torchvision": ("0.29.1",)}
+QUICKLY_TESTED = {"torch": ("2.6.0", "2.11.0"), "torchvision": ("0.21.0", "0.26.0")}
+
+
+def versions_tested(name: str) -> str:
+    """Versions of a library, for people: "torch 2.14.1, the quick tests with 2.6.0, 2.11.0"."""
+    quickly = ", ".join(QUICKLY_TESTED[name])
+    return f"{name} {', '.join(TESTED[name])}, the quick tests with {quickly}"
 
 
 def provenance() -> dict[str, str]:

@@ -216,13 +216,21 @@ _OPERATIONS: dict[str, Callable[[_Machine, object], None]] = {
 
 def checked_key(key: object) -> object:
     """A key whose hash is known at once and is shared by no other: a nested tuple takes longer than
-    anybody waits, and whole numbers from 2^61 on can be chosen to have one hash."""
-    if key is None or type(key) in (str, bytes, bool, float):
+    anybody waits, and whole numbers from 2^61 on can be chosen to have one hash, as can tuples: of
+    a short one its text is the key."""
+    if _is_plain_key(key):
         return key
-    if type(key) is int and abs(key) < 2**61 - 1:
-        return key
+    if type(key) is tuple and len(key) <= 8 and all(map(_is_plain_key, key)):
+        text = repr(tuple(k[:20] if type(k) in (str, bytes) else k for k in key))
+        return Inert(text)
     what = "large number" if type(key) is int else type(key).__name__
     raise Refused(f"a {what} is the key of a dict, where text and numbers are expected")
+
+
+def _is_plain_key(key: object) -> bool:
+    if type(key) is int:
+        return abs(key) < 2**61 - 1
+    return key is None or type(key) in (str, bytes, bool, float)
 
 
 def _modern(name: str) -> str:

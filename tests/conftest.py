@@ -20,7 +20,7 @@ import torch
 import torchvision
 from helpers import write_labelled
 
-from moco.log import TESTED
+from moco.log import TESTED, versions_tested
 
 # A background job ignores Ctrl-C, and so would all processes that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,8 +31,7 @@ DISTRIBUTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SI
 def pytest_report_header() -> str:
     """What CI says at its beginning."""
     installed = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-    tested = "; ".join(f"{name} {', '.join(versions)}" for name, versions in TESTED.items())
-    return f"{installed} (tested: {tested})"
+    return f"{installed} (tested: {'; '.join(map(versions_tested, TESTED))})"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

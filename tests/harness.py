@@ -159,9 +159,9 @@ class Processes:
                 self.statuses[pid] = status
         return [pid for pid in self.pids if pid not in self.statuses]
 
-    def wait(self) -> list[int]:
-        """Exit statuses by rank; what hangs fails the test, with the output."""
-        until(lambda: not self.running(), self.output)
+    def wait(self, limit: float = LIMIT) -> list[int]:
+        """Exit statuses by rank; what hangs for `limit` seconds fails the test, with the output."""
+        until(lambda: not self.running(), self.output, limit)
         return [self.statuses[pid] for pid in self.pids]
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
@@ -189,10 +189,10 @@ class Processes:
         return "\n".join(path.read_text() if path.exists() else "" for path in paths)
 
 
-def until(happened: Callable[[], bool], output: Callable[[], str]) -> None:
-    deadline = time.monotonic() + LIMIT
+def until(happened: Callable[[], bool], output: Callable[[], str], limit: float = LIMIT) -> None:
+    deadline = time.monotonic() + limit
     while not happened():
-        assert time.monotonic() < deadline, f"nothing for {LIMIT} s:\n{output()}"
+        assert time.monotonic() < deadline, f"nothing for {limit} s:\n{output()}"
         time.sleep(0.005)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moco import cli
-from moco.log import TESTED
+from moco.log import QUICKLY_TESTED, TESTED
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -119,3 +119,6 @@ def test_the_versions_that_were_tested_are_named(page) -> None:
     text = " ".join(PAGES[page].split())
     for name, versions in TESTED.items():
         assert f"{name} {', '.join(versions)}" in text
+    for name, versions in QUICKLY_TESTED.items():
+        if name == "torch" or page != "README.md":
+            assert all(version in text for version in versions)

@@ -1,6 +1,12 @@
 """Checkpoint files, the checkpoints of a run folder, and encoders from files of any origin."""
 
-from moco.checkpoint.content import checksum, require_keys, saved_args, to_host
+from moco.checkpoint.content import (
+    checksum,
+    largest_sane,
+    require_keys,
+    saved_args,
+    to_host,
+)
 from moco.checkpoint.download import is_url, read_url, without_secrets
 from moco.checkpoint.encoder import load_encoder
 from moco.checkpoint.files import (
@@ -29,6 +35,7 @@ __all__ = [
     "epoch_path",
     "fingerprint",
     "is_url",
+    "largest_sane",
     "load_encoder",
     "load_sentence_encoders",
     "map_checkpoint",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moco.checkpoint.refusals import damaged
 from moco.errors import CheckpointError
+from moco.printable import printable
 
 
 def checksum(content: object) -> str:
@@ -66,6 +67,11 @@ def saved_args(content: dict) -> dict:
     return args if isinstance(args, dict) else {}
 
 
+def shown(value: object) -> object:
+    """What a file says of itself, for people: of text what can be printed in one line."""
+    return printable(value) if isinstance(value, str) else value
+
+
 def check_content(content: dict, path: Path) -> None:
     """Refuse tensors that are larger than the file and, in what is trained, numbers that are not
     finite and variances below zero."""
@@ -89,7 +95,7 @@ def check_content(content: dict, path: Path) -> None:
                 f"{path} holds NaN or infinity in {name}: its training had failed, or it is "
                 "damaged. Use an earlier checkpoint"
             )
-        if name.endswith("running_var") and lowest < 0:
+        if _is_variance(name) and lowest < 0:
             raise CheckpointError(
                 f"{path} holds a variance below zero in {name}: it is damaged. Use an earlier "
                 "checkpoint"
@@ -103,20 +109,25 @@ def warn_of_numbers(state: dict[str, Tensor], path: str | os.PathLike) -> None:
     for name, tensor in state.items():
         lowest, highest = _range(tensor)
         size = max(-lowest, highest)
-        is_variance = name.endswith("running_var")
         is_weight = name.endswith("weight") and tensor.dim() > 1
-        if not size and (is_variance or is_weight) and tensor.numel():
+        if not size and (_is_variance(name) or is_weight) and tensor.numel():
             zero.append(name)
-        if tensor.is_floating_point() and size > (1e12 if is_variance else 1e6):
+        if tensor.is_floating_point() and size > largest_sane(name):
             large.append(f"{name} (up to {size:.0e})")
     for names, what in ((zero, "nothing but zeros"), (large, "absurdly large numbers")):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            warnings.warn(
-                f"{path} holds {what} in {', '.join(names[:3])}{more}: it is damaged, or its "
-                "training had failed",
-                stacklevel=4,
-            )
+            text = f"{path} holds {what} in {', '.join(names[:3])}{more}: it is damaged, or its "
+            warnings.warn(printable(text + "training had failed"), stacklevel=4)
+
+
+def largest_sane(name: str) -> float:
+    """No training that works leads a weight, or a running variance, above this number."""
+    return 1e12 if _is_variance(name) else 1e6
+
+
+def _is_variance(name: str) -> bool:
+    return name.endswith("running_var")
 
 
 _MOST_SHARING = 4  # tied weights lie in a file once; so do tensors made to fill the memory

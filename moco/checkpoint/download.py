@@ -61,7 +61,9 @@ def without_secrets(path: str | os.PathLike) -> str:
         return str(path)
     scheme, _, rest = str(path).partition("://")
     name, query, _ = rest.partition("?")
-    return f"{scheme}://{_USER.sub('', name.partition('#')[0])}{'?...' if query else ''}"
+    host, slash, inside = _USER.sub("", name.partition("#")[0]).partition("/")
+    host = host.rpartition("@")[2]  # of a password that has an @
+    return f"{scheme}://{host}{slash}{inside}{'?...' if query else ''}"
 
 
 # User and password before a host; not the port and path of one that has an @ in its path.

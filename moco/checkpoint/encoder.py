@@ -7,7 +7,7 @@ import re
 
 from torch import Tensor, nn
 
-from moco.checkpoint.content import saved_args, warn_of_numbers
+from moco.checkpoint.content import saved_args, shown, warn_of_numbers
 from moco.checkpoint.download import is_url, read_url, without_secrets
 from moco.checkpoint.files import read_checkpoint
 from moco.checkpoint.hashes import checked_digits
@@ -75,12 +75,7 @@ def load_encoder(
         raise ValueError(f'head must be "none", "projection" or "linear", got {head!r}')
     content = _read(path, checked_digits(sha256))
     path = without_secrets(path)  # as messages have it
-    if is_of_sentences(content):
-        raise CheckpointError(
-            f"{path} holds sentence encoders (scripts/train_sentences.py), an image encoder was "
-            f"asked for: evaluate it by scripts/evaluate_sentences.py {path} --mr DIR --cr DIR, or "
-            "load it by moco.checkpoint.load_sentence_encoders"
-        )
+    _refuse_others_of_this_project(content, path)
     source = find_encoder(content, path)
     state = source.fit.state
     encoder = source.fit.build()
@@ -91,11 +86,11 @@ def load_encoder(
     info = {
         "arch": encoder.arch,
         "small_stem": encoder.small_stem,
-        "epoch": content.get("pretrained_epochs", content.get("epoch")),
-        "objective": args.get("objective", content.get("objective")),
-        "task": args.get("task", "moco" if source.layout == "moco" else None),
+        "epoch": shown(content.get("pretrained_epochs", content.get("epoch"))),
+        "objective": shown(args.get("objective", content.get("objective"))),
+        "task": shown(args.get("task", "moco" if source.layout == "moco" else None)),
         "layout": "plain" if source.layout == "lincls" and kind != "linear" else source.layout,
-        "encoder": source.encoder,
+        "encoder": shown(source.encoder),
         "head": kind,
         "head_use": use,
         "feature_dim": encoder.feature_dim,
@@ -107,6 +102,24 @@ def load_encoder(
     return encoder, info
 
 
+def _refuse_others_of_this_project(content: dict, path: str | os.PathLike) -> None:
+    """Raise CheckpointError for files of this project that hold no image encoder."""
+    if is_of_sentences(content):
+        raise CheckpointError(
+            f"{path} holds sentence encoders (scripts/train_sentences.py), an image encoder was "
+            f"asked for: evaluate it by scripts/evaluate_sentences.py {path} --mr DIR --cr DIR, or "
+            "load it by moco.checkpoint.load_sentence_encoders"
+        )
+    if {"predictor", "errors"} <= content.keys():
+        raise CheckpointError(
+            f"{path} holds a depth predictor (scripts/evaluate_depth.py), an image encoder was "
+            "asked for: give the one that it was trained on, which args.json beside it names"
+        )
+
+
+_PART = re.compile(r"-\d{5}-of-(\d{5})\.")  # as large models are saved
+
+
 def _read(path: str | os.PathLike, sha256: str | None) -> dict:
     """The content of a file, of a folder as Hugging Face has them, or at an address."""
     if is_hub(path):
@@ -115,6 +128,12 @@ def _read(path: str | os.PathLike, sha256: str | None) -> dict:
         return read_url(path, sha256)
     if os.path.isdir(path):
         path = weights_file(path)
+    part = _PART.search(os.path.basename(path))
+    if part and int(part[1]) > 1:
+        raise CheckpointError(
+            f"{path} is one of {int(part[1])} parts of a checkpoint; put them together first: "
+            "safetensors.torch.save_file of the tensors that load_file finds in all of them"
+        )
     return read_checkpoint(path, sha256=sha256)
 
 

@@ -46,7 +46,9 @@ from moco.checkpoint.refusals import (
     unsafe,
 )
 from moco.errors import CheckpointError
+from moco.packages import import_optional
 from moco.pickles import Inert, Refused
+from moco.printable import printable
 from moco.run_files import FORMAT_VERSION
 
 _OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # the first pickle in it
@@ -110,9 +112,9 @@ def write_safetensors(path: str | os.PathLike, state: dict[str, Tensor], about: 
 
     Raises:
         ValueError: `about` has a value that JSON cannot hold.
+        DataError: there is no package safetensors.
     """
-    from safetensors.torch import save
-
+    save = import_optional("safetensors.torch", f"to write {path}").save
     said = json.dumps({"version": FORMAT_VERSION, **about}, sort_keys=True, allow_nan=False)
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -210,8 +212,8 @@ _UNCHECKED = {
 def warn_of(name: object, kind: str) -> None:
     what, remedy = _UNCHECKED[kind]
     warnings.warn(
-        f"{name} {what}: only its structure could be checked, changed numbers go unnoticed. "
-        f"{remedy}",
+        f"{printable(name)} {what}: only its structure could be checked, changed numbers go "
+        f"unnoticed. {remedy}",
         stacklevel=3,
     )
 

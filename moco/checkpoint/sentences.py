@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from moco.checkpoint.content import saved_args, warn_of_numbers
+from moco.checkpoint.content import saved_args, shown, warn_of_numbers
 from moco.checkpoint.files import read_checkpoint
 from moco.checkpoint.run_folder import run_checkpoints
 from moco.errors import CheckpointError
@@ -65,10 +65,10 @@ def load_sentence_encoders(path: str | os.PathLike) -> tuple[QuickThought, dict[
     info = {
         "checkpoint": str(path),
         "task": "sentences",
-        "arch": content.get("arch"),
-        "epoch": content.get("epoch"),
-        "step": content.get("step"),
-        "objective": args.get("objective"),
+        "arch": shown(content.get("arch")),
+        "epoch": shown(content.get("epoch")),
+        "step": shown(content.get("step")),
+        "objective": shown(args.get("objective")),
         "feature_dim": 2 * recurrent.shape[1],
         "vocabulary": words,
         "lower": not args.get("case_sensitive", False),

@@ -85,6 +85,14 @@ class Sentences:
     def __len__(self) -> int:
         return len(self.documents)
 
+    def require_neighbours(self, what: str, remedy: str) -> None:
+        """Raise DataError where no two sentences in a row are of one document: losses are 0."""
+        if not (self.documents[1:] == self.documents[:-1]).any():
+            raise DataError(
+                f"{what} has no two sentences in a row: a blank line, a document's border, "
+                f"is between all of them; {remedy}"
+            )
+
     def part(self, start: int, stop: int) -> Sentences:
         """Sentences start to stop - 1."""
         ends = self.ends[start : stop + 1]

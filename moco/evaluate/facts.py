@@ -66,7 +66,13 @@ def classes_without_images(images: Images) -> list[str]:
 
 
 def warn_of_missing_classes(train: Images, val: Images) -> None:
-    """Of classes that only one of the splits has; that training lacks one --labels can cause."""
+    """Of classes that only one of the splits has; that training lacks one --labels can cause. And
+    of a single class, as images in one folder more than expected make."""
+    if len(train.classes) == 1:
+        distributed.print_main(
+            f"warning: all images are of one class, {train.classes[0]!r}, so any accuracy is 100; "
+            "expected DIR/train/CLASS/IMAGE with a folder for each class"
+        )
     for kind, images, fate in (
         ("validation", val, "never validated"),
         ("training", train, "never recognised"),

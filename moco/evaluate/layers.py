@@ -39,9 +39,16 @@ def load_layer(path: str, layer: str | None = None) -> tuple[nn.Module, dict]:
     """
     encoder, info = checkpoint.load_encoder(path)
     before_head = "fc7" if isinstance(encoder, Chain) else "backbone"
-    layer = layer or info["args"].get("layer") or before_head
+    probed = info["args"].get("layer")
+    layer = layer or probed or before_head
     layer = before_head if layer == "backbone" else layer
     if layer == OUTPUT:
+        if probed not in (None, OUTPUT):
+            raise CheckpointError(
+                f"{path} is a probe of --layer {probed}: its classifier stands in place of the "
+                f"projection head, so there is no --layer {OUTPUT}; give --layer {probed}, or the "
+                "pretraining checkpoint and another --save-dir"
+            )
         network, info = checkpoint.load_encoder(path, head="projection")
         last = encoders.get_head(network)
         width = (last[-1] if isinstance(last, nn.Sequential) else last).out_features

@@ -93,10 +93,13 @@ def measure_sentences(
     sentences = read_sentences(
         text, vocabulary, most=held_out, encoding=args.get("encoding", "utf-8")
     )
-    u, v = encode(module.to(device), sentences, device, batch=batch)
     documents = torch.from_numpy(sentences.documents.astype("int64"))
     if args.get("across_documents"):
         documents = torch.zeros_like(documents)
+    else:
+        beginning = f"the beginning of {text}, {len(sentences)} sentences,"
+        sentences.require_neighbours(beginning, "take blank lines out")
+    u, v = encode(module.to(device), sentences, device, batch=batch)
     alignment = {
         f"{alpha:g}": adjacent_align_loss(u, v, alpha, documents).item()
         for alpha in quantities.alphas

@@ -21,7 +21,6 @@ from moco import distributed
 from moco.config import SentenceConfig, learned_values
 from moco.config.sentences import SentenceObjective
 from moco.data.text import Sentences, Text, read_text
-from moco.errors import DataError
 from moco.evaluate.sentences import encode, neighbour_metrics
 from moco.log import RunLog
 from moco.sentence_encoders import QuickThought
@@ -53,11 +52,12 @@ class TextBlocks:
             encoding=data.encoding,
         )
         self.across_documents = data.across_documents
-        if documents(self.text.train) == len(self.text.train) and not data.across_documents:
-            raise DataError(
-                f"{data.data} has no two sentences in a row: a blank line, a document's border, "
-                "is between all of them; take blank lines out, or give --across-documents"
-            )
+        if not data.across_documents:
+            remedy = "take blank lines out, or give --across-documents"
+            self.text.train.require_neighbours(data.data, remedy)
+            if data.val_sentences:
+                held_out = f"the beginning of {data.data}, {data.val_sentences} held-out sentences,"
+                self.text.val.require_neighbours(held_out, f"{remedy}, or --val-sentences 0")
         self.facts = {"sentences": len(self.text.train), "text_digest": self.text.digest()}
         self.steps_per_epoch = len(self.text.train) // self.batch
         self._start = 0

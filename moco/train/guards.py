@@ -175,6 +175,30 @@ def stop_if_ranks_differ(tensors: Sequence[Tensor], step: int) -> None:
         )
 
 
+@torch.no_grad()
+def stop_if_weights_left_all_bounds(state: TrainState, writer: BackgroundWriter) -> None:
+    """Losses of features of bounded length stay finite whatever becomes of the weights, and where
+    all is saturated gradients are small. So before a save the weights themselves, and statistics of
+    batch norm, are looked at; those of rank 0, which are saved."""
+    text = None
+    if distributed.is_main():
+        named = state.module.state_dict().items()
+        named = {name: t for name, t in named if t.is_floating_point() and t.numel()}
+        sizes = torch.stack([t.abs().max() for t in named.values()]).tolist()
+        for name, size in zip(named, sizes, strict=True):
+            if not size <= checkpoint.largest_sane(name):
+                text = f"{name} is up to {size:.0e}"
+                break
+    text = distributed.broadcast_object(text)
+    if text:
+        writer.wait()
+        left = checkpoint.run_checkpoints(writer.folder)
+        raise TrainingError(
+            f"after step {state.step} {text}, where no training that works leads. The last "
+            f"checkpoint is {left[-1] if left else 'none yet'}. Lower --lr or add --warmup-epochs"
+        )
+
+
 class CollapseAlarm:
     """Warns when features have been nearly one point for a number of steps."""
 

@@ -103,6 +103,7 @@ def after_step(t: Trainer, losses: Losses) -> Due:
     if t.profile:
         t.profile.step_done()
     if step.save:
+        guards.stop_if_weights_left_all_bounds(state, t.writer)
         save(t.writer, state, t.flat)
         if step.evaluate and t.evaluation and t.evaluation.enabled:
             step = step.extended(stop=t.evaluation.measure(state.epoch, state.step))

@@ -12,7 +12,7 @@ from torch import nn
 
 from moco import distributed
 from moco.handshake import refuse_other_data
-from moco.log import TESTED, Means, RunLog, provenance
+from moco.log import Means, RunLog, provenance, versions_tested
 from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
 from moco.progress import StepPrinter
@@ -223,7 +223,7 @@ def print_facts(task: Task, module: nn.Module, data: TrainData, device: torch.de
         "seed": f"{config.optim.seed}" + ("" if config.optim.seed_given else " (drawn)"),
         "run folder": str(config.saving.save_dir),
         "code": ", ".join(f"{name} {version}" for name, version in provenance().items())
-        + f" (tested: torch {', '.join(TESTED['torch'])})",
+        + f" (tested: {versions_tested('torch')})",
     }
     for name, fact in facts.items():
         distributed.print_main(f"{name:>10}: {fact}")

@@ -291,6 +291,7 @@ def test_no_secret_is_in_a_message(how, server, cache, weights, monkeypatch) -> 
         "http://eva:s3cret@host:x/a.pth",
         "http://eva:s3cret@[::1/a.pth",
         "http://eva:s3/cret@host/",
+        "ftp://eva:s3@cret@host/a.pth",
         "http://eva:s3cret@host/",
     ],
 )

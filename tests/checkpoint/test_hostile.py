@@ -259,6 +259,16 @@ def test_harmful_pickles_are_refused_at_once(kind: str, form: str, tmp_path: Pat
     assert not hasattr(pickles.parse, "hacked") and not hasattr(CheckpointError, "x")
 
 
+@pytest.mark.parametrize("form", [in_zip, bytes])
+def test_opcodes_without_end_are_refused(form, tmp_path: Path, monkeypatch) -> None:
+    """Though the values that are left are few."""
+    monkeypatch.setattr(pickles, "MOST_OPCODES", 1000)
+    path = tmp_path / "a.pkl"
+    path.write_bytes(form(PROTO + b"N0" * 501 + b"}" + STOP))
+    with pytest.raises(CheckpointError, match="it has no end of opcodes"):
+        load_encoder(path)
+
+
 def test_a_run_folder_with_a_bomb_goes_on(tmp_path: Path) -> None:
     """Its name is listed, the newest that is whole is found, and nothing hangs."""
     torch.save(
@@ -283,6 +293,16 @@ def test_values_beside_tensors_are_read_without_them(tmp_path: Path) -> None:
     path.write_bytes(in_zip(HARMFUL["tuple as key"][0]))
     with pytest.raises(pickles.Refused):
         pickles.peek(path)
+
+
+def test_short_tuples_are_keys_by_their_text(tmp_path: Path, state) -> None:
+    """What people keep beside weights; `HARMFUL` has tuples that are refused."""
+    hits = {(0, 1): 2, ("a", None): 3, ("b" * 1000,): 4}
+    torch.save({"state_dict": state, "hits": hits}, tmp_path / "a.pth")
+    assert load_encoder(tmp_path / "a.pth")[1]["arch"] == "resnet8"
+    found = read_checkpoint(tmp_path / "a.pth")["hits"]
+    assert list(found.items())[:2] == [("(0, 1)", 2), ("('a', None)", 3)]
+    assert max(map(len, found)) < 100
 
 
 # ---- Memory --------------------------------------------------------------------------------------

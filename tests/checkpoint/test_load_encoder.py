@@ -375,3 +375,26 @@ def test_tensors_beside_the_encoder_are_listed(tmp_path: Path) -> None:
     _, info = load_encoder(path)
     assert info["beside"] == ["queue", "scalar_label"]
     assert info["ignored"] == ["fc.bias", "fc.weight"]
+
+
+def test_a_part_of_a_checkpoint_is_named_as_one(tmp_path):
+    path = tmp_path / "model-00001-of-00002.safetensors"
+    write_safetensors(path, small_resnet(10).state_dict(), {})
+    with pytest.raises(CheckpointError, match="is one of 2 parts of a checkpoint"):
+        load_encoder(path)
+    whole = path.rename(tmp_path / "model-00001-of-00001.safetensors")
+    assert load_encoder(whole)[1]["arch"] == "resnet8"
+
+
+def test_what_a_file_says_of_itself_is_one_line_of_text(tmp_path):
+    """It reaches terminals, reports and logs."""
+    state = under("a\x1b[31m.", small_resnet(10).state_dict())
+    state["a\x1b[31m.conv1.weight"] *= 1e9
+    args = {"objective": "align\nerror: \x1b[31m\u202e", "task": "moco\n# heading"}
+    content = {"state_dict": state, "epoch": "1\n2", "arch": "resnet8", "args": args}
+    write_checkpoint(tmp_path / "a.pth.tar", content)
+    with pytest.warns(UserWarning, match="absurdly large") as warned:
+        info = load_encoder(tmp_path / "a.pth.tar")[1]
+    said = [info[name] for name in ("objective", "task", "epoch", "encoder")]
+    assert all(text.isprintable() for text in (*said, *(str(w.message) for w in warned)))
+    assert info["objective"] == r"align\nerror: \x1b[31m\u202e"

@@ -12,7 +12,7 @@ from harness import differences, final_state
 from helpers import ROOT
 from torch.distributed.run import get_args_parser
 
-from moco import cli
+from moco import cli, distributed
 from moco.config import Launch
 from moco.launch import _LAUNCHERS, Numbered, _own_device, numbered_process, place
 
@@ -95,6 +95,33 @@ def test_the_local_rank_of_older_launchers_is_taken(flag, local, environment) ->
     assert place(Launch(local_rank=flag)).number == (1, 2, local)
 
 
+def test_what_the_launcher_says_counts_more_than_the_flag(environment) -> None:
+    environment(RANK=1, WORLD_SIZE=2, LOCAL_RANK=0)
+    assert numbered_process(local_rank=1) == Numbered(1, 2, 0, None)
+
+
+def test_groups_are_torchruns_alone(environment) -> None:
+    """Without LOCAL_RANK these are not of torchrun; they may be of a job around this one."""
+    environment(RANK=1, WORLD_SIZE=2, GROUP_WORLD_SIZE=4, GROUP_RANK=3, **MEETING)
+    assert numbered_process() == Numbered(1, 2, None, None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, Numbered(5, 8, 1, None, 1, 0)),
+        ({"LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 3}, Numbered(5, 8, 2, 3, 3, 1)),
+    ],
+)
+def test_a_group_that_exists_has_the_first_word(
+    variables, expected, environment, monkeypatch
+) -> None:
+    for name, value in {"is_active": True, "rank": 5, "world_size": 8}.items():
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    environment(RANK=0, WORLD_SIZE=1, **variables)
+    assert numbered_process(local_rank=1) == expected
+
+
 def test_env_without_an_address_is_refused(environment) -> None:
     environment(RANK=1, WORLD_SIZE=2)
     with pytest.raises(ValueError, match="env:// needs MASTER_ADDR and MASTER_PORT"):
@@ -106,6 +133,8 @@ def test_placement_is_of_this_node_and_of_all(environment) -> None:
     placement = place(Launch(device="cpu"))
     assert (placement.nodes, placement.node_rank, placement.processes) == (2, 1, 8)
     assert (placement.local_processes, placement.number) == (4, (5, 8, 1))
+    environment(LOCAL_WORLD_SIZE=3)  # nodes need not have equally many
+    assert place(Launch(device="cpu")).local_processes == 3
 
 
 def test_each_process_has_a_device_of_its_own() -> None:

@@ -13,7 +13,10 @@ import termios
 from collections.abc import Callable, Iterator
 
 import pytest
+from helpers import refusal
 
+import main_lincls
+import main_moco
 from moco.progress import StepPrinter
 
 
@@ -84,3 +87,17 @@ def test_a_pause_is_not_counted(clock, drawn, capsys, columns) -> None:
     assert rates["images_per_s"] == 10 / 0.25
     if columns == 0:
         assert capsys.readouterr().out.split()[-1] == "0:04:10"
+
+
+def test_a_run_without_tensorboard_is_refused_before_it_starts(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    file = tmp_path / "file.pth"
+    file.touch()
+    words = ["-b", 8, "--save-dir", tmp_path / "run", data]
+    for main, flags in (
+        (main_moco.main, ["-a", "resnet8", "--moco-k", 16]),
+        (main_lincls.main, ["--pretrained", file]),
+    ):
+        status, line = refusal(main, [*flags, *words], capsys)
+        assert status == 2 and "needs the package tensorboard: pip install tensorboard" in line
+    assert not (tmp_path / "run").exists()

@@ -33,6 +33,8 @@ def test_the_peak_is_that_of_the_tensors_alive() -> None:
     assert found.peak == 4 * (kept + sum_of_outputs + n * (c + hidden + out))
     assert {"aten::mm", "aten::sum"} <= found.operations
     assert rehearse(build, (2 * n, 3, 4, 4)).peak > 1.5 * found.peak
+    both = rehearse(build, (n, 3, 4, 4), directions=2)  # symmetric: kept for one backward
+    assert both.peak == found.peak + 4 * (kept + sum_of_outputs)
     assert rehearse(build, (n, 3, 4, 4), dtype=torch.bfloat16).peak * 2 == pytest.approx(
         found.peak, rel=0.01
     )

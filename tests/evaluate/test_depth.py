@@ -14,8 +14,9 @@ from PIL import Image
 
 import main_lincls
 from moco.alexnet import build_chain, calibrate_batch_norm
+from moco.checkpoint import load_encoder
 from moco.data.nyu import open_nyu
-from moco.errors import DataError
+from moco.errors import CheckpointError, DataError
 from moco.evaluate.depth import DepthPredictor, doublings
 from moco.evaluate.depth_data import Depths, nearest, read_depths, squashed
 from moco.runs.compare import Comparison
@@ -298,6 +299,8 @@ def test_folders_of_other_runs_and_other_data_are_refused(
         _, line = refusal(main, argv, capsys)
         assert message in line
     assert (out / "args.json").read_bytes() == kept
+    with pytest.raises(CheckpointError, match="holds a depth predictor"):
+        load_encoder(out / "predictor.pth.tar")
 
 
 def test_a_run_is_compared_by_depth_and_trained_on_nyu(nyu, tmp_path, elsewhere, capsys) -> None:

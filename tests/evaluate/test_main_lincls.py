@@ -220,6 +220,13 @@ def test_a_class_that_a_split_lacks_is_named(data, pretrained, tmp_path, capsys,
     assert any(f"Acc@{5 if 'five' in lacking else 3} " in line for line in lines)
 
 
+def test_a_single_class_is_warned_of(pretrained, tmp_path, capsys):
+    """As images have it that lie one folder deeper than they should: any accuracy is 100."""
+    mine = write_labelled(tmp_path / "data", classes=1)
+    evaluate(mine, "--pretrained", pretrained, "--epochs", 0, "--knn", "--save-dir", "r")
+    assert "warning: all images are of one class, 'class_0'" in capsys.readouterr().out
+
+
 def test_image_size_mean_and_std_come_from_the_checkpoint(data, pretrained, probe):
     for folder, source in ((probe, pretrained), (Path("again"), probe / BEST)):
         if not folder.exists():

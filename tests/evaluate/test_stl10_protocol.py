@@ -130,6 +130,19 @@ def test_a_probe_goes_on_bit_for_bit(run, data, tmp_path, elsewhere, layer) -> N
     assert found["top1"] == pytest.approx(whole["last"]["top1"])
 
 
+def test_a_probe_of_one_layer_does_not_go_on_with_another(run, data, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    for before, now, message in (
+        ("fc7", "output", "is a probe of --layer fc7: its classifier stands in place of"),
+        ("output", "fc7", "layer: 'output' before, 'fc7' now"),
+    ):
+        evaluate(out / before, run, data, "--layer", before, "--epochs", "1")
+        words = [*FLAGS, "--layer", now, "--save-dir", out / before, "--resume", "auto", data]
+        for argv in (words, ["--pretrained", run, *words]):
+            _, line = refusal(main_lincls.main, argv, capsys)
+            assert message in line
+
+
 def test_the_probe_is_torchs_linear_layer_and_adam() -> None:
     torch.manual_seed(0)
     heads = new_heads(400, 10, 1, probe="stl10")

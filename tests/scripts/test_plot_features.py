@@ -119,8 +119,15 @@ def test_commands_that_draw_nothing_need_no_package_for_it(tmp_path) -> None:
     np.savez(tmp_path / "a.npz", features=unit(9))
     code = """
 import sys
-for name in ("matplotlib", "sklearn", "timm", "onnx"):
+for name in ("matplotlib", "sklearn", "timm", "onnx", "tensorboard"):
     sys.modules[name] = None
+import main_lincls, main_moco
+from scripts import evaluate_depth, train_in_batch, train_sentences
+for command in (main_lincls, main_moco, evaluate_depth, train_in_batch, train_sentences):
+    try:
+        command.main(["--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
 from scripts import extract_features, measure_align_uniform, plot_features, theorem1
 from scripts import train_supervised
 for script in (extract_features, measure_align_uniform, plot_features, theorem1, train_supervised):

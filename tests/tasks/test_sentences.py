@@ -248,6 +248,26 @@ def test_a_text_without_neighbours_is_refused(text, tmp_path, capsys) -> None:
     assert status == 1 and "no two sentences in a row" in line and "--across-documents" in line
 
 
+def test_held_out_sentences_without_neighbours_are_refused(whole, text, tmp_path, capsys) -> None:
+    """They would be measured as perfectly aligned."""
+    half = tmp_path / "half.txt"
+    lines = text.read_text().split("\n")
+    half.write_text("\n\n".join(lines[:13]) + "\n" + "\n".join(lines[13:]))
+    status, line = refusal(main, [*FLAGS, "--save-dir", tmp_path / "run", half], capsys)
+    assert status == 1 and "12 held-out sentences, has no two sentences in a row" in line
+    measure = load_script("measure_align_uniform").main
+    status, line = refusal(measure, [whole / "checkpoint_0001.pth.tar", half], capsys)
+    assert status == 1 and "12 sentences, has no two sentences in a row" in line
+
+
+def test_weights_that_no_training_leads_to_end_the_run(text, tmp_path, capsys) -> None:
+    """Features of unit length keep the loss finite, and saturated states the gradients small."""
+    words = [*FLAGS, "--lr", "1e30", "--save-dir", tmp_path, text]
+    status, line = refusal(main, words, capsys)
+    assert status == 1 and "after step 4 f.embedding.weight is up to 3e+30" in line
+    assert "checkpoint is none yet. Lower --lr" in line and not list(tmp_path.glob("*.tar"))
+
+
 def test_the_original_has_temperature_1() -> None:
     config = sentence_config(["--no-normalize", __file__])
     assert config.to_flat()["objective"] == "1 * contrastive(tau=1, raw features, diagonal 0)"

@@ -93,6 +93,40 @@ def test_the_flags_that_would_fit(changes, expected, monkeypatch) -> None:
         feasible.check_step(MoCoTask, config, CPU)
 
 
+def test_flags_that_fit_one_process_fit_all_of_this_machine(monkeypatch) -> None:
+    def config(accumulate: int) -> PretrainConfig:
+        return PretrainConfig(
+            data=PretrainData(data="unused"),
+            encoder=Encoder(arch="resnet8", moco_k=64),
+            views=Views(image_size=64),
+            optim=PretrainOptim(batch_size=48, seed=0, accumulate=accumulate),
+            placement=Placement(processes=2, local_processes=2),
+        )
+
+    def taken(accumulate: int) -> int:
+        return 2 * MoCoTask(config(accumulate)).rehearse().memory(CPU)
+
+    free = int(1.15 * taken(4))
+    assert taken(3) > 0.9 * free, "so fewer parts do not fit"
+    monkeypatch.setattr(feasible, "memory_of", lambda device: Memory(free, free))
+    with pytest.raises(TrainingError, match="with --accumulate 4 "):
+        feasible.check_step(MoCoTask, config(1), CPU)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_what_cannot_be_rehearsed_is_tried(error, monkeypatch, capsys) -> None:
+    """torch knows no shape of some operation of an encoder."""
+
+    class Unknown(MoCoTask):
+        def rehearse(self):
+            raise error("no shape")
+
+    monkeypatch.setattr(feasible, "memory_of", lambda device: Memory(1, 1))
+    config = PretrainConfig(data=PretrainData(data="unused"), optim=PretrainOptim(seed=0))
+    feasible.check_step(Unknown, config, CPU)
+    assert capsys.readouterr().out == ""
+
+
 def test_each_process_of_this_machine_takes_as_much(monkeypatch) -> None:
     """On a CPU they share its memory; a GPU is one process's own, without the copy being saved."""
     config = PretrainConfig(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from harness import Processes, differences, final_state, finish, start
 from moco import checkpoint
 from moco.builder import MoCoLosses, _Batch
 from moco.config import PretrainOptim
-from moco.errors import TrainingError
+from moco.errors import CheckpointError, TrainingError
 from moco.log import Means, RunLog
 from moco.train import guards
 from moco.train.optimizer import fused_sgd
@@ -161,6 +162,35 @@ def test_no_step_after_a_gradient_that_is_not_finite_changes_the_weights(tmp_pat
     assert guarded.weight.tolist() == [1.0, 1.0]
     with pytest.raises(TrainingError, match="epoch 0, step 3: gradient norm inf, all loss terms"):
         guarded.guard.check(False, False)
+
+
+def test_a_file_that_could_not_be_written_ends_the_run_at_the_next_look(tmp_path) -> None:
+    """Not at the next save only, which may be hours away."""
+    guarded = overflowing_run(tmp_path, scale=1.0, max_overflows=5)
+    one_step(guarded, 1.0)
+    writer = guarded.guard.writer
+    writer.write(tmp_path / "gone" / "step_00000004.pth.tar", {"step": 4})
+    writer.wait()
+    with pytest.raises(CheckpointError, match="could not save in .*last good checkpoint is none"):
+        one_step(guarded, 1.0)
+
+
+def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch) -> None:
+    """Though training goes on, in the same memory, while the file is written."""
+    goes_on, write = threading.Event(), checkpoint.write_checkpoint
+
+    def slow(path: Path, content: dict) -> None:
+        assert goes_on.wait(60)
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
+    writer = BackgroundWriter(tmp_path, keep_last=1, keep_every=0)
+    weight, path = torch.zeros(3), checkpoint.step_path(tmp_path, 1)
+    writer.write(path, {"step": 1, "state_dict": {"weight": weight}})
+    weight.fill_(1)
+    goes_on.set()
+    writer.leave(None)
+    assert checkpoint.read_checkpoint(path)["state_dict"]["weight"].tolist() == [0, 0, 0]
 
 
 # ---- Ranks that differ ---------------------------------------------------------------------------

@@ -32,7 +32,7 @@ import main_moco
 from moco import cli
 from moco.config import Placement
 from moco.launch import launch_config
-from moco.log import TESTED
+from moco.log import versions_tested
 from moco.tasks.moco import MoCoTask
 from moco.train.loop import train as train_run
 
@@ -476,7 +476,7 @@ def test_start_prints_the_derived_numbers(data, capsys):
         f"seed: {drawn} (drawn)",
         f"run folder: {folder}",
         "torch " + torch.__version__,
-        f"(tested: torch {', '.join(TESTED['torch'])})\n",
+        f"(tested: {versions_tested('torch')})\n",
         "done: 1 steps",
     ):
         assert fact in out, out
