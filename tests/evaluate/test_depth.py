@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, refusal
+from helpers import differences, load_script, read_log, refusal
 from PIL import Image
 
 import main_lincls
 from moco.alexnet import build_chain, calibrate_batch_norm
+from moco.checkpoint import read_checkpoint
 from moco.data.nyu import open_nyu
 from moco.errors import DataError
-from moco.evaluate.depth import DepthPredictor, doublings
 from moco.evaluate.depth_data import Depths, nearest, read_depths, squashed
+from moco.evaluate.depth_predictor import DepthPredictor, doublings
 from moco.runs.compare import Comparison
 from moco.runs.folder import common_accuracy, read_runs
 
@@ -228,27 +231,58 @@ def test_the_command(encoder, nyu, tmp_path, elsewhere, capsys) -> None:
     assert len(result["folds"]["mse"]) == 2 and result["unknown_pixels"] > 0
 
 
-def test_an_evaluation_goes_on_bit_for_bit(encoder, nyu, tmp_path, elsewhere, monkeypatch) -> None:
-    """Asked to stop after 5 epochs of the second fold, and again after 3 more."""
-    whole = evaluate(tmp_path / "whole", encoder, nyu, "--folds", "2")
-    flags = ["--folds", "2", "--resume", "auto"]
-    from moco.evaluate import depth
+def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal in the `step`-th step of Adam from now on."""
+    take, steps = torch.optim.Adam.step, []
 
-    original, seen = depth._Run._save_if_asked, []
+    def step_and_signal(self, *args):
+        take(self, *args)
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
 
-    def asked(self, predictor, adam, epoch):
-        seen.append(epoch)
-        if len(seen) in (17, 20):
-            self.stop.name = "SIGTERM"
-        original(self, predictor, adam, epoch)
+    monkeypatch.setattr(torch.optim.Adam, "step", step_and_signal)
 
-    monkeypatch.setattr(depth._Run, "_save_if_asked", asked)
-    for _ in range(2):
-        with pytest.raises(SystemExit) as stop:
-            evaluate(tmp_path / "cut", encoder, nyu, *flags)
-        assert stop.value.code == 75
-    assert evaluate(tmp_path / "cut", encoder, nyu, *flags) == whole
-    assert len(seen) == 3 * 12
+
+def test_an_evaluation_goes_on_bit_for_bit(
+    encoder, nyu, tmp_path, elsewhere, monkeypatch, capsys
+) -> None:
+    """Asked to stop within an epoch: of the second fold, with 2 steps an epoch, and then of the
+    training on all images, with 5; in between at the end of an epoch."""
+    flags = "--folds 2 --batch-size 2 --epochs 4 --schedule 2".split()
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = evaluate(whole, encoder, nyu, *flags)
+    for step, number, status, where in (
+        (4 * 2 + 3, signal.SIGTERM, 75, "fold 2 of 2, epoch 1, after step 1"),
+        (3, signal.SIGHUP, 75, "fold 2 of 2, epoch 2, after step 2"),
+        (1 * 2 + 8, signal.SIGINT, 130, "epoch 1, after step 3"),
+    ):
+        with monkeypatch.context() as context, pytest.raises(SystemExit) as stop:
+            signal_at(step, number, context)
+            evaluate(cut, encoder, nyu, *flags, "--resume", "auto")
+        assert stop.value.code == status
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last.startswith(f"stopped by {signal.Signals(number).name} in {where}; go on with")
+    assert evaluate(cut, encoder, nyu, *flags, "--resume", "auto") == result
+    assert "predictor.pth.tar, after 1 epochs and 3 steps" in capsys.readouterr().out
+    states = [read_checkpoint(out / "predictor.pth.tar") for out in (whole, cut)]
+    assert differences(*states) == []
+    logs = [
+        [{k: v for k, v in line.items() if k != "time"} for line in read_log(out, "depth")]
+        for out in (whole, cut)
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 3 * 4
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_not_saved(
+    encoder, nyu, tmp_path, elsewhere, monkeypatch, capsys
+) -> None:
+    signal_at(2, signal.SIGTERM, monkeypatch)
+    words = ["--layer", "conv5", "--pretrained", encoder, "--device", "cpu", "--batch-size", 4]
+    words += ["--lr", "1e38", "--save-dir", tmp_path / "out", nyu]
+    status, line = refusal(script.main, words, capsys)
+    assert status == 1 and "predictor's loss is nan in epoch 0, step 2; lower --lr" in line
+    assert not (tmp_path / "out" / "predictor.pth.tar").exists()
 
 
 @pytest.mark.parametrize(
