@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from moco.config.option import LEARNS, Part, flag_of, flat_values, option
-from moco.config.parts import Launch, Placement, check_batch, check_image_statistics
+from moco.config.parts import (
+    Launch,
+    Placement,
+    check_batch,
+    check_image_statistics,
+    check_whole_batch,
+)
 from moco.config.pretrain import (
     PretrainData,
     PretrainOptim,
@@ -177,6 +183,7 @@ class InBatchOptim(PretrainOptim):
     """optimisation
 
     lr: initial learning rate; auto: 0.12 x batch size / 256 (auto)
+    accumulate: main_moco.py's; 1 only, since losses within the batch need all of it at once
     """
 
     lr: float | None = option(None, "--lr --learning-rate", LEARNS, least=0, kind="auto_rate")
@@ -214,11 +221,7 @@ class InBatchConfig:
                 "need at least two"
             )
         check_batch(self.optim, self.placement)
-        if self.optim.accumulate > 1:
-            raise ValueError(
-                f"--accumulate {self.optim.accumulate} splits the batch, and losses within the "
-                "batch need all of it at once; use more devices, or a smaller --batch-size"
-            )
+        check_whole_batch(self.optim.accumulate)
         if self.objective.supervised and self.data.dataset == "nyu":
             raise ValueError("--supervised needs labels of classes, which nyu does not have")
         if self.optim.amp == "fp16" and self.placement.devices[0] == "cpu":

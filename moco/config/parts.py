@@ -165,6 +165,15 @@ def check_batch(optim: Optim, placement: Placement) -> None:
         )
 
 
+def check_whole_batch(accumulate: int) -> None:
+    """Raise ValueError where a batch would go through in parts."""
+    if accumulate != 1:
+        raise ValueError(
+            f"--accumulate {accumulate} splits the batch, and losses within the batch need all of "
+            "it at once; use more devices, or a smaller --batch-size"
+        )
+
+
 def check_image_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
     """Raise ValueError for a mean or standard deviation that cannot normalise images."""
     if not all(math.isfinite(value) for value in mean):

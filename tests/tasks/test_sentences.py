@@ -202,6 +202,7 @@ def test_what_would_learn_something_else_is_refused(whole, text, tmp_path, capsy
         ("--align-alpha 0.5", "--align-alpha must be at least 1"),
         ("--vocab 1", "--vocab must be at least 2"),
         ("--val-sentences 1", "--val-sentences must be 0 or at least 2"),
+        ("--accumulate 2", "--accumulate 2 splits the batch, and losses within the batch need all"),
         ("-b 1", "--batch-size must be at least 2"),
         ("--encoding utf-16", "--encoding utf-16: its lines do not end in one byte"),
         ("--encoding klingon", "no such encoding: 'klingon'"),
