@@ -14,6 +14,7 @@ from moco.config.parts import (
     Placement,
     check_batch,
     check_image_statistics,
+    check_weights,
     check_whole_batch,
 )
 from moco.config.pretrain import (
@@ -107,10 +108,7 @@ class InBatchObjective(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = {"contr": self.contr_w, "align": self.align_w, "unif": self.unif_w}
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"--{name}-w must be a number of at least 0, got {weight:g}")
+        check_weights(self, ", or --supervised", enough=self.supervised)
         for name in ("contr_tau", "align_alpha", "unif_t"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
@@ -119,11 +117,6 @@ class InBatchObjective(Part):
             raise ValueError(
                 "--align-alpha must be at least 1 (the slope is infinite below), got "
                 f"{self.align_alpha:g}"
-            )
-        if not any(weights.values()) and not self.supervised:
-            raise ValueError(
-                "all loss weights are zero: there is nothing to minimise; give one of --align-w, "
-                "--unif-w, --contr-w, or --supervised"
             )
 
     @classmethod

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moco.config.option import FREE, LEARNS, REQUIRED, ROUNDS, Part, flat_values, option
-from moco.config.parts import Launch, Placement, check_batch, check_whole_batch
+from moco.config.parts import Launch, Placement, check_batch, check_weights, check_whole_batch
 from moco.config.pretrain import PretrainSchedule, Saving
 
 
@@ -98,15 +98,7 @@ class SentenceObjective(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = {"contr": self.contr_w, "align": self.align_w, "unif": self.unif_w}
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"--{name}-w must be a number of at least 0, got {weight:g}")
-        if not any(weights.values()):
-            raise ValueError(
-                "all loss weights are zero: there is nothing to minimise; give one of --contr-w, "
-                "--align-w, --unif-w"
-            )
+        check_weights(self)
         if not self.normalize and (self.align_w or self.unif_w):
             raise ValueError(
                 "--no-normalize has the contrastive loss only: alignment and uniformity are of "
