@@ -101,31 +101,27 @@ def test_units_of_8_bit(own, unit, metres) -> None:
     assert open_nyu(own, "train").depth(0)[0, 0] == pytest.approx(metres)
 
 
-def damage(name: str, root: Path) -> None:
-    depth = root / "depths" / "0003.png"
-    if name == "no depth":
-        depth.unlink()
-    elif name == "no image":
-        (root / "images" / "0004.png").unlink()
-    elif name == "8 bit":
-        Image.fromarray(np.full((30, 40), 51, np.uint8)).save(depth)
-    elif name == "size":
-        Image.fromarray(np.full((30, 41), 51, np.uint16)).save(depth)
-    elif name in ("zero", "constant"):
-        value = 0 if name == "zero" else 900
-        Image.fromarray(np.full((30, 40), value, np.uint16)).save(depth)
-    elif name == "colours":
-        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(depth)
-    elif name == "both splits":
-        (root / "val.txt").write_text("0003\n")
-    elif name == "unknown name":
-        (root / "train.txt").write_text("0003\n0099\n")
-    elif name == "no split":
-        (root / "train.txt").unlink()
-    elif name == "no folder":
-        shutil.rmtree(root / "depths")
-    elif name == "unit":
-        (root / "depth.json").write_text('{"unit": "feet"}')
+def depth_of(root: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(root / "depths" / "0003.png")
+
+
+DAMAGE = {
+    "no depth": lambda root: (root / "depths" / "0003.png").unlink(),
+    "no image": lambda root: (root / "images" / "0004.png").unlink(),
+    "8 bit": lambda root: depth_of(root, np.full((30, 40), 51, np.uint8)),
+    "16 bit": lambda root: (root / "depth.json").write_text('{"unit": "8bit"}'),
+    "size": lambda root: depth_of(root, np.full((30, 41), 51, np.uint16)),
+    "zero": lambda root: depth_of(root, np.zeros((30, 40), np.uint16)),
+    "constant": lambda root: depth_of(root, np.full((30, 40), 900, np.uint16)),
+    "colours": lambda root: depth_of(root, np.zeros((30, 40, 3), np.uint8)),
+    "both splits": lambda root: (root / "val.txt").write_text("0003\n"),
+    "twice": lambda root: (root / "train.txt").write_text("0003\n0004\n0003\n"),
+    "two files": lambda root: shutil.copy(root / "images/0003.png", root / "images/0003.jpg"),
+    "unknown name": lambda root: (root / "train.txt").write_text("0003\n0099\n"),
+    "no split": lambda root: (root / "train.txt").unlink(),
+    "no folder": lambda root: shutil.rmtree(root / "depths"),
+    "unit": lambda root: (root / "depth.json").write_text('{"unit": "feet"}'),
+}
 
 
 @pytest.mark.parametrize(
@@ -139,6 +135,9 @@ def damage(name: str, root: Path) -> None:
         ("constant", "depth of 0003 is 0.9 m everywhere"),
         ("colours", "it has colours"),
         ("both splits", "1 images are in train.txt and in val.txt: 0003"),
+        ("twice", "train.txt names 1 images more than once: 0003; each would count as several"),
+        ("two files", "images has 0003.jpg and 0003.png: expected one file of a name"),
+        ("16 bit", "0000.png is of 16 bit, and its unit is given as 8bit"),
         ("unknown name", "train.txt names 0099, which is not there"),
         ("no split", "cannot read .*train.txt"),
         ("no folder", "no folder .*depths: expected images/, depths/"),
@@ -146,7 +145,7 @@ def damage(name: str, root: Path) -> None:
     ],
 )
 def test_bad_data_is_refused_by_name(own, name, message) -> None:
-    damage(name, own)
+    DAMAGE[name](own)
     with pytest.raises(DataError, match=message):
         read_depths(open_nyu(own, "train"), 16)
 

@@ -156,6 +156,7 @@ def test_defaults_are_those_of_the_data_set(tmp_path) -> None:
     nyu = in_batch_config(["--dataset", "nyu", *flags, str(tmp_path)])
     assert (nyu.optim.batch_size, nyu.optim.lr, nyu.views.image_size) == (128, 0.06, 128)
     assert (nyu.schedule.epochs, nyu.schedule.schedule) == (400, (310, 340, 370))
+    assert nyu.saving.save_dir.name.startswith("inbatch-depth_cnnx0.05-1align2-1unif2-b128-2")
 
 
 @pytest.mark.parametrize(
