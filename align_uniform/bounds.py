@@ -138,7 +138,8 @@ def can_collapse(
 
     to second order, so spread shrinks where align_w (1 - rho) > push * t * unif_w. rho is the
     data's and the encoder's affair, and not negative for views of one image: with align_w <= push *
-    t * unif_w nothing collapses; above it what two views share too little of does.
+    t * unif_w nothing collapses; above it what two views share too little of does. InfoNCE adds
+    contr_w * rho / (2 tau) to the right side: it spreads what views share, and excludes nothing.
 
     Args:
         align_w, unif_w: weights.

@@ -263,6 +263,7 @@ def uniformity_interval(
     x: Tensor,
     t: float = 2,
     *,
+    second_view: Tensor | None = None,
     confidence: float = 0.95,
     resamples: int = 1000,
     seed: int = 0,
@@ -282,6 +283,8 @@ def uniformity_interval(
     the same mean potential, the spread is overstated.
 
     Args:
+        second_view: (N, C) unit rows of the same images: the interval is that of the mean of both
+            uniformities.
         confidence: share of resamples inside, in (0, 1).
         resamples: >= 2.
         seed: of the draws; the interval is a function of features and seed.
@@ -297,22 +300,36 @@ def uniformity_interval(
     check_positive(t, "t")
     if t > _LARGEST_INTERVAL_T:
         raise ValueError(f"t must be at most {_LARGEST_INTERVAL_T} for an interval, got {t!r}")
-    x = unit_rows(x, "x", normalize)
-    x, _ = _prepared(x, None, [t])
+    views = [unit_rows(x, "x", normalize)]
+    if second_view is not None:
+        views.append(unit_rows(second_view, "second_view", normalize))
+        if views[0].shape != views[1].shape:
+            raise ValueError(
+                f"x and second_view must be of the same images, got {tuple(x.shape)} and "
+                f"{tuple(second_view.shape)}"
+            )
+    views = [_prepared(view, None, [t])[0] for view in views]
+    count, device = len(views[0]), views[0].device
     values = []
-    for weights in _resampled(len(x), resamples, seed, x.dtype, x.device):  # (N, R)
-        total = torch.zeros(weights.shape[1], dtype=torch.float64, device=x.device)
-        for rows, columns, scores in _negated_squared_distances(x, None, block_size):
-            with _exact_products(x.device):
-                sums = scores.mul_(t).exp_() @ weights[columns]  # (B, R)
-            total += (sums * weights[rows]).sum(dim=0, dtype=torch.float64)
-        pairs = (len(x) ** 2 - weights.square().sum(dim=0, dtype=torch.float64)) / 2
+    for weights in _resampled(count, resamples, seed, views[0].dtype, device):  # (N, R)
+        pairs = (count**2 - weights.square().sum(dim=0, dtype=torch.float64)) / 2
+        logs = [(_weighted(view, weights, t, block_size) / pairs).log() for view in views]
         # A resample of a few images may be of a single one, which has no pair and no value.
-        values.append((total / pairs).log()[pairs > 0])
+        values.append(torch.stack(logs).mean(dim=0)[pairs > 0])
     values = torch.cat(values)
     if not len(values):
-        raise ValueError(f"no resample of {len(x)} rows has two different ones; raise resamples")
+        raise ValueError(f"no resample of {count} rows has two different ones; raise resamples")
     return _percentiles(values, confidence)
+
+
+def _weighted(x: Tensor, weights: Tensor, t: float, block_size: int | None) -> Tensor:
+    """sum_{i<j} w_i w_j exp(-t ||x_i - x_j||^2) of each column of the weights (N, R): (R,)."""
+    total = torch.zeros(weights.shape[1], dtype=torch.float64, device=x.device)
+    for rows, columns, scores in _negated_squared_distances(x, None, block_size):
+        with _exact_products(x.device):
+            sums = scores.mul_(t).exp_() @ weights[columns]  # (B, R)
+        total += (sums * weights[rows]).sum(dim=0, dtype=torch.float64)
+    return total
 
 
 def _log_mean_potential(

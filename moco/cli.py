@@ -463,7 +463,7 @@ def in_batch_config(argv: Sequence[str] | None = None) -> InBatchConfig:
     split = "train" if config.objective.supervised else "pretrain"
     check_data_folder(parser, config.data, {split: config.optim.batch_size})
     objective = "supervised" if config.objective.supervised else objective_slug(config.objective)
-    name = f"inbatch-{config.encoder.arch}-{objective}-b{config.optim.batch_size}"
+    name = f"inbatch-{config.encoder.arch}-{objective}"
     return replace(config, saving=_pretrain_folder(parser, config, name))
 
 

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
 from moco.errors import report_user_errors
-from moco.evaluate.depth import DepthSettings, evaluate_depth
+from moco.evaluate.depth import evaluate_depth
+from moco.evaluate.depth_predictor import DepthSettings
 from moco.evaluate.extraction import Loading
 from moco.launch import visible_devices
 

@@ -9,7 +9,8 @@
 Images are those of DIR/val, or of DIR itself where there is no val/. Positive pairs are two views
 of each by the augmentation that the checkpoint was trained with (MoCo v2's where the file does not
 say) under a fixed seed; uniformity, rank, deviation, alpha-ReQ and Wasserstein uniformity are over
-the first views, each image once; LiDAR is over more views of fewer images. k-NN classifies centre
+the first views, each image once, but uniformity of encoders of train_in_batch.py is the mean over
+both views, as in their training. LiDAR is over more views of fewer images. k-NN classifies centre
 crops of DIR/val by those of DIR/train. Features are normalised, and come from the projection head
 and from the backbone below it; files without a projection head, and timm's models, have a backbone
 only. Lower is better for alignment and for both uniformities; rank and LiDAR count dimensions;

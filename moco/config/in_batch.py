@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from moco.config.option import LEARNS, Part, flag_of, flat_values, option
-from moco.config.parts import Launch, Placement, check_batch, check_image_statistics
+from moco.config.parts import (
+    Launch,
+    Placement,
+    check_batch,
+    check_image_statistics,
+    check_weights,
+    check_whole_batch,
+)
 from moco.config.pretrain import (
     PretrainData,
     PretrainOptim,
@@ -101,10 +108,7 @@ class InBatchObjective(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = {"contr": self.contr_w, "align": self.align_w, "unif": self.unif_w}
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"--{name}-w must be a number of at least 0, got {weight:g}")
+        check_weights(self, ", or --supervised", enough=self.supervised)
         for name in ("contr_tau", "align_alpha", "unif_t"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
@@ -113,11 +117,6 @@ class InBatchObjective(Part):
             raise ValueError(
                 "--align-alpha must be at least 1 (the slope is infinite below), got "
                 f"{self.align_alpha:g}"
-            )
-        if not any(weights.values()) and not self.supervised:
-            raise ValueError(
-                "all loss weights are zero: there is nothing to minimise; give one of --align-w, "
-                "--unif-w, --contr-w, or --supervised"
             )
 
     @classmethod
@@ -177,6 +176,7 @@ class InBatchOptim(PretrainOptim):
     """optimisation
 
     lr: initial learning rate; auto: 0.12 x batch size / 256 (auto)
+    accumulate: main_moco.py's; 1 only, since losses within the batch need all of it at once
     """
 
     lr: float | None = option(None, "--lr --learning-rate", LEARNS, least=0, kind="auto_rate")
@@ -214,11 +214,7 @@ class InBatchConfig:
                 "need at least two"
             )
         check_batch(self.optim, self.placement)
-        if self.optim.accumulate > 1:
-            raise ValueError(
-                f"--accumulate {self.optim.accumulate} splits the batch, and losses within the "
-                "batch need all of it at once; use more devices, or a smaller --batch-size"
-            )
+        check_whole_batch(self.optim.accumulate)
         if self.objective.supervised and self.data.dataset == "nyu":
             raise ValueError("--supervised needs labels of classes, which nyu does not have")
         if self.optim.amp == "fp16" and self.placement.devices[0] == "cpu":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco.config.option import FREE, LEARNS, REQUIRED, Part, option
+from moco.config.option import FREE, LEARNS, REQUIRED, Part, flag_of, option
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -162,6 +163,34 @@ def check_batch(optim: Optim, placement: Placement) -> None:
             f"--batch-size {batch} is over all processes and must be a multiple of their number, "
             f"{processes}; use {batch // processes or 1} x {processes} = "
             f"{max(1, batch // processes) * processes}"
+        )
+
+
+def check_weights(objective: Part, also: str = "", *, enough: bool = False) -> None:
+    """Raise ValueError for weights that are negative or not finite, and for weights of 0 alone.
+
+    Args:
+        also: what else there would be to minimise, for the message.
+        enough: there is something else.
+    """
+    fields = [field for field in dataclasses.fields(objective) if field.name.endswith("_w")]
+    weights = {flag_of(field): getattr(objective, field.name) for field in fields}
+    for flag, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{flag} must be a number of at least 0, got {weight:g}")
+    if not any(weights.values()) and not enough:
+        raise ValueError(
+            "all loss weights are zero: there is nothing to minimise; give one of "
+            f"{', '.join(weights)}{also}"
+        )
+
+
+def check_whole_batch(accumulate: int) -> None:
+    """Raise ValueError where a batch would go through in parts."""
+    if accumulate != 1:
+        raise ValueError(
+            f"--accumulate {accumulate} splits the batch, and losses within the batch need all of "
+            "it at once; use more devices, or a smaller --batch-size"
         )
 
 

@@ -20,6 +20,7 @@ from moco.config.parts import (
     Schedule,
     check_batch,
     check_image_statistics,
+    check_weights,
 )
 
 
@@ -56,15 +57,7 @@ class Objective(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = {"contr": self.contr_w, "align": self.align_w, "unif": self.unif_w}
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"--moco-{name}-w must be a number of at least 0, got {weight:g}")
-        if not any(weights.values()):
-            raise ValueError(
-                "all loss weights are zero: there is nothing to minimise; give one of "
-                "--moco-align-w, --moco-unif-w, --moco-contr-w"
-            )
+        check_weights(self)
         for name, weight, least in (
             ("contr_tau", self.contr_w, 0),
             ("align_alpha", self.align_w, 1),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moco.config.option import FREE, LEARNS, REQUIRED, ROUNDS, Part, flat_values, option
-from moco.config.parts import Launch, Placement, check_batch
+from moco.config.parts import Launch, Placement, check_batch, check_weights, check_whole_batch
 from moco.config.pretrain import PretrainSchedule, Saving
 
 
@@ -98,15 +98,7 @@ class SentenceObjective(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        weights = {"contr": self.contr_w, "align": self.align_w, "unif": self.unif_w}
-        for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"--{name}-w must be a number of at least 0, got {weight:g}")
-        if not any(weights.values()):
-            raise ValueError(
-                "all loss weights are zero: there is nothing to minimise; give one of --contr-w, "
-                "--align-w, --unif-w"
-            )
+        check_weights(self)
         if not self.normalize and (self.align_w or self.unif_w):
             raise ValueError(
                 "--no-normalize has the contrastive loss only: alignment and uniformity are of "
@@ -157,6 +149,7 @@ class SentenceOptim(Part):
     clip: longest gradient, by the norm of all of it; longer ones are shortened (%(default)s;
         0: none are)
     seed: of the initial weights; default: one is drawn, printed and saved
+    accumulate: main_moco.py's; 1 only, since losses within the batch need all of it at once
     """
 
     batch_size: int = option(400, "-b --batch-size", LEARNS, least=2)
@@ -164,15 +157,16 @@ class SentenceOptim(Part):
     clip: float = option(0.5, "--clip", LEARNS, least=0, kind="rate")
     seed: int | None = option(None, "--seed", LEARNS, least=0)
     seed_given: bool = option(False, "", FREE)
-    # What the engine has for images, and a block of sentences has not: its pairs are all over it.
+    accumulate: int = option(1, "--accumulate", LEARNS, least=1)
+    # What the engine has for images only.
     amp: str = option("off", "", LEARNS)
-    accumulate: int = option(1, "", LEARNS)
     init_from: str | None = option(None, "", LEARNS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.seed is not None and self.seed >= 2**63:
             raise ValueError(f"--seed must be below 2^63, got {self.seed}")
+        check_whole_batch(self.accumulate)
 
 
 @dataclass(frozen=True, kw_only=True)

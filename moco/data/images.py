@@ -264,9 +264,12 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
         data = kind(str(root), train=split != "val")
         return ArrayImages(data.data, data.targets, data.classes)
     except (RuntimeError, AttributeError) as error:  # STL-10 without its list of class names
+        kind = {"stl10": datasets.STL10, "cifar10": datasets.CIFAR10}.get(
+            dataset, datasets.CIFAR100
+        )
         raise DataError(
-            f"no complete {dataset} in {root} ({error}); put torchvision's files there first, "
-            "nothing is downloaded here"
+            f"no complete {dataset} in {root}; put torchvision's files there first, as "
+            f"{Path(root) / kind.base_folder}, nothing is downloaded here"
         ) from error
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,15 @@ def _by_name(folder: Path) -> dict[str, Path]:
         raise DataError(
             f"no folder {folder}: expected images/, depths/, train.txt and val.txt, or {MAT}"
         )
-    return {path.stem: path for path in sorted(folder.iterdir()) if is_image(path.name)}
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if is_image(path.name):
+            first = found.setdefault(path.stem, path)
+            if first != path:
+                raise DataError(
+                    f"{folder} has {first.name} and {path.name}: expected one file of a name"
+                )
+    return found
 
 
 def _names_of(path: Path, images: dict[str, Path]) -> list[str]:
@@ -113,6 +122,12 @@ def _names_of(path: Path, images: dict[str, Path]) -> list[str]:
     if unknown or not names:
         named = f"names {unknown[0]}, which is not there" if unknown else "names no image"
         raise DataError(f"{path} {named}; expected names as {next(iter(images), '0000')}")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{path} names {len(twice)} images more than once: {', '.join(twice[:3])}; each would "
+            "count as several"
+        )
     return names
 
 
@@ -155,6 +170,10 @@ def read_depth(path: Path, scale: float | None) -> np.ndarray:
             steps = np.asarray(image)
     except (OSError, ValueError, DataError, SyntaxError) as error:
         raise DataError(f"cannot read depth {path}: {error}") from None
+    if deep and scale == UNITS["8bit"]:
+        raise DataError(
+            f"{path} is of 16 bit, and its unit is given as 8bit: give that of its steps"
+        )
     if scale is None and not deep:
         raise DataError(
             f"{path} is of 8 bit, whose unit is not defined: give --depth-unit 8bit for "

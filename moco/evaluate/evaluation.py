@@ -33,7 +33,7 @@ from moco.evaluate.feed import Presentation
 from moco.evaluate.heads import FrozenEncoder, Heads, head_accuracy
 from moco.evaluate.knn import knn_accuracy
 from moco.evaluate.layers import OUTPUT, load_layer
-from moco.evaluate.loop import LinearEvaluation
+from moco.evaluate.linear import LinearEvaluation
 from moco.evaluate.nearest import nearest_neighbours
 from moco.evaluate.protocol import make_feed, train_classifiers
 from moco.handshake import refuse_other_arguments, refuse_other_data

@@ -157,7 +157,9 @@ def protocol_line(config: LinclsConfig) -> str:
     elif protocol.probe == "stl10":
         views = {0: "centre crops", 1: "1 random view"}
         views = views.get(protocol.cached_views, f"{protocol.cached_views} random views")
-        what = "linear on random crops" + (f" (cached: {views})" * protocol.cached)
+        what = "linear on the random crops"
+        if protocol.cached:
+            what = f"linear on cached {views} in place of the random crops"
         what += f" of Table 1 of arXiv:2005.10242: Adam, lr {rates}"
     elif protocol.cached:
         views = protocol.cached_views

@@ -1,154 +1,70 @@
-"""The training loop of linear classifiers, on a frozen encoder or together with it."""
+"""The training loop of evaluations: epochs, steps, learning rate, requests to stop."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
 from moco import distributed
-from moco.config import LinclsConfig
-from moco.errors import TrainingError
-from moco.evaluate.classifier_io import ClassifierWriter, restore
-from moco.evaluate.feed import CachedFeed, ImageFeed
-from moco.evaluate.heads import (
-    EncoderWithHeads,
-    FrozenEncoder,
-    HeadConfig,
-    HeadResult,
-    HeadTraining,
-    best_head,
-    head_accuracy,
-    head_losses,
-    log_names,
-    new_heads,
-    record_accuracy,
-    zero_diverged_head,
-)
-from moco.log import RunLog
 from moco.looks import Looks, looking_waits
 from moco.progress import StepPrinter
 from moco.schedule import learning_rate
 from moco.stop import AgreedStop, StopRequest
 from moco.timing import synchronize
 
-CACHED_SAVE_SECONDS = 60.0
+
+class Schedule(Protocol):
+    """How long, and after which epochs the learning rate drops by which factor."""
+
+    epochs: int
+    schedule: tuple[int, ...]
+    schedule_factor: float
 
 
-@dataclass(frozen=True)
-class LinearEvaluation:
-    """What all trainings of one evaluation, on folds and on all images, have in common.
+class EvaluationLoop(ABC):
+    """One training of what an evaluation learns, from any step of an epoch; a subclass says what a
+    step is.
 
     Args:
-        config: with everything that the checkpoint tells.
-        about: what every checkpoint holds beside tensors and accuracies.
+        steps: of an epoch.
+        batch_size: over all ranks.
         stop: what is asked of this process.
+        folder: the run folder, for messages.
+        where: which of several trainings this is, for messages: "fold 1 of 3, ".
     """
-
-    config: LinclsConfig
-    device: torch.device
-    encoder: FrozenEncoder
-    features: int
-    classes: int
-    about: dict
-    log: RunLog
-    stop: StopRequest
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One training of all heads: on the images outside one fold, or on all of them.
-
-    Args:
-        steps_before: optimizer steps of the stages before this one.
-        fold: number of the fold that is held out; None with all images.
-        folds_done: top-1 accuracy of each head on the folds before, a row for each.
-    """
-
-    feed: ImageFeed | CachedFeed
-    steps_before: int = 0
-    fold: int | None = None
-    folds_done: Sequence[Sequence[float | None]] = ()
-
-
-def train_heads(
-    evaluation: LinearEvaluation,
-    stage: Stage,
-    configs: Sequence[HeadConfig],
-    resume_from: dict | None,
-) -> list[HeadResult]:
-    """Train one head for each config, together; the encoder too with --finetune.
-
-    With --folds only the last epoch is evaluated. A request to stop ends the process, with its
-    exit status, once the step is done and saved.
-
-    Args:
-        resume_from: a checkpoint to go on from, if it is of this stage.
-    """
-    config = evaluation.config
-    with contextlib.closing(stage.feed):
-        loop = _HeadLoop(evaluation, stage, configs)
-        first, done = config.schedule.start_epoch, 0
-        if resume_from is not None and resume_from.get("fold") == stage.fold:
-            first, done = restore(loop.training, loop.encoder, resume_from, config)
-        loop.start(first, done)
-        for epoch in range(first, config.schedule.epochs):
-            loop.train_epoch(epoch, done if epoch == first else 0)
-            loop.end_epoch(epoch)
-        loop.printer.close()
-    return loop.training.results
-
-
-class _HeadLoop:
-    """Heads, optimizer, output and checkpoints of one stage."""
 
     def __init__(
-        self, evaluation: LinearEvaluation, stage: Stage, configs: Sequence[HeadConfig]
-    ) -> None:
-        self.evaluation, self.stage, self.config = evaluation, stage, evaluation.config
-        self.device, self.encoder = evaluation.device, evaluation.encoder.encoder
-        protocol, optim = self.config.protocol, self.config.optim
-        self.finetune, self.epochs = protocol.finetune, self.config.schedule.epochs
-        self.print_freq = self.config.saving.print_freq
-        self.steps = stage.feed.batches.batches_per_epoch()
-        self.fold_line = {} if stage.fold is None else {"fold": stage.fold}  # for the log
-        self.where = "" if stage.fold is None else f"fold {stage.fold + 1} of {protocol.folds}, "
-        torch.manual_seed(optim.seed)
-        probe = {"probe": protocol.probe}
-        heads = new_heads(evaluation.features, evaluation.classes, len(configs), **probe)
-        heads = heads.to(self.device)
-        backbone = {"encoder": self.encoder, "lr_backbone": protocol.lr_backbone}
-        self.training = HeadTraining(
-            heads, configs, optim.momentum, **probe, **(backbone if self.finetune else {})
-        )
+        self, schedule: Schedule, steps: int, *, batch_size: int, device: torch.device,
+        stop: StopRequest, folder: Path, where: str = "",
+    ) -> None:  # fmt: skip
+        self.schedule, self.epochs, self.steps = schedule, schedule.epochs, steps
+        self.batch_size, self.device, self.stop = batch_size, device, stop
+        self.folder, self.where = folder, where
 
-    def start(self, epoch: int, step: int) -> None:
-        """Begin to train at a step of an epoch."""
-        heads, config = self.training.heads, self.config
-        whole = EncoderWithHeads(self.encoder, heads, config.source.amp) if self.finetune else heads
-        self.model = distributed.data_parallel(whole, self.device)
-        self.printer = StepPrinter(
-            total=self.epochs * self.steps,
-            batch_size=config.optim.batch_size,
-            done=epoch * self.steps + step,
-        )
-        about = self.evaluation.about
-        if config.protocol.folds:
-            about = {**about, "fold": self.stage.fold, "folds": self.stage.folds_done}
-        interval = CACHED_SAVE_SECONDS if config.protocol.cached else 0.0
+    def train(self, first: int, done: int) -> None:
+        """Train to the end, from the epoch `first` on, in which `done` steps are done.
+
+        A request to stop ends the process, with its exit status, once the step is done and saved.
+        """
+        step = first * self.steps + done
+        total = self.epochs * self.steps
+        self.printer = StepPrinter(total=total, batch_size=self.batch_size, done=step)
         # A single process looks at its own flag, without a wait.
         waits = distributed.world_size() > 1 and looking_waits(self.device)
-        self.looks = Looks(epoch * self.steps + step, waits=waits)
-        self.writer = ClassifierWriter(
-            config.saving.save_dir, about, self.encoder, self.training, interval
-        )
+        self.looks = Looks(step, waits=waits)
+        for epoch in range(first, self.epochs):
+            self._train_epoch(epoch, done if epoch == first else 0)
+            self.end_epoch(epoch)
+            if epoch + 1 < self.epochs or self.stops_at_the_end:
+                self._stop_if_asked(epoch, self.steps)
+        self.printer.close()
 
-    def train_epoch(self, epoch: int, done: int) -> None:
-        """Train from a step of an epoch to its end."""
-        feed, schedule, print_freq = self.stage.feed, self.config.schedule, self.print_freq
+    def _train_epoch(self, epoch: int, done: int) -> None:
+        schedule = self.schedule
         factor = learning_rate(
             epoch,
             base=1.0,
@@ -156,15 +72,12 @@ class _HeadLoop:
             milestones=schedule.schedule,
             factor=schedule.schedule_factor,
         )
-        self.training.set_learning_rates(factor)
-        self.encoder.train(self.finetune)  # a frozen encoder uses, and keeps, its running averages
-        batches = self.printer.batches(feed.train(epoch, done))
+        self.begin_epoch(factor)
+        batches = self.printer.batches(self.batches(epoch, done))
         for step, batch in enumerate(batches, start=done + 1):
-            inputs, targets = feed.inputs(batch)
-            self.training.step(head_losses(self.model(inputs), targets))
+            self.step(batch)
             self.printer.advance()
-            if step % print_freq == 0 or step == self.steps:
-                self._report_losses(epoch, step, factor)
+            self.report(epoch, step)
             if step < self.steps:
                 self._stop_if_asked(epoch, step)
 
@@ -173,99 +86,48 @@ class _HeadLoop:
         done = epoch * self.steps + step
         if done < self.looks.next and step != self.steps:
             return
-        stop = self.evaluation.stop
         if self.looks.waits:
             synchronize(self.device)
-        if not self.looks.together(done, stop.requested, device=self.device)[0]:
+        if not self.looks.together(done, self.stop.requested, device=self.device)[0]:
             return
-        epochs, within = (epoch, step) if step < self.steps else (epoch + 1, 0)
-        self._end_diverged(epoch, step)  # so that no NaN is saved
+        self.check(epoch, step)
         if distributed.is_main():
-            done = self._steps_done(epoch, step)
-            self.writer.write(epochs, done, improved=False, ended=True, step_in_epoch=within)
+            self.save(*((epoch, step) if step < self.steps else (epoch + 1, 0)))
         self.printer.close()
         distributed.print_main(
-            f"stopped by {stop.name or 'a signal to another rank'} in {self.where}epoch {epoch}, "
-            f"after step {step}; go on with --save-dir {self.writer.folder} --resume auto"
+            f"stopped by {self.stop.name or 'a signal to another rank'} in {self.where}epoch "
+            f"{epoch}, after step {step}; go on with --save-dir {self.folder} --resume auto"
         )
-        raise AgreedStop(stop.exit_status)
+        raise AgreedStop(self.stop.exit_status)
 
-    def _report_losses(self, epoch: int, step: int, factor: float) -> None:
-        training, results = self.training, self.training.results
-        means = self._end_diverged(epoch, step)
-        training.start_means()
-        values = {**log_names("loss", results, means), "lr_factor": factor}
-        if len(results) == 1:
-            values = {"loss": means[0], "lr": training.base_rates[0] * factor}
-        values |= self.printer.rates()
-        self.evaluation.log.scalars(
-            "lincls", self._steps_done(epoch, step), {"epoch": epoch, **self.fold_line, **values}
-        )
-        text = f"{self.where}epoch [{epoch}/{self.epochs}] step [{step}/{self.steps}]  loss "
-        text += " ".join(f"{mean:.4f}" for mean in means if math.isfinite(mean))
-        text += f"  lr {', '.join(f'{head.config.lr * factor:g}' for head in results)}"
-        self.printer.line(f"{text}  {values['images_per_s']:.0f} images/s", short=text)
+    # ---- what a subclass gives
 
-    def _end_diverged(self, epoch: int, step: int) -> list[float]:
-        """Means of the losses. Heads with one that is not finite on any rank end; with the last of
-        them the run stops, on all ranks together."""
-        training = self.training
-        losses = [value / max(1, training.loss_count) for value in training.loss_sum.tolist()]
-        failed = distributed.any_rank(*(not math.isfinite(x) for x in losses), device=self.device)
-        for index, head in enumerate(training.results):
-            if failed[index] and head.diverged is None:
-                head.diverged, head.last = epoch, {}
-                if len(training.results) > 1:
-                    zero_diverged_head(training.heads.linear[index], training.optimizer)
-                    distributed.print_main(
-                        f"{head.config} has diverged in epoch {epoch}, step {step}"
-                    )
-        if all(head.diverged is not None for head in training.results):
-            rates = " and ".join(f"{head.config.lr:g}" for head in training.results)
-            backbone = self.config.protocol.lr_backbone
-            raise TrainingError(
-                f"the loss is not finite in epoch {epoch}, step {step} (on rank "
-                f"{distributed.rank()}: {losses[0]:g}); lower --lr {rates}"
-                + (f" or --lr-backbone {backbone:g}" if self.finetune else "")
-                + ", and see that --mean and --std are those of pretraining"
-            )
-        return losses
+    stops_at_the_end = False  # another training follows, before which a stop is looked for
 
+    @abstractmethod
+    def batches(self, epoch: int, start: int) -> Iterable:
+        """Those of an epoch, from the step `start` on."""
+
+    @abstractmethod
+    def begin_epoch(self, factor: float) -> None:
+        """Set learning rates to `factor` times the first ones, and modules to training."""
+
+    @abstractmethod
+    def step(self, batch: Any) -> None:
+        """One step of the optimizer."""
+
+    @abstractmethod
+    def report(self, epoch: int, step: int) -> None:
+        """Print and log, where that is due after a step."""
+
+    @abstractmethod
+    def check(self, epoch: int, step: int) -> None:
+        """Raise TrainingError where a loss was not finite, so that no NaN is saved."""
+
+    @abstractmethod
     def end_epoch(self, epoch: int) -> None:
         """Evaluate and save, where that is due."""
-        ended, improved = epoch + 1 == self.epochs, False
-        protocol = self.config.protocol
-        if ended or not (protocol.folds or protocol.probe == "stl10"):
-            if self.finetune:  # rank 0's averages are the ones that are saved
-                distributed.broadcast_buffers(self.encoder)
-                self.encoder.eval()
-            found = head_accuracy(self.training.heads, self.stage.feed.held_out(), self.device)
-            improved = record_accuracy(self.training.results, found, epoch)
-            self._report_accuracy(found, epoch)
-        if distributed.is_main():
-            done = self._steps_done(epoch, self.steps)
-            improved = improved and self.stage.fold is None
-            self.writer.write(epoch + 1, done, improved=improved, ended=ended)
-        if not ended or self.stage.fold is not None:
-            self._stop_if_asked(epoch, self.steps)
 
-    def _report_accuracy(self, found: list[dict], epoch: int) -> None:
-        results = self.training.results
-        head = best_head(results, "last")
-        values = {**head.last, "loss": found[results.index(head)]["loss"]}
-        if len(results) > 1:
-            top1 = [accuracy["top1"] for accuracy in found]
-            values |= {"lr": head.config.lr, "weight_decay": head.config.weight_decay}
-            values |= log_names("top1", results, top1)
-        kind = "val" if self.stage.fold is None else "held_out"
-        step = self._steps_done(epoch, self.steps)
-        self.evaluation.log.scalars(kind, step, {**values, **self.fold_line})
-        top = min(5, self.evaluation.classes)
-        text = f" * {self.where}Acc@1 {head.last['top1']:.3f} Acc@{top} {head.last['top5']:.3f} "
-        text += f"(epoch {epoch}"
-        text += f", the best of {len(results)}: {head.config})" if len(results) > 1 else ")"
-        self.printer.line(text, f"top-1 {head.last['top1']:.2f}")
-
-    def _steps_done(self, epoch: int, step: int) -> int:
-        """Since the start of the run, after `step` steps of an epoch of this stage."""
-        return self.stage.steps_before + epoch * self.steps + step
+    @abstractmethod
+    def save(self, epochs: int, step: int) -> None:
+        """Save what goes on after so many epochs, and steps of the next one; on rank 0."""

@@ -2,9 +2,11 @@
 rank, deviation, alpha-ReQ, Wasserstein uniformity and LiDAR.
 
 `measure_encoder` takes held-out images: positive pairs are two random views of each image under a
-fixed seed; uniformity, rank and deviation are those of the first views, each image once; k-NN
-classifies centre crops of DIR/val by those of DIR/train. `measure_features` takes files of
-features. Both give one report, a dict that can be written as JSON.
+fixed seed; uniformity, rank and deviation are those of the first views, each image once, but
+uniformity of encoders of train_in_batch.py is the mean over both views, as in their training
+(arXiv:2005.10242, appendix B.1); k-NN classifies centre crops of DIR/val by those of DIR/train.
+`measure_features` takes files of features. Both give one report, a dict that can be written as
+JSON.
 """
 
 from __future__ import annotations
@@ -131,15 +133,24 @@ def measure_encoder(
     if held_out.dataset == "folder" and not (Path(held_out.data) / "val").is_dir():
         folder = Path(held_out.data) / "val"
         notes.append(f"no folder {folder}: measured on all images of {held_out.data}")
-    if "aug_plus" not in encoder.trained and encoder.trained.get("task") != "in-batch":
+    in_batch = encoder.trained.get("task") == "in-batch"
+    if in_batch:
+        notes.append("uniformity is the mean over both views, as in training")
+    elif "aug_plus" not in encoder.trained:
         notes.append("the file names no augmentation: views are MoCo v2's")
     only = {"unit": True, "layer": layer}
     (x, y), _ = extract(encoder, images, loading, views=2, seed=held_out.seed, what="views", **only)
     views = _views_for_lidar(encoder, images, held_out.seed, loading, quantities, layer)
     layers = {
         each: _without_labels(
-            x[each], y[each], views.get(each), quantities, loading.device, f"{name}, {each}"
-        )
+            x[each],
+            y[each],
+            views.get(each),
+            quantities,
+            loading.device,
+            f"{name}, {each}",
+            both_uniform=in_batch,
+        )  # fmt: skip
         for each in LAYERS
         if each in x
     }
@@ -250,21 +261,29 @@ def _without_labels(
     quantities: Quantities,
     device: torch.device,
     what: str,
+    *,
+    both_uniform: bool = False,
 ) -> dict:
     """All that needs no labels. x, y: (N, C) unit rows; views: (n, views, C). Without y no
-    alignment, without views no LiDAR."""
+    alignment, without views no LiDAR. both_uniform: uniformity is the mean over x and y, else that
+    of x."""
     x = x.to(device)
     y = None if y is None else y.to(device)
     views = None if views is None else views.to(device)
     dim = x.shape[1]
     by_t = [f"{t:g}" for t in quantities.ts]
+    second = y if both_uniform else None
     try:
+        curve = uniformity_curve(x, quantities.ts)
+        if second is not None:
+            of_second = uniformity_curve(second, quantities.ts)
+            curve = [(a + b) / 2 for a, b in zip(curve, of_second, strict=True)]
         return {
             "dim": dim,
             "alignment": None
             if y is None
             else {f"{alpha:g}": alignment(x, y, alpha) for alpha in quantities.alphas},
-            "uniformity": dict(zip(by_t, uniformity_curve(x, quantities.ts), strict=True)),
+            "uniformity": dict(zip(by_t, curve, strict=True)),
             "uniformity_infimum": {
                 name: uniformity_infimum(dim, t)
                 for name, t in zip(by_t, quantities.ts, strict=True)
@@ -276,7 +295,9 @@ def _without_labels(
             "lidar": None if views is None else lidar(views),
             "lidar_images": None if views is None else views.shape[0],
             "lidar_views": None if views is None else views.shape[1],
-            "intervals": _intervals(x, y, views, quantities) if quantities.intervals else None,
+            "intervals": _intervals(x, y, views, quantities, second)
+            if quantities.intervals
+            else None,
             "knn": None,
         }
     except ValueError as error:
@@ -284,11 +305,17 @@ def _without_labels(
 
 
 def _intervals(
-    x: Tensor, y: Tensor | None, views: Tensor | None, quantities: Quantities
+    x: Tensor,
+    y: Tensor | None,
+    views: Tensor | None,
+    quantities: Quantities,
+    second: Tensor | None,
 ) -> dict[str, dict | list]:
     """95 % confidence intervals [low, high] over images, under the names of the values."""
     found: dict[str, dict | list] = {
-        "uniformity": {f"{t:g}": list(uniformity_interval(x, t)) for t in quantities.ts},
+        "uniformity": {
+            f"{t:g}": list(uniformity_interval(x, t, second_view=second)) for t in quantities.ts
+        },
         "effective_rank": list(jackknife_interval(effective_rank, x)),
         "wasserstein_uniformity": list(jackknife_interval(wasserstein_uniformity, x)),
     }

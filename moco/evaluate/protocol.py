@@ -1,6 +1,6 @@
 """Protocols of linear evaluation: standard, on cached features, with folds, fine-tuning.
 
-Each is a feed of batches for one way of training heads (`loop.train_heads`).
+Each is a feed of batches for one way of training heads (`linear.train_heads`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moco.evaluate.classifier_io import protocol_values
 from moco.evaluate.feature_cache import FeatureCache
 from moco.evaluate.feed import CachedFeed, ImageFeed, Presentation, to_device_if_it_fits
 from moco.evaluate.heads import FrozenEncoder, HeadConfig, HeadResult, best_head
-from moco.evaluate.loop import LinearEvaluation, Stage, train_heads
+from moco.evaluate.linear import LinearEvaluation, Stage, train_heads
 
 
 def make_feed(

@@ -3,7 +3,8 @@
 The protocol of arXiv:2005.10242, Tables 4 and 11, by its printed figures: labels 1 for positive,
 files in the order positive, negative, one shuffle by `RandomState(1234)` (that of the skip-thoughts
 code); the first tenth is the validation split, the inverse strength C is chosen among 2^0 .. 2^8 by
-ten folds, without another shuffle, of the other nine tenths.
+ten folds, without another shuffle, of the other nine tenths. Table 11's cross-validation is of
+these nine tenths too: its printed figures of CR are multiples of 1/3393.
 """
 
 from __future__ import annotations
@@ -154,10 +155,10 @@ class Classifiers:
         return STRENGTHS[best], 100 * accuracies[best] / len(labels)
 
 
-def folds(n: int) -> list[tuple[int, int]]:
-    """Ten runs of rows one after another, as scikit-learn's KFold without shuffle: the first ones
-    have one more where 10 does not divide n."""
-    sizes = [n // FOLDS + (i < n % FOLDS) for i in range(FOLDS)]
+def folds(n: int, count: int = FOLDS) -> list[tuple[int, int]]:
+    """Runs of rows one after another, as scikit-learn's KFold without shuffle: the first ones have
+    one more where `count` does not divide n."""
+    sizes = [n // count + (i < n % count) for i in range(count)]
     ends = np.cumsum([0, *sizes]).tolist()
     return list(zip(ends, ends[1:], strict=False))
 
@@ -176,17 +177,18 @@ def evaluate(reviews: Reviews, rows: Any, classifiers: Classifiers, what: str) -
             "folds_mean": folds_mean}  # fmt: skip
 
 
-def evaluate_nested(reviews: Reviews, rows: Any, classifiers: Classifiers, what: str) -> dict:
-    """Mean accuracy (%) over ten folds of all sentences, C chosen within the other nine each time:
-    what tables as SentEval's print, and not comparable with the paper's."""
-    labels, found = reviews.labels, []
-    for number, (start, stop) in enumerate(folds(len(labels)), start=1):
+def cross_validate(
+    rows: Any, labels: np.ndarray, count: int, classifiers: Classifiers, what: str
+) -> dict[str, Any]:
+    """Mean accuracy (%) over `count` folds, C chosen by ten folds of the others each time."""
+    found = []
+    for number, (start, stop) in enumerate(folds(len(labels), count), start=1):
         train = np.r_[0:start, stop : len(labels)]
         c, _ = classifiers.choose(rows[train], labels[train], f"{what}, fold {number}")
         test = rows[start:stop], labels[start:stop]
         correct = classifiers.correct(rows[train], labels[train], *test, c)
         found.append(100 * correct / (stop - start))
-    return {"accuracy": float(np.mean(found)), "folds": FOLDS}
+    return {"accuracy": float(np.mean(found)), "folds": count}
 
 
 def constant_accuracy(reviews: Reviews) -> float:
@@ -213,6 +215,7 @@ def evaluate_checkpoint(
     device: torch.device,
     *,
     batch: int = 400,
+    folds: int | None = None,
     nested: bool = False,
 ) -> dict[str, Any]:
     """Evaluate the sentence encoders of a file; features are those of f and of g, each of unit
@@ -221,18 +224,25 @@ def evaluate_checkpoint(
     Args:
         path: as `load_sentence_encoders` takes it.
         folders: of "MR", of "CR", or of both.
-        nested: by `evaluate_nested` too.
+        folds: also by so many folds of all but the validation split, as Table 11 with 5.
+        nested: also by ten folds of all sentences, what tables as SentEval's print and not
+            comparable with the paper's.
 
     Returns:
         What can be written as JSON: `checkpoint`, `objective`, `sentiment` (by name the result of
-        `evaluate`, `nested`, `constant`, `bag_of_words`, `unknown_words` in percent) and `notes`.
+        `evaluate`, `cross_validated`, `nested`, `constant`, `bag_of_words`, `unknown_words` in
+        percent) and `notes`.
 
     Raises:
-        DataError: files of sentences are missing, or scikit-learn is.
+        DataError: files of sentences are missing, or scikit-learn is; fewer sentences than folds.
         CheckpointError, FileNotFoundError: see `load_sentence_encoders`.
     """
     classifiers = Classifiers()
     sets = [read_reviews(name, folder) for name, folder in folders.items()]
+    for reviews in sets:
+        if folds is not None and folds > len(reviews.sentences) - reviews.val:
+            rest = len(reviews.sentences) - reviews.val
+            raise DataError(f"{reviews.name} has {rest} sentences to make {folds} folds of")
     module, info = load_sentence_encoders(path)
     vocabulary = Vocabulary(info["vocabulary"], lower=info["lower"])
     module.to(device)
@@ -249,8 +259,15 @@ def evaluate_checkpoint(
             ),
             "unknown_words": 100 * sentences.unknown_share(),
         }
+        val, labels = reviews.val, reviews.labels
+        if folds is not None:
+            found[name]["cross_validated"] = cross_validate(
+                rows[val:], labels[val:], folds, classifiers, f"{name}, folds"
+            )
         if nested:
-            found[name]["nested"] = evaluate_nested(reviews, rows, classifiers, f"{name}, nested")
+            found[name]["nested"] = cross_validate(
+                rows, labels, FOLDS, classifiers, f"{name}, nested"
+            )
     if classifiers.stopped:
         notes.append(
             f"{classifiers.stopped} of {classifiers.fits} fits stopped at {MOST_ITERATIONS} "
@@ -270,9 +287,11 @@ def summary(sentiment: Mapping[str, dict]) -> str:
         f"{name} {r['accuracy']:.1f} % ({r['correct']} of {r['of']}), C {r['C']:g}"
         for name, r in sentiment.items()
     ]
-    if all("nested" in r for r in found):
-        values = (f"{r['nested']['accuracy']:.1f}" for r in found)
-        parts.append(f"nested {' / '.join(values)}")
+    for key in ("cross_validated", "nested"):
+        if all(key in r for r in found):
+            values = (f"{r[key]['accuracy']:.1f}" for r in found)
+            title = key if key == "nested" else f"{found[0][key]['folds']} folds of the rest"
+            parts.append(f"{title} {' / '.join(values)}")
     constants = (f"{r['constant']:.1f}" for r in found)
     bags = (f"{r['bag_of_words']['accuracy']:.1f}" for r in found)
     parts += [f"constant {' / '.join(constants)}", f"bag of words {' / '.join(bags)}"]

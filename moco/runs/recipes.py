@@ -164,17 +164,17 @@ def plan(
         ValueError: no such recipe, or flags that cannot be.
     """
     table, row = tables.find(recipe)
+    if folds is not None and folds < 2:
+        raise ValueError(f"--folds must be at least 2, got {folds}")
     if table.get("kind") == "sentences":
-        if folds is not None or lincls:
-            raise ValueError("--folds and --lincls are for encoders of images")
-        return _sentence_plan(tables, recipe, data, out, scale, seed, pretrain)
+        if lincls:
+            raise ValueError("--lincls is for encoders of images")
+        return _sentence_plan(tables, recipe, data, out, scale, folds, seed, pretrain)
     moco, probe = flags_of(table, row)
     changes = []
     if scale != "full":
         changes = rescale(moco, probe, _scale(tables.scales, scale, table))
     if folds is not None:
-        if folds < 2:
-            raise ValueError(f"--folds must be at least 2, got {folds}")
         probe["folds"] = folds
     moco["seed"] = probe["seed"] = seed
     moco_words, probe_words = [*spell(moco), *pretrain], [*spell(probe), *lincls]
@@ -202,8 +202,9 @@ def plan(
 
 
 def _sentence_plan(
-    tables: Tables, recipe: str, data: str, out: Path, scale: str, seed: int, more: Sequence[str]
-) -> Plan:
+    tables: Tables, recipe: str, data: str, out: Path, scale: str, folds: int | None, seed: int,
+    more: Sequence[str],
+) -> Plan:  # fmt: skip
     """Of sentence encoders. DIR has the text to train on, text.txt, which may be a link to a
     compressed file, and the files of MR and CR."""
     table, row = tables.find(recipe)
@@ -233,7 +234,7 @@ def _sentence_plan(
     steps = [
         (checkpoint, ["scripts/train_sentences.py", *words, *_resumed(out / "pretrain"), text]),
         (sentiment, ["scripts/evaluate_sentences.py", str(checkpoint), "--mr", data, "--cr", data,
-                     "--out", str(sentiment)]),
+                     *(["--folds", str(folds)] if folds else []), "--out", str(sentiment)]),
         (metrics, ["scripts/measure_align_uniform.py", str(checkpoint), text,
                    "--out", str(metrics)]),
     ]  # fmt: skip
@@ -465,6 +466,8 @@ def measured_figures(result: dict) -> dict[str, float]:
             measured[f"cv_{layer}_5nn"] = result["nearest"]["folds"]["mean"]
     for name, found in result.get("sentiment", {}).items():
         measured[f"val_{name.lower()}"] = found["accuracy"]
+        if found.get("cross_validated", {}).get("folds") == 5:
+            measured[f"cv_{name.lower()}"] = found["cross_validated"]["accuracy"]
     return measured
 
 

@@ -1,18 +1,26 @@
-"""Pairs of random views of images, as training data of a task."""
+"""Pairs of random views of images as training data, and what tasks that learn from them share."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moco import encoders
 from moco.data import loader
 from moco.data.images import Images, names_digest, open_images
 from moco.data.samples import AugmentedViews
-from moco.data.views import Recipe, pretrain_recipe
+from moco.data.views import Recipe, normalize, pretrain_recipe
+from moco.log import RunLog
+from moco.precision import memory_format
+from moco.tasks import monitor
+from moco.tasks.online_knn import OnlineKnn
 from moco.train.guards import BadImages
+from moco.train.task import Task
+from moco.train.trainer import Trainer
 
 
 class ImagePairs:
@@ -89,3 +97,41 @@ class ImagePairs:
 
     def end(self) -> None:
         self._loader.end()
+
+
+class ImageTask(Task):
+    """Of `ImagePairs`, with a module that has an `encoder_q`, and a `prepare` that turns uint8
+    views into what it sees; k-NN of the encoder's backbone."""
+
+    def build_encoder(self, outputs: int) -> nn.Module:
+        encoder = self.config.encoder
+        return encoders.build_encoder(
+            encoder.arch,
+            outputs,
+            image_size=self.config.views.image_size,
+            small_stem=encoder.small_stem,
+        )
+
+    def on_device(self, module: nn.Module, device: torch.device) -> None:
+        views = self.config.views
+        order = memory_format(self.config.speed.channels_last)
+        module.prepare = functools.partial(
+            normalize, mean=views.mean, std=views.std, memory_format=order
+        )
+
+    def begin_log(self, log: RunLog, data: ImagePairs) -> None:
+        monitor.lay_out(log, self.config, data.facts)
+
+    def show(self, log: RunLog, batch: tuple[Tensor, ...]) -> None:
+        monitor.show_views(log, *batch[:2])
+
+    def build_evaluation(self, trainer: Trainer) -> OnlineKnn | None:
+        return OnlineKnn(
+            trainer.state.module.encoder_q,
+            trainer.data.images,
+            self.config,
+            trainer.device,
+            log=trainer.log,
+            printer=trainer.printer,
+            stop=trainer.stop,
+        )

@@ -9,7 +9,6 @@ data-parallel code.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -21,22 +20,19 @@ from torch import Tensor, nn
 
 from align_uniform import align_loss, in_batch_contrastive_loss, uniform_loss
 from align_uniform.bounds import uniformity_infimum
-from moco import distributed, encoders
+from moco import distributed
 from moco.alexnet import calibrate_batch_norm
 from moco.batch_norm import has_batch_norm
 from moco.config import InBatchConfig, auto_rate
 from moco.data.images import open_images
 from moco.data.nyu import open_nyu
-from moco.data.views import in_batch_recipe, normalize
-from moco.log import RunLog
-from moco.precision import memory_format
+from moco.data.views import in_batch_recipe
 from moco.tasks import monitor
 from moco.tasks.collapse import collapse_warning
-from moco.tasks.images import ImagePairs
+from moco.tasks.images import ImagePairs, ImageTask
 from moco.tasks.online_knn import OnlineKnn
 from moco.tasks.start import start_encoder
 from moco.train.losses import Losses
-from moco.train.task import Task
 from moco.train.trainer import Trainer
 
 CALIBRATION_BATCHES = 10
@@ -78,7 +74,7 @@ class InBatchLosses(Losses):
         self.x, self.y = x.detach(), y.detach()
 
 
-class InBatchTask(Task):
+class InBatchTask(ImageTask):
     """Two views of each image and one encoder; k-NN of its backbone."""
 
     config: InBatchConfig
@@ -108,23 +104,8 @@ class InBatchTask(Task):
         return pairs
 
     def build_module(self) -> TwoViews:
-        encoder = self.config.encoder
-        built = encoders.build_encoder(
-            encoder.arch,
-            encoder.dim,
-            image_size=self.config.views.image_size,
-            small_stem=encoder.small_stem,
-        )
-        return TwoViews(built, encoder.dim, self.classes)
-
-    def on_device(self, module: TwoViews, device: torch.device) -> None:
-        views = self.config.views
-        module.prepare = functools.partial(
-            normalize,
-            mean=views.mean,
-            std=views.std,
-            memory_format=memory_format(self.config.speed.channels_last),
-        )
+        dim = self.config.encoder.dim
+        return TwoViews(self.build_encoder(dim), dim, self.classes)
 
     def compiled(self, module: TwoViews) -> list[nn.Module]:
         return [module.encoder_q]
@@ -210,24 +191,9 @@ class InBatchTask(Task):
             "batch_similarity": (x @ y.t(), -1.0, 1.0),
         }
 
-    def begin_log(self, log: RunLog, data: ImagePairs) -> None:
-        monitor.lay_out(log, self.config, data.facts)
-
-    def show(self, log: RunLog, batch: tuple[Tensor, ...]) -> None:
-        monitor.show_views(log, *batch[:2])
-
     def build_evaluation(self, trainer: Trainer) -> OnlineKnn | None:
-        if self.config.data.dataset == "nyu":  # its images have no classes
-            return None
-        return OnlineKnn(
-            trainer.state.module.encoder_q,
-            trainer.data.images,
-            self.config,
-            trainer.device,
-            log=trainer.log,
-            printer=trainer.printer,
-            stop=trainer.stop,
-        )
+        # Images of nyu have no classes.
+        return None if self.config.data.dataset == "nyu" else super().build_evaluation(trainer)
 
     def facts(self, module: TwoViews, data: ImagePairs) -> dict[str, str]:
         config, encoder, optim = self.config, self.config.encoder, self.config.optim

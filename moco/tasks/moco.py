@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -12,20 +11,16 @@ from align_uniform.bounds import queue_push
 from moco import encoders
 from moco.batch_norm import has_batch_norm, split_batch_norm
 from moco.builder import MoCo, MoCoLosses
-from moco.data.views import normalize
-from moco.log import RunLog
 from moco.memory import rehearse
-from moco.precision import half_precision, memory_format
+from moco.precision import half_precision
 from moco.tasks import monitor
 from moco.tasks.collapse import collapse_warning
-from moco.tasks.images import ImagePairs
-from moco.tasks.online_knn import OnlineKnn
+from moco.tasks.images import ImagePairs, ImageTask
 from moco.tasks.start import start_encoder
-from moco.train.task import Needs, Task
-from moco.train.trainer import Trainer
+from moco.train.task import Needs
 
 
-class MoCoTask(Task):
+class MoCoTask(ImageTask):
     """Two views of each image; `moco.builder.MoCo`; k-NN of the query encoder's backbone."""
 
     def build_data(self, device: torch.device) -> ImagePairs:
@@ -47,13 +42,7 @@ class MoCoTask(Task):
         )
 
     def _build_encoder(self, num_classes: int, *, in_groups: bool = True) -> nn.Module:
-        config = self.config
-        built = encoders.build_encoder(
-            config.encoder.arch,
-            num_classes,
-            image_size=config.views.image_size,
-            small_stem=config.encoder.small_stem,
-        )
+        config, built = self.config, self.build_encoder(num_classes)
         if in_groups and config.groups > 1:  # also where each lies on a device of its own
             split_batch_norm(built, config.bn_groups, config.group_span)
         return built
@@ -100,11 +89,7 @@ class MoCoTask(Task):
         return start_from(module, path, self.config.encoder.arch)
 
     def on_device(self, module: MoCo, device: torch.device) -> None:
-        views = self.config.views
-        order = memory_format(self.config.speed.channels_last)
-        module.prepare = functools.partial(
-            normalize, mean=views.mean, std=views.std, memory_format=order
-        )
+        super().on_device(module, device)
         module.shuffle_generator.manual_seed(self.config.optim.seed)
 
     def compiled(self, module: MoCo) -> list[nn.Module]:
@@ -133,23 +118,6 @@ class MoCoTask(Task):
 
     def histograms(self, losses: MoCoLosses) -> dict[str, tuple[Tensor, float, float]]:
         return monitor.distributions(losses)
-
-    def begin_log(self, log: RunLog, data: ImagePairs) -> None:
-        monitor.lay_out(log, self.config, data.facts)
-
-    def show(self, log: RunLog, batch: tuple[Tensor, Tensor]) -> None:
-        monitor.show_views(log, *batch)
-
-    def build_evaluation(self, trainer: Trainer) -> OnlineKnn:
-        return OnlineKnn(
-            trainer.state.module.encoder_q,
-            trainer.data.images,
-            self.config,
-            trainer.device,
-            log=trainer.log,
-            printer=trainer.printer,
-            stop=trainer.stop,
-        )
 
     def facts(self, module: MoCo, data: ImagePairs) -> dict[str, str]:
         config, encoder = self.config, self.config.encoder

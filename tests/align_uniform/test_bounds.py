@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from align_uniform import align_loss, uniform_loss, uniform_loss_with_queue
+from align_uniform import (
+    align_loss,
+    in_batch_contrastive_loss,
+    uniform_loss,
+    uniform_loss_with_queue,
+)
 from align_uniform.bounds import (
     add_self_pairs,
     can_collapse,
@@ -20,6 +25,11 @@ from align_uniform.bounds import (
     uniformity_sample_bound,
 )
 from align_uniform.metrics import uniformity
+from align_uniform.sentences import (
+    adjacent_align_loss,
+    adjacent_contrastive_loss,
+    summed_uniform_loss,
+)
 
 
 def simplex(n: int, dim: int) -> Tensor:
@@ -114,7 +124,7 @@ def test_refusals() -> None:
 
 def spread_after(step, steps: int = 60) -> float:
     """How many times as far from one point the features of f(v) = normalize(1, W v) are after some
-    steps of gradient descent as before. Views are independent: rho is 0.
+    steps of gradient descent as before.
 
     Args:
         step: (W, W of the key encoder, generator) -> loss.
@@ -130,8 +140,9 @@ def spread_after(step, steps: int = 60) -> float:
     return weights.norm().item() / before
 
 
-def near_one_point(weights, n: int, generator) -> torch.Tensor:
-    v = torch.randn(n, weights.shape[1], dtype=torch.float64, generator=generator)
+def near_one_point(weights, n: int, generator, shared=0.0) -> torch.Tensor:
+    """Features of noise, alone (rho is 0) or with what positives share (rho is 1/2)."""
+    v = torch.randn(n, weights.shape[1], dtype=torch.float64, generator=generator) + shared
     ones = torch.ones(n, 1, dtype=torch.float64)
     return torch.nn.functional.normalize(torch.cat([ones, v @ weights.t()], dim=1), dim=1)
 
@@ -168,6 +179,46 @@ def test_collapse_with_a_queue(align_w: float, intra_batch: bool, collapses: boo
     assert can_collapse(align_w, 0.5, 2, push=push) == collapses
     assert (spread_after(step, 150) < 0.6) == collapses
     assert (spread_after(step, 150) > 1.6) != collapses
+
+
+@pytest.mark.parametrize(("align_w", "collapses"), [(0.8, False), (1.25, True)])
+def test_collapse_of_two_encoders(align_w: float, collapses: bool) -> None:
+    """Of sentences and their neighbours, without anything in common; unif_w 0.25 and t 2: the line
+    is at 1."""
+
+    def step(weights, _, generator):
+        u, v = (near_one_point(half, 128, generator) for half in weights.chunk(2, dim=1))
+        return align_w * adjacent_align_loss(u, v) + 0.25 * summed_uniform_loss(u, v, 2)
+
+    assert can_collapse(align_w, 0.25, 2, push=2) == collapses
+    assert (spread_after(step) < 0.5) == collapses
+    assert (spread_after(step) > 2) != collapses
+
+
+@pytest.mark.parametrize(("contr_w", "collapses"), [(0, True), (0.2, True), (1, False)])
+@pytest.mark.parametrize("method", ["within the batch", "sentences"])
+def test_infonce_spreads_what_positives_share(method: str, contr_w: float, collapses: bool) -> None:
+    """Half of the variance is shared, so align_w 2.5 counts 1.25; uniformity counts 1, and InfoNCE
+    of tau 0.5 contr_w / 2: the line is at 0.5."""
+
+    def within_the_batch(weights, _, generator):
+        shared = torch.randn(128, 6, dtype=torch.float64, generator=generator)
+        x, y = (near_one_point(weights, 128, generator, shared) for _ in range(2))
+        contrastive = in_batch_contrastive_loss(x, y, 0.5)
+        uniform = (uniform_loss(x, 2) + uniform_loss(y, 2)) / 2
+        return contr_w * contrastive + 2.5 * align_loss(x, y) + 0.5 * uniform
+
+    def sentences(weights, _, generator):  # documents of two, f and g alike
+        documents = torch.arange(64).repeat_interleave(2)
+        shared = torch.randn(64, 6, dtype=torch.float64, generator=generator)[documents]
+        u = near_one_point(weights, 128, generator, shared)
+        contrastive = adjacent_contrastive_loss(u, u, 0.5, documents)
+        align, uniform = adjacent_align_loss(u, u, 2, documents), summed_uniform_loss(u, u, 2)
+        return contr_w * contrastive + 2.5 * align + 0.25 * uniform
+
+    step = within_the_batch if method == "within the batch" else sentences
+    assert (spread_after(step) < 0.5) == collapses
+    assert (spread_after(step) > 2) != collapses
 
 
 def test_the_rule_and_the_papers_rows() -> None:

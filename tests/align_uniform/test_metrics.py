@@ -426,6 +426,15 @@ def test_intervals_are_percentiles_of_weighted_double_loops(t: float) -> None:
     found = uniformity_interval(x, t, block_size=3, **options)
     assert found == pytest.approx(tuple(expected.tolist()), rel=1e-9)
 
+    both = [
+        (loop + reference.loop_uniform_weighted(y, w.tolist(), t)) / 2
+        for loop, w in zip(loops, weights.t(), strict=True)
+    ]
+    expected = torch.tensor(both, dtype=torch.float64).quantile(ends)
+    assert uniformity_interval(x, t, second_view=y, **options) == pytest.approx(
+        tuple(expected.tolist()), rel=1e-9
+    )
+
     distance = (x - y).norm(dim=1)
     expected = (weights.t() @ distance / 7).quantile(ends)
     assert alignment_interval(x, y, 1, **options) == pytest.approx(
@@ -456,6 +465,8 @@ def test_interval_refusals() -> None:
             call(resamples=1)
     with pytest.raises(ValueError, match="t must be at most 170 for an interval, got 200"):
         uniformity_interval(x, 200)
+    with pytest.raises(ValueError, match=r"of the same images, got \(5, 4\) and \(4, 4\)"):
+        uniformity_interval(x, second_view=x[:4])
     low, high = uniformity_interval(torch.eye(2), 2)  # half of the resamples have no pair
     assert low == high == pytest.approx(-4)
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import load_script, refusal
+from helpers import differences, load_script, read_log, refusal
 from PIL import Image
 
 import main_lincls
 from moco.alexnet import build_chain, calibrate_batch_norm
-from moco.checkpoint import load_encoder
+from moco.checkpoint import load_encoder, read_checkpoint
 from moco.data.nyu import open_nyu
 from moco.errors import CheckpointError, DataError
-from moco.evaluate.depth import DepthPredictor, doublings
 from moco.evaluate.depth_data import Depths, nearest, read_depths, squashed
+from moco.evaluate.depth_predictor import DepthPredictor, doublings
 from moco.runs.compare import Comparison
 from moco.runs.folder import common_accuracy, read_runs
 
@@ -99,31 +101,27 @@ def test_units_of_8_bit(own, unit, metres) -> None:
     assert open_nyu(own, "train").depth(0)[0, 0] == pytest.approx(metres)
 
 
-def damage(name: str, root: Path) -> None:
-    depth = root / "depths" / "0003.png"
-    if name == "no depth":
-        depth.unlink()
-    elif name == "no image":
-        (root / "images" / "0004.png").unlink()
-    elif name == "8 bit":
-        Image.fromarray(np.full((30, 40), 51, np.uint8)).save(depth)
-    elif name == "size":
-        Image.fromarray(np.full((30, 41), 51, np.uint16)).save(depth)
-    elif name in ("zero", "constant"):
-        value = 0 if name == "zero" else 900
-        Image.fromarray(np.full((30, 40), value, np.uint16)).save(depth)
-    elif name == "colours":
-        Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(depth)
-    elif name == "both splits":
-        (root / "val.txt").write_text("0003\n")
-    elif name == "unknown name":
-        (root / "train.txt").write_text("0003\n0099\n")
-    elif name == "no split":
-        (root / "train.txt").unlink()
-    elif name == "no folder":
-        shutil.rmtree(root / "depths")
-    elif name == "unit":
-        (root / "depth.json").write_text('{"unit": "feet"}')
+def depth_of(root: Path, pixels: np.ndarray) -> None:
+    Image.fromarray(pixels).save(root / "depths" / "0003.png")
+
+
+DAMAGE = {
+    "no depth": lambda root: (root / "depths" / "0003.png").unlink(),
+    "no image": lambda root: (root / "images" / "0004.png").unlink(),
+    "8 bit": lambda root: depth_of(root, np.full((30, 40), 51, np.uint8)),
+    "16 bit": lambda root: (root / "depth.json").write_text('{"unit": "8bit"}'),
+    "size": lambda root: depth_of(root, np.full((30, 41), 51, np.uint16)),
+    "zero": lambda root: depth_of(root, np.zeros((30, 40), np.uint16)),
+    "constant": lambda root: depth_of(root, np.full((30, 40), 900, np.uint16)),
+    "colours": lambda root: depth_of(root, np.zeros((30, 40, 3), np.uint8)),
+    "both splits": lambda root: (root / "val.txt").write_text("0003\n"),
+    "twice": lambda root: (root / "train.txt").write_text("0003\n0004\n0003\n"),
+    "two files": lambda root: shutil.copy(root / "images/0003.png", root / "images/0003.jpg"),
+    "unknown name": lambda root: (root / "train.txt").write_text("0003\n0099\n"),
+    "no split": lambda root: (root / "train.txt").unlink(),
+    "no folder": lambda root: shutil.rmtree(root / "depths"),
+    "unit": lambda root: (root / "depth.json").write_text('{"unit": "feet"}'),
+}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +135,9 @@ def damage(name: str, root: Path) -> None:
         ("constant", "depth of 0003 is 0.9 m everywhere"),
         ("colours", "it has colours"),
         ("both splits", "1 images are in train.txt and in val.txt: 0003"),
+        ("twice", "train.txt names 1 images more than once: 0003; each would count as several"),
+        ("two files", "images has 0003.jpg and 0003.png: expected one file of a name"),
+        ("16 bit", "0000.png is of 16 bit, and its unit is given as 8bit"),
         ("unknown name", "train.txt names 0099, which is not there"),
         ("no split", "cannot read .*train.txt"),
         ("no folder", "no folder .*depths: expected images/, depths/"),
@@ -144,7 +145,7 @@ def damage(name: str, root: Path) -> None:
     ],
 )
 def test_bad_data_is_refused_by_name(own, name, message) -> None:
-    damage(name, own)
+    DAMAGE[name](own)
     with pytest.raises(DataError, match=message):
         read_depths(open_nyu(own, "train"), 16)
 
@@ -229,27 +230,58 @@ def test_the_command(encoder, nyu, tmp_path, elsewhere, capsys) -> None:
     assert len(result["folds"]["mse"]) == 2 and result["unknown_pixels"] > 0
 
 
-def test_an_evaluation_goes_on_bit_for_bit(encoder, nyu, tmp_path, elsewhere, monkeypatch) -> None:
-    """Asked to stop after 5 epochs of the second fold, and again after 3 more."""
-    whole = evaluate(tmp_path / "whole", encoder, nyu, "--folds", "2")
-    flags = ["--folds", "2", "--resume", "auto"]
-    from moco.evaluate import depth
+def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal in the `step`-th step of Adam from now on."""
+    take, steps = torch.optim.Adam.step, []
 
-    original, seen = depth._Run._save_if_asked, []
+    def step_and_signal(self, *args):
+        take(self, *args)
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
 
-    def asked(self, predictor, adam, epoch):
-        seen.append(epoch)
-        if len(seen) in (17, 20):
-            self.stop.name = "SIGTERM"
-        original(self, predictor, adam, epoch)
+    monkeypatch.setattr(torch.optim.Adam, "step", step_and_signal)
 
-    monkeypatch.setattr(depth._Run, "_save_if_asked", asked)
-    for _ in range(2):
-        with pytest.raises(SystemExit) as stop:
-            evaluate(tmp_path / "cut", encoder, nyu, *flags)
-        assert stop.value.code == 75
-    assert evaluate(tmp_path / "cut", encoder, nyu, *flags) == whole
-    assert len(seen) == 3 * 12
+
+def test_an_evaluation_goes_on_bit_for_bit(
+    encoder, nyu, tmp_path, elsewhere, monkeypatch, capsys
+) -> None:
+    """Asked to stop within an epoch: of the second fold, with 2 steps an epoch, and then of the
+    training on all images, with 5; in between at the end of an epoch."""
+    flags = "--folds 2 --batch-size 2 --epochs 4 --schedule 2".split()
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    result = evaluate(whole, encoder, nyu, *flags)
+    for step, number, status, where in (
+        (4 * 2 + 3, signal.SIGTERM, 75, "fold 2 of 2, epoch 1, after step 1"),
+        (3, signal.SIGHUP, 75, "fold 2 of 2, epoch 2, after step 2"),
+        (1 * 2 + 8, signal.SIGINT, 130, "epoch 1, after step 3"),
+    ):
+        with monkeypatch.context() as context, pytest.raises(SystemExit) as stop:
+            signal_at(step, number, context)
+            evaluate(cut, encoder, nyu, *flags, "--resume", "auto")
+        assert stop.value.code == status
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+        assert last.startswith(f"stopped by {signal.Signals(number).name} in {where}; go on with")
+    assert evaluate(cut, encoder, nyu, *flags, "--resume", "auto") == result
+    assert "predictor.pth.tar, after 1 epochs and 3 steps" in capsys.readouterr().out
+    states = [read_checkpoint(out / "predictor.pth.tar") for out in (whole, cut)]
+    assert differences(*states) == []
+    logs = [
+        [{k: v for k, v in line.items() if k != "time"} for line in read_log(out, "depth")]
+        for out in (whole, cut)
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 3 * 4
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_not_saved(
+    encoder, nyu, tmp_path, elsewhere, monkeypatch, capsys
+) -> None:
+    signal_at(2, signal.SIGTERM, monkeypatch)
+    words = ["--layer", "conv5", "--pretrained", encoder, "--device", "cpu", "--batch-size", 4]
+    words += ["--lr", "1e38", "--save-dir", tmp_path / "out", nyu]
+    status, line = refusal(script.main, words, capsys)
+    assert status == 1 and "predictor's loss is nan in epoch 0, step 2; lower --lr" in line
+    assert not (tmp_path / "out" / "predictor.pth.tar").exists()
 
 
 @pytest.mark.parametrize(

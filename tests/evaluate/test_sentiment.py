@@ -90,9 +90,9 @@ def test_other_counts_are_said(reviews) -> None:
 
 def test_folds_are_those_of_scikit_learn() -> None:
     selection = pytest.importorskip("sklearn.model_selection")
-    for n in (20, 37, 1067):
-        found = [(test[0], test[-1] + 1) for _, test in selection.KFold(10).split(range(n))]
-        assert sentiment.folds(n) == found
+    for n, count in ((20, 10), (37, 10), (1067, 10), (37, 5)):
+        found = [(test[0], test[-1] + 1) for _, test in selection.KFold(count).split(range(n))]
+        assert sentiment.folds(n, count) == found
 
 
 def test_both_solvers_find_the_optimum() -> None:
@@ -124,19 +124,40 @@ def test_strengths_are_chosen_without_the_validation_split(reviews) -> None:
     assert first["folds_mean"] > 60 and first["C"] in sentiment.STRENGTHS
 
 
+def test_cross_validation_never_sees_what_it_is_measured_on() -> None:
+    """Labels that follow no rule but the fold's number: C and weights are of the others alone."""
+    pytest.importorskip("sklearn")
+    rows, labels = np.eye(40)[:, :8] + 0.01, np.arange(40) % 2
+    seen = []
+
+    class Chosen(sentiment.Classifiers):
+        def choose(self, rows, labels, what):
+            seen.append((len(rows), what))
+            return 4.0, 0.0
+
+        def correct(self, train, labels, test, truth, c):
+            seen.append((len(train), len(test), c))
+            return len(test) - 1
+
+    found = sentiment.cross_validate(rows, labels, 5, Chosen(), "CR")
+    assert found == {"accuracy": 100 * 7 / 8, "folds": 5}
+    assert seen[:2] == [(32, "CR, fold 1"), (32, 8, 4.0)] and len(seen) == 10
+
+
 def test_the_command_prints_the_line_and_writes_json(
     file, reviews, tmp_path, capsys, monkeypatch
 ) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.setattr(sentiment, "STRENGTHS", (1.0, 4.0))
     out = tmp_path / "result.json"
-    words = [file, "--cr", reviews, "--nested", "--device", "cpu", "--out", out]
+    words = [file, "--cr", reviews, "--folds", "3", "--nested", "--device", "cpu", "--out", out]
     main([str(word) for word in words])
     *_, note, line = capsys.readouterr().out.splitlines()
     result = json.loads(out.read_text())
     found = result["sentiment"]["CR"]
     assert line == (
         f"CR {found['accuracy']:.1f} % ({found['correct']} of 11), C {found['C']:g}; "
+        f"3 folds of the rest {found['cross_validated']['accuracy']:.1f}; "
         f"nested {found['nested']['accuracy']:.1f}; constant {found['constant']:.1f}; "
         f"bag of words {found['bag_of_words']['accuracy']:.1f}"
     )

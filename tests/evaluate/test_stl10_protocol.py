@@ -13,8 +13,10 @@ from helpers import load_script, refusal
 
 import main_lincls
 from moco.checkpoint import load_encoder
+from moco.cli import lincls_config
 from moco.data.images import open_images
 from moco.data.views import eval_transform, normalize
+from moco.evaluate.facts import protocol_line
 from moco.evaluate.heads import HeadConfig, HeadTraining, new_heads
 from moco.evaluate.knn import majority_vote
 from moco.runs.compare import Comparison
@@ -141,6 +143,13 @@ def test_a_probe_of_one_layer_does_not_go_on_with_another(run, data, tmp_path, c
         for argv in (words, ["--pretrained", run, *words]):
             _, line = refusal(main_lincls.main, argv, capsys)
             assert message in line
+
+
+def test_the_start_says_which_views_a_probe_has(run, data, tmp_path) -> None:
+    words = [*FLAGS, "--layer", "fc7", "--pretrained", str(run), "--save-dir", str(tmp_path)]
+    fresh, cached = (lincls_config([*words, *flags, str(data)]) for flags in ([], ["--cached"]))
+    assert "linear on the random crops of Table 1" in protocol_line(fresh)
+    assert "linear on cached centre crops in place of the random crops" in protocol_line(cached)
 
 
 def test_the_probe_is_torchs_linear_layer_and_adam() -> None:

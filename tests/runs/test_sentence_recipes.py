@@ -84,14 +84,17 @@ def test_commands_are_printed_with_what_is_published(capsys) -> None:
     lines = [shlex.split(line) for line in out.splitlines() if line.startswith("python ")]
     assert "--no-normalize" in lines[0] and "--contr-tau" in lines[0]
     assert lines[0][-1] == "DIR/text.txt"
-    run_recipe.main(["table11:48", "DIR"])
-    assert "here features collapse" in capsys.readouterr().out
+    run_recipe.main(["table11:48", "DIR", "--folds", "5"])
+    assert (
+        "here features collapse" in (out := capsys.readouterr().out) and "--cr DIR --folds 5" in out
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--folds", "5"], "--folds and --lincls are for encoders of images"),
+        (["--lincls", "--lr 1"], "--lincls is for encoders of images"),
+        (["--folds", "1"], "--folds must be at least 2, got 1"),
         (["--scale", "cifar10"], "--scale cifar10 is not of this table; there is tiny"),
     ],
 )

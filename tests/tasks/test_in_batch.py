@@ -11,14 +11,16 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from helpers import TinyNet, differences, load_script, read_log, refusal, two_views
+from helpers import TinyNet, differences, load_script, read_log, refusal, two_views, write_images
 
 import main_moco
+from align_uniform.metrics import uniformity, uniformity_interval
 from moco.checkpoint import load_encoder
 from moco.cli import in_batch_config
+from moco.data.images import FolderImages
 from moco.data.loader import EpochBatches
 from moco.data.views import in_batch_recipe
-from moco.evaluate.extraction import load_image_encoder
+from moco.evaluate.extraction import Loading, extract, load_image_encoder
 from moco.tasks.collapse import collapse_warning
 from moco.tasks.in_batch import InBatchTask, TwoViews
 
@@ -154,6 +156,7 @@ def test_defaults_are_those_of_the_data_set(tmp_path) -> None:
     nyu = in_batch_config(["--dataset", "nyu", *flags, str(tmp_path)])
     assert (nyu.optim.batch_size, nyu.optim.lr, nyu.views.image_size) == (128, 0.06, 128)
     assert (nyu.schedule.epochs, nyu.schedule.schedule) == (400, (310, 340, 370))
+    assert nyu.saving.save_dir.name.startswith("inbatch-depth_cnnx0.05-1align2-1unif2-b128-2")
 
 
 @pytest.mark.parametrize(
@@ -287,10 +290,21 @@ def test_checkpoints_are_measured_exported_and_named(data, tmp_path, elsewhere, 
     assert (info["task"], info["arch"]) == ("in-batch", "small_alexnetx0.05")
     assert load_image_encoder(file).recipe == in_batch_recipe(16)
     out = tmp_path / "measure.json"
-    load_script("measure_align_uniform").main([file, str(data), "--out", str(out)])
+    held_out = tmp_path / "held_out"
+    write_images(held_out, {".": 40})
+    flags = ["--out", str(out), "--intervals", "--device", "cpu", "-j", "0"]
+    load_script("measure_align_uniform").main([file, str(held_out), *flags])
     report = json.loads(out.read_text())
     assert report["layer"] == "projection" and report["layers"].keys() == {"projection", "backbone"}
-    assert report["notes"] == []
+    assert "uniformity is the mean over both views, as in training" in report["notes"]
+    loading = Loading(torch.device("cpu"), 8, 0)
+    views, _ = extract(load_image_encoder(file), FolderImages(held_out), loading, views=2)
+    x, y = (view["projection"] for view in views)
+    mean = (uniformity(x, 2) + uniformity(y, 2)) / 2
+    assert report["uniformity"] == pytest.approx(mean, rel=1e-4)
+    assert report["uniformity"] != pytest.approx(uniformity(x, 2), rel=1e-4)
+    low, high = report["layers"]["projection"]["intervals"]["uniformity"]["2"]
+    assert (low, high) == pytest.approx(uniformity_interval(x, 2, second_view=y), rel=1e-3)
     pytest.importorskip("onnx")
     load_script("convert").main([file, "--to", "onnx", str(tmp_path / "encoder.onnx")])
     assert "small_alexnetx0.05" in capsys.readouterr().out
