@@ -82,6 +82,7 @@ class InBatchTask(Task):
     """Two views of each image and one encoder; k-NN of its backbone."""
 
     config: InBatchConfig
+    evaluates_untrained = True
 
     def build_data(self, device: torch.device) -> ImagePairs:
         data, views = self.config.data, self.config.views
@@ -219,15 +220,7 @@ class InBatchTask(Task):
     def build_evaluation(self, trainer: Trainer) -> OnlineKnn | None:
         if self.config.data.dataset == "nyu":  # its images have no classes
             return None
-        return OnlineKnn(
-            trainer.state.module.encoder_q,
-            trainer.data.images,
-            self.config,
-            trainer.device,
-            log=trainer.log,
-            printer=trainer.printer,
-            stop=trainer.stop,
-        )
+        return OnlineKnn(trainer)
 
     def facts(self, module: TwoViews, data: ImagePairs) -> dict[str, str]:
         config, encoder, optim = self.config, self.config.encoder, self.config.optim

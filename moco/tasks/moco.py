@@ -28,6 +28,8 @@ from moco.train.trainer import Trainer
 class MoCoTask(Task):
     """Two views of each image; `moco.builder.MoCo`; k-NN of the query encoder's backbone."""
 
+    evaluates_untrained = True
+
     def build_data(self, device: torch.device) -> ImagePairs:
         return ImagePairs(self.config, device)
 
@@ -140,16 +142,12 @@ class MoCoTask(Task):
     def show(self, log: RunLog, batch: tuple[Tensor, Tensor]) -> None:
         monitor.show_views(log, *batch)
 
+    def queue_filled(self) -> int:
+        passes = 2 if self.config.objective.symmetric else 1
+        return -(-self.config.encoder.moco_k // (passes * self.config.optim.batch_size))
+
     def build_evaluation(self, trainer: Trainer) -> OnlineKnn:
-        return OnlineKnn(
-            trainer.state.module.encoder_q,
-            trainer.data.images,
-            self.config,
-            trainer.device,
-            log=trainer.log,
-            printer=trainer.printer,
-            stop=trainer.stop,
-        )
+        return OnlineKnn(trainer)
 
     def facts(self, module: MoCo, data: ImagePairs) -> dict[str, str]:
         config, encoder = self.config, self.config.encoder
