@@ -21,6 +21,7 @@ from moco.config.parts import (
     check_batch,
     check_image_statistics,
 )
+from moco.config.preset import Preset
 
 
 def _weight(default: float, flag: str) -> Any:
@@ -319,6 +320,7 @@ class PretrainConfig:
     """
 
     data: PretrainData
+    preset: Preset = Preset()
     encoder: Encoder = Encoder()
     objective: Objective = Objective()
     views: Views = Views()

@@ -155,6 +155,7 @@ class MoCoTask(Task):
         return {
             "objective": config.to_flat()["objective"],
             **self._collapse_fact(),
+            **({"preset": config.preset.chosen} if config.preset.chosen else {}),
             "data": f"{len(data.images)} images, {data.steps_per_epoch} steps per epoch, "
             f"{config.schedule.epochs} epochs",
             "batch": self._batch_fact(),
