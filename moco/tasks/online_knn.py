@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco import distributed, encoders
@@ -24,12 +25,14 @@ from moco.data.shards import SUFFIXES, shard_paths
 from moco.data.views import eval_transform
 from moco.errors import DataError
 from moco.evaluate import knn as evaluate
+from moco.evaluate.neighbours import contact_sheet, neighbour_rows
 from moco.printable import printable
 from moco.progress import progress
 from moco.stop import StopRequest
 from moco.train.trainer import Trainer
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
+QUERIES, NEIGHBOURS, AMONG = 6, 6, 5000  # on the sheet in TensorBoard, and of how many images
 CALIBRATION_BATCHES = 10  # for the batch norm of an encoder that has seen no image
 
 
@@ -115,12 +118,24 @@ class OnlineKnn:
         values = {"top1": scores.pop("top1"), "top5": scores.pop("top5"), "seconds": seconds}
         self.log.scalars("knn", step, values, epoch=epoch, **scores)
         after = f"after {epoch} epoch(s)" if step else "before training"
+        if self.log.active and len(bank) > 1 and bank.isfinite().all():
+            self._show_neighbours(step, bank)
         self.printer.note(
             f"k-NN {after}: top-1 {values['top1']:.2f}, "
             f"top-{min(5, self.classes)} {values['top5']:.2f} (k {scores['k']}, bank of "
             f"{scores['bank']}, {scores['images']} images, {seconds:.1f} s)"
         )
         return False
+
+    def _show_neighbours(self, step: int, features: Tensor) -> None:
+        """Images of the bank and their nearest ones, in TensorBoard: of rank 0's share, thinned
+        evenly to at most `AMONG`, so that it costs little whatever the bank."""
+        share = range(distributed.rank(), len(self.bank), distributed.world_size())
+        every = -(-len(share) // AMONG)
+        images = Subset(self.bank, share[::every])
+        rows = neighbour_rows(features[::every].cpu(), images, queries=QUERIES, k=NEIGHBOURS)
+        pixels = np.array(contact_sheet(rows, images))
+        self.log.picture("neighbours", step, torch.from_numpy(pixels).permute(2, 0, 1))
 
     def _calibrate(self, encoder: nn.Module) -> None:
         """Give the copy of an untrained encoder the batch-norm statistics of views that it would
