@@ -21,32 +21,36 @@ from moco.health import (
     standard_error,
 )
 
-UNTRAINED, IMAGES = 35.2, 480  # k-NN of the encoder before training, and what was classified
+IMAGES = 480  # that were classified
 STEPS = 28  # an epoch of the toy images, in batches of 64
-# Runs on them (2026-11-28; docs/training.md): what the first line said, and after each epoch
-# alignment, uniformity, k-NN and the verdict. H, N, C: healthy, not learning, collapsing.
+# Runs on them (2026-11-28; docs/training.md): k-NN before training and what the first line said,
+# and after each epoch alignment, uniformity, k-NN and the verdict: H healthy, N not learning, C
+# collapsing.
 RUNS = {
-    "align + uniform": (0.343, -0.676, [
+    "align + uniform": (35.2, 0.343, -0.676, [
         (0.618, -1.216, 27.5, "H"), (1.229, -2.230, 21.7, "H"), (1.084, -1.984, 23.3, "H"),
         (1.077, -2.118, 30.8, "H"), (1.029, -2.044, 31.5, "H"), (1.061, -2.274, 36.9, "H"),
         (1.098, -2.482, 39.2, "H"), (1.031, -2.478, 43.1, "H"), (1.010, -2.570, 42.9, "H"),
         (0.975, -2.638, 44.4, "H"), (0.938, -2.671, 44.6, "H"), (0.902, -2.675, 44.6, "H"),
     ]),
-    "InfoNCE, too short to pass the untrained encoder": (0.338, -0.665, [
+    "InfoNCE, too short to pass the untrained encoder": (35.2, 0.338, -0.665, [
         (0.549, -0.697, 22.9, "H"), (1.051, -0.825, 25.2, "H"), (1.264, -0.501, 23.1, "H"),
         (1.096, -0.487, 24.0, "N"), (0.884, -0.482, 26.2, "N"), (0.626, -0.569, 25.6, "N"),
     ]),
-    "lr 1e-6": (0.350, -0.715, [
+    "lr 1e-6": (35.2, 0.350, -0.715, [
         (0.332, -0.696, 34.0, "H"), (0.332, -0.703, 34.8, "N"), (0.332, -0.701, 35.8, "N"),
     ]),
-    "lr 3": (1.030, -0.045, [
+    "lr 3": (35.2, 1.030, -0.045, [
         (0.118, -0.033, 18.3, "H"), (0.061, -0.216, 14.4, "N"), (0.133, -0.424, 14.4, "N"),
     ]),
-    "alignment alone": (0.303, -0.506, [
+    "alignment alone": (35.2, 0.303, -0.506, [
         (0.139, -0.075, 36.5, "C"), (0.031, -0.008, 35.4, "C"), (0.013, -0.007, 35.6, "C"),
     ]),
-    "uniformity alone": (0.419, -0.936, [
+    "uniformity alone": (35.2, 0.419, -0.936, [
         (2.521, -0.960, 20.6, "H"), (2.070, -0.657, 21.0, "N"), (1.398, -0.470, 21.2, "N"),
+    ]),
+    "within the batch, small_alexnetx0.25": (51.0, 1.672, -3.232, [
+        (1.695, -3.322, 49.2, "H"), (1.608, -3.451, 74.4, "H"), (1.434, -3.427, 79.6, "H"),
     ]),
 }  # fmt: skip
 VERDICTS = {"H": HEALTHY, "N": NOT_LEARNING, "C": COLLAPSING}
@@ -56,9 +60,9 @@ VERDICTS = {"H": HEALTHY, "N": NOT_LEARNING, "C": COLLAPSING}
 @pytest.mark.parametrize("labels", [True, False])
 def test_recorded_runs_get_the_verdicts_that_they_deserve(name, labels) -> None:
     """Without labels too, but for what only k-NN tells."""
-    alignment, uniformity, epochs = RUNS[name]
+    untrained, alignment, uniformity, epochs = RUNS[name]
     steps = STEPS * len(epochs)
-    before = Knn(0, UNTRAINED, IMAGES) if labels else None
+    before = Knn(0, untrained, IMAGES) if labels else None
     found, expected = [], []
     for epoch, (a, u, top1, verdict) in enumerate(epochs, start=1):
         knn = Knn(STEPS * epoch, top1, IMAGES) if labels else None
