@@ -154,9 +154,10 @@ def calibrate_batch_norm(module: nn.Module, batches: list[Tensor]) -> None:
     momenta, was_training = [norm.momentum for norm in norms], module.training
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
     module.train()
-    for batch in batches:
+    for i, batch in enumerate(batches, start=1):
+        for norm in norms:
+            norm.momentum = 1 / i  # the mean over all batches
         module(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

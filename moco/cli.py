@@ -29,6 +29,7 @@ import torch
 from moco import encoders
 from moco.checkpoint import is_url, read_checkpoint, run_checkpoints, without_secrets
 from moco.config import (
+    CHOSEN,
     DATASET_DEFAULTS,
     FINETUNE_DEFAULTS,
     FINETUNE_RATES,
@@ -47,8 +48,10 @@ from moco.config import (
     help_of,
     objective_slug,
     parts_of,
+    small_preset,
 )
 from moco.data.folders import image_paths, split_folder
+from moco.data.images import open_images, typical_side
 from moco.data.shards import SUFFIXES, shard_paths
 from moco.errors import CheckpointError, DataError
 from moco.launch import place, usable_cores
@@ -319,13 +322,54 @@ def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
         return replay_config(words, PretrainConfig)
     parser = pretrain_parser()
     options = parser.parse_args(argv)
+    chosen = ""
+    if options.preset:
+        options, chosen = _with_preset(parser, options, argv)
     with _refusals(parser):
-        config = PretrainConfig(**_settle(make_parts(options, PretrainConfig)))
+        parts = make_parts(options, PretrainConfig)
+        parts["preset"] = replace(parts["preset"], chosen=chosen)
+        config = PretrainConfig(**_settle(parts))
         config = _checked(config, config.encoder.moco_dim)
     check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
     encoder = config.encoder
     name = f"moco-{encoder.arch}-{objective_slug(config.objective)}-k{encoder.moco_k}"
     return replace(config, saving=_pretrain_folder(parser, config, name))
+
+
+def _with_preset(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, str]:
+    """Options with the values of --preset where flags are not given, and what they are."""
+    unset = {name: parser.get_default(name) for name in (*CHOSEN, "bn_splits")}
+    parser.set_defaults(**dict.fromkeys(unset))
+    bare = vars(parser.parse_args(argv))
+    given = {name: bare[name] for name in unset if bare[name] is not None}
+    with _refusals(parser):
+        data = make_parts(options, PretrainConfig, only=["data"])["data"]
+        check_data_folder(parser, data, {"pretrain": 1})
+        try:
+            images = open_images(
+                data.dataset, data.data, "pretrain", per_class=data.images_per_class
+            )
+            side = typical_side(images)
+        except DataError as error:
+            parser.error(str(error))
+        values, why = small_preset(len(images), side, given)
+    parser.set_defaults(**{**unset, **values})
+    options = parser.parse_args(argv)
+    flags = {name: _as_flag(parser, name, getattr(options, name)) for name in CHOSEN}
+    chosen = " ".join(flag for name, flag in flags.items() if flag and name not in given)
+    mine = " ".join(flags[name] for name in flags if name in given) or "none of them"
+    return options, f"{options.preset}, which chose {chosen} ({why}); given: {mine}"
+
+
+def _as_flag(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
+    """An option as a command line gives it, "" where it needs no word."""
+    action = next(action for action in parser._actions if action.dest == name)
+    flag = max(action.option_strings, key=len)
+    if action.nargs == 0:
+        return flag if value == action.const else ""
+    return f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}"
 
 
 def replay_config(argv: Sequence[str], config_type: type) -> Any:

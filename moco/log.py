@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor
 
 from moco import distributed
+from moco.health import History
 from moco.run_files import read_log, write_text
 
 
@@ -30,10 +31,13 @@ class RunLog:
         """
         self.active = distributed.is_main()
         self.kept: set[tuple[str, int]] = set()  # kind and step of the lines that were there
+        self.history = History()  # of the lines that were there, and of those that come
         self.session_end = None
         if self.active:
             path = Path(folder) / "log.jsonl"
-            self.kept = _drop_later_lines(path, first_step)
+            for line in _drop_later_lines(path, first_step):
+                self.kept.add((line["kind"], line["step"]))
+                self.history.add(line)
             self.file = open(path, "a", encoding="utf-8")
             from torch.utils.tensorboard import SummaryWriter  # `cli.check_run_folder` looks for it
 
@@ -46,6 +50,7 @@ class RunLog:
             with self._full_disk_is_named():
                 self.file.write(json.dumps(line) + "\n")
                 self.file.flush()
+            self.history.add(line)
 
     def scalars(self, kind: str, step: int, values: dict[str, float], **facts: object) -> None:
         """Append one line {"kind", "step", "time", **values, **facts} and one TensorBoard point for
@@ -121,10 +126,10 @@ class RunLog:
                 self.board.close()
 
 
-def _drop_later_lines(path: Path, step: int) -> set[tuple[str, int]]:
-    """Keep the lines up to `step`, set damaged ones aside; kind and step of the lines that stay."""
+def _drop_later_lines(path: Path, step: int) -> list[dict]:
+    """Keep the lines up to `step`, set damaged ones aside; the lines that stay."""
     if not path.is_file():
-        return set()
+        return []
     lines, bad = read_log(path)
     kept = [fields for fields in lines if fields["step"] <= step]
     if bad:
@@ -135,7 +140,7 @@ def _drop_later_lines(path: Path, step: int) -> set[tuple[str, int]]:
     if bad or len(kept) < len(lines):
         text = "".join(json.dumps(fields) + "\n" for fields in kept)
         write_text(path, text)
-    return {(fields["kind"], fields["step"]) for fields in kept}
+    return kept
 
 
 class Means:

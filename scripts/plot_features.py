@@ -44,6 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--t", type=float, default=2.0, help="of figure 4 (%(default)s)")
     most = "images on a map, equally many of each class (%(default)s)"
     add("--most", type=int, default=2000, metavar="N", help=most)
+    drawn = "map: draw the images, up to 300, that the file names, from this folder"
+    add("--images", metavar="DIR", help=drawn)
     add("--seed", type=int, default=0, help="of maps and samples (%(default)s)")
     return parser
 
@@ -76,6 +78,9 @@ def refusal(args: argparse.Namespace) -> str | None:
         return f"figure {args.figure} needs at least one {kind}"
     if args.figure == "map" and len(args.inputs) > 1:
         return f"a map is of one file of features, got {len(args.inputs)}"
+    if args.images is not None and (args.figure != "map" or not Path(args.images).is_dir()):
+        wrong = "is for a map" if args.figure != "map" else f"no such folder: {args.images}"
+        return f"--images: {wrong}"
     if args.most < 2:
         return f"--most must be at least 2, got {args.most}"
     if not 0 <= args.seed < 2**32:
@@ -102,8 +107,9 @@ def draw(args: argparse.Namespace):
             args.inputs, t=args.t, seed=args.seed, normalize=args.normalize
         )
     return feature_figures.draw_map(
-        args.inputs[0], args.classes, most=args.most, seed=args.seed, normalize=args.normalize
-    )
+        args.inputs[0], args.classes, most=args.most, seed=args.seed, normalize=args.normalize,
+        images=args.images,
+    )  # fmt: skip
 
 
 def draw_runs(figure: str, folders: Sequence[str]):

@@ -20,7 +20,7 @@ FLOORS = {
     1: "moco.config moco.encoders moco.alexnet moco.batch_norm moco.precision moco.distributed "
     "moco.launch moco.log moco.progress moco.profiling moco.timing moco.schedule moco.errors "
     "moco.run_files moco.printable moco.lock moco.stop moco.looks moco.handshake moco.memory "
-    "moco.packages moco.pickles moco.sentence_encoders",
+    "moco.packages moco.pickles moco.sentence_encoders moco.health",
     2: "moco.builder moco.data moco.checkpoint",
     3: "moco.train moco.evaluate moco.tasks moco.publish moco.runs",
     4: "moco.cli",
@@ -32,7 +32,7 @@ SIBLINGS = {("moco.tasks", "moco.train"), ("moco.tasks", "moco.evaluate")}
 NO_COMMANDS = {"scripts.benchmark.baseline"}
 # scripts/chaos.py runs the tests' harness.
 TESTS_USED = {("scripts.chaos", "harness")}
-WITHOUT_TORCH = ("moco.config", "moco.errors", "moco.run_files", "moco.runs")
+WITHOUT_TORCH = ("moco.config", "moco.errors", "moco.health", "moco.run_files", "moco.runs")
 ALIGN_UNIFORM = {"torch", "align_uniform", *sys.stdlib_module_names}
 COLLECTIVES = {"moco.distributed", "moco.launch"}
 

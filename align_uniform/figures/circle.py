@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -188,13 +189,15 @@ def _circle_densities(plane: Axes, angle: Axes, x: Tensor, title: str, *, first:
 
 @styled
 def feature_map(places: Tensor, features: Features, shown: Sequence[int] | None = None,
-                *, title: str = "", axis: str = "t-SNE") -> Figure:  # fmt: skip
-    """Points in the plane, coloured and shaped by class.
+                *, title: str = "", axis: str = "t-SNE",
+                pictures: Sequence[Tensor] = ()) -> Figure:  # fmt: skip
+    """Points in the plane, coloured and shaped by class, or pictures in frames of these colours.
 
     Args:
         places: (N, 2), where the rows of `features` were put.
         features: with labels, or without (all points alike then).
         shown: classes with a colour of their own, the others are grey; default: the first 10.
+        pictures: none, or (H, W, 3) uint8 for each row.
 
     Raises:
         ValueError: places that are not (N, 2), finite and as many as the features.
@@ -204,7 +207,7 @@ def feature_map(places: Tensor, features: Features, shown: Sequence[int] | None 
             f"a map needs a finite place in the plane for each of {len(features.x)} features, got "
             f"shape {tuple(places.shape)}"
         )
-    figure = Figure(figsize=(7, 5))
+    figure = Figure(figsize=(10, 7.5) if pictures else (7, 5))
     axes = figure.add_subplot()
     known = features.labels is not None
     labels = features.labels if known else torch.zeros(len(places), dtype=torch.int64)
@@ -221,6 +224,11 @@ def feature_map(places: Tensor, features: Features, shown: Sequence[int] | None 
             color=COLOURS[i % len(COLOURS)], alpha=0.75, markeredgewidth=0,
             label=features.class_name(label) if known else None,
         )  # fmt: skip
+    for place, label, picture in zip(places.tolist(), labels.tolist(), pictures, strict=False):
+        colour = COLOURS[shown.index(label) % len(COLOURS)] if label in shown else "#999999"
+        small = OffsetImage(picture.numpy(), zoom=0.5, zorder=3)
+        frame = {"edgecolor": colour, "linewidth": 1.2, "boxstyle": "square,pad=0"}
+        axes.add_artist(AnnotationBbox(small, place, pad=0, bboxprops=frame))
     if known:
         figure.legend(loc="outside right upper", markerscale=1.6)
     axes.set_title(title)

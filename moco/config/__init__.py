@@ -60,6 +60,7 @@ from moco.config.parts import (
     Schedule,
     check_image_statistics,
 )
+from moco.config.preset import CHOSEN, Preset, small_preset
 from moco.config.pretrain import (
     Encoder,
     Objective,

@@ -22,6 +22,7 @@ from moco.config.parts import (
     check_image_statistics,
     check_weights,
 )
+from moco.config.preset import Preset
 
 
 def _weight(default: float, flag: str) -> Any:
@@ -312,6 +313,7 @@ class PretrainConfig:
     """
 
     data: PretrainData
+    preset: Preset = Preset()
     encoder: Encoder = Encoder()
     objective: Objective = Objective()
     views: Views = Views()

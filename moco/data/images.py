@@ -273,6 +273,24 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
         ) from error
 
 
+def typical_side(images: Images, looks: int = 25) -> int:
+    """The median of the shorter sides, in pixels, of `looks` images spread evenly over all; of
+    those that can be read.
+
+    Raises:
+        DataError: none of them can.
+    """
+    sides, error = [], None
+    for index in sorted({i * len(images) // looks for i in range(looks)}):
+        try:
+            sides.append(min(images.load(index).size))
+        except DataError as caught:
+            error = caught
+    if not sides:
+        raise error
+    return sorted(sides)[len(sides) // 2]
+
+
 def names_digest(images: Images) -> str:
     """Twelve hex digits over which image has which index: for files, of their names in `root`."""
     base, _ = base_and_indices(images)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from align_uniform import figures
 from align_uniform.figures import Features
+from moco.data.rgb import load_rgb
 from moco.errors import DataError
 from moco.evaluate.feature_files import read_features, unit_rows
 from moco.packages import import_optional
+
+MOST_PICTURES, PICTURE = 300, 48  # on a map; pixels of the longer side
 
 
 def draw_figure_3(
@@ -53,23 +58,29 @@ def draw_map(
     most: int = 2000,
     seed: int = 0,
     normalize: bool = False,
+    images: str | None = None,
 ) -> Figure:
     """Features in the plane, by t-SNE where they have more than two dimensions.
 
     Args:
         most: number of rows, as many of each class as of another where it can be.
+        images: the folder that the names in the file are relative to; of up to `MOST_PICTURES` rows
+            the images themselves are drawn.
 
     Raises:
-        DataError: a file that cannot be read, fewer than four rows for t-SNE, no scikit-learn.
+        DataError: a file that cannot be read, fewer than four rows for t-SNE, no scikit-learn; with
+            `images` too many rows, a file without names, an image that cannot be read.
     """
     name, features = Path(path).stem, _read(path, normalize)
     shown = class_numbers(classes, features)
     rows = balanced_rows(features.labels, len(features.x), most, seed)
+    pictures = _pictures(path, images, rows.tolist()) if images is not None else []
+    draw = functools.partial(figures.feature_map, pictures=pictures)
     labels = None if features.labels is None else features.labels[rows]
     features = Features(features.x[rows], labels, features.classes)
     count, dim = features.x.shape
     if dim == 2:
-        return _drawn(figures.feature_map, features.x, features, shown, title=name, axis="feature")
+        return _drawn(draw, features.x, features, shown, title=name, axis="feature")
     if count < 4:
         raise DataError(f"t-SNE needs at least 4 images, got {count}")
     purpose = "a map of more than two dimensions"
@@ -78,7 +89,26 @@ def draw_map(
     embedding = manifold.TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1)
     places = torch.from_numpy(embedding.fit_transform(features.x.numpy()))
     title = f"{name}: {count} images, {dim} dimensions"
-    return _drawn(figures.feature_map, places, features, shown, title=title)
+    return _drawn(draw, places, features, shown, title=title)
+
+
+def _pictures(path: str, images: str, rows: Sequence[int]) -> list[Tensor]:
+    """Thumbnails of the rows' images, (H, W, 3) uint8, the longer side `PICTURE` pixels."""
+    if len(rows) > MOST_PICTURES:
+        raise DataError(
+            f"{len(rows)} images would cover each other, the most is {MOST_PICTURES}; give "
+            f"--most {MOST_PICTURES}"
+        )
+    names = read_features(path).paths
+    if not names:
+        raise DataError(f"{path} has no names of images; extract_features.py writes them")
+    found = []
+    for row in rows:
+        image = load_rgb(Path(images) / names[row])
+        scale = PICTURE / max(image.size)
+        size = [max(1, round(scale * side)) for side in image.size]
+        found.append(torch.from_numpy(np.array(image.resize(size))))
+    return found
 
 
 def read_circles(paths: Sequence[str], normalize: bool = False) -> dict[str, Features]:

@@ -45,7 +45,7 @@ class FeatureSet:
         second_view: (N, C) features of other views of the same images, where there are.
         labels: (N,) int64, -1 for an image of no class; None where no image has one.
         classes: name of each label, where known.
-        paths: names of the images. `read_features` leaves them in the file.
+        paths: names of the images, where known.
         about: what the features come from.
     """
 
@@ -155,8 +155,9 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict]:
     with found:
         arrays = {name: _tensor(found[name]) for name in _ARRAYS if name in found}
         texts = {}
-        if _is_text(found, "classes"):
-            texts["classes"] = found["classes"].tolist()
+        for name in ("classes", "paths"):
+            if _is_text(found, name):
+                texts[name] = found[name].tolist()
         if _is_text(found, "about"):
             texts["about"] = json.loads(found["about"].item())
         return arrays, texts
@@ -182,7 +183,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         metadata = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}
         return arrays, {
-            name: json.loads(metadata[name]) for name in ("classes", "about") if name in metadata
+            name: json.loads(metadata[name])
+            for name in ("classes", "paths", "about")
+            if name in metadata
         }
 
 

@@ -81,9 +81,15 @@ def find_neighbours(
     if len(images) < 2:
         raise DataError(f"neighbours need at least 2 images, got {len(images)}")
     (found,), _ = extract(encoder, images, loading, layer=layer, what="features")
-    features = found[layer]
-    if not features.isfinite().all():
+    if not found[layer].isfinite().all():
         raise DataError("the features are not finite: there are no distances between them")
+    return neighbour_rows(found[layer], images, queries=queries, k=k, seed=seed)
+
+
+def neighbour_rows(
+    features: Tensor, images: Images, *, queries: int, k: int, seed: int = 0
+) -> list[list[Shown]]:
+    """The same by features that are there: (N, C) finite unit rows of N images, at least 2."""
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(images), generator=generator)[:queries].sort().values
     distances, positions = nearest(features, chosen, min(k, len(images) - 1))

@@ -52,6 +52,10 @@ class Group:
             return list(found[0])
         return [statistics.fmean(values) for values in found]
 
+    def health(self) -> str:
+        """The last verdicts that the runs gave on themselves, "healthy, collapsing"."""
+        return ", ".join(dict.fromkeys(run.health() or "" for run in self.runs)).strip(", ")
+
     def by_seed(self, column: Column) -> dict[int, float]:
         """Mean of the runs of each seed."""
         found: dict[int, list[float]] = {}

@@ -141,6 +141,11 @@ class RunFolder:
         images, seconds = self._pace
         return images / seconds if seconds else None
 
+    def health(self) -> str | None:
+        """The last verdict that the run gave on itself (`moco.health`)."""
+        found = [line.get("verdict") for line in self.log if line["kind"] == "health"]
+        return found[-1] if found and isinstance(found[-1], str) else None
+
     def found(self, epoch: int | None = None) -> dict[tuple[str, Protocol], list[float]]:
         """(name, protocol) -> values, of the encoder of an epoch, the last if None. What nobody has
         evaluated is as it was logged while training."""

@@ -91,7 +91,7 @@ def spread(values: Sequence[float], decimals: int, expected: int = 1) -> str:
 
 def result_rows(comparison: Comparison) -> Rows:
     titles = [column.title for column in comparison.columns]
-    rows = [["#", "objective", "differs from row 1 in", "seeds", "ranks", *titles]]
+    rows = [["#", "objective", "differs from row 1 in", "seeds", "ranks", "health", *titles]]
     for i, group in enumerate(comparison.groups, start=1):
         cells = [
             spread(group.values(column), column.decimals, len(group.runs))
@@ -100,7 +100,8 @@ def result_rows(comparison: Comparison) -> Rows:
         seeds = ", ".join(str(run.seed) for run in group.runs)
         flag = "; ".join(group.flags(comparison.groups[0]))
         flag = f"⚠ {flag}" if flag else ""
-        rows.append([str(i), group.name, flag, seeds, group.recipe["processes"], *cells])
+        facts = [seeds, group.recipe["processes"], group.health() or "–"]
+        rows.append([str(i), group.name, flag, *facts, *cells])
     return rows
 
 

@@ -126,12 +126,4 @@ class ImageTask(Task):
         monitor.show_views(log, *batch[:2])
 
     def build_evaluation(self, trainer: Trainer) -> OnlineKnn | None:
-        return OnlineKnn(
-            trainer.state.module.encoder_q,
-            trainer.data.images,
-            self.config,
-            trainer.device,
-            log=trainer.log,
-            printer=trainer.printer,
-            stop=trainer.stop,
-        )
+        return OnlineKnn(trainer)

@@ -78,6 +78,7 @@ class InBatchTask(ImageTask):
     """Two views of each image and one encoder; k-NN of its backbone."""
 
     config: InBatchConfig
+    evaluates_untrained = True
 
     def build_data(self, device: torch.device) -> ImagePairs:
         data, views = self.config.data, self.config.views

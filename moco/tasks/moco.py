@@ -23,6 +23,8 @@ from moco.train.task import Needs
 class MoCoTask(ImageTask):
     """Two views of each image; `moco.builder.MoCo`; k-NN of the query encoder's backbone."""
 
+    evaluates_untrained = True
+
     def build_data(self, device: torch.device) -> ImagePairs:
         return ImagePairs(self.config, device)
 
@@ -119,12 +121,17 @@ class MoCoTask(ImageTask):
     def histograms(self, losses: MoCoLosses) -> dict[str, tuple[Tensor, float, float]]:
         return monitor.distributions(losses)
 
+    def queue_filled(self) -> int:
+        passes = 2 if self.config.objective.symmetric else 1
+        return -(-self.config.encoder.moco_k // (passes * self.config.optim.batch_size))
+
     def facts(self, module: MoCo, data: ImagePairs) -> dict[str, str]:
         config, encoder = self.config, self.config.encoder
         parameters = sum(p.numel() for p in module.encoder_q.parameters())
         return {
             "objective": config.to_flat()["objective"],
             **self._collapse_fact(),
+            **({"preset": config.preset.chosen} if config.preset.chosen else {}),
             "data": f"{len(data.images)} images, {data.steps_per_epoch} steps per epoch, "
             f"{config.schedule.epochs} epochs",
             "batch": self._batch_fact(),

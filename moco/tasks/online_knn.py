@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco import distributed, encoders
+from moco.alexnet import calibrate_batch_norm
+from moco.batch_norm import has_batch_norm
 from moco.config import Data, PretrainConfig
 from moco.data import loader
 from moco.data.images import Images, Subset, first_per_class, open_images, split_folder
@@ -21,12 +25,15 @@ from moco.data.shards import SUFFIXES, shard_paths
 from moco.data.views import eval_transform
 from moco.errors import DataError
 from moco.evaluate import knn as evaluate
-from moco.log import RunLog
+from moco.evaluate.neighbours import contact_sheet, neighbour_rows
 from moco.printable import printable
-from moco.progress import StepPrinter, progress
+from moco.progress import progress
 from moco.stop import StopRequest
+from moco.train.trainer import Trainer
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
+QUERIES, NEIGHBOURS, AMONG = 6, 6, 5000  # on the sheet in TensorBoard, and of how many images
+CALIBRATION_BATCHES = 10  # for the batch norm of an encoder that has seen no image
 
 
 class OnlineKnn:
@@ -42,24 +49,12 @@ class OnlineKnn:
     labels, or an image cannot be read, k-NN is left out with a line that says so.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        images: Images,
-        config: PretrainConfig,
-        device: torch.device,
-        *,
-        log: RunLog,
-        printer: StepPrinter,
-        stop: StopRequest,
-    ) -> None:
-        """
-        Args:
-            encoder: the query encoder, on the device.
-            images: those that the run trains on.
-        """
-        self.encoder, self.config, self.device = encoder, config, device
-        self.log, self.printer, self.stop = log, printer, stop
+    def __init__(self, trainer: Trainer) -> None:
+        """Args: trainer: of a module with `encoder_q` and `prepare`, and data with `images`."""
+        self.config: PretrainConfig = trainer.config
+        self.module, self.data, self.device = trainer.state.module, trainer.data, trainer.device
+        self.log, self.printer, self.stop = trainer.log, trainer.printer, trainer.stop
+        config, images = self.config, trainer.data.images
         every = config.watching.knn_every
         self.enabled = every > 0
         if not self.enabled:
@@ -71,7 +66,7 @@ class OnlineKnn:
             )
         except (DataError, OSError) as error:
             reason = str(error)
-        if distributed.any_rank(reason is not None, device=device)[0]:
+        if distributed.any_rank(reason is not None, device=self.device)[0]:
             self._leave_out(reason, "")
             return
         distributed.print_main(
@@ -94,7 +89,9 @@ class OnlineKnn:
 
     def _measure(self, epoch: int, step: int) -> bool:
         started = time.perf_counter()
-        encoder = frozen_backbone(self.encoder)
+        encoder = frozen_backbone(self.module.encoder_q)
+        if step == 0 and self.config.schedule.max_steps != 0:
+            self._calibrate(encoder)
         reason, found = None, []
         try:
             for images in (self.bank, self.val):
@@ -120,12 +117,41 @@ class OnlineKnn:
         seconds = time.perf_counter() - started
         values = {"top1": scores.pop("top1"), "top5": scores.pop("top5"), "seconds": seconds}
         self.log.scalars("knn", step, values, epoch=epoch, **scores)
+        after = f"after {epoch} epoch(s)" if step else "before training"
+        if self.log.active and len(bank) > 1 and bank.isfinite().all():
+            self._show_neighbours(step, bank)
         self.printer.note(
-            f"k-NN after {epoch} epoch(s): top-1 {values['top1']:.2f}, "
+            f"k-NN {after}: top-1 {values['top1']:.2f}, "
             f"top-{min(5, self.classes)} {values['top5']:.2f} (k {scores['k']}, bank of "
             f"{scores['bank']}, {scores['images']} images, {seconds:.1f} s)"
         )
         return False
+
+    def _show_neighbours(self, step: int, features: Tensor) -> None:
+        """Images of the bank and their nearest ones, in TensorBoard: of rank 0's share, thinned
+        evenly to at most `AMONG`, so that it costs little whatever the bank."""
+        share = range(distributed.rank(), len(self.bank), distributed.world_size())
+        every = -(-len(share) // AMONG)
+        images = Subset(self.bank, share[::every])
+        rows = neighbour_rows(features[::every].cpu(), images, queries=QUERIES, k=NEIGHBOURS)
+        pixels = np.array(contact_sheet(rows, images))
+        self.log.picture("neighbours", step, torch.from_numpy(pixels).permute(2, 0, 1))
+
+    def _calibrate(self, encoder: nn.Module) -> None:
+        """Give the copy of an untrained encoder the batch-norm statistics of views that it would
+        train on, as all later ones have: they alone can move the accuracy by some percent."""
+        if not has_batch_norm(encoder):
+            return
+        if norms := getattr(encoder, "batch_norms", None):
+            norms.fold_each_pass = True
+        self.data.set_epoch(0, 0)
+        first = itertools.islice(self.data, CALIBRATION_BATCHES)
+        views = [batch[0][: self.config.part_size] for batch in first]
+        pixels = [self.module.prepare(each) for each in views if len(each) > 1]
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(gpus):  # dropout draws too
+            calibrate_batch_norm(encoder, pixels)
+        distributed.broadcast_buffers(encoder)
 
     @contextlib.contextmanager
     def _batches(self, images: Images) -> Iterator[Iterator]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from moco import distributed
 from moco.errors import report_user_errors
+from moco.health import judge
 from moco.stop import AgreedStop
 from moco.train import guards
 from moco.train.clock import Due, due, evaluation_due
@@ -56,10 +58,14 @@ def begin(t: Trainer) -> None:
         t.task.settle_untrained(state.module, t.data)
         save(t.writer, state, t.flat)
     epochs = state.epoch if state.step_in_epoch == 0 else None
-    if t.evaluation and t.evaluation.enabled and evaluation_due(state.step, epochs, t.rhythm):
+    due_now = evaluation_due(state.step, epochs, t.rhythm)
+    due_now |= state.step == 0 and t.task.evaluates_untrained
+    if t.evaluation and t.evaluation.enabled and due_now:
         logged = (t.task.evaluation_kind, state.step) in t.log.kept
         if not distributed.broadcast_object(logged):
             t.evaluation.measure(state.epoch, state.step)
+    if epochs and ("health", state.step) not in t.log.kept:
+        report_health(t, show=True)
 
 
 def train_epochs(t: Trainer) -> bool:
@@ -108,6 +114,8 @@ def after_step(t: Trainer, losses: Losses) -> Due:
         if step.evaluate and t.evaluation and t.evaluation.enabled:
             step = step.extended(stop=t.evaluation.measure(state.epoch, state.step))
         t.stopwatch.restart()
+    if (step.epoch_end or step.ended) and not step.stopped:
+        report_health(t, show=step.evaluate or step.ended)
     if step.agree:
         t.box.keep_after(state.step)
         looks.time_from(state.step)
@@ -139,3 +147,19 @@ def report(t: Trainer, losses: Losses) -> None:
         text = t.collapse.check(spread.item(), state.step, t.log)
         if text := distributed.broadcast_object(text):  # rank 0's batch decides
             t.box.write("collapse", state.epoch, state.step - 1, text)
+
+
+def report_health(t: Trainer, *, show: bool) -> None:
+    """The verdict of `moco.health` at the end of an epoch into the log, and on the screen with
+    `show` or where it is another one than before. A stopped run gives it when it goes on."""
+    state, history = t.state, t.log.history
+    seen = history.seen(
+        state.epoch, state.step, steps=t.rhythm.total_steps, filled=t.task.queue_filled()
+    )
+    if seen is None:
+        return
+    before, health = history.verdict, judge(seen)
+    if state.step_in_epoch == 0:  # else a run that goes on from here would have one more
+        t.log.event("health", state.step, epoch=state.epoch, **asdict(health))
+    if show or health.verdict != before:
+        t.printer.note(f"health after {state.epoch} epoch(s): {health.verdict}; {health.reason}")

@@ -75,6 +75,7 @@ class Task(ABC):
     """
 
     evaluation_kind = "knn"  # of the log's lines that an evaluation writes
+    evaluates_untrained = False  # whether an evaluation comes before the first step too
     unit = "images"  # what a batch has so many of
     max_grad_norm: float | None = None  # longer gradients are shortened to it
     collapse_remedy = "Raise --moco-unif-w or --moco-unif-t, or lower --lr"
@@ -171,6 +172,10 @@ class Task(ABC):
 
     def show(self, log: RunLog, batch: Any) -> None:
         """Show the very first batch."""
+
+    def queue_filled(self) -> int:
+        """The step from which on a queue of keys holds those of images only; 0 without a queue."""
+        return 0
 
     def build_evaluation(self, trainer: Any) -> Evaluation | None:
         """The evaluation, as often as `evaluation_rhythm` says."""

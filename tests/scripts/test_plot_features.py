@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import finish, refusal, start_python
+from helpers import finish, refusal, start_python, write_images
+from matplotlib.offsetbox import AnnotationBbox
 from run_folders import ALIGN, NCE, make_measure, make_probe, make_run
 
 from moco.evaluate import feature_figures
+from moco.evaluate.feature_files import FeatureSet, read_features, write_features
 from scripts import plot_features
 
 
@@ -91,6 +93,32 @@ def test_map_of_many_dimensions(tmp_path) -> None:
     assert first != draw("map", path, "--classes", "cat", "--most", "20", tmp_path=tmp_path)
     unlabelled = make_features(tmp_path / "b.npz", n=9, dim=8, labels=np.full(9, -1))
     draw("map", unlabelled, tmp_path=tmp_path)
+
+
+def test_a_map_of_few_images_draws_them(tmp_path, capsys) -> None:
+    """Those that the file names, also with names in safetensors."""
+    names = [str(path.relative_to(tmp_path)) for path in write_images(tmp_path, {"a": 6}, size=8)]
+    path = make_features(tmp_path / "a.npz", n=6, paths=np.array(names))
+    plain = feature_figures.draw_map(str(path))
+    drawn = feature_figures.draw_map(str(path), images=str(tmp_path))
+    boxes = [c for c in drawn.axes[0].get_children() if isinstance(c, AnnotationBbox)]
+    assert len(boxes) == 6 and plain.axes[0].findobj(AnnotationBbox) == []
+    first = np.asarray(boxes[0].offsetbox.get_data())
+    assert first.shape == (48, 48, 3) and first.std() > 0
+    features = torch.from_numpy(unit(6))
+    write_features(tmp_path / "a.safetensors", FeatureSet(features, paths=names))
+    assert read_features(tmp_path / "a.safetensors").paths == names
+    assert draw("map", path, "--images", tmp_path, tmp_path=tmp_path)[:4] == b"\x89PNG"
+    many = make_features(tmp_path / "many.npz", n=301)
+    for words, reason in (
+        (["map", many, "--images", tmp_path], "301 images would cover each other, the most is 300"),
+        (["map", make_features(tmp_path / "b.npz", paths=None), "--images", tmp_path], "no names"),
+        (["map", make_features(tmp_path / "c.npz"), "--images", tmp_path], "cannot read image"),
+        (["map", path, "--images", tmp_path / "none"], "--images: no such folder"),
+        (["4", path, "--images", tmp_path], "--images: is for a map"),
+    ):
+        _, line = refusal(plot_features.main, [*words, "--out", tmp_path / "x.png"], capsys)
+        assert reason in line
 
 
 def test_map_without_scikit_learn(tmp_path, capsys, monkeypatch) -> None:

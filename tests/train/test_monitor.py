@@ -22,6 +22,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 import main_moco
 from align_uniform.bounds import uniformity_infimum
 from moco.builder import MoCo, MoCoLosses
+from moco.evaluate.neighbours import CAPTION, GAP, THUMBNAIL
 from moco.log import RunLog
 from moco.runs.folder import read_runs
 from moco.stop import StopRequest
@@ -133,7 +134,7 @@ def test_the_readers_of_run_folders_find_them(runs) -> None:
     for run in found:
         curves = run.scalars()
         assert len(curves["alignment"][0]) == len(curves["uniformity"][0]) == 9
-        assert curves["knn top1"][0] == [2, 3] and run.knn() == curves["knn top1"][1][-1]
+        assert curves["knn top1"][0] == [0, 2, 3] and run.knn() == curves["knn top1"][1][-1]
         assert run.measured("uniformity") == read_log(run.folder, "metrics")[-1]["uniformity"]
         assert not {"uniformity_infimum", "knn bank", "knn seconds"} & curves.keys()
 
@@ -208,6 +209,16 @@ def test_a_long_queue_is_sampled(tmp_path) -> None:
     (line,) = read_log(tmp_path, "histograms")
     counts = torch.histc(sample, bins=40, min=-1, max=1).int().tolist()
     assert line["queue_similarity"]["counts"] == counts and sum(counts) == 6 * 3334
+
+
+def test_a_sheet_of_neighbours_is_shown_with_each_knn(runs) -> None:
+    """Six images of the bank, each with the six nearest."""
+    events = board(runs["au"]).Images("neighbours")
+    assert [event.step for event in events] == [0, 6, 9]
+    row, column = THUMBNAIL + CAPTION + GAP, THUMBNAIL + GAP
+    for event in events:
+        assert (event.height, event.width) == (GAP + 6 * row, 2 * GAP + 7 * column)
+    assert events[0].encoded_image_string != events[2].encoded_image_string
 
 
 # ---- Tabs of TensorBoard -------------------------------------------------------------------------

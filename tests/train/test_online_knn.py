@@ -54,7 +54,7 @@ def train(data: Path, run: Path, *flags: object) -> None:
 
 def without_knn(run: Path) -> dict:
     state = final_state(run)
-    state["log"] = [line for line in state["log"] if line["kind"] != "knn"]
+    state["log"] = [line for line in state["log"] if line["kind"] not in ("knn", "health")]
     return state
 
 
@@ -73,7 +73,7 @@ def test_a_run_is_bit_equal_with_and_without_it(data, whole, tmp_path) -> None:
     """Weights, queue, optimizer, generators of all ranks, and all that is logged but times."""
     said = finish(tmp_path / "run", data, "--knn-every", 0, processes=2)
     assert "k-NN" not in said and read_log(tmp_path / "run", "knn") == []
-    assert len(read_log(whole, "knn")) == EPOCHS
+    assert len(read_log(whole, "knn")) == 1 + EPOCHS
     assert differences(without_knn(whole), without_knn(tmp_path / "run")) == []
 
 
@@ -87,7 +87,7 @@ def test_it_finds_what_the_saved_encoder_gives(data, whole) -> None:
         loader.eval_loader(loader.PlainImages(s, plain), batch_size=16, workers=0, pin_memory=False)
         for s in splits
     )
-    for line, path in zip(lines, checkpoint.run_checkpoints(whole), strict=True):
+    for line, path in zip(lines[1:], checkpoint.run_checkpoints(whole), strict=True):
         encoder, _ = checkpoint.load_encoder(path)
         expected = evaluate.knn_accuracy(
             encoder, bank, val, classes=2, device=CPU,
@@ -95,7 +95,7 @@ def test_it_finds_what_the_saved_encoder_gives(data, whole) -> None:
         )  # fmt: skip
         assert {name: line[name] for name in expected} == expected
         assert (line["k"], line["bank"], line["images"]) == (96, 96, 41)
-    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 6), (2, 12), (3, 18)]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 6), (2, 12), (3, 18)]
 
 
 # ---- When ----------------------------------------------------------------------------------------
@@ -104,12 +104,14 @@ def test_it_finds_what_the_saved_encoder_gives(data, whole) -> None:
 @pytest.mark.parametrize(
     ("flags", "steps"),
     [
-        ("--epochs 3 --knn-every 2", [6, 9]),
-        ("--epochs 3 --max-steps 4 --knn-every 1", [3, 4]),
+        ("--epochs 3 --knn-every 2", [0, 6, 9]),
+        ("--epochs 3 --max-steps 4 --knn-every 1", [0, 3, 4]),
         ("--max-steps 0", [0]),  # the untrained encoder
     ],
 )
-def test_it_comes_every_so_many_epochs_and_at_the_end(flags, steps, labelled, tmp_path) -> None:
+def test_it_comes_before_training_every_so_many_epochs_and_at_the_end(
+    flags, steps, labelled, tmp_path
+) -> None:
     train(labelled, tmp_path / "run", *flags.split())
     assert [line["step"] for line in read_log(tmp_path / "run", "knn")] == steps
 
@@ -130,12 +132,12 @@ OnlineKnn.measure = dies
     run = tmp_path / "run"
     killed = start(run, data, "--knn-every", 1, processes=2, before=killed_in_the_second)
     assert killed.wait() == [9, 9], killed.output()
-    assert [line["epoch"] for line in read_log(run, "knn")] == [1]
+    assert [line["epoch"] for line in read_log(run, "knn")] == [0, 1]
     finish(run, data, "--knn-every", 1, processes=2)
     assert knn_lines(run) == knn_lines(whole)
     assert differences(without_knn(whole), without_knn(run)) == []
     said = finish(run, data, "--knn-every", 1, processes=2)  # nothing is left to do
-    assert said.count("k-NN after") == EPOCHS == len(knn_lines(run))
+    assert said.count("k-NN after") == EPOCHS == len(knn_lines(run)) - 1
 
 
 @pytest.mark.long
@@ -148,7 +150,7 @@ from moco.evaluate import knn as evaluate
 extract, calls = evaluate.extract_features, []
 def stopping(encoder, batches, **more):
     calls.append(1)
-    if len(calls) == 3 and os.environ.get("RANK", "0") == "0":
+    if len(calls) == 5 and os.environ.get("RANK", "0") == "0":
         def first_of(batches):
             for batch in batches:
                 yield batch
@@ -162,7 +164,7 @@ evaluate.extract_features = stopping
     stopped = start(run, data, "--knn-every", 1, processes=2, workers=1, before=stops_in_the_second)
     assert stopped.wait() == [75, 75], stopped.output()
     assert "after step 12; go on with" in stopped.output(0)
-    assert [line["epoch"] for line in read_log(run, "knn")] == [1]
+    assert [line["epoch"] for line in read_log(run, "knn")] == [0, 1]
     finish(run, data, "--knn-every", 1, processes=2)
     assert knn_lines(run) == knn_lines(whole)
 
@@ -225,7 +227,7 @@ def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(data, tmp_path) ->
     run = tmp_path / "run"
     said = finish(run, folder, "--knn-every", 1, processes=2, workers=1)
     lines = [line for line in said.splitlines() if "left out" in line]
-    assert len(lines) == 1 and "k-NN: left out from step 6 on: cannot read image" in lines[0]
+    assert len(lines) == 1 and "k-NN: left out from step 0 on: cannot read image" in lines[0]
     assert str(bad) in lines[0] and "Traceback" not in said
     assert read_log(run, "knn") == [] and read_log(run)[-1]["step"] == 18
 
