@@ -189,6 +189,22 @@ class Processes:
         return "\n".join(path.read_text() if path.exists() else "" for path in paths)
 
 
+def on_ranks(worker: Callable, folder: Path, *, count: int) -> None:
+    """`launch(worker, folder)` on `count` ranks. Where `launch` spawns, they are forked here: a
+    Python process that imports torch costs seconds. `worker` is a function of a test module."""
+    file = sys.modules[worker.__module__].__file__
+    code = f"""
+import importlib.util, torch
+from moco.launch import launch
+spec = importlib.util.spec_from_file_location({worker.__module__!r}, {file!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+launch(module.{worker.__name__}, {str(folder)!r}, devices=[torch.device("cpu")])
+"""
+    ranks = Processes(folder / "out", count=count, code=code)
+    assert ranks.wait() == [0] * count, ranks.output()
+
+
 def until(happened: Callable[[], bool], output: Callable[[], str]) -> None:
     deadline = time.monotonic() + LIMIT
     while not happened():
