@@ -31,6 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the server, and for scripts/chaos.py
 PROGRAM = str(ROOT / "main_moco.py")
 MAIN = f"import runpy; runpy.run_path({PROGRAM!r}, run_name='__main__')"
+# For `before`: what `launch` starts are forks, not Python processes that import torch for seconds.
+# As it starts them otherwise: tests/core/test_distributed.py.
+FORKING = """
+import functools, torch.multiprocessing as processes
+processes.spawn = functools.partial(processes.start_processes, start_method="fork")
+"""
 LIMIT = 600  # seconds until what hangs fails the test; nothing that works takes as long
 
 # The run that the tests cut off in many ways: 3 epochs of 6 steps.

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from harness import (
     FLAGS,
+    FORKING,
     HOLD,
-    LIMIT,
     MAIN,
     STEPS,
     Processes,
@@ -200,30 +200,24 @@ launch(work, None, devices=[torch.device("cpu")], timeout_minutes=0.1)
 
 def test_launch_hands_a_request_to_stop_to_the_processes_it_started(tmp_path) -> None:
     """As for several GPUs without torchrun: the signal goes to the process that was started."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys, time\n"
-        "import torch\n"
-        "from moco.launch import launch\n"
-        "from moco.stop import StopRequest\n"
-        "def work(device, args):\n"
-        "    stop = StopRequest()\n"
-        "    print('ready\\n', end='', flush=True)\n"
-        "    while True:\n"
-        "        if stop.requested:\n"
-        "            print(f'heard {stop.name}\\n', end='', flush=True)\n"
-        "            sys.exit(75)\n"
-        "        time.sleep(0.05)\n"
-        "if __name__ == '__main__':\n"
-        "    try:\n"
-        "        launch(work, None, devices=[torch.device('cpu')] * 2)\n"
-        "    except torch.multiprocessing.ProcessExitedException as error:\n"
-        "        sys.exit(error.exit_code)\n"
-    )
-    process = start_python(program, cwd=tmp_path)
-    lines = [process.stdout.readline() for _ in range(2)]
-    assert lines == ["ready\n"] * 2
-    process.send_signal(signal.SIGUSR1)
-    rest, _ = process.communicate(timeout=LIMIT)
-    assert rest.count("heard SIGUSR1") == 2
-    assert process.returncode == 75
+    code = """
+import sys, time, torch
+from moco.launch import launch
+from moco.stop import StopRequest
+def work(device, args):
+    stop = StopRequest()
+    print("ready\\n", end="", flush=True)
+    while not stop.requested:
+        time.sleep(0.05)
+    print(f"heard {stop.name}\\n", end="", flush=True)
+    sys.exit(75)
+try:
+    launch(work, None, devices=[torch.device("cpu")] * 2)
+except torch.multiprocessing.ProcessExitedException as error:
+    sys.exit(error.exit_code)
+"""
+    started = Processes(tmp_path / "out", code=code, before=FORKING)
+    started.wait_until(lambda: started.output().count("ready\n") == 2)
+    started.send(0, signal.SIGUSR1)
+    assert started.wait() == [75]
+    assert started.output().count("heard SIGUSR1") == 2
