@@ -126,13 +126,6 @@ def test_gpus_and_schedule_end_where_the_numbers_end(line):
     assert (args.arch, args.lr, args.batch_size, args.data) == ("resnet50", 0.03, 128, "DIR")
 
 
-@pytest.mark.skipif(torch.cuda.device_count() > 3, reason="here they exist")
-def test_gpus_that_do_not_exist_are_named(many, capsys):
-    status, message = refusal(main_moco.main, words(ALIGN_UNIFORM_LINE, many), capsys)
-    assert status == 2
-    assert "GPU" in message and "3 does not exist" in message and "visible" in message
-
-
 def test_every_flag_of_the_ancestors_is_known():
     line = (
         "-j 4 --workers 5 --epochs 3 --start-epoch 1 -b 8 --batch-size 16 --lr 1 --learning-rate 2 "
