@@ -244,13 +244,13 @@ def end_all(folder: Path) -> None:
 
 
 def processes_of(path: Path) -> list[int]:
-    """Ids of all other processes that name `path` on their command line. (This one's may: pytest
-    --basetemp.)"""
+    """Ids of all other processes that name `path`, or what is in it, on their command line. (This
+    one's may: pytest --basetemp.) Not those of path-2, another session's."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            named = str(path) in (folder / "cmdline").read_text()
-            if named and folder.name != str(os.getpid()):
+            words = (folder / "cmdline").read_text().replace("\0", "/")
+            if f"{path}/" in words and folder.name != str(os.getpid()):
                 found.append(int(folder.name))
     return found
 
