@@ -9,11 +9,10 @@ import contextlib
 import copy
 import io
 import os
-import socket
 
 import pytest
 import torch
-from harness import on_ranks
+from harness import free_port, on_ranks
 from helpers import OBJECTIVES, TinyNet, two_views
 from reference import ReferenceMoCo
 from torch import nn
@@ -417,13 +416,10 @@ def not_torchrun(monkeypatch):
 @pytest.fixture
 def torchrun(monkeypatch):
     """The environment that torchrun gives to its only process."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
 
 
 def test_cpu_is_one_device():
