@@ -113,8 +113,6 @@ def test_commands_of_upstream_parse_and_resolve(many, line, expected):
     "line",
     [
         ALIGN_UNIFORM_LINE,
-        "DIR -a resnet50 --lr 0.03 --batch-size 128 --gpus 0 1 2 3",
-        "-a resnet50 --lr 0.03 --batch-size 128 --gpus 0,1,2,3 DIR",
         "-a resnet50 --lr 0.03 -b 128 --gpus=0,1,2,3 --schedule 120 160 DIR",
         "-a resnet50 --lr 0.03 -b 128 --schedule 120 160 --gpus 0 1 2 3 -- DIR",
     ],
