@@ -31,6 +31,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the server, and for scripts/chaos.py
 PROGRAM = str(ROOT / "main_moco.py")
 MAIN = f"import runpy; runpy.run_path({PROGRAM!r}, run_name='__main__')"
+# For `before`: what `launch` starts are forks, not Python processes that import torch for seconds.
+# As it starts them otherwise: tests/core/test_distributed.py.
+FORKING = """
+import functools, torch.multiprocessing as processes
+processes.spawn = functools.partial(processes.start_processes, start_method="fork")
+"""
 LIMIT = 600  # seconds until what hangs fails the test; nothing that works takes as long
 
 # The run that the tests cut off in many ways: 3 epochs of 6 steps.
@@ -189,6 +195,22 @@ class Processes:
         return "\n".join(path.read_text() if path.exists() else "" for path in paths)
 
 
+def on_ranks(worker: Callable, folder: Path, *, count: int) -> None:
+    """`launch(worker, folder)` on `count` ranks. Where `launch` spawns, they are forked here: a
+    Python process that imports torch costs seconds. `worker` is a function of a test module."""
+    file = sys.modules[worker.__module__].__file__
+    code = f"""
+import importlib.util, torch
+from moco.launch import launch
+spec = importlib.util.spec_from_file_location({worker.__module__!r}, {file!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+launch(module.{worker.__name__}, {str(folder)!r}, devices=[torch.device("cpu")])
+"""
+    ranks = Processes(folder / "out", count=count, code=code)
+    assert ranks.wait() == [0] * count, ranks.output()
+
+
 def until(happened: Callable[[], bool], output: Callable[[], str], limit: float = LIMIT) -> None:
     deadline = time.monotonic() + limit
     while not happened():
@@ -222,13 +244,13 @@ def end_all(folder: Path) -> None:
 
 
 def processes_of(path: Path) -> list[int]:
-    """Ids of all other processes that name `path` on their command line. (This one's may: pytest
-    --basetemp.)"""
+    """Ids of all other processes that name `path`, or what is in it, on their command line. (This
+    one's may: pytest --basetemp.) Not those of path-2, another session's."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended
-            named = str(path) in (folder / "cmdline").read_text()
-            if named and folder.name != str(os.getpid()):
+            words = (folder / "cmdline").read_text().replace("\0", "/")
+            if f"{path}/" in words and folder.name != str(os.getpid()):
                 found.append(int(folder.name))
     return found
 

@@ -15,7 +15,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def unit_rows(n: int, c: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(n, c) rows, uniformly distributed on the sphere."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, c, dtype=dtype, generator=generator), dim=1)
+
 
 # ---------------------------------------------------------------------------- the four losses
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import unit_rows
 from torch import Tensor
 
 from align_uniform import (
@@ -62,6 +63,14 @@ def contrastive_of(tau: float) -> tuple[Loss, Loss]:
     )
 
 
+def in_batch_of(tau: float) -> tuple[Loss, Loss]:
+    return (
+        lambda q, k, _: in_batch_contrastive_loss(q, k, tau),
+        lambda q, k, _: reference.in_batch_info_nce(q, k, tau),
+    )
+
+
+IN_BATCH = "in-batch tau=0.2"
 # name: (the loss, the reference), both as functions of (q, k, queue).
 LOSSES: dict[str, tuple[Loss, Loss]] = {
     "align alpha=1": align_of(alpha=1),
@@ -72,10 +81,7 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
     "queue default": queue_of(),
     "queue t=3 Eq. 21": queue_of(t=3, intra_batch=False),
     "contrastive tau=0.2": contrastive_of(0.2),
-    "in-batch tau=0.2": (
-        lambda q, k, _: in_batch_contrastive_loss(q, k, tau=0.2),
-        lambda q, k, _: reference.in_batch_info_nce(q, k, tau=0.2),
-    ),
+    IN_BATCH: in_batch_of(0.2),
 }
 QUEUE_LOSSES = [name for name in LOSSES if name.startswith(("queue", "contrastive"))]
 
@@ -84,12 +90,6 @@ each_queue_loss = pytest.mark.parametrize("name", QUEUE_LOSSES)
 each_dtype = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=["fp32", "fp64"]
 )
-
-
-def unit_rows(n: int, c: int, seed: int = 0) -> Tensor:
-    """(n, c) float64 rows, uniformly distributed on the sphere."""
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, c, dtype=torch.float64, generator=generator), dim=1)
 
 
 def batch(n: int, c: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -359,7 +359,7 @@ def test_the_machine_decides_on_the_product(
     assert products_by_onednn.__wrapped__() is chosen
 
 
-@each_loss
+@pytest.mark.parametrize("name", ["align alpha=1.5", "uniform default", *QUEUE_LOSSES, IN_BATCH])
 def test_compiled_in_one_graph(name: str) -> None:
     """torch.compile sees through the sweep, without a break, to the same value and gradients."""
     loss, _ = LOSSES[name]
@@ -485,19 +485,8 @@ def test_in_batch_contrastive_is_alignment_and_a_log_sum() -> None:
     torch.testing.assert_close(in_batch_contrastive_loss(x, y, tau), expected)
 
 
-@pytest.mark.parametrize("tau", [0.07, 0.005])
-def test_in_batch_contrastive_at_small_temperature(tau: float) -> None:
-    x, y, _ = (x.float() for x in batch(8, 16, 1))
-    value, gradients = value_and_gradients(
-        lambda q, k, _: in_batch_contrastive_loss(q, k, tau), x, y, x
-    )
-    expected, wanted = value_and_gradients(
-        lambda q, k, _: reference.in_batch_info_nce(q, k, tau), x.double(), y.double(), x
-    )
-    assert value.item() == pytest.approx(expected.item(), abs=1e-6 / tau)
-    for gradient, target in zip(gradients, wanted, strict=True):
-        assert (gradient.double() - target).abs().max().item() <= 1e-5 / tau
-    # A loss that is nearly 0 is not rounded to 0: 7 exp(-1 / tau) of pairs that coincide.
+def test_an_in_batch_contrastive_loss_that_is_nearly_0_is_not_rounded_to_0() -> None:
+    """7 exp(-1 / tau) of pairs that coincide."""
     e = torch.eye(8)
     tiny = in_batch_contrastive_loss(e, e, tau=0.05).item()
     assert tiny == pytest.approx(math.log1p(7 * math.exp(-1 / 0.05)), rel=1e-4)
@@ -613,20 +602,17 @@ def test_features_that_were_not_normalised_are_finite(dtype: torch.dtype, tolera
     assert q.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("make", [contrastive_of, in_batch_of])
 @pytest.mark.parametrize("tau", [0.07, 0.005])
 @pytest.mark.parametrize("size", [1, 300])
-def test_small_temperature(tau: float, size: int) -> None:
+def test_small_temperature(make: Callable, tau: float, size: int) -> None:
     """exp(1 / 0.005) is beyond float32. Errors are measured by 1 / tau, the size of the logits: a
     loss that is nearly 0 is a small difference of large numbers.
     """
-    q, k, queue = (x.float() for x in batch(8, 16, size))
-    value, gradients = value_and_gradients(
-        lambda q, k, queue: contrastive_loss(q, k, queue, tau), q, k, queue
-    )
-    expected, wanted = value_and_gradients(
-        lambda q, k, queue: reference.info_nce(q, k, queue, tau),
-        *(x.double() for x in (q, k, queue)),
-    )
+    inputs = [x.float() for x in batch(8, 16, size)]
+    loss, expected_loss = make(tau)
+    value, gradients = value_and_gradients(loss, *inputs)
+    expected, wanted = value_and_gradients(expected_loss, *(x.double() for x in inputs))
     assert value.item() == pytest.approx(expected.item(), abs=1e-6 / tau)
     for gradient, target in zip(gradients, wanted, strict=True):
         assert (gradient.double() - target).abs().max().item() <= 1e-5 / tau

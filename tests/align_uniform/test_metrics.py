@@ -12,6 +12,7 @@ import reference
 import scipy.special
 import torch
 import torch.nn.functional as F
+from reference import unit_rows
 from torch import Tensor
 
 from align_uniform.bounds import uniformity_infimum
@@ -32,12 +33,6 @@ from align_uniform.metrics import (
 
 HALF = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float64, torch.float32, *HALF]
-
-
-def unit_rows(n: int, c: int, seed: int = 0) -> Tensor:
-    """(n, c) float64 rows, uniformly distributed on the sphere."""
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, c, dtype=torch.float64, generator=generator), dim=1)
 
 
 def circle(n: int) -> Tensor:
@@ -194,9 +189,6 @@ def test_large_t_is_finite() -> None:
     assert uniformity(nearest_last, t=100, block_size=16) == pytest.approx(
         -math.log(pairs), rel=1e-5
     )
-
-
-# ------------------------------------------------------------------------------------ invariances
 
 
 # --------------------------------------------------------------------------------------- refusals

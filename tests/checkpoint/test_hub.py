@@ -10,13 +10,13 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from helpers import finish, start_python
+from harness import Processes
 
 from moco.checkpoint import is_url, load_encoder, without_secrets
 from moco.errors import CheckpointError
 from moco.run_files import only_weights
 
-# huggingface_hub reads its settings when it is imported: each address in a process of its own.
+# huggingface_hub reads its settings when it is imported: in a process of its own.
 LOAD = """
 import sys, warnings
 warnings.simplefilter("ignore")
@@ -83,18 +83,19 @@ def hub() -> Iterator[http.server.ThreadingHTTPServer]:
 
 
 @pytest.mark.long
-def test_encoders_come_from_the_hub_by_address(hub, encoder_file, tmp_path, monkeypatch) -> None:
+def test_encoders_come_from_the_hub_by_address(hub, encoder_file, tmp_path) -> None:
     pytest.importorskip("huggingface_hub")
     hub.files = {"README.md": b"x", "tiny-backbone.pth.tar": encoder_file.read_bytes()}
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_address[1]}")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}", "HF_HOME": str(tmp_path / "hf"),
+        "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "",
+    }  # fmt: skip
     addresses = ["hf://me/tiny", "hf://me/tiny@main/tiny-backbone.pth.tar", "hf://me/tiny/none.pth",
                  "hf://me/other"]  # fmt: skip
-    status, out, err = finish(start_python("-c", LOAD, *addresses, cwd=tmp_path))
-    assert status == 0, err
-    lines = out.strip().splitlines()
+    before = f"import os; os.environ |= {environment!r}"
+    loading = Processes(tmp_path / "out", *addresses, code=LOAD, before=before)
+    assert loading.wait() == [0], loading.output()
+    lines = loading.output().strip().splitlines()
     assert lines[:2] == ["loaded resnet8 64"] * 2
     for address, line in zip(addresses[2:], lines[2:], strict=True):
         assert line.startswith(f"refused {address} cannot be had from the hub: ")

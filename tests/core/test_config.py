@@ -179,8 +179,11 @@ def test_the_numbers_of_the_objective_decide_and_not_its_sentence(config) -> Non
 
 def test_files_from_before_a_field_existed_had_its_old_value(config) -> None:
     flat = config.to_flat()
-    old = {name: value for name, value in flat.items() if name not in ("views")}
+    old = {name: value for name, value in flat.items() if name != "views"}
     assert learning_changes(old, flat) == []
+    assert learning_changes(old, {**flat, "views": "device"}) == [
+        "views: 'cpu' before, 'device' now"
+    ]
     two = changed(config, optim={"accumulate": 2})
     assert learning_changes(old, two) == []
     assert "accumulate: 1 before, 2 now" in rounding_changes(old, two)

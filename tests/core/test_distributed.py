@@ -1,4 +1,4 @@
-"""Two real gloo processes, started once by `launch`, and what a single one does.
+"""Two real gloo processes, started once, and what a single one does.
 
 Each process writes what it saw to a file; the tests read both files and compare with the plain
 single-process answer, for training with the float64 reference.
@@ -9,10 +9,10 @@ import contextlib
 import copy
 import io
 import os
-import socket
 
 import pytest
 import torch
+from harness import free_port, on_ranks
 from helpers import OBJECTIVES, TinyNet, two_views
 from reference import ReferenceMoCo
 from torch import nn
@@ -40,8 +40,8 @@ def grouped_net(num_classes: int) -> nn.Module:
     return encoder
 
 
-# name: (encoder, terms, weights)
-RUNS = {name: (plain_net, *objective) for name, objective in OBJECTIVES.items()}
+# name: (encoder, terms, weights). All objectives in one process are in test_builder.py.
+RUNS = {name: (plain_net, *OBJECTIVES[name]) for name in ("3 align + uniform t=3", "all terms")}
 RUNS["all terms, batch norm in groups"] = (grouped_net, *OBJECTIVES["all terms"])
 
 PERMUTATIONS = {
@@ -77,9 +77,7 @@ def in_process(device: torch.device, folder: str) -> None:
     torch.set_num_threads(1)
     rank = distributed.rank()
     mine = slice(rank * N, (rank + 1) * N)
-    seen = {"pid": os.getpid(), "who": [distributed.is_active(), rank, distributed.world_size(),
-            distributed.is_main(), str(device)]}  # fmt: skip
-    screen = io.StringIO()
+    seen, screen = {}, io.StringIO()
     with contextlib.redirect_stdout(screen):
         distributed.print_main("from", rank)
     seen["screen"] = screen.getvalue()
@@ -220,18 +218,11 @@ def knn() -> dict[str, float]:
 def ranks(tmp_path_factory) -> list[dict]:
     """What rank 0 and rank 1 saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(in_process, str(folder), devices=[CPU] * W)
+    on_ranks(in_process, folder, count=W)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(W)]
 
 
-# ---- Who am I, and the collectives ---------------------------------------------------------------
-
-
-def test_launch_starts_one_process_per_device_with_a_rank_each(ranks):
-    assert len({os.getpid(), ranks[0]["pid"], ranks[1]["pid"]}) == 3
-    assert ranks[0]["who"] == [True, 0, 2, True, "cpu"]
-    assert ranks[1]["who"] == [True, 1, 2, False, "cpu"]
-    assert not distributed.is_active()
+# ---- The collectives ----------------------------------------------------------------------------
 
 
 def test_print_main_prints_on_rank_0_only(ranks):
@@ -425,13 +416,10 @@ def not_torchrun(monkeypatch):
 @pytest.fixture
 def torchrun(monkeypatch):
     """The environment that torchrun gives to its only process."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
 
 
 def test_cpu_is_one_device():
@@ -475,6 +463,22 @@ def test_one_device_runs_in_place_without_a_process_group(not_torchrun):
         devices=[CPU],
     )
     assert seen == [(os.getpid(), CPU, "arguments", False)]
+
+
+def who(device: torch.device, folder: str) -> None:
+    rank = distributed.rank()
+    about = [distributed.is_active(), rank, distributed.world_size(), distributed.is_main()]
+    torch.save([os.getpid(), *about, str(device)], f"{folder}/rank{rank}.pt")
+
+
+@pytest.mark.long
+def test_several_devices_have_a_spawned_process_with_a_rank_each(not_torchrun, tmp_path):
+    launch(who, str(tmp_path), devices=[CPU] * W)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(W))
+    assert len({os.getpid(), first[0], second[0]}) == 3
+    assert first[1:] == [True, 0, 2, True, "cpu"]
+    assert second[1:] == [True, 1, 2, False, "cpu"]
+    assert not distributed.is_active()
 
 
 def test_several_nodes_without_an_address_are_refused(not_torchrun):

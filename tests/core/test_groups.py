@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from harness import on_ranks
 from helpers import OBJECTIVES, TinyNet, two_views
 from reference import ReferenceMoCo
 from torch import nn
@@ -13,7 +14,6 @@ from torch import nn
 from moco import distributed
 from moco.batch_norm import split_batch_norm
 from moco.builder import MoCo
-from moco.launch import launch
 
 BATCH, C, K = 16, 6, 38
 STEPS = 10
@@ -90,7 +90,7 @@ def folder(tmp_path_factory):
     """What each rank of 2 and of 4 processes ended with."""
     folder = tmp_path_factory.mktemp("groups")
     for processes in (2, 4):
-        launch(on_a_rank, str(folder), devices=[CPU] * processes)
+        on_ranks(on_a_rank, folder, count=processes)
     return folder
 
 

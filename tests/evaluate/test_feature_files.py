@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
 from moco.errors import DataError
 from moco.evaluate.feature_files import FeatureSet, read_features, unit_rows, write_features
@@ -18,8 +18,7 @@ SUFFIXES = pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 
 
 def rows(n: int = 30, c: int = 4, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, c, generator=generator), dim=1)
+    return reference.unit_rows(n, c, seed, torch.float32)
 
 
 @SUFFIXES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 import safetensors.torch
 import timm
 import torch
@@ -61,9 +63,7 @@ def run(capsys: pytest.CaptureFixture, *argv: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def unit_rows(n: int, c: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(n, c, generator=generator), dim=1)
+unit_rows = functools.partial(reference.unit_rows, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------- encoders

@@ -261,6 +261,7 @@ def test_without_probe_metrics_or_licence_the_card_has_no_such_figures(run_of, t
     assert "no licence" in card and not Path("plain v1.0/lincls").exists()
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_upstream_moco_has_no_recipe_and_loads_in_all_tools(run_of, monkeypatch):
     """A ResNet-18, which the other tools have too: the Python of the card gives equal features."""
     pytest.importorskip("timm")

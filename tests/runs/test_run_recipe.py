@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from helpers import ROOT
 
-from moco import cli
+from moco import cli, encoders
 from moco.runs import recipes, sweep
 from scripts import evaluate_depth, measure_align_uniform, run_recipe
 
@@ -62,6 +63,17 @@ def data(tmp_path_factory) -> Path:
         for i in range(512):
             (root / split / "a" / f"{i}.png").touch()
     return root
+
+
+# Many rows ask for one encoder: it is built and tried once.
+build_encoder = functools.cache(encoders.build_encoder)
+check_image_size = functools.cache(encoders.check_image_size)
+
+
+@pytest.fixture(autouse=True)
+def _each_encoder_is_built_once(monkeypatch) -> None:
+    monkeypatch.setattr(encoders, "build_encoder", build_encoder)
+    monkeypatch.setattr(encoders, "check_image_size", check_image_size)
 
 
 def start(plan: recipes.Plan) -> tuple[SimpleNamespace, SimpleNamespace]:

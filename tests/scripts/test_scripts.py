@@ -147,8 +147,11 @@ def test_default_subset_is_the_papers_100_classes() -> None:
 def test_quickstart_runs_to_its_table_and_reuses_what_is_there(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:
-    """Its nine commands, all in this process."""
+    """Its nine commands, all in this process, with a narrower encoder and no loader processes."""
     quickstart, out = load_script("quickstart"), tmp_path / "out"
+    shared = quickstart.SHARED.replace("-a resnet8x2s2 ", "-a resnet8 ")
+    monkeypatch.setattr(quickstart, "SHARED", f"{shared} -j 0")
+    monkeypatch.setattr(quickstart, "PROBE", f"{quickstart.PROBE} -j 0")
 
     def run(command: list[str]) -> None:
         print("$ python", *command)

@@ -282,7 +282,7 @@ def test_the_collapse_warning_has_the_weight_that_excludes_it(data) -> None:
         assert collapse_warning(task_of(data, *flags).config.objective) == {}
 
 
-def test_checkpoints_are_measured_exported_and_named(data, tmp_path, elsewhere, capsys) -> None:
+def test_checkpoints_are_measured_and_named(data, tmp_path, elsewhere) -> None:
     """By the views that it was trained with; load_encoder names the task."""
     run = trained(tmp_path / "run", data, "--epochs", "1", "--knn-every", "0")
     file = str(run / "checkpoint_0000.pth.tar")
@@ -305,7 +305,14 @@ def test_checkpoints_are_measured_exported_and_named(data, tmp_path, elsewhere, 
     assert report["uniformity"] != pytest.approx(uniformity(x, 2), rel=1e-4)
     low, high = report["layers"]["projection"]["intervals"]["uniformity"]["2"]
     assert (low, high) == pytest.approx(uniformity_interval(x, 2, second_view=y), rel=1e-3)
+
+
+@pytest.mark.long
+def test_checkpoints_are_exported(data, tmp_path, elsewhere, capsys) -> None:
     pytest.importorskip("onnx")
+    run = trained(tmp_path / "run", data, "--max-steps", "1", "--knn-every", "0")
+    file = str(run / "step_00000001.pth.tar")
+    encoder, _ = load_encoder(file)
     load_script("convert").main([file, "--to", "onnx", str(tmp_path / "encoder.onnx")])
     assert "small_alexnetx0.05" in capsys.readouterr().out
     runtime = pytest.importorskip("onnxruntime")

@@ -24,12 +24,6 @@ from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
 from moco.train.step import apply_gradients
 
-
-@pytest.fixture(scope="module")
-def data(images) -> Path:
-    return images
-
-
 # In its eighth step rank 1 sees a uniformity loss of NaN; rank 0 sees nothing unusual.
 POISON = """
 import os
@@ -46,12 +40,12 @@ MoCo._losses = poisoned
 
 @pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
-    data, whole, tmp_path
+    images, whole, tmp_path
 ) -> None:
     """All name the term, the rank and the step; what is on disk is good: the run goes on from it
     and ends bit for bit as one that had no such loss."""
     run = tmp_path / "run"
-    stopped = start(run, data, "--save-steps", 7, processes=2, before=POISON)
+    stopped = start(run, images, "--save-steps", 7, processes=2, before=POISON)
     assert stopped.wait() == [1, 1]
     for rank in range(2):
         said = stopped.output(rank)
@@ -66,7 +60,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
     rerun = Processes(tmp_path / "rerun", "--replay", run / "failed", count=2)
     assert rerun.wait() == [0, 0], rerun.output()
     assert re.findall(r"^rank [01]$", rerun.output(0), re.M) == ["rank 0", "rank 1"]
-    finish(run, data, processes=2)
+    finish(run, images, processes=2)
     assert differences(final_state(whole[2]), final_state(run)) == []
 
 

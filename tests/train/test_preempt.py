@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from harness import (
     FLAGS,
+    FORKING,
     HOLD,
-    LIMIT,
     MAIN,
     STEPS,
     Processes,
@@ -36,11 +36,6 @@ pytestmark = pytest.mark.long
 LONG = ["--epochs", 300]
 
 
-@pytest.fixture(scope="module")
-def data(images) -> Path:
-    return images
-
-
 def assert_same_end(run: Path, reference: Path) -> None:
     assert differences(final_state(reference), final_state(run)) == []
 
@@ -56,12 +51,12 @@ def assert_same_end(run: Path, reference: Path) -> None:
     ],
 )
 def test_a_request_to_stop_saves_and_the_run_goes_on_bit_for_bit(
-    number, processes, workers, whom, data, whole, tmp_path
+    number, processes, workers, whom, images, whole, tmp_path
 ) -> None:
     """The step is finished, all ranks save together and end with status 75; also when loader
     workers get the signal as well, or when one rank alone does."""
     run = tmp_path / "run"
-    asked = start(run, data, processes=processes, workers=workers, hold_at=8)
+    asked = start(run, images, processes=processes, workers=workers, hold_at=8)
     wait_for_step(run, 8, asked)
     if whom == "all":
         asked.kill(number)
@@ -74,7 +69,7 @@ def test_a_request_to_stop_saves_and_the_run_goes_on_bit_for_bit(
     by = signal.Signals(number).name if whom != "rank 1" else "a signal to another rank"
     assert f"stopped by {by} after step {done}" in asked.output(0)
     assert "Traceback" not in asked.output()
-    said = finish(run, data, processes=processes, workers=workers)
+    said = finish(run, images, processes=processes, workers=workers)
     assert f"{done // 6} epochs and {done % 6} steps done" in said
     assert_same_end(run, whole[processes])
 
@@ -85,14 +80,14 @@ def test_a_request_to_stop_saves_and_the_run_goes_on_bit_for_bit(
 class Torchrun:
     """Two processes of torchrun, which wait in step 8 for `go_on`."""
 
-    def __init__(self, run: Path, data: Path, *flags: object, options: str = "") -> None:
+    def __init__(self, run: Path, images: Path, *flags: object, options: str = "") -> None:
         self.run, self.out = run, run.with_suffix(".txt")
         program = run.with_suffix(".py")
         go = str(run.with_suffix(".go"))
         program.write_text(f"{HOLD.format(step=8, go=go)}\n{MAIN}\n")
         command = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
         command += [f"--master-port={free_port()}", *options.split(), program]
-        command += [*FLAGS, "-j", 2, "--save-dir", run, *flags, data]
+        command += [*FLAGS, "-j", 2, "--save-dir", run, *flags, images]
         with open(self.out, "w") as out:
             self.process = start_python(*command, cwd=run.parent, stdout=out, stderr=out)
 
@@ -117,13 +112,13 @@ class Torchrun:
 
 
 def test_torchrun_restarts_after_a_rank_is_killed_and_has_saved_when_asked_to_stop(
-    data, tmp_path
+    images, tmp_path
 ) -> None:
     """SIGKILL to one of two ranks in mid-training: the other one says who, when and that it does
     not answer; torchrun starts both anew, and --resume auto goes on. SIGTERM to torchrun, which
     hands it on, and ends with a status of its own."""
     run = tmp_path / "run"
-    torchrun = Torchrun(run, data, *LONG, "--save-steps", 2, options="--max-restarts 2")
+    torchrun = Torchrun(run, images, *LONG, "--save-steps", 2, options="--max-restarts 2")
     torchrun.wait_for_step(8)
     os.kill(torchrun.training()[-1], signal.SIGKILL)
     go_on(run)
@@ -146,10 +141,10 @@ def test_torchrun_restarts_after_a_rank_is_killed_and_has_saved_when_asked_to_st
 # ---- Ranks that are killed or hang ---------------------------------------------------------------
 
 
-def test_a_rank_that_is_killed_is_named_by_the_other(data, whole, tmp_path) -> None:
+def test_a_rank_that_is_killed_is_named_by_the_other(images, whole, tmp_path) -> None:
     """No hang, one line with rank, epoch and step; then --resume auto, bit for bit."""
     run, victim = tmp_path / "run", 0
-    killed = start(run, data, "--save-steps", 2, processes=2, hold_at=8)
+    killed = start(run, images, "--save-steps", 2, processes=2, hold_at=8)
     wait_for_step(run, 8, killed)
     killed.send(victim, signal.SIGKILL)
     go_on(run)
@@ -158,15 +153,15 @@ def test_a_rank_that_is_killed_is_named_by_the_other(data, whole, tmp_path) -> N
     said = killed.output(1 - victim)
     assert re.search(r"could not talk to the others in epoch [12], step \d+", said), said
     assert f"no answer from rank {victim}" in said and "Traceback" not in said
-    finish(run, data, "--save-steps", 2, processes=2)
+    finish(run, images, "--save-steps", 2, processes=2)
     assert_same_end(run, whole[2])
 
 
-def test_a_rank_that_hangs_is_named_after_the_time_out(data, tmp_path) -> None:
+def test_a_rank_that_hangs_is_named_after_the_time_out(images, tmp_path) -> None:
     """SIGSTOP: the connection stays open, so only the time-out can tell."""
     run, victim = tmp_path / "run", 1
     flags = [*LONG, "--timeout-minutes", 0.2, "--save-steps", 2]
-    hanging = start(run, data, *flags, processes=2)
+    hanging = start(run, images, *flags, processes=2)
     wait_for_step(run, 8, hanging)
     hanging.send(victim, signal.SIGSTOP)
     until(lambda: hanging.pids[1 - victim] not in hanging.running(), hanging.output)
@@ -200,30 +195,24 @@ launch(work, None, devices=[torch.device("cpu")], timeout_minutes=0.1)
 
 def test_launch_hands_a_request_to_stop_to_the_processes_it_started(tmp_path) -> None:
     """As for several GPUs without torchrun: the signal goes to the process that was started."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import sys, time\n"
-        "import torch\n"
-        "from moco.launch import launch\n"
-        "from moco.stop import StopRequest\n"
-        "def work(device, args):\n"
-        "    stop = StopRequest()\n"
-        "    print('ready\\n', end='', flush=True)\n"
-        "    while True:\n"
-        "        if stop.requested:\n"
-        "            print(f'heard {stop.name}\\n', end='', flush=True)\n"
-        "            sys.exit(75)\n"
-        "        time.sleep(0.05)\n"
-        "if __name__ == '__main__':\n"
-        "    try:\n"
-        "        launch(work, None, devices=[torch.device('cpu')] * 2)\n"
-        "    except torch.multiprocessing.ProcessExitedException as error:\n"
-        "        sys.exit(error.exit_code)\n"
-    )
-    process = start_python(program, cwd=tmp_path)
-    lines = [process.stdout.readline() for _ in range(2)]
-    assert lines == ["ready\n"] * 2
-    process.send_signal(signal.SIGUSR1)
-    rest, _ = process.communicate(timeout=LIMIT)
-    assert rest.count("heard SIGUSR1") == 2
-    assert process.returncode == 75
+    code = """
+import sys, time, torch
+from moco.launch import launch
+from moco.stop import StopRequest
+def work(device, args):
+    stop = StopRequest()
+    print("ready\\n", end="", flush=True)
+    while not stop.requested:
+        time.sleep(0.05)
+    print(f"heard {stop.name}\\n", end="", flush=True)
+    sys.exit(75)
+try:
+    launch(work, None, devices=[torch.device("cpu")] * 2)
+except torch.multiprocessing.ProcessExitedException as error:
+    sys.exit(error.exit_code)
+"""
+    started = Processes(tmp_path / "out", code=code, before=FORKING)
+    started.wait_until(lambda: started.output().count("ready\n") == 2)
+    started.send(0, signal.SIGUSR1)
+    assert started.wait() == [75]
+    assert started.output().count("heard SIGUSR1") == 2

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, finish, start_python
+from harness import MAIN, Processes
 
 from moco import cli
 from moco.run_files import LOG, read_log
@@ -26,12 +26,24 @@ FLAGS = (
 ).split()
 
 
+PREFLIGHT = MAIN.replace("main_moco.py", "scripts/preflight.py")
+# Its processes are forks of it and measure for a second. As they are started without, see the test
+# of a run that cannot start.
+QUICKLY = """
+import multiprocessing
+from moco.train import preflight
+fork = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda *_: fork
+preflight.SECONDS = 1
+"""
+
+
 @pytest.mark.long
 def test_a_command_line_is_tried_and_nothing_is_left(images, tmp_path) -> None:
-    script = ROOT / "scripts" / "preflight.py"
-    command = [script, *FLAGS, "--save-dir", tmp_path / "results" / "run", images]
-    status, out, err = finish(start_python(*command, cwd=tmp_path))
-    lines = out.splitlines()[-9:]
+    words = [*FLAGS, "--save-dir", tmp_path / "results" / "run", images]
+    tried = Processes(tmp_path / "out", *words, code=PREFLIGHT, before=QUICKLY)
+    (status,), said = tried.wait(), tried.output()
+    lines = said.splitlines()[-9:]
     assert [line[:15].strip() for line in lines] == [
         "data", "memory", "a full step", "loading", "saving", "kill and resume", "forecast",
         "more devices", "forecast held",
@@ -40,7 +52,7 @@ def test_a_command_line_is_tried_and_nothing_is_left(images, tmp_path) -> None:
     assert "10 steps, killed after 7, went on to 10" in lines[5] and "losses equal" in lines[5]
     assert "for 18 steps of" in lines[6] and "2 instead of 1" in lines[7]
     # Of the speed of a busy machine nothing is expected, but that the status follows the lines.
-    assert status == int("NO-GO" in out), err
+    assert status == int("NO-GO" in said), said
     assert not any("NO-GO" in lines[i] for i in (0, 1, 2, 4, 5))
     assert list((tmp_path / "results").iterdir()) == []
 
@@ -52,12 +64,12 @@ def test_a_run_that_cannot_start_is_no_go(images, tmp_path) -> None:
     shutil.copytree(images, bad)
     for path in bad.rglob("*.png"):
         path.write_bytes(b"nothing")
-    script = ROOT / "scripts" / "preflight.py"
-    status, out, err = finish(
-        start_python(script, *FLAGS, "--save-dir", tmp_path / "run", bad, cwd=tmp_path)
-    )
-    assert status == 1 and "cannot read image" in err.strip().splitlines()[-1]
-    assert out.splitlines()[-1].startswith("a full step") and "NO-GO" in out.splitlines()[-2]
+    words = [*FLAGS, "--save-dir", tmp_path / "run", bad]
+    tried = Processes(tmp_path / "out", *words, code=PREFLIGHT)
+    assert tried.wait() == [1]
+    reason, data, step = tried.output().splitlines()[-3:]
+    assert "cannot read image" in reason and "NO-GO" in data
+    assert step.startswith("a full step")
 
 
 def config_of(*flags: object):

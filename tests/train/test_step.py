@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import final_state, finish, saved_step, start
+from harness import final_state, finish, start
 from helpers import TinyNet, read_log, two_views
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -281,25 +281,6 @@ def test_a_bad_step_between_checks_changes_nothing_and_is_named(images, tmp_path
         digests = [digest for _, digest in words]
         assert len(set(digests[:6])) == 6 and set(digests[5:]) == {digests[5]}
     assert [line["step"] for line in read_log(run)] == [5]
-
-
-@pytest.mark.long
-def test_a_request_to_stop_is_heard_at_the_next_check(images, tmp_path) -> None:
-    signal_in_step_7 = """
-import os, signal
-from moco.builder import MoCo
-losses_of = MoCo._losses
-def losses(self, q, k):
-    if os.environ.get("RANK") == "1" and self._steps == 6:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return losses_of(self, q, k)
-MoCo._losses = losses
-"""
-    run = tmp_path / "run"
-    stopped = start(run, images, "-p", 5, processes=2, before=LATE + signal_in_step_7)
-    assert stopped.wait() == [75, 75], stopped.output()
-    assert "stopped by a signal to another rank after step 10" in stopped.output(0)
-    assert saved_step(run) == 10
 
 
 # ---- Memory format, kernels, compilation ---------------------------------------------------------
