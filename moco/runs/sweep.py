@@ -184,8 +184,13 @@ def run_all(
     def finish(run: SweepRun) -> bool:
         share = free.get()
         print(f"start {run.name}", flush=True)
-        status = run_one(run, share, children)
-        free.put(share)
+        try:
+            status = run_one(run, share, children)
+        except OSError as error:  # a full disk is no reason to leave the others out
+            print(f"{run.name}: {error}", flush=True)
+            status = 1
+        finally:
+            free.put(share)
         print(f"{'done' if status == 0 else f'status {status}'} {run.name}", flush=True)
         return status == 0
 

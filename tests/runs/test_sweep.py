@@ -15,10 +15,12 @@ import pytest
 from helpers import ROOT
 
 from moco.runs import sweep as sweeps
+from moco.runs.command import Children
 from scripts import sweep
 
 SCRIPT = ROOT / "scripts" / "sweep.py"
 SPECS = {path.stem: path for path in sorted((ROOT / "scripts" / "sweeps").glob("*.toml"))}
+HANDED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 FAST = ["--scale", "tiny", "--pretrain=--epochs 1 -j 0 --device cpu --knn-every 0",
         "--lincls=--epochs 1 --schedule 1 -j 0 --device cpu"]  # fmt: skip
 
@@ -206,6 +208,22 @@ def test_slurm_gets_an_array_for_each_level_and_then_the_report(
     monkeypatch.setenv("PATH", "/nowhere")
     status, text = call(sweep.main, f"{words} --slurm ''")
     assert status == 1 and "there is no sbatch here" in text
+
+
+def test_a_run_without_room_for_its_folder_leaves_the_others(tmp_path, capsys) -> None:
+    before = {number: signal.getsignal(number) for number in HANDED_ON}
+    try:
+        children = Children("sweep.py")
+        runs = [
+            sweeps.SweepRun(name, tmp_path / name, ["-c", ""], None) for name in ("bad", "good")
+        ]
+        (tmp_path / "bad").touch()
+        assert sweeps.run_all(runs, [{}], children) == ["bad"]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    out = capsys.readouterr().out.splitlines()
+    assert "File exists" in out[1] and out[-1] == "done good"
 
 
 @pytest.mark.long
