@@ -73,7 +73,7 @@ def test_a_process_knows_its_number(variables, expected, environment) -> None:
     [
         ({"RANK": 1, "WORLD_SIZE": 2}, "number 1 of 2 (RANK=1, WORLD_SIZE=2"),
         ({"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "a"}, "but MASTER_PORT is not set"),
-        ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2}, "as SLURM sets them"),
+        ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1}, "as SLURM sets them"),
         ({"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 2}, "as Open MPI sets them"),
         ({"PMI_RANK": 0, "PMI_SIZE": 2}, "MASTER_ADDR and MASTER_PORT are not set"),
     ],

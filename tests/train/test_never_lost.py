@@ -20,6 +20,8 @@ from harness import (
 )
 from helpers import read_log
 
+from moco.checkpoint import run_checkpoints
+
 FAULTS = """
 import errno, os
 from moco.train.saver import BackgroundWriter
@@ -83,6 +85,16 @@ def test_the_first_ctrl_c_saves_and_the_run_goes_on(images, whole, tmp_path) -> 
     assert "stopped by SIGINT after step" in said and "--resume auto" in said
     finish(run, images)
     assert differences(final_state(whole[1]), final_state(run)) == []
+
+
+def test_the_checkpoint_that_a_run_went_on_from_stays(half, images, tmp_path) -> None:
+    """Later ones may turn out to be of a run that had gone wrong."""
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    before = run_checkpoints(run)[-1]
+    said = finish(run, images, "--save-steps", 1, "--keep-last", 1, "--keep-every", 0)
+    assert f"resuming {before}" in said
+    assert [before, run_checkpoints(run)[-1]] == run_checkpoints(run)
 
 
 AT_ONCE = 120  # seconds, on a busy machine
