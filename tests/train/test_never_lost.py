@@ -56,6 +56,15 @@ def test_a_fault_that_stays_stops_the_run_in_one_line(name, status, images, tmp_
     assert "Traceback" not in said and said.count("trying again") == (3 if status == 75 else 0)
 
 
+@pytest.mark.long
+def test_a_last_file_that_cannot_be_written_is_an_error_of_all_ranks(images, tmp_path) -> None:
+    before = FAULTS.format(names=["ENOSPC"], times=99)
+    ranks = start(tmp_path / "run", images, "--max-steps", 4, processes=2, before=before)
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "could not save in" in ranks.output(0)
+    assert "error: rank 0 could not save; training stops" in ranks.output(1)
+
+
 DAMAGED = [b'{"kind": "train", "st\n', b"\xff\xfe\n", b"[1]\n", b"null\n", b'{"kind": "train"}\n',
            b'{"kind": "train", "step": null}\n', b"[" * 100_000 + b"\n",
            b"\0" * 4096 + b"\n"]  # fmt: skip
