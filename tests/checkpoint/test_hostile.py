@@ -295,6 +295,18 @@ def test_values_beside_tensors_are_read_without_them(tmp_path: Path) -> None:
         pickles.peek(path)
 
 
+def test_a_compressed_part_is_refused_though_it_is_small(tmp_path: Path) -> None:
+    """Beside a part that is not compressed the whole declares no more than the file has."""
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", PROTO + b"}" + STOP, zipfile.ZIP_DEFLATED)
+        archive.writestr("x/data/0", os.urandom(1000))
+    with pytest.raises(CheckpointError, match="is a compressed zip archive"):
+        load_encoder(path)
+    with pytest.raises(zipfile.BadZipFile, match="it is compressed"):
+        pickles.peek(path)
+
+
 def test_short_tuples_are_keys_by_their_text(tmp_path: Path, state) -> None:
     """What people keep beside weights; `HARMFUL` has tuples that are refused."""
     hits = {(0, 1): 2, ("a", None): 3, ("b" * 1000,): 4}

@@ -73,7 +73,7 @@ def test_a_process_knows_its_number(variables, expected, environment) -> None:
     [
         ({"RANK": 1, "WORLD_SIZE": 2}, "number 1 of 2 (RANK=1, WORLD_SIZE=2"),
         ({"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "a"}, "but MASTER_PORT is not set"),
-        ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2}, "as SLURM sets them"),
+        ({"SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1}, "as SLURM sets them"),
         ({"OMPI_COMM_WORLD_RANK": 0, "OMPI_COMM_WORLD_SIZE": 2}, "as Open MPI sets them"),
         ({"PMI_RANK": 0, "PMI_SIZE": 2}, "MASTER_ADDR and MASTER_PORT are not set"),
     ],
@@ -87,6 +87,8 @@ def test_one_of_several_that_cannot_meet_the_others_is_refused(
     assert words in str(refused.value) and "to train alone" in str(refused.value)
     # A command line that says how processes meet is upstream's, whatever the environment has.
     assert place(Launch(world_size=1, rank=0, dist_url="tcp://localhost:1")).processes == 1
+    for said in ({"world_size": 1}, {"rank": 0}, {"dist_url": "tcp://localhost:1"}):
+        assert place(Launch(**said)).processes == 1
 
 
 @pytest.mark.parametrize(("flag", "local"), [(None, 0), (1, 1)])
@@ -123,6 +125,7 @@ def test_a_group_that_exists_has_the_first_word(
 
 
 def test_env_without_an_address_is_refused(environment) -> None:
+    assert place(Launch(dist_url="env://")).processes == 1, "there is nobody to meet"
     environment(RANK=1, WORLD_SIZE=2)
     with pytest.raises(ValueError, match="env:// needs MASTER_ADDR and MASTER_PORT"):
         place(Launch(dist_url="env://"))

@@ -543,6 +543,7 @@ def test_two_processes_count_every_image_once(odd, pretrained, tmp_path):
         ("sys.argv[-1:-1] = ['--lr', '0.5']", "lr 0.5, rank 0 has 1.0"),
         ("sys.argv[-1:-1] = ['--knn']", "knn True, rank 0 has False"),
         ("sys.argv[-1] = sys.argv[-1].replace('data', 'fewer')", "training images"),
+        ("sys.argv[-1] = sys.argv[-1].replace('data', 'newer')", "validation images"),
         ("sys.argv[-1:-1] = ['--pretrained', OTHER]", "encoder"),
         ("sys.argv[-1:-1] = ['-j', '1', '--save-dir', 'elsewhere']", None),
     ],
@@ -553,6 +554,7 @@ def test_ranks_with_another_evaluation_are_named_on_every_rank(
 ) -> None:
     write_labelled(tmp_path / "data")
     write_labelled(tmp_path / "fewer", train=9)
+    write_labelled(tmp_path / "newer", val=4)
     other = write_encoder(tmp_path / "other.pth.tar", seed=1)
     argv = [*TINY, "--lr", 1, "--epochs", 1, "--pretrained", pretrained]
     before = f"import os, sys\nOTHER = {str(other)!r}\nif os.environ['RANK'] == '1': {before}"

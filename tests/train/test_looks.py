@@ -39,6 +39,15 @@ def test_looks_come_about_every_second(seconds, expected, clock) -> None:
     assert steps_of_looks(clock, seconds) == expected
 
 
+def test_each_look_times_the_steps_since_the_last_one(clock) -> None:
+    """Also where nobody but the look itself does, as in the evaluation."""
+    looks = Looks(0, waits=True)
+    for step, seconds, expected in ((1, 300, 2), (2, 0.1, 4)):
+        clock.sleep(seconds)
+        looks.together(step, False, device=torch.device("cpu"))
+        assert looks.next == expected
+
+
 def test_where_a_look_costs_nothing_each_step_has_one(clock) -> None:
     looks = Looks(7, waits=looking_waits(torch.device("cpu")))
     for step in range(8, 12):

@@ -20,6 +20,8 @@ from harness import (
 )
 from helpers import read_log
 
+from moco.checkpoint import run_checkpoints
+
 FAULTS = """
 import errno, os
 from moco.train.saver import BackgroundWriter
@@ -54,6 +56,15 @@ def test_a_fault_that_stays_stops_the_run_in_one_line(name, status, images, tmp_
     assert "Traceback" not in said and said.count("trying again") == (3 if status == 75 else 0)
 
 
+@pytest.mark.long
+def test_a_last_file_that_cannot_be_written_is_an_error_of_all_ranks(images, tmp_path) -> None:
+    before = FAULTS.format(names=["ENOSPC"], times=99)
+    ranks = start(tmp_path / "run", images, "--max-steps", 4, processes=2, before=before)
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "could not save in" in ranks.output(0)
+    assert "error: rank 0 could not save; training stops" in ranks.output(1)
+
+
 DAMAGED = [b'{"kind": "train", "st\n', b"\xff\xfe\n", b"[1]\n", b"null\n", b'{"kind": "train"}\n',
            b'{"kind": "train", "step": null}\n', b"[" * 100_000 + b"\n",
            b"\0" * 4096 + b"\n"]  # fmt: skip
@@ -83,6 +94,16 @@ def test_the_first_ctrl_c_saves_and_the_run_goes_on(images, whole, tmp_path) -> 
     assert "stopped by SIGINT after step" in said and "--resume auto" in said
     finish(run, images)
     assert differences(final_state(whole[1]), final_state(run)) == []
+
+
+def test_the_checkpoint_that_a_run_went_on_from_stays(half, images, tmp_path) -> None:
+    """Later ones may turn out to be of a run that had gone wrong."""
+    run = tmp_path / "run"
+    shutil.copytree(half, run)
+    before = run_checkpoints(run)[-1]
+    said = finish(run, images, "--save-steps", 1, "--keep-last", 1, "--keep-every", 0)
+    assert f"resuming {before}" in said
+    assert [before, run_checkpoints(run)[-1]] == run_checkpoints(run)
 
 
 AT_ONCE = 120  # seconds, on a busy machine
