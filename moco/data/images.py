@@ -49,6 +49,11 @@ class FolderImages:
             classes: class names in the order of their indices, where another split fixes them.
         """
         self.root = Path(root)
+        if all((self.root / name).exists() for name in ("images", "depths", "train.txt")):
+            raise DataError(
+                f"{self.root} has images with depth, and depth maps are no images to learn from: "
+                f"give --dataset nyu, or {self.root / 'images'}"
+            )
         self.left_out = LeftOut(self.root)
         counts: dict[str, int] = {}  # folder below root -> number of its images
 

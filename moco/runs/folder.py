@@ -329,7 +329,7 @@ def _folders(
     found: dict[Path, tuple[Path, list[str]]] = {}
     for given in paths:
         if not os.path.isdir(given):
-            reason = "no such folder"
+            reason = "is no folder"
             if os.path.exists(given):
                 reason = "is a file, expected a run folder"
             left_out.append((str(given), reason))
@@ -340,7 +340,7 @@ def _folders(
             if any(name.endswith((".json", ".jsonl", ".pth.tar")) for name in files):
                 found.setdefault(_real(root), (Path(root), sorted(files)))
         if len(found) == runs_before and _real(given) not in found:
-            left_out.append((str(given), "there is no run in it"))
+            left_out.append((str(given), "holds no run"))
     return list(found.values())
 
 

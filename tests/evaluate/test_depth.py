@@ -150,6 +150,14 @@ def test_bad_data_is_refused_by_name(own, name, message) -> None:
         read_depths(open_nyu(own, "train"), 16)
 
 
+def test_depth_maps_are_not_taken_for_images(nyu, elsewhere, capsys) -> None:
+    """As the default --dataset folder would: with the classes "images" and "depths"."""
+    train = load_script("train_in_batch").main
+    words = ["-a", "depth_cnnx0.0625", "--image-size", 32, "--batch-size", 4, "--device", "cpu"]
+    _, line = refusal(train, [*words, nyu], capsys)
+    assert "has images with depth" in line and "give --dataset nyu, or" in line
+
+
 def test_the_published_file(tmp_path) -> None:
     """MATLAB's axes are the other way round; its numbers begin at 1."""
     h5py = pytest.importorskip("h5py")

@@ -194,8 +194,8 @@ def test_paths_that_are_no_run_folders(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     reasons = {
-        "missing": "no such folder",
-        "empty": "there is no run in it",
+        "missing": "is no folder",
+        "empty": "holds no run",
         "file": "is a file, expected a run folder",
     }
     assert read_runs([tmp_path / name for name in reasons]) == (

@@ -76,8 +76,8 @@ def test_what_cannot_be_reported_is_refused(call, tmp_path) -> None:
     for words, expected, message in (
         ("a --out r.txt", 2, "--out must end in .html, got r.txt"),
         ("a --out none/r.html", 1, "none/r.html"),
-        ("bad missing", 2, "no finished run to compare: missing no such folder; bad is unfinished"),
-        ("missing file", 2, "missing no such folder; file is a file, expected a run folder"),
+        ("bad missing", 2, "no finished run to compare: missing is no folder; bad is unfinished"),
+        ("missing file", 2, "missing is no folder; file is a file, expected a run folder"),
     ):
         words = [str(tmp_path / w) if (tmp_path / w).exists() else w for w in words.split()]
         status, text = call(compare_runs.main, shlex.join(words))
