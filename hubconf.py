@@ -6,12 +6,15 @@ with DIR a clone of this repository. See `moco.checkpoint.load_encoder`, which t
 file and loads any architecture.
 """
 
+import pathlib
+
 import torch
 
 from moco import checkpoint, errors
 
 dependencies = ["torch", "torchvision"]
 
+_MODELS = pathlib.Path(__file__).resolve().parent / "docs" / "models"
 _RELEASE = "https://github.com/SsnL/moco_align_uniform/releases/download/v1.0-checkpoints/"
 
 
@@ -75,6 +78,21 @@ def imagenet_resnet50_encoder(with_linear_clf=False, weights=None):
     encoder, _ = _load_resnet50(weights, "projection")
     encoder.fc = torch.nn.Sequential(encoder.fc, _UnitLength())
     return encoder
+
+
+def cifar10_align_uniform():
+    """A small encoder in this repository, docs/models/cifar10_align_uniform: ResNet-8 of width 32,
+    trained on CIFAR-10 without labels by align + uniform; MIT licence, figures in its README.md.
+
+    Returns:
+        torch.nn.Module: features (N, 128) of images (N, 3, 32, 32), normalised as README.md says.
+    """
+    return checkpoint.load_encoder(_MODELS / "cifar10_align_uniform")[0]
+
+
+def cifar10_infonce():
+    """The same, trained by InfoNCE: docs/models/cifar10_infonce."""
+    return checkpoint.load_encoder(_MODELS / "cifar10_infonce")[0]
 
 
 class _UnitLength(torch.nn.Module):

@@ -106,7 +106,7 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(PAGES["README.md"].splitlines()) <= 170
+    assert len(PAGES["README.md"].splitlines()) <= 180
 
 
 def test_nothing_is_left_to_fill_in() -> None:

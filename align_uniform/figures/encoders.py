@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def scatter(
             xytext=(6, 6 if i % 2 else -11), textcoords="offset points",
         )  # fmt: skip
     if any(point.accuracy is not None for point in points):
-        figure.colorbar(colours, ax=axes, label=accuracy)
+        figure.colorbar(colours, ax=axes, label=textwrap.fill(accuracy, 44))
     axes.margins(0.12)
     axes.set_xlabel(f"alignment (alpha = {alpha:g}): left is better")
     axes.set_ylabel(f"uniformity (t = {t:g}): lower is better")
@@ -90,7 +91,7 @@ def weights_sweep(
     figure = Figure(figsize=(5.4, 6.6))
     panels = figure.subplots(3, 1, sharex=True)
     values = (
-        (accuracy, lambda point: point.accuracy),
+        (textwrap.fill(accuracy, 24), lambda point: point.accuracy),
         ("alignment", lambda point: point.alignment),
         (f"exp(uniformity), t = {t:g}", lambda point: math.exp(point.uniformity)),
     )
@@ -154,7 +155,7 @@ def trajectories(
             axes.annotate(points[j].label, (xs[j], ys[j]), fontsize=7.5, xytext=(7, 4),
                           textcoords="offset points")  # fmt: skip
     if any(point.accuracy is not None for point in everything):
-        figure.colorbar(colours, ax=axes, label=accuracy)
+        figure.colorbar(colours, ax=axes, label=textwrap.fill(accuracy, 44))
     handles = [
         Line2D([], [], label=name, **{**line_style(i), "marker": ""})
         for i, name in enumerate(paths)

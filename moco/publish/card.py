@@ -82,7 +82,7 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
         card = _TEMPLATE.render(
             name=files.WEIGHTS.fullmatch(weights)[1],
             licence=licence,
-            in_timm=export.takes_any_size(network.encoder) and not info["small_stem"],
+            in_timm=_fits(network, "timm"),
             arch=network.arch,
             **{key: info[key] for key in ("small_stem", "feature_dim", "epoch")},
             objective=objective,

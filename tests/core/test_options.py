@@ -88,7 +88,7 @@ def test_help_shows_every_default(config, capsys):
     with pytest.raises(SystemExit) as stop:
         PARSERS[config]().parse_args(["--help"])
     assert stop.value.code == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     for word in ("--save-dir", "--dist-url", "--schedule-factor", "(120, 160)", "(60, 80)"):
         assert (word in out) == (word != ("(60, 80)" if config is PretrainConfig else "(120, 160)"))
 

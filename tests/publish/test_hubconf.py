@@ -129,7 +129,9 @@ def test_a_process_elsewhere(files, tmp_path: Path) -> None:
     status, out, err = finish(process)
     assert status == 0, err
     said = json.loads(out.splitlines()[-1])
-    assert said["names"] == ["imagenet_resnet50_encoder", "resnet50_encoder"]
+    assert said["names"] == [
+        "cifar10_align_uniform", "cifar10_infonce", "imagenet_resnet50_encoder", "resnet50_encoder",
+    ]  # fmt: skip
     assert "CC-BY-NC 4.0" in said["imagenet_resnet50_encoder"]
     assert 'features (N, 2048); "projection"' in " ".join(said["resnet50_encoder"].split())
     assert said["shape"] == [1, 2048] and not said["tensorboard"]

@@ -43,8 +43,9 @@ def flags_of(command: list[str]) -> list[str]:
 
 def test_each_figure_of_the_paper_has_its_runs(planned) -> None:
     assert list(SPECS) == [
-        "cifar10", "example", "figure5a", "figure5b", "figure7", "figure7stl", "figure8",
-        "figure8stl", "figure9a", "figure9b",
+        "cifar10", "cifar10_figure7", "cifar10_figure8", "cifar10_grid", "cifar10_seeds", "example",
+        "figure5a", "figure5b", "figure7", "figure7stl", "figure8", "figure8stl", "figure9a",
+        "figure9b",
     ]  # fmt: skip
     with open(ROOT / "scripts/recipes/table10.csv", newline="") as file:
         table = list(csv.DictReader(file))

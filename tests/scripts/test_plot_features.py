@@ -337,4 +337,4 @@ def test_runs_that_give_no_figure(tmp_path, capsys) -> None:
     words = ["5", tmp_path / "missing", "--out", tmp_path / "a.png"]
     with pytest.raises(SystemExit):
         plot_features.main(list(map(str, words)))
-    assert "no such folder" in capsys.readouterr().err
+    assert "is no folder" in capsys.readouterr().err
