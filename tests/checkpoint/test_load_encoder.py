@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -357,7 +358,10 @@ def test_a_folder_is_its_newest_checkpoint_or_the_encoder_of_a_release(tmp_path:
     assert info["head"] == "none"
     same, _ = load_encoder(next((fixtures / "release").glob("toy-backbone-*.pth")))
     assert all(map(torch.equal, encoder.state_dict().values(), same.state_dict().values()))
-    assert load_encoder(fixtures / "pretrain", "projection")[1]["head"] != "none"
+    run = shutil.copytree(fixtures / "pretrain", tmp_path / "run")
+    assert load_encoder(run, "projection")[1]["head"] != "none"
+    (run / "step_00000002.pth.tar").touch()  # an older one is not looked at
+    assert load_encoder(run)[1]["arch"] == info["arch"]
     for name in ("a.pth", "b.pth"):
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match=r"has 2 files of weights \(a.pth, b.pth\)"):

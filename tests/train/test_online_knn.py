@@ -68,6 +68,24 @@ def knn_lines(run: Path) -> list[dict]:
 # ---- What it finds, and what it leaves alone -----------------------------------------------------
 
 
+def test_before_training_it_sees_batch_norm_with_statistics(
+    labelled, tmp_path, monkeypatch
+) -> None:
+    """Of views that are trained on, in a copy: with means of 0 accuracy is another one."""
+    means, extract = [], evaluate.extract_features
+
+    def spy(encoder: torch.nn.Module, *args: object, **kwargs: object) -> tuple:
+        means.append(encoder.bn1.running_mean.abs().max().item())
+        return extract(encoder, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "extract_features", spy)
+    train(labelled, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
+    assert [line["step"] for line in knn_lines(tmp_path / "run")] == [0, 1]
+    before, after = means[0], means[-1]
+    # The copy has means over batches; one step moves the run's own a tenth of the way from 0.
+    assert before > 3 * after > 0
+
+
 @pytest.mark.long
 def test_a_run_is_bit_equal_with_and_without_it(data, whole, tmp_path) -> None:
     """Weights, queue, optimizer, generators of all ranks, and all that is logged but times."""
