@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 
-import torch
 from torch import Tensor, nn
 
 # name: (convolutions (channels, kernel, stride, padding, whether a 3x3 max-pool of stride 2
@@ -137,28 +136,3 @@ def chain_names(state: dict[str, Tensor]) -> list[str]:
         width = next((w for w in widths if round(hidden * w) == len(fc6)), 0)
         names.append(name if width == 1 else f"{name}x{width:g}")
     return [name for name in names if parse_chain(name)]
-
-
-@torch.no_grad()
-def calibrate_batch_norm(module: nn.Module, batches: list[Tensor]) -> None:
-    """Give batch norm the statistics of some batches, each counted alike, by forward passes in
-    training mode. Weights stay as they are.
-
-    An untrained encoder in eval mode has running means 0 and variances 1: with weights of 0.02 its
-    fc7 is about 0 and a linear probe of it stays at chance.
-
-    Args:
-        batches: what `module` takes, at least one.
-    """
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta, was_training = [norm.momentum for norm in norms], module.training
-    for norm in norms:
-        norm.reset_running_stats()
-    module.train()
-    for i, batch in enumerate(batches, start=1):
-        for norm in norms:
-            norm.momentum = 1 / i  # the mean over all batches
-        module(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    module.train(was_training)

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from align_uniform import align_loss, in_batch_contrastive_loss, uniform_loss
 from align_uniform.bounds import uniformity_infimum
 from moco import distributed
-from moco.alexnet import calibrate_batch_norm
-from moco.batch_norm import has_batch_norm
+from moco.batch_norm import CALIBRATION_BATCHES, calibrate_batch_norm, has_batch_norm
 from moco.config import InBatchConfig, auto_rate
 from moco.data.images import open_images
 from moco.data.nyu import open_nyu
@@ -34,8 +33,6 @@ from moco.tasks.online_knn import OnlineKnn
 from moco.tasks.start import start_encoder
 from moco.train.losses import Losses
 from moco.train.trainer import Trainer
-
-CALIBRATION_BATCHES = 10
 
 
 class TwoViews(nn.Module):

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco import distributed, encoders
-from moco.alexnet import calibrate_batch_norm
-from moco.batch_norm import has_batch_norm
+from moco.batch_norm import CALIBRATION_BATCHES, calibrate_batch_norm, has_batch_norm
 from moco.config import Data, PretrainConfig
 from moco.data import loader
 from moco.data.images import Images, Subset, first_per_class, open_images, split_folder
@@ -33,7 +32,6 @@ from moco.train.trainer import Trainer
 
 K, TEMPERATURE = 200, 0.07  # as main_lincls.py --knn has by default
 QUERIES, NEIGHBOURS, AMONG = 6, 6, 5000  # on the sheet in TensorBoard, and of how many images
-CALIBRATION_BATCHES = 10  # for the batch norm of an encoder that has seen no image
 
 
 class OnlineKnn:

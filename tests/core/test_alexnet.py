@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from moco.alexnet import build_chain, calibrate_batch_norm
+from moco.alexnet import build_chain
+from moco.batch_norm import calibrate_batch_norm
 from moco.checkpoint import load_encoder
 from moco.encoders import build_encoder, feature_dim, head_name, layer_names
 

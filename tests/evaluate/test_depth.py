@@ -15,7 +15,8 @@ from helpers import differences, load_script, read_log, refusal
 from PIL import Image
 
 import main_lincls
-from moco.alexnet import build_chain, calibrate_batch_norm
+from moco.alexnet import build_chain
+from moco.batch_norm import calibrate_batch_norm
 from moco.checkpoint import load_encoder, read_checkpoint
 from moco.data.nyu import open_nyu
 from moco.errors import CheckpointError, DataError
