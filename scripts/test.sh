@@ -7,6 +7,8 @@
 set -euo pipefail
 . "$(dirname "$0")/setup.sh" requirements.txt scripts/requirements.txt tests/requirements.txt
 cd "$ROOT"
+# Two test processes on two cores: threads of one would wait for those of the other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 exec "$PYTHON" -m pytest -n 2 --dist worksteal -m "" "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import pickle
@@ -63,7 +64,7 @@ def owned() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="asks Linux")
 def test_a_process_that_looks_at_all_of_them_copies_none() -> None:
-    count = 60_000
+    count = 240_000
     texts = [f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(count)]
     lists = {"list": texts, "ours": Names([texts])}
     numbers = Numbers(range(count))
@@ -71,6 +72,8 @@ def test_a_process_that_looks_at_all_of_them_copies_none() -> None:
     for name, names in lists.items():
         read, write = os.pipe()
         if not os.fork():
+            gc.disable()  # a collection writes to the head of every object that it looks at
+            owned()  # the first call makes what later ones have
             before = owned()
             for i in range(count):
                 assert names[i] and numbers[i] >= 0
@@ -80,7 +83,7 @@ def test_a_process_that_looks_at_all_of_them_copies_none() -> None:
         os.wait()
         grown[name] = int(os.read(read, 100))
         os.close(read)
-    assert grown["ours"] < 2**20 < 4 * 2**20 < grown["list"]
+    assert grown["ours"] < 3 * 2**20 < 15 * 2**20 < grown["list"]
 
 
 def test_a_spawned_process_is_handed_shared_memory() -> None:
