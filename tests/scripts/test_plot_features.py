@@ -157,8 +157,7 @@ for command in (main_lincls, main_moco, evaluate_depth, train_in_batch, train_se
     except SystemExit as ended:
         assert ended.code == 0
 from scripts import extract_features, measure_align_uniform, plot_features, theorem1
-from scripts import train_supervised
-for script in (extract_features, measure_align_uniform, plot_features, theorem1, train_supervised):
+for script in (extract_features, measure_align_uniform, plot_features, theorem1):
     script.build_parser().format_help()
 measure_align_uniform.main(["--features", sys.argv[1], "--device", "cpu"])
 try:
