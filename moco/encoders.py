@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from moco.alexnet import CHAINS, Chain, build_chain, parse_chain
+from moco.alexnet import CHAINS, build_chain, parse_chain
 from moco.batch_norm import split_batch_norm
 
 # ------------------------------------------------------------------------------------------------
@@ -201,12 +201,6 @@ def _build_layer(state: dict[str, Tensor], name: str, width: int) -> nn.Module:
     if shape is None or len(shape) != 2 or shape[1] != width or not shape[0]:
         raise ValueError(f"{name} is {shape or 'not there'}, expected (outputs, {width})")
     return nn.Linear(width, shape[0], bias="bias" in state)
-
-
-def layer_names(encoder: nn.Module) -> tuple[str, ...]:
-    """Names of the layers that features can be taken of: of a chain its own, of others "backbone"
-    (what enters the head) and "output"."""
-    return encoder.layers if isinstance(encoder, Chain) else ("backbone", "output")
 
 
 # ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import nn
 from moco.alexnet import build_chain
 from moco.batch_norm import calibrate_batch_norm
 from moco.checkpoint import load_encoder
-from moco.encoders import build_encoder, feature_dim, head_name, layer_names
+from moco.encoders import build_encoder, feature_dim, head_name
 
 # The published table, at 64 pixels.
 SHAPES = {
@@ -22,7 +22,7 @@ def test_small_alexnet_is_the_published_one() -> None:
     with torch.device("meta"):
         encoder = build_encoder("small_alexnet", 128, image_size=64)
         assert sum(p.numel() for p in encoder.parameters()) == 58_678_368
-        assert layer_names(encoder) == tuple(SHAPES)
+        assert encoder.layers == tuple(SHAPES)
         for layer, shape in SHAPES.items():
             assert encoder(torch.empty(2, 3, 64, 64), layer=layer).shape[1:] == shape, layer
         assert encoder.fc8.bias is not None and encoder.fc7[0].bias is None
