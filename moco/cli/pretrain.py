@@ -1,0 +1,173 @@
+"""The command line of main_moco.py, with --preset, and --replay of any training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from moco import encoders
+from moco.checkpoint import read_checkpoint
+from moco.cli.folders import check_data_folder, training_folder
+from moco.cli.options import add_options, make_parts, refusals, settle
+from moco.cli.parser import Parser, folder, non_empty
+from moco.config import (
+    CHOSEN,
+    InBatchConfig,
+    PretrainConfig,
+    from_flat,
+    objective_slug,
+    parts_of,
+    small_preset,
+)
+from moco.data.images import open_images, typical_side
+from moco.errors import CheckpointError, DataError
+from moco.launch import place
+from moco.precision import channels_last_helps
+from moco.run_files import FAILED_STATE
+
+Config = TypeVar("Config", PretrainConfig, InBatchConfig)
+
+
+def pretrain_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="MoCo pretraining with alignment + uniformity", allow_abbrev=False)
+    add_options(parser, PretrainConfig)
+    return parser
+
+
+def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
+    """The config that a command line of main_moco.py describes; else exit status 2."""
+    words = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--replay" for word in words):
+        return replay_config(words, PretrainConfig)
+    parser = pretrain_parser()
+    options = parser.parse_args(argv)
+    chosen = ""
+    if options.preset:
+        options, chosen = _with_preset(parser, options, argv)
+    with refusals(parser):
+        parts = make_parts(options, PretrainConfig)
+        parts["preset"] = replace(parts["preset"], chosen=chosen)
+        config = PretrainConfig(**settle(parts))
+        config = checked(config, config.encoder.moco_dim)
+    check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
+    encoder = config.encoder
+    name = f"moco-{encoder.arch}-{objective_slug(config.objective)}-k{encoder.moco_k}"
+    return replace(config, saving=training_folder(parser, config, name))
+
+
+def _with_preset(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, str]:
+    """Options with the values of --preset where flags are not given, and what they are."""
+    unset = {name: parser.get_default(name) for name in (*CHOSEN, "bn_splits")}
+    parser.set_defaults(**dict.fromkeys(unset))
+    bare = vars(parser.parse_args(argv))
+    given = {name: bare[name] for name in unset if bare[name] is not None}
+    with refusals(parser):
+        data = make_parts(options, PretrainConfig, only=["data"])["data"]
+        check_data_folder(parser, data, {"pretrain": 1})
+        try:
+            images = open_images(
+                data.dataset, data.data, "pretrain", per_class=data.images_per_class
+            )
+            side = typical_side(images)
+        except DataError as error:
+            parser.error(str(error))
+        values, why = small_preset(len(images), side, given)
+    parser.set_defaults(**{**unset, **values})
+    options = parser.parse_args(argv)
+    flags = {name: _as_flag(parser, name, getattr(options, name)) for name in CHOSEN}
+    chosen = " ".join(flag for name, flag in flags.items() if flag and name not in given)
+    mine = " ".join(flags[name] for name in flags if name in given) or "none of them"
+    return options, f"{options.preset}, which chose {chosen} ({why}); given: {mine}"
+
+
+def _as_flag(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
+    """An option as a command line gives it, "" where it needs no word."""
+    action = next(action for action in parser._actions if action.dest == name)
+    flag = max(action.option_strings, key=len)
+    if action.nargs == 0:
+        return flag if value == action.const else ""
+    return f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}"
+
+
+def replay_config(argv: Sequence[str], config_type: type) -> Any:
+    """The config of the run that a black box is of, to rerun one step of it here.
+
+    Args:
+        config_type: of the run's task; with the parts data, optim, saving, launch and placement.
+    """
+    parser = Parser(description="rerun the step that a run's black box holds", allow_abbrev=False)
+    parser.add_argument("--replay", required=True, type=folder, metavar="RUN/failed")
+    parser.add_argument("data", nargs="?", type=non_empty, metavar="DIR", help="if it has moved")
+    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N")
+    add_options(parser, config_type, only=["launch"])
+    options = parser.parse_args(argv)
+    state = options.replay / FAILED_STATE
+    try:
+        saved = read_checkpoint(state)
+        about, flat = saved["failed"], saved["args"]
+    except (FileNotFoundError, CheckpointError, KeyError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        parser.error(
+            f"--replay: expected RUN/failed, which a run leaves when a step fails: {reason}"
+        )
+    flat = {**flat, **_REPLAYED, "workers": options.workers, "seed_given": True}
+    flat |= {"data": options.data or flat["data"], "replay": str(options.replay)}
+    flat |= {"checkpoint": str(state), "max_steps": about["step"] + 1}
+    flat["save_dir"] = f"{tempfile.gettempdir()}/replay-{secrets.token_hex(4)}"
+    with refusals(parser):
+        launch = make_parts(options, config_type, only=["launch"])["launch"]
+        parts = {name: from_flat(part, flat) for name, part in parts_of(config_type).items()}
+        placement = place(launch)
+        config = config_type(**{**parts, "launch": launch, "placement": placement})
+    check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
+    return config
+
+
+# What a replay does without, whatever the run did.
+_REPLAYED = {"resume": None, "init_from": None, "knn_every": 0, "profile": False, "compile": False}
+
+
+def checked(config: Config, outputs: int) -> Config:
+    """The config of a training, its memory format settled.
+
+    Raises:
+        ValueError: an unknown arch, a stem or image size that does not fit it, no compiler.
+    """
+    arch, size = config.encoder, config.views.image_size
+    encoder = encoders.build_encoder(
+        arch.arch, outputs, image_size=size, small_stem=arch.small_stem
+    )
+    encoders.check_image_size(encoder, size)
+    device = torch.device(config.placement.devices[0])
+    if config.speed.channels_last is None:
+        helps = channels_last_helps(device, config.optim.amp)
+        config = replace(config, speed=replace(config.speed, channels_last=helps))
+    if config.speed.compile:
+        _check_compiler(device)
+    return config
+
+
+def _check_compiler(device: torch.device) -> None:
+    """torch.compile makes C++ code for a CPU, and on a GPU Triton compiles its launcher in C."""
+    if device.type == "cpu":
+        usual = ["clang++" if sys.platform == "darwin" else "g++"]
+        variable, language = "CXX", "C++"
+    else:
+        usual, variable, language = ["gcc", "clang", "cc"], "CC", "C"
+    names = [os.environ[variable]] if os.environ.get(variable) else usual
+    if not any(map(shutil.which, names)):
+        raise ValueError(
+            f"--compile needs a {language} compiler, and {' or '.join(names)} is not on the PATH; "
+            f"install one, name it in the environment variable {variable}, or leave out --compile"
+        )

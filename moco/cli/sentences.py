@@ -1,0 +1,36 @@
+"""The command line of train_sentences.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from moco.cli.folders import training_folder
+from moco.cli.options import add_options, make_parts, refusals, settle
+from moco.cli.parser import Parser
+from moco.config import SentenceConfig
+
+
+def sentence_parser() -> argparse.ArgumentParser:
+    parser = Parser(description="two sentence encoders by Quick-Thought", allow_abbrev=False)
+    add_options(parser, SentenceConfig)
+    return parser
+
+
+def sentence_config(argv: Sequence[str] | None = None) -> SentenceConfig:
+    """The config that a command line of train_sentences.py describes; else exit status 2."""
+    parser = sentence_parser()
+    options = parser.parse_args(argv)
+    with refusals(parser):
+        config = SentenceConfig(**settle(make_parts(options, SentenceConfig)))
+    text = Path(config.data.data)
+    if not text.is_file():
+        parser.error(
+            f"{text} is a folder, expected a text file"
+            if text.is_dir()
+            else f"no such text: {text}"
+        )
+    name = f"sentences-{config.objective.slug()}"
+    return replace(config, saving=training_folder(parser, config, name))
