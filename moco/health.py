@@ -98,7 +98,7 @@ def judge(seen: Seen) -> Health:
     if now.uniformity > COLLAPSED and (shrunk or (old and moved >= UNMOVED)):
         return Health(
             COLLAPSING,
-            f"features of all images are near one point, where both numbers are 0: {places}",
+            f"all features are near one point, where both numbers are 0: {places}",
         )
     if seen.step < seen.filled:
         return Health(

@@ -72,9 +72,9 @@ def shown(value: object) -> object:
     return printable(value) if isinstance(value, str) else value
 
 
-def check_content(content: dict, path: Path) -> None:
-    """Refuse tensors that are larger than the file and, in what is trained, numbers that are not
-    finite and variances below zero."""
+def check_content(content: dict, path: Path, *, finite: bool = True) -> None:
+    """Refuse tensors that are larger than the file and, if `finite`, numbers in what is trained
+    that are not finite and variances below zero."""
     size = path.stat().st_size
     trained = content
     if "state_dict" in content:
@@ -87,7 +87,7 @@ def check_content(content: dict, path: Path) -> None:
             raise damaged(path, f"{name} declares more numbers than the file holds")
         if total > _MOST_SHARING * size:
             raise damaged(path, "its tensors together declare more numbers than the file holds")
-        if keys[0] not in trained:
+        if not finite or keys[0] not in trained:
             continue
         lowest, highest = _range(tensor)
         if not (math.isfinite(lowest) and math.isfinite(highest)):

@@ -159,7 +159,9 @@ class _Sink:
 # ------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str | os.PathLike, *, sha256: str | None = None) -> dict:
+def read_checkpoint(
+    path: str | os.PathLike, *, sha256: str | None = None, failed: bool = False
+) -> dict:
     """Read a checkpoint or state dict of any origin onto the CPU, without running code from it.
 
     Of detectron2's pickles the arrays come as tensors; of this project's safetensors the tensors
@@ -177,6 +179,7 @@ def read_checkpoint(path: str | os.PathLike, *, sha256: str | None = None) -> di
         path: the file.
         sha256: the hash that the file must have, or its first 8 digits or more; default: the one
             in its name, if any.
+        failed: the file is the black box of a run, whose numbers need not be finite.
 
     Raises:
         FileNotFoundError: no such file.
@@ -186,7 +189,7 @@ def read_checkpoint(path: str | os.PathLike, *, sha256: str | None = None) -> di
         ValueError: `sha256` is no hash.
     """
     path, sha256 = Path(path), checked_digits(sha256)
-    content, unchecked = read_unwarned(path)
+    content, unchecked = read_unwarned(path, failed=failed)
     if sha256 is not None:
         check_hash(path, sha256, path)
     elif not check_name(path) and unchecked:
@@ -218,7 +221,7 @@ def warn_of(name: object, kind: str) -> None:
     )
 
 
-def read_unwarned(path: Path) -> tuple[dict, str | None]:
+def read_unwarned(path: Path, *, failed: bool = False) -> tuple[dict, str | None]:
     """`read_checkpoint` without hash and warning; and the kind of file that a warning is due of."""
     if path.is_dir():
         raise FileNotFoundError(f"no such checkpoint: {path} is a folder; give a file in it")
@@ -226,7 +229,7 @@ def read_unwarned(path: Path) -> tuple[dict, str | None]:
         raise FileNotFoundError(f"no such checkpoint: {path}")
     try:
         content, unchecked = _read(path)
-        check_content(content, path)
+        check_content(content, path, finite=not failed)
         expected = content.pop("checksum", None)
         if expected is not None and expected != checksum(content):
             raise damaged(path, "its content does not match its checksum")

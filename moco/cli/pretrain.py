@@ -1,13 +1,11 @@
-"""The command line of main_moco.py, with --preset, and --replay of any training."""
+"""The command line of main_moco.py, with --preset."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -15,24 +13,20 @@ from typing import Any, TypeVar
 import torch
 
 from moco import encoders
-from moco.checkpoint import read_checkpoint
 from moco.cli.folders import check_data_folder, training_folder
 from moco.cli.options import add_options, make_parts, refusals, settle
-from moco.cli.parser import Parser, folder, non_empty
+from moco.cli.parser import Parser
+from moco.cli.replay import replayed_config
 from moco.config import (
     CHOSEN,
     InBatchConfig,
     PretrainConfig,
-    from_flat,
     objective_slug,
-    parts_of,
     small_preset,
 )
 from moco.data.images import open_images, typical_side
-from moco.errors import CheckpointError, DataError
-from moco.launch import place
+from moco.errors import DataError
 from moco.precision import channels_last_helps
-from moco.run_files import FAILED_STATE
 
 Config = TypeVar("Config", PretrainConfig, InBatchConfig)
 
@@ -45,9 +39,8 @@ def pretrain_parser() -> argparse.ArgumentParser:
 
 def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
     """The config that a command line of main_moco.py describes; else exit status 2."""
-    words = sys.argv[1:] if argv is None else argv
-    if any(word.partition("=")[0] == "--replay" for word in words):
-        return replay_config(words, PretrainConfig)
+    if config := replayed_config(argv, PretrainConfig, _check_data):
+        return config
     parser = pretrain_parser()
     options = parser.parse_args(argv)
     chosen = ""
@@ -58,10 +51,14 @@ def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
         parts["preset"] = replace(parts["preset"], chosen=chosen)
         config = PretrainConfig(**settle(parts))
         config = checked(config, config.encoder.moco_dim)
-    check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
+    _check_data(parser, config)
     encoder = config.encoder
     name = f"moco-{encoder.arch}-{objective_slug(config.objective)}-k{encoder.moco_k}"
     return replace(config, saving=training_folder(parser, config, name))
+
+
+def _check_data(parser: argparse.ArgumentParser, config: PretrainConfig) -> None:
+    check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
 
 
 def _with_preset(
@@ -98,44 +95,6 @@ def _as_flag(parser: argparse.ArgumentParser, name: str, value: Any) -> str:
     if action.nargs == 0:
         return flag if value == action.const else ""
     return f"{flag} {value:g}" if isinstance(value, float) else f"{flag} {value}"
-
-
-def replay_config(argv: Sequence[str], config_type: type) -> Any:
-    """The config of the run that a black box is of, to rerun one step of it here.
-
-    Args:
-        config_type: of the run's task; with the parts data, optim, saving, launch and placement.
-    """
-    parser = Parser(description="rerun the step that a run's black box holds", allow_abbrev=False)
-    parser.add_argument("--replay", required=True, type=folder, metavar="RUN/failed")
-    parser.add_argument("data", nargs="?", type=non_empty, metavar="DIR", help="if it has moved")
-    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N")
-    add_options(parser, config_type, only=["launch"])
-    options = parser.parse_args(argv)
-    state = options.replay / FAILED_STATE
-    try:
-        saved = read_checkpoint(state)
-        about, flat = saved["failed"], saved["args"]
-    except (FileNotFoundError, CheckpointError, KeyError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        parser.error(
-            f"--replay: expected RUN/failed, which a run leaves when a step fails: {reason}"
-        )
-    flat = {**flat, **_REPLAYED, "workers": options.workers, "seed_given": True}
-    flat |= {"data": options.data or flat["data"], "replay": str(options.replay)}
-    flat |= {"checkpoint": str(state), "max_steps": about["step"] + 1}
-    flat["save_dir"] = f"{tempfile.gettempdir()}/replay-{secrets.token_hex(4)}"
-    with refusals(parser):
-        launch = make_parts(options, config_type, only=["launch"])["launch"]
-        parts = {name: from_flat(part, flat) for name, part in parts_of(config_type).items()}
-        placement = place(launch)
-        config = config_type(**{**parts, "launch": launch, "placement": placement})
-    check_data_folder(parser, config.data, {"pretrain": config.optim.batch_size})
-    return config
-
-
-# What a replay does without, whatever the run did.
-_REPLAYED = {"resume": None, "init_from": None, "knn_every": 0, "profile": False, "compile": False}
 
 
 def checked(config: Config, outputs: int) -> Config:

@@ -10,6 +10,7 @@ from pathlib import Path
 from moco.cli.folders import training_folder
 from moco.cli.options import add_options, make_parts, refusals, settle
 from moco.cli.parser import Parser
+from moco.cli.replay import replayed_config
 from moco.config import SentenceConfig
 
 
@@ -21,10 +22,18 @@ def sentence_parser() -> argparse.ArgumentParser:
 
 def sentence_config(argv: Sequence[str] | None = None) -> SentenceConfig:
     """The config that a command line of train_sentences.py describes; else exit status 2."""
+    if config := replayed_config(argv, SentenceConfig, _check_text):
+        return config
     parser = sentence_parser()
     options = parser.parse_args(argv)
     with refusals(parser):
         config = SentenceConfig(**settle(make_parts(options, SentenceConfig)))
+    _check_text(parser, config)
+    name = f"sentences-{config.objective.slug()}"
+    return replace(config, saving=training_folder(parser, config, name))
+
+
+def _check_text(parser: argparse.ArgumentParser, config: SentenceConfig) -> None:
     text = Path(config.data.data)
     if not text.is_file():
         parser.error(
@@ -32,5 +41,3 @@ def sentence_config(argv: Sequence[str] | None = None) -> SentenceConfig:
             if text.is_dir()
             else f"no such text: {text}"
         )
-    name = f"sentences-{config.objective.slug()}"
-    return replace(config, saving=training_folder(parser, config, name))

@@ -78,6 +78,7 @@ from moco.config.pretrain import (
 from moco.config.resume import (
     LEARNED,
     SAMPLE_ORDER,
+    config_of,
     learned_names,
     learned_values,
     learning_changes,

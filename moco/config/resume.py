@@ -32,7 +32,8 @@ def _by_class(resume: str, config: type) -> dict[str, Any]:
     }
 
 
-def _config_of(flat: Mapping[str, Any]) -> type:
+def config_of(flat: Mapping[str, Any]) -> type:
+    """The type of the config with these flat values."""
     return _CONFIGS.get(flat.get("task"), PretrainConfig)
 
 
@@ -50,7 +51,7 @@ SAMPLE_ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_
 def learned_names(flat: Mapping[str, Any]) -> tuple[str, ...]:
     """Flat names of all that decides what a run with these flat values learns: runs that differ in
     one of them are other runs."""
-    names = _by_class(LEARNS, _config_of(flat))
+    names = _by_class(LEARNS, config_of(flat))
     kept = (name for name in names if name not in _OBJECTIVE or name == "symmetric")
     return (*kept, *_DERIVED, "objective")
 
@@ -62,7 +63,7 @@ def learned_values(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Of flat values those that decide what is learned, the objective as its formula."""
     names = learned_names(flat)
     values = {name: flat[name] for name in names if name in flat and name != "objective"}
-    is_moco = _config_of(flat) is PretrainConfig
+    is_moco = config_of(flat) is PretrainConfig
     formula = objective_formula(flat) if is_moco else flat.get("objective")
     return values if formula is None else {**values, "objective": formula}
 
@@ -75,7 +76,7 @@ def learning_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """
     if not saved:
         return []
-    fields = _by_class(LEARNS, _config_of(now))
+    fields = _by_class(LEARNS, config_of(now))
     since = {n: v for n, v in fields.items() if v is not UNKNOWN}
     before = learned_values({**since, **groups_of_old_files(saved), **saved})
     after = learned_values(now)
@@ -88,7 +89,7 @@ def learning_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 def rounding_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is computed otherwise than before, so that the run goes on, but not bit for bit."""
-    fields = _by_class(ROUNDS, _config_of(now))
+    fields = _by_class(ROUNDS, config_of(now))
     return _changed({**fields, **_only(saved, fields)}, now) if saved else []
 
 

@@ -1,4 +1,4 @@
-"""Rerun the step that a black box holds (main_moco.py --replay RUN/failed), and say what was in it.
+"""Rerun the step that a black box holds (--replay RUN/failed), and say what was in it.
 
 The loop is the run's own: it goes on from the black box as from a checkpoint, up to the step that
 went wrong. There the losses are looked at before the optimizer could: norms of each layer's output,
@@ -45,7 +45,7 @@ def watched(task: type[Task], config: Any, at_exit: contextlib.ExitStack) -> typ
         raise TrainingError("--replay: this command cannot rerun a step")
     if distributed.is_main():
         at_exit.callback(shutil.rmtree, config.saving.save_dir, ignore_errors=True)
-    about = read_checkpoint(folder / FAILED_STATE)["failed"]
+    about = read_checkpoint(folder / FAILED_STATE, failed=True)["failed"]
     distributed.print_main(f"rerunning step {about['step']} ({about['kind']}: {about['text']})")
     return type(f"Watched{task.__name__}", (_Watched, task), {"about": about, "folder": folder})
 
@@ -101,8 +101,8 @@ class _Watched(Task):
             self.show(pictures, [rows[first : first + SHOWN_TOGETHER] for rows in batch])
         path = self.folder / f"replay{suffix}.json"
         write_json(path, _printable({**self.about, "rank": rank, "parts": self.parts}))
-        said = "\n".join([*_lines(self.parts[-1]), self._verdict(), f"written: {path}, "
-                          f"{pictures.count} picture(s) of {images} images"])  # fmt: skip
+        shown = f", {pictures.count} picture(s) of {images} images" if pictures.count else ""
+        said = "\n".join([*_lines(self.parts[-1]), self._verdict(), f"written: {path}{shown}"])
         said = said if distributed.world_size() == 1 else f"rank {rank}\n{said}"
         distributed.print_main("\n".join(distributed.gather_objects(said)))
 
@@ -120,8 +120,12 @@ class _Outputs:
         self.layers: dict[str, dict[str, Any]] = {}
         self.first: str | None = None
         self.slopes: str | None = None  # first gradient of an output that is not finite
-        for name, parameter in module.named_parameters():
-            self.note(f"weight {name}", parameter)
+        for kind, named in (
+            ("weight", module.named_parameters()),
+            ("buffer", module.named_buffers()),
+        ):
+            for name, tensor in named:
+                self.note(f"{kind} {name}", tensor)
 
     def note(self, name: str, tensor: Tensor) -> None:
         if self.first is None and not tensor.isfinite().all():
@@ -129,6 +133,8 @@ class _Outputs:
 
     def seen(self, name: str, layer: nn.Module, output: Any) -> None:
         """A forward hook."""
+        while isinstance(output, tuple):  # of a recurrent layer, packed: outputs come first
+            output = output[0]
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         self.note(f"output of {name}", output)

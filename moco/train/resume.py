@@ -38,7 +38,7 @@ def settle(
         (config.optim.seed, config.saving.save_dir, config.saving.checkpoint)
     )
     lock = hold_on_main(folder, at_exit)
-    path, saved = _find_checkpoint(path, folder)
+    path, saved = _find_checkpoint(path, folder, failed=config.saving.replay is not None)
     optim = replace(config.optim, seed=seed)
     saving = replace(config.saving, save_dir=folder, checkpoint=path)
     config = replace(config, optim=optim, saving=saving)
@@ -62,7 +62,9 @@ def _as_before(config: Any, saved: dict, path: str) -> Any:
         raise CheckpointError(f"{path} cannot go on here: {error}") from error
 
 
-def _find_checkpoint(path: str | None, folder: Path) -> tuple[str | None, dict | None]:
+def _find_checkpoint(
+    path: str | None, folder: Path, *, failed: bool
+) -> tuple[str | None, dict | None]:
     """The checkpoint to go on from, for "auto" the newest that is whole. Rank 0 reads and checks
     it; the others map that very file, or are handed its content where one of them does not see it
     (another state of a shared folder, or none)."""
@@ -72,7 +74,7 @@ def _find_checkpoint(path: str | None, folder: Path) -> tuple[str | None, dict |
             if path == "auto":
                 found = checkpoint.newest_valid(folder, distributed.print_main)
             else:
-                found = path, checkpoint.read_checkpoint(path)
+                found = path, checkpoint.read_checkpoint(path, failed=failed)
         except (CheckpointError, OSError) as caught:
             error = caught
         mark = checkpoint.fingerprint(Path(found[0])) if found else None

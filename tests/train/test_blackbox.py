@@ -15,7 +15,10 @@ from PIL import Image
 
 import main_moco
 from moco import checkpoint
+from moco.errors import CheckpointError
 from moco.train.blackbox import SpikeAlarm
+from moco.train.guards import CollapseAlarm
+from scripts import train_in_batch, train_sentences
 
 FLAGS = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 --moco-dim 16 --mlp --epochs 2 "
@@ -28,9 +31,9 @@ def run(elsewhere) -> Path:
     return elsewhere / "run"
 
 
-def replayed(run: Path, capsys) -> tuple[dict, str]:
+def replayed(run: Path, capsys, command=main_moco) -> tuple[dict, str]:
     capsys.readouterr()
-    main_moco.main(["--replay", str(run / "failed"), "--device", "cpu"])
+    command.main(["--replay", str(run / "failed"), "--device", "cpu"])
     said = capsys.readouterr().out
     return json.loads((run / "failed" / "replay.json").read_text()), said
 
@@ -104,8 +107,6 @@ def every(steps: int):
 
 def test_a_collapse_leaves_a_black_box(data, run, capsys) -> None:
     """Features that the alarm calls one point, because it wants them to spread beyond reason."""
-    from moco.train.guards import CollapseAlarm
-
     least, CollapseAlarm.LEAST_STD = CollapseAlarm.LEAST_STD, 2.0
     try:
         flags = ["--collapse-steps", "2", "--max-steps", "3", "--save-dir", str(run), str(data)]
@@ -115,6 +116,39 @@ def test_a_collapse_leaves_a_black_box(data, run, capsys) -> None:
     about = json.loads((run / "failed" / "failed.json").read_text())
     assert (about["kind"], about["epoch"], about["step"]) == ("collapse", 0, 2)
     assert replayed(run, capsys)[0]["parts"][0]["feature_std"] < 2
+
+
+def test_a_step_within_the_batch_is_rerun_from_numbers_that_are_not_finite(data, run, capsys):
+    """Running variances that overflow in the step before show in no loss of training."""
+    flags = "-a resnet8 --image-size 16 -b 5 -j 0 --device cpu --seed 0 --knn-every 0 --lr 1e9"
+    argv = [*flags.split(), "--save-dir", run, data]
+    status, line = refusal(train_in_batch.main, argv, capsys)
+    assert status == 1 and f"--replay {run / 'failed'} reruns that step" in line
+    file = run / "failed" / "before.pth.tar"
+    content = checkpoint.read_checkpoint(file, failed=True)
+    content["state_dict"]["module.encoder_q.bn1.running_var"].fill_(math.inf)
+    checkpoint.write_checkpoint(file, content)
+    with pytest.raises(CheckpointError, match="running_var"):
+        checkpoint.read_checkpoint(file)
+    found, said = replayed(run, capsys, train_in_batch)
+    (part,) = found["parts"]
+    assert part["first_not_finite"] == "buffer encoder_q.bn1.running_var"
+    assert "written: " in said and "1 picture(s) of 5 images" in said
+    status, line = refusal(main_moco.main, ["--replay", run / "failed"], capsys)
+    assert status == 2 and "is of scripts/train_in_batch.py, which reruns its step" in line
+
+
+def test_a_step_of_sentences_is_rerun(run, monkeypatch, capsys) -> None:
+    text = run.with_name("text.txt")
+    text.write_text("".join(f"number {i} sat on mat {i % 7}\n" for i in range(60)))
+    monkeypatch.setattr(CollapseAlarm, "LEAST_STD", 20.0)
+    flags = "--emb 4 --hidden 4 --vocab 20 --val-sentences 10 -b 10 -p 1 --collapse-steps 2"
+    argv = [*flags.split(), "--device", "cpu", "--max-steps", 3, "--save-dir", run, text]
+    train_sentences.main([*map(str, argv)])
+    found, said = replayed(run, capsys, train_sentences)
+    (part,) = found["parts"]
+    assert found["kind"] == "collapse" and part["layers"]["f.gru"]["output"] > 0
+    assert "all of it is finite" in said and "picture" not in said
 
 
 def test_what_is_no_black_box_is_refused(run, capsys) -> None:
