@@ -25,7 +25,7 @@ common=(-a resnet8x2s2 --images-per-class "$IMAGES" --batch-size 128 --seed 0 --
         --crop-scale 0.2 1 --mean 0.4914 0.4822 0.4465 --std 0.2023 0.1994 0.2010
         --knn-every 0 --resume auto)
 moco=("$PYTHON" "$ROOT/main_moco.py" "${common[@]}" --aug-plus --no-blur
-      --moco-dim 2 --moco-k 1024 --moco-m 0.99)
+      --moco-dim 2 --moco-k 1024 --moco-m 0.99 --bn-splits 1)
 
 contrastive=$OUT/contrastive/checkpoint_$(printf %04d $((EPOCHS - 1))).pth.tar
 [ -f "$contrastive" ] || "${moco[@]}" --epochs "$EPOCHS" --lr 0.06 --wd 5e-4 --cos \
