@@ -523,7 +523,7 @@ def test_what_people_keep_beside_weights(
         encoder, info = load_encoder(path)
     for key, (_, wanted) in BESIDE.items():
         assert_same(found[key], wanted, key)
-    assert found["phase"] == f"<{__name__}.Phase>"
+    assert protocol < 2 or found["phase"] == f"<{__name__}.Phase>"
     with torch.no_grad():
         assert torch.equal(encoder(IMAGES), features)
     assert info["args"] == {"model": "resnet18", "lr": 0.1}
