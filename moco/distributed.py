@@ -13,13 +13,15 @@ import inspect
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from moco.errors import TrainingError
 
 _timeout = timedelta(minutes=30)  # of all that ranks do together; see `set_timeout`
 
@@ -179,6 +181,30 @@ def is_communication_error(error: RuntimeError) -> bool:
         return True
     text = str(error).lower()
     return is_active() and any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+
+
+@contextlib.contextmanager
+def failure_names_ranks(when: Callable[[], str] = str) -> Iterator[None]:
+    """A collective that fails (a rank has ended, was killed, or hangs) ends in one line that says
+    which rank does not answer.
+
+    Args:
+        when: gives words for that line, " in epoch 3, step 14".
+
+    Raises:
+        TrainingError: in place of that of the collective.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, TrainingError) or not is_communication_error(error):
+            raise
+        silent = ", ".join(map(str, silent_ranks()))
+        raise TrainingError(
+            f"rank {rank()} could not talk to the others{when()}"
+            + (f"; no answer from rank {silent}" if silent else "")
+            + f": {' '.join(str(error).split())[:300]}; go on with --resume auto"
+        ) from error
 
 
 def silent_ranks(seconds: float = 5) -> list[int]:

@@ -32,14 +32,18 @@ class TrainingError(RuntimeError):
 @contextlib.contextmanager
 def report_user_errors() -> Iterator[None]:
     """Print an error that the user can act on in one line, and exit with status 1, or 75 where
-    another try may succeed; other errors raise.
+    another try may succeed; other errors raise. Memory that is not there is such an error.
     Ctrl-C ends in one line too, with status 130."""
     try:
         yield
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except (DataError, CheckpointError, TrainingError, OSError) as error:
+    except (MemoryError, RuntimeError, ValueError, OSError) as error:
+        if not isinstance(error, (DataError, CheckpointError, TrainingError, OSError)):
+            if not _is_lack_of_memory(error):
+                raise
+            error = TrainingError(f"{_OUT_OF_MEMORY}: {str(error) or 'no more is given'}")
         lines = str(error).strip().splitlines()
         if any(line.startswith("Original Traceback") for line in lines):
             # A loader process puts its own trace in front of the error that it raised.
@@ -48,3 +52,12 @@ def report_user_errors() -> Iterator[None]:
         message = f"{Path(sys.argv[0]).name}: error: {printable(message)}"
         print(message, file=sys.stderr, flush=True)
         sys.exit(getattr(error, "exit_status", 1))
+
+
+_OUT_OF_MEMORY = "out of memory; choose a smaller batch, image size or encoder"
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Python's, torch's on a GPU, or torch's on a CPU, which is a RuntimeError."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or "can't allocate" in str(error)

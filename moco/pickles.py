@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import pickletools
+import re
 import struct
 import sys
 import zipfile
@@ -169,8 +170,21 @@ class _Machine:
     def persistent(self, _: object) -> None:
         self.stack.append(Call(PERSISTENT, (self.stack.pop(),)))
 
+    def persistent_text(self, text: str) -> None:
+        """Of protocol 0, which has the tuple that torch gave as text: torch.load cannot read it."""
+        found = _STORAGE_TEXT.fullmatch(text)
+        if not found:
+            raise ValueError(f"a storage that is none of torch's: {text[:100]}")
+        kind, key, place, count = found.groups()
+        storage = ("storage", Call(kind), key, place, int(count), None)
+        self.stack.append(Call(PERSISTENT, (storage,)))
+
 
 PERSISTENT = "persistent_id"  # name of a Call for what lies outside of the pickle
+_STORAGE_TEXT = re.compile(
+    r"\('storage', <class '(torch\.[\w.]{1,40})'>, '(\d{1,20})', '([\w:]{0,40})', (\d{1,18})"
+    r"(?:, None)?\)"
+)
 _LITERALS = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING UNICODE "
     "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 FLOAT "
@@ -211,20 +225,30 @@ _OPERATIONS: dict[str, Callable[[_Machine, object], None]] = {
     "NEWOBJ_EX": lambda m, _: m.new(has_keywords=True),
     "BUILD": _Machine.build,
     "BINPERSID": _Machine.persistent,
+    "PERSID": _Machine.persistent_text,
 }  # fmt: skip
 
 
 def checked_key(key: object) -> object:
     """A key whose hash is known at once and is shared by no other: a nested tuple takes longer than
     anybody waits, and whole numbers from 2^61 on can be chosen to have one hash, as can tuples: of
-    a short one its text is the key."""
+    a short one its text is the key. One of numpy's numbers or texts is a plain one."""
+    if isinstance(key, Call) and key.name == NUMPY_SCALAR:
+        key = _numpy_scalar(key, Values(_LONGEST_KEY), 0)
+    elif isinstance(key, Call) and key.args is None:  # torch.float32
+        return Inert(f"<{key.name}>")
     if _is_plain_key(key):
         return key
     if type(key) is tuple and len(key) <= 8 and all(map(_is_plain_key, key)):
         text = repr(tuple(k[:20] if type(k) in (str, bytes) else k for k in key))
         return Inert(text)
     what = "large number" if type(key) is int else type(key).__name__
+    what = key.name if isinstance(key, Call) else what
     raise Refused(f"a {what} is the key of a dict, where text and numbers are expected")
+
+
+NUMPY_SCALAR = "numpy._core.multiarray.scalar"
+_LONGEST_KEY = 1000  # bytes of one of numpy's texts
 
 
 def _is_plain_key(key: object) -> bool:
@@ -360,9 +384,12 @@ def _bytes(call: Call, values: Values, depth: int) -> bytes:
 
 
 def _by_protocol_0(call: Call, values: Values, depth: int) -> object:
-    """copyreg._reconstructor(class, object, None)."""
+    """copyreg._reconstructor(class, object, None), or of a class that is a dict or a list (class,
+    dict, content)."""
     new = Call(call.args[0].name, ())
     new.state, new.items = call.state, call.items
+    if new.items is None and isinstance(call.args[2], (dict, list)):
+        new.items = call.args[2]
     return values.plain(new, depth)
 
 
@@ -405,7 +432,7 @@ _RULES: dict[str, Callable[[Call, Values, int], object]] = {
     **dict.fromkeys(("builtins.complex", "builtins.range", "builtins.slice", "functools.partial",
                      "numpy.dtype", "torch.device", "torch.serialization._get_layout"), _inert),
     "copyreg._reconstructor": _by_protocol_0,
-    "numpy._core.multiarray.scalar": _numpy_scalar,
+    NUMPY_SCALAR: _numpy_scalar,
 }  # fmt: skip
 
 

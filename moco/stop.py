@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 # What clusters send before they take a job's machines away, and terminals that go away.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -57,8 +59,15 @@ class AgreedStop(SystemExit):
     """All ranks end together, and none waits for another."""
 
 
-def ignore_stop_signals(_: int = 0) -> None:
-    """For loader processes. A request to stop is sent to all processes of a job, and loaders must
-    live on until the training process has finished its step; they end with it."""
-    for number in (*STOP_SIGNALS, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Start loader processes within it: what starts here never hears a request to stop. That is
+    sent to all processes of a job, and loaders must live on until the training process has finished
+    its step; they end with it. This process hears afterwards what came meanwhile."""
+    # A mask holds from a process's first moment on; torch's workers take SIGTERM to heart before
+    # they call anything of ours.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOP_SIGNALS, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from moco.errors import DataError  # noqa: E402
 from moco.printable import printable
 from moco.run_files import write_text  # noqa: E402
 from moco.runs import command  # noqa: E402
@@ -42,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(parser: command.Parser, folders: Sequence[str], out: Path, table: Path | None) -> None:
     # What takes seconds to import is imported here, where Ctrl-C ends in one line.
-    from moco.runs import report
+    try:
+        from moco.runs import report
+    except DataError as error:  # a package is missing
+        parser.refuse(error, status=1)
     from moco.runs.compare import Comparison
     from moco.runs.folder import read_runs
 

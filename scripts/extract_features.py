@@ -39,6 +39,7 @@ from moco.errors import report_user_errors
 from moco.evaluate.extraction import LAYERS, Loading, folder_features, load_image_encoder
 from moco.evaluate.feature_files import SUFFIXES, write_features
 from moco.launch import usable_cores, visible_devices
+from moco.packages import import_optional
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,6 +100,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with report_user_errors():
+        if args.out.suffix == ".safetensors":
+            import_optional("safetensors.torch", f"to write {args.out}")
         encoder = load_image_encoder(
             args.checkpoint, layer=args.layer,
             image_size=args.image_size, mean=args.mean, std=args.std,

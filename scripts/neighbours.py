@@ -26,6 +26,7 @@ from moco.evaluate.extraction import Loading, choose_images
 from moco.evaluate.neighbours import contact_sheet, find_neighbours, page, share_of_same_label
 from moco.evaluate.transfer import open_encoder
 from moco.launch import usable_cores, visible_devices
+from moco.packages import import_optional
 from moco.run_files import write_text
 
 
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     with report_user_errors():
+        import_optional("jinja2", "the page")
         encoder = open_encoder(args.encoder, args.image_size)
         images, _ = choose_images(args.dataset, Path(args.data), args.split, args.images_per_class)
         rows = find_neighbours(

@@ -36,6 +36,7 @@ from moco.checkpoint.content import check_content, checksum
 from moco.checkpoint.formats import ABOUT, read_arrays, read_old, read_safetensors, read_zip
 from moco.checkpoint.hashes import check_hash, check_name, checked_digits
 from moco.checkpoint.refusals import (
+    OLD_TEXT,
     RESAVE,
     ZIP,
     MaybeGood,
@@ -260,7 +261,7 @@ def _read(path: Path) -> tuple[dict, str | None]:
         content, unchecked = read_safetensors(path), "safetensors"
     elif head.startswith(ZIP):
         content, unchecked = read_zip(path), None
-    elif _OLD in head[:32]:
+    elif _OLD in head[:32] or head.startswith(OLD_TEXT):
         content, unchecked = read_old(path), "old"
     else:
         content, unchecked = read_arrays(path), "arrays"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from moco.errors import CheckpointError
 
 ZIP = b"PK\x03\x04"  # begins what torch.save writes since 1.6
-PICKLE = b"\x80"  # begins a pickle, and what torch.save wrote before
+PICKLE = b"\x80"  # begins a pickle, and what torch.save wrote before; with protocol 0 or 1:
+OLD_TEXT = b"L%dL\n." % torch.serialization.MAGIC_NUMBER
 RESAVE = "Save a dict of tensors, such as module.state_dict()"
 UNPACK = "Unpack it and give the file inside"
 
@@ -58,7 +61,7 @@ def refuse_other_files(path: Path, head: bytes) -> None:
         what, remedy = "is no safetensors file, but one of torch.save", "Rename it to end in .pth"
     elif head[8:10] == b'{"':
         what, remedy = "seems to be a safetensors file", "Rename it to end in .safetensors"
-    elif head.startswith((ZIP, PICKLE)):
+    elif head.startswith((ZIP, PICKLE, OLD_TEXT)):
         return
     else:
         kind = "a text file" if is_text else "of an unknown kind"

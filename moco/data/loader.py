@@ -20,7 +20,7 @@ from moco.data import device_views
 from moco.data.images import in_memory
 from moco.data.samples import AugmentedViews, PlainImages
 from moco.errors import DataError
-from moco.stop import ignore_stop_signals
+from moco.stop import held_back
 
 AHEAD = 2  # batches that are copied to a GPU while it still works on those before
 T = TypeVar("T")
@@ -96,6 +96,14 @@ class RankShare(Sampler):
         return iter(self.indices)
 
 
+class _Lasting(DataLoader):
+    """One with processes that no request to stop reaches; the caller has to end them."""
+
+    def __iter__(self) -> Iterator:
+        with held_back():
+            return super().__iter__()
+
+
 class TrainLoader:
     """Batches of random views on the device: (view_1, ..., view_n, target, replaced) for each of
     `batches`, a view being (N, 3, S, S) uint8, target (N,) int64 in host memory, and `replaced` one
@@ -126,11 +134,10 @@ class TrainLoader:
         if array is not None and _fits(array, device):
             self.pixels = torch.from_numpy(array).permute(0, 3, 1, 2).to(device).contiguous()
             return
-        self.workers = DataLoader(
+        self.workers = _Lasting(
             data,
             batch_sampler=batches,
             num_workers=workers,
-            worker_init_fn=ignore_stop_signals,
             generator=torch.Generator(),  # else every epoch draws from the training process's own
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -173,8 +180,8 @@ class TrainLoader:
             yield (*made, target, ("",) * len(keys))
 
     def end(self) -> None:
-        """End the loader processes. They ignore SIGTERM, by which Python ends its children at exit:
-        a training process that fails would wait for them for ever."""
+        """End the loader processes. They do not hear SIGTERM, by which Python ends its children at
+        exit: a training process that fails would wait for them for ever."""
         iterator = None if self.pixels is not None else self.workers._iterator
         if iterator is not None and self.workers.num_workers:
             iterator._shutdown_workers()
@@ -244,12 +251,12 @@ def eval_loader(
 ) -> DataLoader:
     """This rank's share of the images (perhaps none), each once over all ranks. `persistent`
     workers wait for the next pass; those that `outlive_stop` have to be ended by the caller."""
-    return DataLoader(
+    kind = _Lasting if outlive_stop else DataLoader
+    return kind(
         dataset,
         batch_size=batch_size,
         sampler=RankShare(len(dataset)),
         num_workers=workers,
-        worker_init_fn=ignore_stop_signals if outlive_stop else None,
         generator=torch.Generator(),
         pin_memory=pin_memory,
         persistent_workers=persistent and workers > 0,

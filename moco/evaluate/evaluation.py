@@ -52,8 +52,13 @@ def evaluate(device: torch.device, config: LinclsConfig) -> None:
     Exit status: 1 after an error that the user can act on, which is printed in one line; 130 after
     Ctrl-C. While classifiers train, Ctrl-C and requests to stop (then 75) save first.
     """
-    with report_user_errors(), contextlib.ExitStack() as at_exit:
+    with (
+        report_user_errors(),
+        distributed.failure_names_ranks(),
+        contextlib.ExitStack() as at_exit,
+    ):
         _evaluate(device, config, at_exit)
+        distributed.barrier()  # no rank ends well where the one that writes fails
 
 
 def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.ExitStack) -> None:

@@ -22,13 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import safetensors
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from moco import checkpoint
 from moco.errors import DataError
+from moco.packages import import_optional
 
 SUFFIXES = (".npz", ".safetensors")
 _SECOND_VIEW = ("positives", "features_2")  # the first that a file has
@@ -87,6 +86,7 @@ def write_features(path: str | os.PathLike, content: FeatureSet) -> None:
         whole["about"] = np.array(json.dumps(texts["about"]))
         checkpoint.write_atomically(path, lambda file: np.savez(file, **whole))
     elif path.suffix == ".safetensors":
+        save = import_optional("safetensors.torch", f"to write {path}").save
         data = save(arrays, {name: json.dumps(value) for name, value in texts.items()})
         checkpoint.write_atomically(path, lambda file: file.write(data))
     else:
@@ -109,6 +109,8 @@ def read_features(path: str | os.PathLike) -> FeatureSet:
     read = _read_safetensors if path.suffix.lower() == ".safetensors" else _read_npz
     try:
         arrays, texts = read(path)
+    except DataError:  # a package is missing
+        raise
     except FileNotFoundError:
         raise DataError(f"no such file of features: {path}") from None
     except Exception as error:  # a damaged file can make the readers fail in any way
@@ -179,6 +181,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    safetensors = import_optional("safetensors", f"to read {path}")
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import torch
-from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from moco.data.images import Images
 from moco.data.subsets import image_names
 from moco.errors import DataError
 from moco.evaluate.extraction import ImageEncoder, Loading, extract
+from moco.packages import import_optional
 from moco.printable import printable
 
 THUMBNAIL, CAPTION, GAP = 96, 28, 6  # pixels
@@ -152,6 +151,7 @@ def contact_sheet(rows: Sequence[Sequence[Shown]], images: Images) -> Image.Imag
 
 def page(rows: Sequence[Sequence[Shown]], images: Images, title: str) -> str:
     """The same as one HTML page that loads nothing from elsewhere; names show under the pointer."""
+    jinja2, markupsafe = (import_optional(name, "the page") for name in ("jinja2", "markupsafe"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -160,13 +160,14 @@ def page(rows: Sequence[Sequence[Shown]], images: Images, title: str) -> str:
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    pictures = {shown.index: _data(images.load(shown.index)) for row in rows for shown in row}
+    shown = {shown.index for row in rows for shown in row}
+    pictures = {index: markupsafe.Markup(_data(images.load(index))) for index in shown}
     return environment.get_template("neighbours.html.jinja").render(
         rows=rows, pictures=pictures, title=title, share=share_of_same_label(rows)
     )
 
 
-def _data(image: Image.Image) -> Markup:
+def _data(image: Image.Image) -> str:
     buffer = io.BytesIO()
     thumbnail(image).save(buffer, format="PNG")
-    return Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -14,11 +14,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 
 from moco.checkpoint import load_sentence_encoders
 from moco.data.text import Vocabulary, tokenize
@@ -26,6 +25,9 @@ from moco.errors import DataError
 from moco.evaluate.sentences import encode
 from moco.packages import import_optional
 from moco.progress import progress
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 STRENGTHS = tuple(float(2**i) for i in range(9))  # C, the inverse of the penalty's strength
 FOLDS = 10
@@ -206,7 +208,8 @@ def bag_of_words(reviews: Reviews, *, lower: bool = True) -> csr_matrix:
     columns = [sorted({number[w] for w in sentence if w in number}) for sentence in words]
     ends = np.cumsum([0, *map(len, columns)])
     flat = np.array([i for row in columns for i in row], np.int32)
-    return csr_matrix((np.ones(len(flat)), flat, ends), (len(words), len(number)))
+    sparse = import_optional("scipy.sparse", "a bag of words")
+    return sparse.csr_matrix((np.ones(len(flat)), flat, ends), (len(words), len(number)))
 
 
 def evaluate_checkpoint(

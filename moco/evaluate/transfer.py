@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from moco.data.labelled import open_labelled
@@ -25,10 +24,12 @@ from moco.errors import DataError
 from moco.evaluate import logistic
 from moco.evaluate.extraction import ImageEncoder, Loading, extract, load_image_encoder
 from moco.evaluate.knn import knn_predict
+from moco.packages import import_optional
 
 SHOTS = (1, 2, 4, 8, 16)
 SHOT_PENALTY = 1e-4  # weak: there are no images to choose it by
 TESTED = ("logistic", "knn")
+MCNEMAR = "McNemar's test"
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def transfer(
         CheckpointError, DataError: an encoder or a data set that cannot be used; all of them are
             opened before any work starts.
     """
+    import_optional("scipy.stats", MCNEMAR)
     opened = [(name, *open_labelled(name, root)) for name in names]
     models = {spec: open_encoder(spec, image_size) for spec in encoders}
     found = [_on_data_set(*one, models, loading, protocol) for one in opened]
@@ -235,6 +237,7 @@ def mcnemar(first: Tensor, second: Tensor) -> dict:
     only_first = (first & ~second).sum().item()
     only_second = (second & ~first).sum().item()
     n = only_first + only_second
+    stats = import_optional("scipy.stats", MCNEMAR)
     p = stats.binomtest(only_first, n).pvalue if n else 1.0
     return {"difference": 100 * (only_first - only_second) / len(first), "p": float(p)}
 

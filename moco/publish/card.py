@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-
-import jinja2
-from markupsafe import Markup
+from typing import Any
 
 from moco.checkpoint import read_checkpoint
 from moco.errors import CheckpointError
+from moco.packages import import_optional
 from moco.printable import markdown, markdown_code, printable
 from moco.publish import export
 from moco.publish import release_files as files
 from moco.run_files import ARGS, LOG, read_log
-
-
-def _escaped(value: object) -> Markup:
-    """A value of the template as Markdown; what is Markup already stays."""
-    if isinstance(value, Markup):
-        return value
-    if isinstance(value, (list, tuple)):
-        return Markup(f"[{', '.join(map(_escaped, value))}]")
-    return Markup(markdown(value))
-
-
-_ENVIRONMENT = jinja2.Environment(
-    autoescape=True,  # so that macros give Markup; `finalize` comes before it
-    finalize=_escaped,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-_ENVIRONMENT.filters["code"] = lambda value: Markup(markdown_code(value))
-_ENVIRONMENT.filters["line"] = lambda value: Markup(printable(value))
 
 # Terms of the objective: name in the arguments and logs, name in the formula.
 _TERMS = {"align": "align(", "unif": "uniform(", "contr": "InfoNCE("}
@@ -78,8 +57,11 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
         path: (files.WEIGHTS.fullmatch(path) or [None] * 3)[2]
         for path in sorted({*files.listed(folder), files.CONFIG} - {files.CARD})
     }
+    template = _template()
+    from jinja2 import TemplateError
+
     try:
-        card = _TEMPLATE.render(
+        card = template.render(
             name=files.WEIGHTS.fullmatch(weights)[1],
             licence=licence,
             in_timm=_fits(network, "timm"),
@@ -99,7 +81,7 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
             usage=_usage(network, folder),
             in_detectron2=_fits(network, "detectron2"),
         )
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise CheckpointError(f"no model card can be made of these files: {error}") from error
     return config, card
 
@@ -134,6 +116,34 @@ def _fits(network: export.LoadedEncoder, to: str) -> bool:
     return True
 
 
-_TEMPLATE = _ENVIRONMENT.from_string(
-    Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
-)
+def check_packages() -> None:
+    """Raise DataError unless jinja2 is there; to be called before work starts."""
+    import_optional("jinja2", "a model card")
+
+
+@functools.cache
+def _template() -> Any:
+    import jinja2
+    from markupsafe import Markup
+
+    def escaped(value: object) -> Markup:
+        """A value of the template as Markdown; what is Markup already stays."""
+        if isinstance(value, Markup):
+            return value
+        if isinstance(value, (list, tuple)):
+            return Markup(f"[{', '.join(map(escaped, value))}]")
+        return Markup(markdown(value))
+
+    environment = jinja2.Environment(
+        autoescape=True,  # so that macros give Markup; `finalize` comes before it
+        finalize=escaped,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = lambda value: Markup(markdown_code(value))
+    environment.filters["line"] = lambda value: Markup(printable(value))
+    return environment.from_string(
+        Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    )

@@ -28,7 +28,7 @@ from moco.checkpoint import (
 from moco.errors import CheckpointError
 from moco.publish import export
 from moco.publish import release_files as files
-from moco.publish.card import config_and_card
+from moco.publish.card import check_packages, config_and_card
 from moco.publish.verify import verify_release
 from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT, LOG, read_log, sha256, write_json
 
@@ -83,8 +83,9 @@ def make_release(request: Request) -> dict[str, Path]:
 
     Raises:
         ValueError: see `Request.check`.
-        CheckpointError, OSError: nothing was written.
+        CheckpointError, DataError, OSError: nothing was written.
     """
+    check_packages()
     target, name = request.check()
     source = Path(request.checkpoint)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.") as inside:

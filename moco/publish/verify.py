@@ -10,12 +10,13 @@ from pathlib import Path
 from moco.checkpoint import read_checkpoint, saved_args
 from moco.publish import export
 from moco.publish import release_files as files
-from moco.publish.card import config_and_card
+from moco.publish.card import check_packages, config_and_card
 from moco.run_files import ARGS, LOG, read_log, sha256
 
 
 def verify_release(folder: str | os.PathLike) -> list[str]:
     """What is wrong with a release, one line each that names the file; [] when nothing is."""
+    check_packages()
     folder = Path(folder)
     try:
         problems = _check_sums(folder)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
+from moco.packages import import_optional
 from moco.runs.evaluations import KNN, LOGGED, LOWER, SPECTRAL, Protocol
 from moco.runs.folder import RunFolder, common_accuracy
+
+stats = import_optional("scipy.stats", "the report")
 
 # Figures that always have a column, if only an empty one; PLACE stands behind all accuracies, and
 # what else needs no labels behind it.

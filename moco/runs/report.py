@@ -10,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-import jinja2
-from markupsafe import Markup
-
+from moco.packages import import_optional
 from moco.printable import printable
 from moco.runs.compare import (
     Comparison,
@@ -22,6 +20,9 @@ from moco.runs.compare import (
     rank_correlations,
 )
 from moco.runs.folder import short_names
+
+jinja2 = import_optional("jinja2", "the report")
+Markup = import_optional("markupsafe", "the report").Markup
 
 Rows = list[list[str]]
 

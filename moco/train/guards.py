@@ -4,9 +4,8 @@ drift apart, features that collapse, images that cannot be read.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,24 +19,6 @@ from moco.train.blackbox import BlackBox, SpikeAlarm
 from moco.train.saver import BackgroundWriter, finish_saving
 from moco.train.state import TrainState
 from moco.train.task import Losses
-
-
-@contextlib.contextmanager
-def failure_names_the_step(state: TrainState) -> Iterator[None]:
-    """A collective that fails (a rank was killed, or has hung) ends in an error that says when, and
-    which rank does not answer."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not distributed.is_communication_error(error):
-            raise
-        silent = ", ".join(map(str, distributed.silent_ranks()))
-        raise TrainingError(
-            f"rank {distributed.rank()} could not talk to the others in epoch {state.epoch}, "
-            f"step {state.step}"
-            + (f"; no answer from rank {silent}" if silent else "")
-            + f": {' '.join(str(error).split())[:300]}; go on with --resume auto"
-        ) from error
 
 
 class StepGuard:

@@ -27,7 +27,11 @@ def train(device: torch.device, config: Any, *, task: type[Task]) -> None:
 
     Exit status: 75 after a request to stop, 130 after Ctrl-C, 1 after an error for the user.
     """
-    with report_user_errors(), contextlib.ExitStack() as at_exit:
+    with (
+        report_user_errors(),
+        distributed.failure_names_ranks(),
+        contextlib.ExitStack() as at_exit,
+    ):
         if config.saving.replay:
             task = watched(task, config, at_exit)
         t = build_trainer(config, task, device, at_exit)

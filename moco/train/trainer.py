@@ -17,7 +17,7 @@ from moco.precision import kernels, memory_format
 from moco.profiling import StepProfile
 from moco.progress import StepPrinter
 from moco.stop import StopRequest
-from moco.train import feasible, guards, resume
+from moco.train import feasible, resume
 from moco.train.blackbox import BlackBox
 from moco.train.clock import Rhythm, Stopwatch
 from moco.train.guards import CollapseAlarm, StepGuard
@@ -171,7 +171,9 @@ def _build_state(
         epoch=config.schedule.start_epoch,
         step=config.schedule.start_epoch * data.steps_per_epoch,
     )
-    at_exit.enter_context(guards.failure_names_the_step(state))
+    at_exit.enter_context(
+        distributed.failure_names_ranks(lambda: f" in epoch {state.epoch}, step {state.step}")
+    )
     if distributed.world_size() > 1:
         torch.manual_seed(config.optim.seed + distributed.rank())  # dropout differs between ranks
     changes = []

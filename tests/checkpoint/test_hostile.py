@@ -221,6 +221,11 @@ HARMFUL = {
         dict_with(text("x"), name("pathlib", "Path") + b")R)R"),
         "it asks for",
     ),
+    "a long key of numpy's": (pickle.dumps({np.str_("x" * 9999): 1}, 2), "many times as large"),
+    "a storage by another name": (
+        PROTO + b"}Va\nP('storage', <class 'os.system'>, '0', 'cpu', 2)\ns.",
+        "a storage that is none of torch's",
+    ),
     "a far memo": (PROTO + b"}r" + struct.pack("<I", 2**32 - 1) + STOP, "no end of values"),
 }
 

@@ -36,6 +36,27 @@ def folder(tmp_path_factory) -> FolderImages:
     return FolderImages(root)
 
 
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_a_request_to_stop_does_not_reach_a_process_that_has_just_started(kind, monkeypatch):
+    """Where torch calls this, its own handler, which ends the process, is there already, and
+    nothing of the loader has been called yet."""
+    stopped = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: exec(stopped))
+    images, one = small_images(), {"batch_size": 6, "workers": 1}
+    if kind == "train":
+        batches = EpochBatches(6, 6, seed=0)
+        loading = TrainLoader(
+            AugmentedViews(images, V1, seed=0, num_views=1), batches, workers=1, device=CPU
+        )
+        assert len(next(iter(loading))[0]) == 6
+        loading.end()
+        return
+    plain = PlainImages(images, eval_transform(16))
+    loading = loader.eval_loader(plain, **one, pin_memory=False, persistent=True, outlive_stop=True)
+    assert len(next(iter(loading))[0]) == 6
+    loading._iterator._shutdown_workers()
+
+
 # ---- A view is a function of (seed, epoch, index, view) ------------------------------------------
 
 ON_DEVICE = pytest.mark.parametrize("on_device", [False, True], ids=["cpu", "device"])

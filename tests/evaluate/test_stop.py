@@ -158,3 +158,45 @@ heads.HeadTraining.step = step
     run = Processes(tmp_path / "out", *argv, count=2, code=MAIN, before=as_on_a_gpu)
     assert run.wait() == [75, 75], run.output()
     assert load(tmp_path / "r" / LATEST)["args"]["steps_done"] == 8
+
+
+ALONE = """
+import os
+from moco.data.images import FolderImages
+from moco.evaluate import knn, linear
+def fails(*_, **__):
+    raise OSError(5, "a fault of one rank alone")
+"""
+ON_RANK_1 = 'if os.environ["RANK"] == "1": '
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("fault", "rank"),
+    [
+        (f"{ON_RANK_1}FolderImages.load = fails", 1),
+        (f"{ON_RANK_1}linear.head_accuracy = fails", 1),
+        ("linear.ClassifierWriter.write = fails", 0),  # of the last epoch: the others are done
+    ],
+)
+def test_a_fault_of_one_rank_is_a_line_on_every_rank(fault, rank, data, pretrained, tmp_path):
+    """None hangs, or ends as if all were well."""
+    argv = [*TINY, "--lr", 1, "--epochs", 1, "--knn", "--pretrained", pretrained]
+    argv += ["--save-dir", tmp_path / "r", "--timeout-minutes", 0.5, data]
+    run = Processes(tmp_path / "out", *argv, count=2, code=MAIN, before=ALONE + fault)
+    assert run.wait() == [1, 1], run.output()
+    assert "Traceback" not in run.output()
+    assert "a fault of one rank alone" in run.output(rank).splitlines()[-1]
+    last = run.output(1 - rank).splitlines()[-1]
+    assert f"rank {1 - rank} could not talk to the others; no answer from rank {rank}" in last
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_memory_that_is_not_there_is_one_line(error, data, pretrained, monkeypatch, capsys):
+    def lacks(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(HeadTraining, "step", lacks)
+    argv = [*TINY, "--lr", 1, "--epochs", 1, "--pretrained", pretrained, "--save-dir", "r", data]
+    status, line = refusal(main_lincls.main, argv, capsys)
+    assert status == 1 and "error: out of memory; choose a smaller batch" in line

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import finish, refusal, start_python, write_images
+from helpers import finish, load_script, refusal, start_python, write_images
 from matplotlib.offsetbox import AnnotationBbox
 from run_folders import ALIGN, NCE, make_measure, make_probe, make_run
 
+from moco import runs
 from moco.evaluate import feature_figures
 from moco.evaluate.feature_files import FeatureSet, read_features, write_features
 from scripts import plot_features
@@ -147,11 +148,15 @@ def test_commands_that_draw_nothing_need_no_package_for_it(tmp_path) -> None:
     np.savez(tmp_path / "a.npz", features=unit(9))
     code = """
 import sys
-for name in ("matplotlib", "sklearn", "timm", "onnx", "tensorboard"):
+for name in ("matplotlib sklearn timm onnx tensorboard scipy jinja2 markupsafe safetensors "
+             "pyarrow h5py").split():
     sys.modules[name] = None
 import main_lincls, main_moco
-from scripts import evaluate_depth, train_in_batch, train_sentences
-for command in (main_lincls, main_moco, evaluate_depth, train_in_batch, train_sentences):
+from scripts import compare_runs, evaluate_depth, evaluate_sentences, neighbours, preflight
+from scripts import release, run_recipe, sweep, train_in_batch, train_sentences, transfer
+commands = [main_lincls, main_moco, compare_runs, evaluate_depth, evaluate_sentences, neighbours]
+commands += [preflight, release, run_recipe, sweep, train_in_batch, train_sentences, transfer]
+for command in commands:
     try:
         command.main(["--help"])
     except SystemExit as ended:
@@ -169,6 +174,31 @@ except ImportError as error:
     assert status == 0, err
     assert "uniformity, t 2" in out
     assert out.endswith("needs the package matplotlib: pip install matplotlib matplotlib\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "package", "distribution"),
+    [
+        ("compare_runs", ["RUN", "--out", "a.html"], "jinja2", "jinja2"),
+        ("compare_runs", ["RUN", "--out", "a.html"], "scipy.stats", "scipy"),
+        ("neighbours", ["missing", "."], "jinja2", "jinja2"),
+        ("release", ["--verify", "."], "jinja2", "jinja2"),
+        ("transfer", ["missing", "--data", "missing"], "scipy.stats", "scipy"),
+        ("evaluate_sentences", [".", "--mr", "."], "sklearn.linear_model", "scikit-learn"),
+        ("extract_features", ["missing", ".", "a.safetensors"], "safetensors.torch", "safetensors"),
+    ],
+)
+def test_without_the_package_that_a_command_needs(
+    command, argv, package, distribution, tmp_path, capsys, monkeypatch
+) -> None:
+    """One line names it, before any file is looked at."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("report", "compare"):  # imported again
+        monkeypatch.delitem(sys.modules, f"moco.runs.{name}", raising=False)
+        monkeypatch.delattr(runs, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    status, line = refusal(load_script(command).main, argv, capsys)
+    assert status == 1 and f"needs the package {distribution}: pip install {distribution}" in line
 
 
 def test_a_map_has_equally_many_of_each_class() -> None:
