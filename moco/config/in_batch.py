@@ -228,4 +228,9 @@ class InBatchConfig:
     def to_flat(self) -> dict[str, Any]:
         """The values by their flat names, as JSON and `weights_only` can hold them."""
         flat = flat_values(self)
-        return {**flat, "task": TASK, "objective": in_batch_formula(flat)}
+        return {
+            **flat,
+            "task": TASK,
+            "objective": in_batch_formula(flat),
+            "bn_group_size": self.part_size,  # images, of two views each
+        }

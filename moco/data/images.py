@@ -264,11 +264,14 @@ def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
         if dataset == "stl10":
             name = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
             data = datasets.STL10(str(root), split=name)
+            if len(data.labels) != len(data.data) or data.labels.max() >= len(data.classes):
+                raise ValueError("labels do not belong to the images")
             return ArrayImages(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
         kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
         data = kind(str(root), train=split != "val")
         return ArrayImages(data.data, data.targets, data.classes)
-    except (RuntimeError, AttributeError) as error:  # STL-10 without its list of class names
+    # STL-10 without its list of class names; files of another size.
+    except (RuntimeError, AttributeError, OSError, ValueError) as error:
         kind = {"stl10": datasets.STL10, "cifar10": datasets.CIFAR10}.get(
             dataset, datasets.CIFAR100
         )

@@ -59,6 +59,10 @@ class ParquetImages(PackedImages):
             names.append(about[0])
             labels.append(about[1])
             own = own or about[2]
+            if about[2] not in (None, own):
+                raise DataError(
+                    f"{path} has other names of classes, or in another order, than the files before"
+                )
         self.names = Names(names)
         if not self.names:
             raise DataError(f"no images in {paths[0]} and {len(paths) - 1} more Parquet files")
@@ -85,7 +89,8 @@ class ParquetImages(PackedImages):
         with pq.ParquetFile(path) as file:
             meta, schema = file.metadata, file.schema
             columns = {schema.column(i).path: i for i in range(len(schema))}
-            image = next((name for name in columns if name.endswith(".bytes")), None)
+            images = sorted(name for name in columns if name.endswith(".bytes"))
+            image = "image.bytes" if "image.bytes" in images else next(iter(images), None)
             if image is None:
                 raise DataError(
                     f"{path} has no column of images (columns {', '.join(columns)}): expected "
@@ -107,7 +112,7 @@ class ParquetImages(PackedImages):
             labels, names = None, None
             if "label" in columns:
                 values = file.read(columns=["label"]).column(0)
-                if not values.null_count:
+                if not values.null_count and str(values.type).startswith(("int", "uint", "bool")):
                     labels = torch.tensor(values.to_pylist(), dtype=torch.int64)
                 said = (file.schema_arrow.metadata or {}).get(b"huggingface", b"{}")
                 feature = json.loads(said).get("info", {}).get("features", {}).get("label", {})

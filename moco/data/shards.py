@@ -37,7 +37,7 @@ def shard_paths(root: str | os.PathLike, split: str, dataset: str) -> list[str]:
     "pretrain" these of "train", or all files in `root` where no name tells splits apart.
 
     Raises:
-        DataError: there are none.
+        DataError: there are none, or one is a link to nothing.
     """
     suffix, root = SUFFIXES[dataset], data_folder(Path(root))
     words = {name: re.compile(rf"(^|[^a-z])({'|'.join(WORDS[name])})([^a-z]|$)") for name in WORDS}
@@ -60,19 +60,32 @@ def shard_paths(root: str | os.PathLike, split: str, dataset: str) -> list[str]:
 def _files(folder: Path, suffix: str) -> list[str]:
     if not folder.is_dir():
         return []
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_file())
-    return [
-        str(folder / name) for name in names if name.endswith(suffix) and not is_tool_made(name)
-    ]
+    names = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.name.endswith(suffix) and not is_tool_made(entry.name)
+    )
+    paths = [str(folder / name) for name in names if not (folder / name).is_dir()]
+    for path in paths:
+        if not os.path.isfile(path):
+            raise DataError(f"{path} is no file, or a link to nothing; mend it or take it away")
+    return paths
 
 
-def files_digest(paths: Sequence[str]) -> str:
-    """Changes with names, sizes and times of the files; not with where they are."""
+def files_digest(paths: Sequence[str], *, with_changes: bool = False) -> str:
+    """Changes with names, sizes and times of the files; not with where they are.
+
+    Args:
+        with_changes: also with the times that nothing but a change or a copy can set: archives that
+            are made reproducibly have all one size and date.
+    """
     digest = hashlib.sha256()
     for path in paths:
         facts = os.stat(path)
         name = os.path.join(os.path.basename(os.path.dirname(path)), os.path.basename(path))
         digest.update(f"{name!r} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        if with_changes:
+            digest.update(f"{facts.st_ctime_ns}\n".encode())
     return digest.hexdigest()
 
 

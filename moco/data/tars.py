@@ -7,8 +7,10 @@ The label of an image is, of the whole data set, the first that there is:
     CLASS_... in CLASS.tar         the archive's name, as of the archives that ImageNet comes in
 
 Images are numbered in the order of their names, as those of folders are, whatever their order in
-the archives. Finding them takes a walk over all archives: the index is kept in the user's cache
-($XDG_CACHE_HOME, else ~/.cache), under a digest of the files' names, sizes and times.
+the archives. An archive holds what tar would unpack from it: of a name that comes again the latest,
+and hard links are images; symbolic links are left out. Finding them takes a walk over all archives:
+the index is kept in the user's cache ($XDG_CACHE_HOME, else ~/.cache), under a digest of the files'
+names, sizes and times.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +34,8 @@ from moco.data.shards import WORDS, OpenFiles, PackedImages, files_digest, numbe
 from moco.errors import DataError
 from moco.progress import progress
 
-_VERSION = 1  # of the index
+_VERSION = 2  # of the index
+LINKS, REPLACED = "symbolic links", "images that come again in their archive"
 
 
 class TarImages(PackedImages):
@@ -50,8 +54,8 @@ class TarImages(PackedImages):
         index = _index(paths)
         self.names = Names([index["names"]])
         self._place = torch.from_numpy(index["place"])  # (N, 3): archive, offset, size
-        for path in index["left_out"]:
-            self.left_out.add(FILES, os.path.join(root, path))
+        for reason, path in zip(index["reasons"], index["left_out"], strict=True):
+            self.left_out.add(reason, os.path.join(root, path))
         self.targets, self.classes = None, []
         if len(index["labels"]):
             labels = torch.from_numpy(index["labels"])
@@ -66,9 +70,10 @@ class TarImages(PackedImages):
 
 
 def _index(paths: Sequence[str]) -> dict:
-    """names, place, labels, classes, left_out; from the cache, or made and put there."""
+    """names, place, labels, classes, left_out, reasons; from the cache, or made and put there."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cached = Path(home) / "moco_align_uniform" / f"tar-{_VERSION}-{files_digest(paths)[:32]}.npz"
+    digest = files_digest(paths, with_changes=True)[:32]
+    cached = Path(home) / "moco_align_uniform" / f"tar-{_VERSION}-{digest}.npz"
     with _one_at_a_time(cached.parent):
         try:
             with np.load(cached) as file:
@@ -136,7 +141,8 @@ def _make_index(paths: Sequence[str]) -> dict:
         "place": np.array(places, dtype=np.int64),
         "labels": np.array([label_of[found[i]] for i in order if found], dtype=np.int64),
         "classes": classes,
-        "left_out": left_out,
+        "left_out": [name for _, name in left_out],
+        "reasons": [reason for reason, _ in left_out],
     }
 
 
@@ -149,19 +155,28 @@ def _key(name: str) -> str:
     return f"{folder}/{file.partition('.')[0]}"
 
 
-def _scan(paths: Sequence[str]) -> tuple[list[Place], dict[tuple[int, str], str], list[str]]:
-    """Images, what the .cls file of (archive, key) says, and the names of images left out."""
+def _scan(
+    paths: Sequence[str],
+) -> tuple[list[Place], dict[tuple[int, str], str], list[tuple[str, str]]]:
+    """Images, what the .cls file of (archive, key) says, and why which images are left out."""
     files = OpenFiles(paths)
     images, said, left_out = [], {}, []
     for number, path in enumerate(progress(paths, "index of archives")):
-        for name, offset, size in members(path):
-            if any(map(is_tool_made, name.split("/"))):
-                left_out += [name] * is_image(name)
-            elif is_image(name):
-                images.append((name, number, offset, size))
-            elif name.endswith(".cls"):
+        places: dict[str, tuple[int, int]] = {}  # of this archive's images
+        for name, offset, size, link in members(path):
+            if name.endswith(".cls") and not link:
                 text = files.read(number, offset, min(size, 1000))
                 said[number, _key(name)] = text.decode("utf-8", "replace").strip()
+            if not is_image(name):
+                continue
+            if any(map(is_tool_made, name.split("/"))):
+                left_out.append((FILES, name))
+            elif link and link not in places:
+                left_out.append((LINKS, name))
+            else:
+                left_out += [(REPLACED, name)] * (name in places)
+                places[name] = places[link] if link else (offset, size)
+        images += [(name, number, *place) for name, place in places.items()]
     return images, said, left_out
 
 
@@ -169,12 +184,12 @@ def _said_classes(
     paths: Sequence[str], images: Sequence[Place], said: dict[tuple[int, str], str]
 ) -> tuple[list[str], list[str]]:
     """Class names, and that of each image, from .cls files."""
-    found = [said.get((number, _key(name))) for name, number, _, _ in images]
-    if None in found:
-        name, number, _, _ = images[found.index(None)]
+    found = [said.get((number, _key(name)), "") for name, number, _, _ in images]
+    if "" in found:
+        name, number, _, _ = images[found.index("")]
         raise DataError(
-            f"{name} in {paths[number]} has no .cls file, which {len(said)} other images have: "
-            "expected one for each image, or none"
+            f"{name} in {paths[number]} has no .cls file, or an empty one; {len(said)} .cls files "
+            "are there: expected one for each image, or none"
         )
     if all(text.isascii() and text.isdigit() and len(text) < 7 for text in found):
         found = [str(int(text)) for text in found]
@@ -201,21 +216,58 @@ def _in_folders(name: str) -> tuple[str, str, str]:
     return folder.partition("/")[0], folder, file
 
 
-def members(path: str) -> Iterator[tuple[str, int, int]]:
-    """(name, offset of its bytes, their number) of each file in an archive.
+class Member(NamedTuple):
+    """A file in an archive: where its bytes are and their number; or, of a link, to what."""
+
+    name: str
+    offset: int
+    size: int
+    link: str = ""
+
+
+def members(path: str) -> Iterator[Member]:
+    """Files and links in an archive. Names are as they would be below the folder that it is
+    unpacked in; the target of a symbolic link is its own name.
 
     Raises:
-        DataError: it is no tar archive, compressed, or cut off.
+        DataError: it is no tar archive, compressed, cut off or damaged.
     """
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # else all are kept
+                name = _below(member.name)
                 if member.isreg() and not member.issparse():
-                    yield os.path.normpath(member.name), member.offset_data, member.size
+                    yield Member(name, member.offset_data, member.size)
+                elif member.islnk() or member.issym():
+                    yield Member(name, 0, 0, _below(member.linkname) if member.islnk() else name)
+            _check_end(path, tar.offset)
     except (tarfile.TarError, OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"cannot read {path} as a tar archive: {reason[:200]}; expected one that is not "
             "compressed, and whole"
         ) from error
+
+
+def _below(name: str) -> str:
+    """A name without what leads out of the folder, which tar takes away too."""
+    name = os.path.normpath(name).lstrip("/")
+    while name.startswith("../"):
+        name = name.removeprefix("../")
+    return name
+
+
+def _check_end(path: str, offset: int) -> None:
+    """An archive ends in blocks of zeros; tarfile ends at a damaged header as well, silently."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE or any(block):
+            raise tarfile.ReadError(f"it is damaged or cut off at byte {offset}")
+        while rest := file.read(2**20):
+            if rest.count(0) < len(rest):
+                raise tarfile.ReadError(
+                    f"it goes on behind its end at byte {offset}, damaged there or joined by cat "
+                    "(join archives by tar --concatenate)"
+                )

@@ -218,6 +218,28 @@ def test_stl10_without_its_class_names_is_an_error_that_says_so(tmp_path, monkey
         open_images("stl10", tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train_X.bin", bytes(3 * 96 * 96 * 3)),  # three images, four labels
+        ("unlabeled_X.bin", bytes(100)),
+        ("train_y.bin", bytes([1, 2, 0, 1])),  # labels begin at 1
+        ("train_y.bin", bytes([1, 2, 11, 1])),
+        ("unlabeled_X.bin", None),
+    ],
+    ids=["another number", "cut", "label 0", "label 11", "missing"],
+)
+def test_stl10_of_files_that_do_not_belong_together_is_refused(
+    tmp_path, monkeypatch, name, content
+):
+    """Where torchvision's checksums are not asked, as with a part of STL-10 of one's own."""
+    folder = write_stl10(tmp_path, monkeypatch)
+    monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match="no complete stl10 in"):
+        open_images("stl10", tmp_path, "pretrain")
+
+
 def test_cifar10_may_be_a_folder_of_images(tmp_path):
     write_images(tmp_path / "train", {"cat": 2, "dog": 1})
     images = open_images("cifar10", tmp_path, "train")

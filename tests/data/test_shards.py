@@ -4,6 +4,7 @@ that they were made from; what is refused."""
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -226,6 +227,7 @@ def test_a_whole_archive_of_train_and_unlabelled_images(plain, tmp_path) -> None
         ("gzip", "cannot read .*0.tar as a tar archive: .*expected one that is not compressed"),
         ("empty", "no images in .*0.tar and 0 more"),
         ("half labelled", "b.jpg in .*0.tar has no .cls file"),
+        ("empty label", "a.jpg in .*0.tar has no .cls file, or an empty one"),
         ("no labels", "tar files of .* have no labels: expected CLASS/IMAGE"),
         ("none", "no .tar files of the train images in .*expected train/\\*.tar, or"),
     ],
@@ -238,12 +240,78 @@ def test_what_is_wrong_with_archives_is_named(damage, message, tmp_path) -> None
             if damage != "empty":
                 add(tar, "a.jpg", b"1" * 5000)
                 add(tar, "b.jpg", b"1" * 5000)
-            if damage == "half labelled":
-                add(tar, "a.cls", b"0")
+            if "label" in damage and damage != "no labels":
+                add(tar, "a.cls", b"0" if damage == "half labelled" else b"\n")
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:9000])
     with pytest.raises(DataError, match=message):
         open_images("tar", tmp_path, "train")
+
+
+@pytest.mark.parametrize("damage", ["cut", "cut in a file", "cut in a header", "noise", "zeros"])
+def test_an_archive_damaged_behind_its_first_file_is_refused(damage, plain, tmp_path) -> None:
+    """Python's tarfile ends there without a word, and the images behind would be missing."""
+    path = tmp_path / "train" / "0.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name, data, _ in named(plain, "train")[:3]:
+            add(tar, name, data)
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[1]
+    content = bytearray(path.read_bytes())
+    if damage == "noise":
+        content[second.offset : second.offset + 512] = b"noise " * 85 + b"no"
+    if damage == "zeros":
+        content[second.offset : second.offset + 1024] = bytes(1024)
+    end = {"cut": second.offset, "cut in a header": second.offset + 100}
+    end["cut in a file"] = second.offset_data + second.size
+    path.write_bytes(content[: end.get(damage, len(content))])
+    with pytest.raises(
+        DataError, match=r"cannot read .*0\.tar as a tar archive: (it .* byte|unexpected end)"
+    ):
+        open_images("tar", tmp_path, "train")
+
+
+def test_archives_hold_what_tar_would_unpack_from_them(plain, tmp_path, capsys) -> None:
+    """Hard links, a file that was appended again, names that lead out of the folder."""
+    first, second, third, *_ = (data for _, data, _ in named(plain, "train"))
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as tar:
+        for name, data in (("/ant/0.jpg", first), ("../bee/0.jpg", second), ("ant/1.jpg", first)):
+            add(tar, name, data)
+        for name, kind, target in (
+            ("bee/1.jpg", tarfile.LNKTYPE, "../bee/0.jpg"),
+            ("bee/2.jpg", tarfile.SYMTYPE, "0.jpg"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+        add(tar, "ant/1.jpg", third)
+    for again in (False, True):
+        images = open_images("tar", tmp_path, "train")
+        assert images.names == ["ant/0.jpg", "ant/1.jpg", "bee/0.jpg", "bee/1.jpg"], again
+        assert list(map(images.read, range(4))) == [first, third, second, second]
+        said = capsys.readouterr().out
+        assert "symbolic links: 1 (bee/2.jpg)" in said
+        assert "images that come again in their archive: 1 (ant/1.jpg)" in said
+
+
+def test_archives_of_one_name_size_and_date_have_an_index_each(plain, tmp_path) -> None:
+    _, data, _ = named(plain, "train")[0]
+    for root, classes in (("one", ["ant"]), ("two", ["bee"])):
+        path = tmp_path / root / "train" / "0.tar"
+        path.parent.mkdir(parents=True)
+        with tarfile.open(path, "w") as tar:
+            add(tar, f"{classes[0]}/0.jpg", data)
+        os.utime(path, (0, 0))  # as reproducible builds have it
+        assert open_images("tar", tmp_path / root, "train").classes == classes
+
+
+def test_a_shard_that_is_a_link_to_nothing_is_refused(plain, tmp_path) -> None:
+    root = write_tars(plain, tmp_path / "tars", "folders")
+    (root / "train" / "part-7.tar").symlink_to("gone.tar")
+    with pytest.raises(DataError, match=r"part-7\.tar is no file, or a link to nothing"):
+        open_images("tar", root, "train")
 
 
 def test_damaged_images_are_named_with_their_archive(plain, tmp_path, capsys) -> None:
@@ -312,6 +380,38 @@ def test_rows_without_an_image_and_damaged_ones_are_named(plain, tmp_path) -> No
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "train.parquet")
     with pytest.raises(DataError, match="has no column of images .columns text.: expected"):
         open_images("parquet", tmp_path, "pretrain")
+
+
+def test_the_column_of_images_and_labels_that_are_none(plain, tmp_path) -> None:
+    """A column of masks before that of images; labels that are no whole numbers are none."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data = [data for _, data, _ in named(plain, "train")][:4]
+    (tmp_path / "train").mkdir()
+    columns = {
+        name: [{"bytes": content} for content in contents]
+        for name, contents in (("a_mask", data[::-1]), ("image", data))
+    }
+    path = tmp_path / "train" / "0.parquet"
+    pq.write_table(pa.table({**columns, "label": [2, 0, 1, 1]}), path)
+    images = open_images("parquet", tmp_path, "train")
+    assert list(map(images.read, range(4))) == data and images.targets == [2, 0, 1, 1]
+    for labels in (["ant", "bee", "ant", "bee"], [0.0, 1.0, 0.0, 1.5]):
+        pq.write_table(pa.table({**columns, "label": labels}), path)
+        assert open_images("parquet", tmp_path, "pretrain").targets is None
+        with pytest.raises(DataError, match="expected a whole number in each row of the column"):
+            open_images("parquet", tmp_path, "train")
+
+
+def test_files_that_name_their_classes_in_another_order_are_refused(plain, tmp_path) -> None:
+    root = write_parquets(plain, tmp_path / "one")
+    write_parquets(plain, tmp_path / "two")
+    pq = pytest.importorskip("pyarrow.parquet")
+    table = pq.read_table(tmp_path / "two" / "data" / "train-00001-of-00002.parquet")
+    about = table.schema.metadata[b"huggingface"].replace(b'"a-x", "ant"', b'"ant", "a-x"')
+    table = table.replace_schema_metadata({"huggingface": about})
+    pq.write_table(table, root / "data" / "train-00001-of-00002.parquet")
+    with pytest.raises(DataError, match="00001-of-00002.parquet has other names of classes"):
+        open_images("parquet", root, "train")
 
 
 def test_numbers_in_runs_and_packed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -17,6 +18,7 @@ import main_moco
 from align_uniform.metrics import uniformity, uniformity_interval
 from moco.checkpoint import load_encoder
 from moco.cli import in_batch_config
+from moco.config.resume import learning_changes
 from moco.data.images import FolderImages
 from moco.data.loader import EpochBatches
 from moco.data.views import in_batch_recipe
@@ -85,6 +87,7 @@ from helpers import TinyNet, two_views
 from moco import distributed
 from moco.launch import launch_config
 from moco.cli import in_batch_config
+from moco.config.resume import learning_changes
 from moco.tasks.in_batch import InBatchTask, TwoViews
 
 def step(device, config):
@@ -237,6 +240,13 @@ def test_another_objective_does_not_resume(data, tmp_path, elsewhere, capsys) ->
     ):
         status, line = refusal(train_in_batch.main, [*again, *flags, data], capsys)
         assert status == 1 and "other arguments" in line and change in line
+
+
+def test_other_groups_of_batch_norm_are_another_run(data) -> None:
+    """A process takes statistics over its share, so another number of them learns otherwise."""
+    one = in_batch_config([*SMALL, str(data)])
+    two = dataclasses.replace(one, placement=dataclasses.replace(one.placement, processes=2))
+    assert learning_changes(one.to_flat(), two.to_flat()) == ["bn_group_size: 8 before, 4 now"]
 
 
 def test_the_folder_of_another_task_does_not_resume(data, tmp_path, elsewhere, capsys) -> None:
