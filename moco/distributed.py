@@ -67,7 +67,7 @@ def print_main(*values: object) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def data_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def data_parallel(module: torch.nn.Module) -> torch.nn.Module:
     """Average gradients over ranks; the module itself in a single process.
 
     Parameters and buffers start as rank 0's. Buffers are not sent again: ranks hold equal queues by
@@ -80,9 +80,9 @@ def data_parallel(module: torch.nn.Module, device: torch.device) -> torch.nn.Mod
     # Newer torch has renamed the option.
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(
-        module, device_ids=[device] if device.type == "cuda" else None, **{sync: False}
-    )
+    # Without device_ids, with which it would send every argument to the GPU: lengths of sentences
+    # have to stay on the CPU.
+    return DistributedDataParallel(module, **{sync: False})
 
 
 def all_gather(rows: Tensor, span: int | None = None) -> Tensor:
@@ -128,7 +128,8 @@ def _ranks_around(span: int | None) -> dist.ProcessGroup | None:
     everyone = dist.group.WORLD
     if _around.get(span, (None, None))[0] is not everyone:
         groups = [list(range(r, r + span)) for r in range(0, world_size(), span)]
-        _around[span] = everyone, dist.new_subgroups_by_enumeration(groups)[0]
+        # Its own time-out would be ten minutes under NCCL, whatever that of the whole group.
+        _around[span] = everyone, dist.new_subgroups_by_enumeration(groups, timeout=_timeout)[0]
     return _around[span][1]
 
 
@@ -305,7 +306,8 @@ def barrier() -> None:
     """Wait for all ranks. Gloo names the ranks that have not come within the time-out."""
     if world_size() == 1:
         return
-    if dist.get_backend() == "gloo":
+    backend = dist.get_backend()
+    if backend == "gloo":
         dist.monitored_barrier(timeout=_timeout, wait_all_ranks=True)
-    else:
-        dist.barrier()
+    else:  # NCCL would guess this rank's GPU, and warn of that
+        dist.barrier(device_ids=[torch.cuda.current_device()] if backend == "nccl" else None)

@@ -58,21 +58,24 @@ def not_deterministic(operations: Iterable[str]) -> list[str]:
 def kernels(deterministic: bool) -> Iterator[None]:
     """Within, torch chooses the fastest kernels for the sizes at hand, or only such that give the
     same bits every time. Convolutions of float32 use TF32 either way, as is torch's default;
-    matrix products keep full precision, because the losses need it."""
+    matrix products have full precision, because the losses need it, also where the environment
+    (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE in NVIDIA's containers) has chosen TF32."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.deterministic,
         torch.backends.cudnn.benchmark,
+        torch.get_float32_matmul_precision(),
     )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    _choose_kernels(deterministic, deterministic, not deterministic)
+    _choose_kernels(deterministic, deterministic, not deterministic, "highest")
     try:
         yield
     finally:
         _choose_kernels(*before)
 
 
-def _choose_kernels(algorithms: bool, cudnn: bool, benchmark: bool) -> None:
+def _choose_kernels(algorithms: bool, cudnn: bool, benchmark: bool, products: str) -> None:
     torch.use_deterministic_algorithms(algorithms)
+    torch.set_float32_matmul_precision(products)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn, benchmark

@@ -121,7 +121,7 @@ class _HeadLoop(EvaluationLoop):
             heads, configs, optim.momentum, **probe, **(backbone if self.finetune else {})
         )
         whole = EncoderWithHeads(encoder, heads, config.source.amp) if self.finetune else heads
-        self.model = distributed.data_parallel(whole, self.device)
+        self.model = distributed.data_parallel(whole)
         about = evaluation.about
         if protocol.folds:
             about = {**about, "fold": stage.fold, "folds": stage.folds_done}

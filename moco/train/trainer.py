@@ -182,7 +182,7 @@ def _build_state(
         changes = resume.refuse_changes(saved, path, flat, allow=config.saving.allow_changes)
         state.restore(saved, path, data.steps_per_epoch)
         resume.print_rounding_changes(saved, flat)
-    model = distributed.data_parallel(module, device)
+    model = distributed.data_parallel(module)
     if config.speed.compile:
         for part in task.compiled(module):
             part.compile()  # in place: names of weights stay

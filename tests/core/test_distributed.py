@@ -9,6 +9,7 @@ import contextlib
 import copy
 import io
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def train(base, terms: dict, weights: dict) -> dict:
     torch.manual_seed(10 + distributed.rank())
     moco = MoCo(base, C, K, 0.9, **terms)
     moco.shuffle_generator.manual_seed(5)
-    model = distributed.data_parallel(moco, CPU)
+    model = distributed.data_parallel(moco)
     optimizer = torch.optim.SGD(moco.parameters(), **SGD)
     mine = slice(distributed.rank() * N, (distributed.rank() + 1) * N)
     seen = {"start": copy.deepcopy(moco.state_dict()), "wrapper": type(model).__name__, "steps": []}
@@ -163,7 +164,7 @@ def pixel_step(parts: int, symmetric: bool, start: dict | None = None) -> dict:
         return images.float() / 128 - 1
 
     moco.prepare = prepare
-    model = distributed.data_parallel(moco, CPU)
+    model = distributed.data_parallel(moco)
     start = copy.deepcopy(moco.state_dict())
     generator = torch.Generator().manual_seed(1)
     shape = (2, W * N, 3, 8, 8)
@@ -398,10 +399,28 @@ def test_every_function_is_a_no_op_in_a_single_process(capsys):
     before = copy.deepcopy(net.state_dict())
     distributed.broadcast_buffers(net)
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
-    assert distributed.data_parallel(net, CPU) is net
+    assert distributed.data_parallel(net) is net
     distributed.barrier()
     distributed.print_main("hello", 1)
     assert capsys.readouterr().out == "hello 1\n"
+
+
+def test_what_torch_is_told_of_gpus(monkeypatch):
+    """Nothing by which it sends arguments to a GPU, as lengths of sentences belong on the CPU; and
+    which GPU is to wait for the others."""
+    wrapped = mock.Mock(side_effect=lambda module, **options: (module, options))
+    monkeypatch.setattr(distributed, "DistributedDataParallel", wrapped)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "broadcast_buffers", lambda module: None)
+    _, options = distributed.data_parallel(TinyNet(2))
+    assert list(options.values()) == [False]  # no buffers either
+
+    waited = mock.Mock()
+    monkeypatch.setattr(torch.distributed, "barrier", waited)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    distributed.barrier()
+    waited.assert_called_once_with(device_ids=[3])
 
 
 # ---- Launch --------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ several, and parts of a step, train the same weights."""
 
 import contextlib
 import functools
+from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +20,6 @@ from moco.builder import MoCo
 BATCH, C, K = 16, 6, 38
 STEPS = 10
 SGD = {"lr": 0.05, "momentum": 0.9, "weight_decay": 1e-3}
-CPU = torch.device("cpu")
 TERMS, WEIGHTS = OBJECTIVES["all terms"]
 
 # (group size, intra-batch pairs, symmetric)
@@ -57,7 +58,7 @@ def train(recipe: tuple, parts: int) -> dict:
         C, K, 0.9, **TERMS, unif_intra_batch=intra_batch, group_size=size,
     ).double()  # fmt: skip
     moco.shuffle_generator.manual_seed(5)
-    model = distributed.data_parallel(moco, CPU)
+    model = distributed.data_parallel(moco)
     optimizer = torch.optim.SGD(moco.parameters(), **SGD)
     mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     losses = []
@@ -78,11 +79,19 @@ def train(recipe: tuple, parts: int) -> dict:
 
 def on_a_rank(device: torch.device, folder: str) -> None:
     torch.set_num_threads(1)
-    processes = distributed.world_size()
-    for place in PLACES:
-        for recipe in RECIPES:
-            if place[0] == processes and fits(recipe, place):
-                torch.save(train(recipe, place[1]), f"{folder}/{place}{recipe}{distributed.rank()}")
+    processes, patience = distributed.world_size(), timedelta(minutes=7)
+    distributed.set_timeout(patience)
+    name = "new_subgroups_by_enumeration"
+    make = getattr(torch.distributed, name)
+    with mock.patch.object(torch.distributed, name, wraps=make) as made:
+        for place in PLACES:
+            for recipe in RECIPES:
+                if place[0] == processes and fits(recipe, place):
+                    path = f"{folder}/{place}{recipe}{distributed.rank()}"
+                    torch.save(train(recipe, place[1]), path)
+    # Ranks that share a group wait for each other as long as all do, and meet once.
+    waits = [call.kwargs["timeout"] for call in made.call_args_list]
+    assert waits == [patience] * (processes == 4), waits
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ from moco.tasks.in_batch import InBatchTask, TwoViews
 def step(device, config):
     torch.manual_seed(0)
     module = TwoViews(TinyNet(8, batch_norm=False), 8)
-    model = distributed.data_parallel(module, device)
+    model = distributed.data_parallel(module)
     share = 8 // distributed.world_size()
     mine = slice(distributed.rank() * share, (distributed.rank() + 1) * share)
     task = InBatchTask(config)

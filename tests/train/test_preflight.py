@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from harness import MAIN, Processes
 
 from moco import cli
 from moco.run_files import LOG, read_log
-from moco.train import verdicts
+from moco.tasks.moco import MoCoTask
+from moco.train import preflight, verdicts
 from moco.train.verdicts import (
     Line,
     data_line,
@@ -138,3 +141,22 @@ def test_each_line_has_a_verdict(changed, refused, images, tmp_path) -> None:
 def test_the_loss_of_a_step_is_read_from_the_log(half: Path) -> None:
     losses = logged_losses(half / LOG)
     assert set(losses) == {line["step"] for line in read_log(half / LOG)[0] if "loss" in line}
+
+
+@pytest.mark.long
+def test_half_a_step_has_half_the_images(images, tmp_path, monkeypatch) -> None:
+    """And where groups of the loss do not fit them, only the whole one is measured."""
+    monkeypatch.setattr(preflight, "SECONDS", 0.01)
+    for groups, halves in (("2", {8}), ("1", set())):
+        sizes = set()
+
+        class Sized(MoCoTask):
+            def losses(self, model, batch, part, parts, sizes=sizes):
+                sizes.add(len(batch[0]))
+                return super().losses(model, batch, part, parts)
+
+        run, found = tmp_path / groups, tmp_path / f"{groups}.json"
+        config = config_of("--bn-splits", groups, "--save-dir", run, images)
+        preflight.measure(torch.device("cpu"), config, task=Sized, out=found)
+        assert {n for n, _ in json.loads(found.read_text())["steps"]} == {16, *halves}
+        assert sizes == {16, 8}

@@ -320,24 +320,28 @@ def test_channels_last_where_it_was_measured_to_help(flags, on, data) -> None:
 
 
 def test_deterministic_is_an_option_and_ends_with_the_run(data, tmp_path, monkeypatch) -> None:
+    """As does the full precision of matrix products, whatever was chosen before."""
+    torch.set_float32_matmul_precision("high")
     seen = []
 
     def watched(*args):
         seen.append((
             torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic,
-            torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision(),
         ))  # fmt: skip
         return train_step(*args)
 
     monkeypatch.setattr(loop, "train_step", watched)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     train(data, tmp_path / "a", "--max-steps", 1)
-    assert seen == [(False, False, True)] and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert seen == [(False, False, True, "highest")] and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     train(data, tmp_path / "b", "--max-steps", 1, "--deterministic")
-    assert seen[1:] == [(True, True, False)]
+    assert seen[1:] == [(True, True, False, "highest")]
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_compile_without_a_compiler_is_refused(data, monkeypatch, capsys) -> None:
