@@ -85,12 +85,13 @@ def test_a_run_notes_the_values_and_goes_on_by_the_same_command(photos, tmp_path
     ("counts", "reason"),
     [
         ({"a": 3}, f"is for {LEAST} to {MOST} images, got 3: too few to train on from scratch"),
-        ({}, "no images in"),
+        ({}, "not read (convert them to JPEG or PNG): 1 (a.heic)"),
     ],
 )
 def test_too_few_images_are_refused_in_one_line(counts, reason, tmp_path, capsys) -> None:
     write_images(tmp_path / "photos", counts)
     (tmp_path / "photos").mkdir(exist_ok=True)
+    (tmp_path / "photos" / "a.heic").write_bytes(b"no image")
     argv = ["--preset", "small", tmp_path / "photos"]
     status, line = refusal(main_moco.main, argv, capsys)
     assert status == 2 and reason in line

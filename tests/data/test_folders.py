@@ -86,8 +86,9 @@ def test_photos_in_formats_that_are_not_read_are_counted(data, tmp_path, capsys)
     assert "(a/IMG_1.HEIC, a/cat.gif)" in line and audit(data, 1).left_out == [line.strip()]
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "1.heic").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"no images in .*not read \(convert .*: 1 \(1.heic\)"):
-        open_images("folder", tmp_path / "phone", "pretrain")
+    for look in (lambda root: open_images("folder", root, "pretrain"), lambda root: audit(root, 1)):
+        with pytest.raises(DataError, match=r"no images in .*not read \(convert .*\(1.heic\)"):
+            look(tmp_path / "phone")
 
 
 def test_names_that_look_alike_are_classes(tmp_path, capsys):
