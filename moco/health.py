@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-HEALTHY, FILLING = "healthy", "queue still filling"
+HEALTHY, TOO_EARLY, FILLING = "healthy", "too early to tell", "queue still filling"
 COLLAPSING, NOT_LEARNING = "collapsing", "not learning"
 
 # Uniformity (t 2) is 0 where all features are one point. Collapsing: it is above the first number,
@@ -20,9 +20,9 @@ COLLAPSED, SHARE_LEFT = -0.2, 0.25
 LEAST_EPOCHS, LEAST_STEPS = 2, 50
 # Nothing has moved: neither alignment nor uniformity is so far from the start of the run.
 UNMOVED = 0.06
-# From this share of the run on, k-NN has to be above that of the untrained encoder. Before that,
-# features that spread often have a lower one.
-KNN_COUNTS = 2 / 3
+# From this share of the run on it has to be better than before training. Before that, features that
+# spread often have a lower k-NN.
+LATE = 2 / 3
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ class Seen:
     """What the log of a run has shown so far.
 
     Attributes:
-        start: its first line.
+        start: its first step.
         now: the mean over the lines of its latest epoch.
         epochs: finished.
         step: finished steps, of `steps`.
         filled: the step from which on the queue holds keys of images only; 0 without a queue.
         untrained, knn: before training and latest; None where it is not measured.
+        worst: the lowest k-NN since; None where it is not measured.
     """
 
     start: Place
@@ -69,11 +70,12 @@ class Seen:
     filled: int = 0
     untrained: Knn | None = None
     knn: Knn | None = None
+    worst: Knn | None = None
 
 
 @dataclass(frozen=True)
 class Health:
-    """A verdict, one of the four above, and the reason for it in one sentence with its numbers."""
+    """A verdict, one of the five above, and the reason for it in one sentence with its numbers."""
 
     verdict: str
     reason: str
@@ -83,9 +85,8 @@ def judge(seen: Seen) -> Health:
     """The verdict on a run at the end of an epoch.
 
     Collapse comes first: no queue hides it, since uniformity here is that of a batch. Then comes
-    the queue, whose random keys make the loss rise while they last. Only then a run can be found to
-    learn nothing: its features are where they were at the start, or, late in the run, k-NN is not
-    above that of the untrained encoder by one standard error of the difference.
+    the queue, whose random keys make the loss rise while they last. A run whose features are where
+    they were learns nothing. Else k-NN decides, and without labels the features' places do.
     """
     start, now = seen.start, seen.now
     places = (
@@ -108,18 +109,41 @@ def judge(seen: Seen) -> Health:
         )
     if old and moved < UNMOVED:
         return Health(NOT_LEARNING, f"features are where they were: {places}")
-    before, knn = seen.untrained, seen.knn
-    if before is None or knn is None or not knn.step:
-        return Health(
-            HEALTHY, f"{'features have moved' if old else 'too early for more'}: {places}"
-        )
-    texts = f"k-NN {knn.top1:.1f} %, of the encoder before training {before.top1:.1f} %"
+    if seen.untrained and seen.knn and seen.knn.step:
+        found = _judge_knn(seen, old)
+    else:
+        found = _judge_places(seen, old)
+    return Health(found.verdict, f"{found.reason}; {places}")
+
+
+def _judge_knn(seen: Seen, old: bool) -> Health:
+    """Better than the untrained encoder by one standard error of the difference, or late."""
+    before, knn, worst = seen.untrained, seen.knn, seen.worst or seen.knn
+    text = f"k-NN {knn.top1:.1f} %, of the encoder before training {before.top1:.1f} %"
+    counts = math.ceil(LATE * seen.steps)
     if knn.top1 - before.top1 > standard_error(before, knn):
-        return Health(HEALTHY, f"{texts}; {places}")
-    counts = math.ceil(KNN_COUNTS * seen.steps)
-    if old and knn.step >= counts:
-        return Health(NOT_LEARNING, f"{texts}, no more than chance may add; {places}")
-    return Health(HEALTHY, f"{texts}, which counts from step {counts} on; {places}")
+        return Health(HEALTHY, text)
+    if not old or knn.step < counts:
+        return Health(TOO_EARLY, f"{text}, which counts from step {counts} on")
+    if knn.top1 - worst.top1 > standard_error(worst, knn):
+        return Health(TOO_EARLY, f"{text}, but it rises, from {worst.top1:.1f} %: train longer")
+    return Health(NOT_LEARNING, f"{text}, no more than chance may add")
+
+
+def _judge_places(seen: Seen, old: bool) -> Health:
+    """Without labels: images have to spread, and views of one image to be no further from each
+    other, relative to images. (-uniformity / 2 is at most the mean squared distance of images.)"""
+    start, now = seen.start, seen.now
+    spread = start.uniformity - now.uniformity >= UNMOVED
+    near = now.alignment * start.uniformity >= start.alignment * now.uniformity
+    if not old:
+        return Health(TOO_EARLY, f"judged after {LEAST_EPOCHS} epochs and {LEAST_STEPS} steps")
+    if spread and near:
+        return Health(HEALTHY, "images have spread, and views of one image have not")
+    text = "views of one image have spread as images have" if spread else "images have not spread"
+    if seen.step < (counts := math.ceil(LATE * seen.steps)):
+        return Health(TOO_EARLY, f"{text}, which counts from step {counts} on")
+    return Health(NOT_LEARNING, text)
 
 
 def standard_error(a: Knn, b: Knn) -> float:
@@ -135,6 +159,7 @@ class History:
     start: Place | None = None
     untrained: Knn | None = None
     knn: Knn | None = None
+    worst: Knn | None = None  # after training began
     verdict: str | None = None  # the last one
     _epoch: int = -1
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -144,7 +169,9 @@ class History:
         """Take a line of log.jsonl; what lacks a number counts for nothing."""
         names = ("alignment", "uniformity", "epoch", "top1", "images")
         alignment, uniformity, epoch, top1, images = (_number(line.get(n)) for n in names)
-        if line["kind"] == "metrics" and None not in (alignment, uniformity, epoch):
+        if line["kind"] == "start" and None not in (alignment, uniformity):
+            self.start = Place(alignment, uniformity)
+        elif line["kind"] == "metrics" and None not in (alignment, uniformity, epoch):
             self.start = self.start or Place(alignment, uniformity)
             if epoch != self._epoch:
                 self._epoch, self._sums, self._lines = epoch, [0.0, 0.0], 0
@@ -154,15 +181,18 @@ class History:
             self.knn = Knn(line["step"], top1, int(images))
             if line["step"] == 0:
                 self.untrained = self.knn
+            elif not self.worst or self.knn.top1 < self.worst.top1:
+                self.worst = self.knn
         elif line["kind"] == "health":
             self.verdict = line.get("verdict")
 
     def seen(self, epochs: int, step: int, *, steps: int, filled: int = 0) -> Seen | None:
         """What there is to judge by; None where nothing was logged yet."""
-        if self.start is None:
+        if not self._lines:
             return None
         now = Place(*(total / self._lines for total in self._sums))
-        return Seen(self.start, now, epochs, step, steps, filled, self.untrained, self.knn)
+        knns = (self.untrained, self.knn, self.worst)
+        return Seen(self.start, now, epochs, step, steps, filled, *knns)
 
 
 def _number(value: object) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from moco.checkpoint import is_url, run_checkpoints
 from moco.config import Data, Folder
-from moco.data.folders import image_paths, split_folder
+from moco.data.folders import LeftOut, image_paths, split_folder
 from moco.data.shards import SUFFIXES, shard_paths
 from moco.errors import CheckpointError, DataError
 from moco.packages import import_optional
@@ -134,11 +134,13 @@ def check_data_folder(
             folder = split_folder(root, split)
         except DataError as error:
             parser.error(str(error))
-        found = len(list(islice(image_paths(folder), needed)))
+        left_out = LeftOut(folder)
+        found = len(list(islice(image_paths(folder, left_out), needed)))
         if not found:
             parser.error(
                 f"no images in {folder}; expected FOLDER/train/CLASS/IMAGE as for ImageNet"
                 + (", or any folder with images" if split == "pretrain" else "")
+                + (f"; {left_out}" if left_out.counts else "")
             )
         if found < needed:
             parser.error(

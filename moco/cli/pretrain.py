@@ -74,7 +74,7 @@ def _with_preset(
         check_data_folder(parser, data, {"pretrain": 1})
         try:
             images = open_images(
-                data.dataset, data.data, "pretrain", per_class=data.images_per_class
+                data.dataset, data.data, "pretrain", per_class=data.images_per_class, quiet=True
             )
             side = typical_side(images)
         except DataError as error:

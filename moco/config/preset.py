@@ -36,8 +36,8 @@ QUEUE_SHARE = 0.1  # of the images; recipes had 0.07 to 0.4
 # key encoder that follows within a few hundred steps.
 ALWAYS = {"arch": "resnet8x2s2", "mlp": True, "aug_plus": True, "cos": True, "moco_m": 0.99}
 BY_SIDE = (
-    Row(48, {"image_size": 32, "blur": False}, "as CIFAR-10's, without blur"),
-    Row(float("inf"), {"image_size": 64, "blur": True}, "larger ones take a CPU too long"),
+    Row(48, {"image_size": 32, "blur": False}, "trained at 32, as CIFAR-10's, without blur"),
+    Row(float("inf"), {"image_size": 64, "blur": True}, "trained at 64, more takes a CPU too long"),
 )
 BY_COUNT = (
     Row(
@@ -77,9 +77,10 @@ def small_preset(count: int, side: int, given: Mapping[str, Any]) -> tuple[dict[
             f"--preset small is for {LEAST} to {MOST} images, got {count}: "
             + (
                 "too few to train on from scratch; take an encoder that was trained on others "
-                "(main_lincls.py --pretrained FILE), or give the flags themselves"
+                "(scripts/extract_features.py FILE DIR, with labels main_lincls.py --pretrained "
+                "FILE DIR), or give the flags without --preset"
                 if few
-                else "give the flags themselves, as scripts/imagenet_align_uniform.sh does"
+                else "give the flags without --preset, as scripts/imagenet_align_uniform.sh does"
             )
         )
     by_side = next(row for row in BY_SIDE if side <= row.most)

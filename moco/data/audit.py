@@ -174,7 +174,8 @@ def audit(root: Path, workers: int, dataset: str = "folder", *, most: int | None
     by_split = {split: list(image_paths(split, found)) for split, found in left_out.items()}
     paths = [path for images in by_split.values() for path in images]
     if not paths:
-        raise DataError(f"no images in {root} (looked for {', '.join(IMG_EXTENSIONS)})")
+        said = "".join(f"; {found}" for found in left_out.values() if found.counts)
+        raise DataError(f"no images in {root} (looked for {', '.join(IMG_EXTENSIONS)}){said}")
     kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path, (kind, details) in check_classes(root, by_split):
         kinds[kind].append((path, details))

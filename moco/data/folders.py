@@ -1,7 +1,8 @@
 """Folders of images: which files belong to a data set, in which order, and what is left out.
 
 Left out, and counted in a `LeftOut`: hidden and tool-made entries (.ipynb_checkpoints, @eaDir,
-__MACOSX, Thumbs.db, ...), and links to folders and images that are read without them.
+__MACOSX, Thumbs.db, ...), pictures in formats that are not read (HEIC, GIF, ...), and links to
+folders and images that are read without them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ TOOL_MADE = frozenset(
     | {"$recycle.bin", "system volume information", "thumbs.db", "ehthumbs.db", "desktop.ini"}
     | {"lost+found", "__pycache__"}
 )
+# What cameras, phones and browsers write and training does not read, in lower case.
+OTHER_PICTURES = (
+    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".jp2", ".jfif", ".gif", ".svg", ".psd"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
 FOLDERS, FILES = "hidden or tool-made folders", "hidden or tool-made files"
+OTHERS = "pictures in formats that are not read (convert them to JPEG or PNG)"
 LINKED_FOLDERS, LINKED_IMAGES = "links to folders that are read", "links to images that are read"
 
 
@@ -126,6 +133,8 @@ class _Walk:
             elif entry.is_symlink() and is_image(entry.name) and self.image_is_read(entry):
                 self.left_out.add(LINKED_IMAGES, entry.path)
             else:
+                if entry.name.lower().endswith(OTHER_PICTURES) and _holds(entry.is_file):
+                    self.left_out.add(OTHERS, entry.path)
                 kept.append(entry)
         return kept
 

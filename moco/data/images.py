@@ -180,6 +180,7 @@ def open_images(
     *,
     per_class: int | None = None,
     classes: Sequence[str] | None = None,
+    quiet: bool = False,
 ) -> Images:
     """Open a data set that is on disk already; nothing is downloaded.
 
@@ -191,6 +192,7 @@ def open_images(
         split: "pretrain" (all images for training, labels not needed), "train" or "val".
         per_class: keep this many images of each class, the first ones.
         classes: class names of the training set, for "val" of a folder or of shards.
+        quiet: do not print what is left out; for a look before the run opens them.
 
     Raises:
         DataError: missing, empty, or without the labels that are asked for.
@@ -203,13 +205,13 @@ def open_images(
             dataset = "folder"  # the same images as files
     if dataset == "folder":
         images: Images = FolderImages(split_folder(root, split), classes)
-        _tell(root, split, images, known_classes=classes)
     elif dataset in SUFFIXES:
         kind = {"tar": TarImages, "parquet": ParquetImages}[dataset]
         images = kind(root, shard_paths(root, split, dataset), classes)
-        _tell(root, split, images, known_classes=classes)
     else:
         images = _open_torchvision(dataset, root, split)
+    if not quiet and not isinstance(images, ArrayImages):
+        _tell(root, split, images, known_classes=classes)
     if images.targets is None and (split != "pretrain" or per_class is not None):
         if dataset in SUFFIXES:
             raise DataError(

@@ -111,6 +111,8 @@ class RunFolder:
         """Everything that was logged while training: name -> (epochs, values)."""
         found: dict[str, tuple[list[float], list[float]]] = {}
         for line in self.log:
+            if line["kind"] == "start":  # one step, for moco.health
+                continue
             prefix = "" if line["kind"] in ("train", "metrics") else f"{line['kind']} "
             for name, value in line.items():
                 if name not in _NO_CURVES and number(value) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,15 @@ def test_given_flags_win_and_the_rest_follows_them(photos) -> None:
     assert without.preset.chosen == "" and without.encoder.arch == "resnet50"
 
 
+def test_what_is_left_out_of_the_folder_is_said_once(photos, tmp_path, capsys) -> None:
+    """The preset looks at the images before the run opens them."""
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "a.heic").write_bytes(b"no image")
+    argv = "--preset small --image-size 16 -j 0 --device cpu --max-steps 0 --save-dir".split()
+    main_moco.main([*argv, str(tmp_path / "run"), str(tmp_path / "photos")])
+    assert capsys.readouterr().out.count("left out of") == 1
+
+
 def test_a_run_notes_the_values_and_goes_on_by_the_same_command(photos, tmp_path, capsys) -> None:
     flags = "--preset small --image-size 16 --seed 1 -j 0 --device cpu --resume auto --save-dir"
     argv = [*flags.split(), str(tmp_path / "run")]
@@ -75,19 +85,20 @@ def test_a_run_notes_the_values_and_goes_on_by_the_same_command(photos, tmp_path
     ("counts", "reason"),
     [
         ({"a": 3}, f"is for {LEAST} to {MOST} images, got 3: too few to train on from scratch"),
-        ({}, "no images in"),
+        ({}, "not read (convert them to JPEG or PNG): 1 (a.heic)"),
     ],
 )
 def test_too_few_images_are_refused_in_one_line(counts, reason, tmp_path, capsys) -> None:
     write_images(tmp_path / "photos", counts)
     (tmp_path / "photos").mkdir(exist_ok=True)
+    (tmp_path / "photos" / "a.heic").write_bytes(b"no image")
     argv = ["--preset", "small", tmp_path / "photos"]
     status, line = refusal(main_moco.main, argv, capsys)
     assert status == 2 and reason in line
 
 
 def test_too_many_images_are_refused() -> None:
-    with pytest.raises(ValueError, match=f"got {MOST + 1}: give the flags themselves"):
+    with pytest.raises(ValueError, match=f"got {MOST + 1}: give the flags without --preset"):
         small_preset(MOST + 1, 32, {})
 
 

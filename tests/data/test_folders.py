@@ -75,6 +75,22 @@ def test_hidden_and_tool_made_files_are_left_out_and_counted(data, capsys):
     assert "hidden or tool-made files: 5 (a/.DS_Store, a/._000.png, a/.hidden.jpg, ...)" in line
 
 
+def test_photos_in_formats_that_are_not_read_are_counted(data, tmp_path, capsys):
+    """A phone's folder of HEIC looks full, and would be trained on the few JPEGs in it."""
+    for name in ("IMG_1.HEIC", "cat.gif", "notes.txt"):
+        (data / "train" / "a" / name).write_bytes(b"no image")
+    (data / "train" / "c.gif").mkdir()
+    assert image_names(open_images("folder", data, "train")) == NAMES
+    line = capsys.readouterr().out
+    assert "pictures in formats that are not read (convert them to JPEG or PNG): 2 (" in line
+    assert "(a/IMG_1.HEIC, a/cat.gif)" in line and audit(data, 1).left_out == [line.strip()]
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "1.heic").write_bytes(b"no image")
+    for look in (lambda root: open_images("folder", root, "pretrain"), lambda root: audit(root, 1)):
+        with pytest.raises(DataError, match=r"no images in .*not read \(convert .*\(1.heic\)"):
+            look(tmp_path / "phone")
+
+
 def test_names_that_look_alike_are_classes(tmp_path, capsys):
     folders = ["#cat", "@home", "lost", "macosx", "recycle", "eaDir", "a.b", "~x"]
     write_images(tmp_path, {f"train/{name}": 1 for name in folders})

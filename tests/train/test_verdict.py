@@ -10,7 +10,7 @@ from helpers import load_script, read_log
 from run_folders import column, compare
 
 import main_moco
-from moco.health import COLLAPSING, FILLING, HEALTHY, NOT_LEARNING
+from moco.health import COLLAPSING, FILLING, NOT_LEARNING, TOO_EARLY
 
 TINY = shlex.split(
     "-a resnet8 --image-size 16 --batch-size 10 -j 0 --device cpu -p 1 --seed 1 --keep-last 1 "
@@ -29,7 +29,7 @@ def test_a_run_that_learns_nothing_says_so_once_its_queue_is_filled(data, tmp_pa
     and at the end; `compare_runs.py` shows the last one."""
     found = train(data, tmp_path / "run", "--epochs", 18, "--lr", 1e-7, "--knn-every", 6)
     assert found == [
-        (epoch, FILLING if epoch < 2 else HEALTHY if epoch < 17 else NOT_LEARNING)
+        (epoch, FILLING if epoch < 2 else TOO_EARLY if epoch < 17 else NOT_LEARNING)
         for epoch in range(1, 19)
     ]
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health")]
@@ -55,7 +55,7 @@ def test_training_within_the_batch_has_no_queue_to_wait_for(data, tmp_path) -> N
     argv = shlex.split("-a small_alexnetx0.0625 --image-size 32 --batch-size 10 -j 0 --device cpu "
                        "--seed 1 --epochs 1 -p 1 --knn-every 1")  # fmt: skip
     load_script("train_in_batch").main([*argv, "--save-dir", str(tmp_path / "run"), str(data)])
-    assert [line["verdict"] for line in read_log(tmp_path / "run", "health")] == [HEALTHY]
+    assert [line["verdict"] for line in read_log(tmp_path / "run", "health")] == [TOO_EARLY]
     assert [line["step"] for line in read_log(tmp_path / "run", "knn")] == [0, 3]
 
 
