@@ -45,7 +45,8 @@ class MoCoTask(ImageTask):
 
     def _build_encoder(self, num_classes: int, *, in_groups: bool = True) -> nn.Module:
         config, built = self.config, self.build_encoder(num_classes)
-        if in_groups and config.groups > 1:  # also where each lies on a device of its own
+        # Also where each lies on a device of its own, or the only one is spread over several.
+        if in_groups and (config.groups > 1 or config.group_span > 1):
             split_batch_norm(built, config.bn_groups, config.group_span)
         return built
 

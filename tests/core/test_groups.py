@@ -16,6 +16,8 @@ from torch import nn
 from moco import distributed
 from moco.batch_norm import split_batch_norm
 from moco.builder import MoCo
+from moco.config import Encoder, Placement, PretrainConfig, PretrainData, PretrainOptim
+from moco.tasks.moco import MoCoTask
 
 BATCH, C, K = 16, 6, 38
 STEPS = 10
@@ -163,3 +165,18 @@ def test_groups_that_do_not_fit_are_refused():
         MoCo(TinyNet, C, K, align_alpha=2, group_size=0)
     with pytest.raises(ValueError, match="does not split into 3 equal parts"):
         moco(*two_views(0, 8), parts=3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "size", "found"), [(2, 8, (1, 2)), (2, 4, (1, 1)), (1, 2, (4, 1))]
+)
+def test_a_run_norms_in_the_groups_of_its_config(devices, size, found):
+    """(groups on a device, devices of a group); also of the only group, over two devices."""
+    config = PretrainConfig(
+        data=PretrainData(data="unused"),
+        encoder=Encoder(arch="resnet8", moco_k=64, moco_dim=8, group_size=str(size)),
+        optim=PretrainOptim(batch_size=8),
+        placement=Placement(devices=("cpu",), processes=devices),
+    )
+    norms = MoCoTask(config).build_module().encoder_q.batch_norms
+    assert (norms.splits, norms.span) == found

@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import random
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import harness
@@ -31,6 +33,7 @@ from moco.data.images import ArrayImages
 from moco.data.samples import AugmentedViews
 from moco.data.views import pretrain_recipe
 from moco.evaluate.knn import knn_predict
+from moco.precision import kernels
 from moco.train import loop
 from moco.train.step import train_step
 
@@ -46,6 +49,13 @@ RUN = shlex.split(
 def device() -> torch.device:
     on_cpu = os.environ.get("MOCO_GPU_TESTS") == "cpu"
     return torch.device("cpu") if on_cpu else torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def as_in_a_run() -> Iterator[None]:
+    """Matrix products in full precision, where NVIDIA's containers choose TF32."""
+    with kernels(deterministic=False):
+        yield
 
 
 @pytest.fixture
@@ -242,6 +252,25 @@ def test_no_step_waits_for_the_gpu(really_gpu, data, device, tmp_path, monkeypat
 # ---- Processes -----------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def two(device) -> torch.device:
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return device
+
+
+def by_torchrun(
+    count: int, program: Path, device: torch.device, *words: object
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count]
+    command += ["--master-port", free_port(), program, "--device", device.type, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment,
+        check=False,
+    )  # fmt: skip
+
+
 def test_a_group_of_one_process_trains_as_none(data, device, tmp_path, monkeypatch) -> None:
     """NCCL with one process: what torchrun starts on one GPU."""
     train(device, data, tmp_path / "alone", "--epochs", 1, "--deterministic")
@@ -268,18 +297,44 @@ runpy.run_path({str(ROOT / "main_moco.py")!r}, run_name="__main__")
 """
 
 
-def test_an_error_on_one_of_two_ranks_ends_the_job(data, device, tmp_path) -> None:
+def test_an_error_on_one_of_two_ranks_ends_the_job(data, two, tmp_path) -> None:
     """Long before the 30 minutes after which a rank gives up waiting."""
-    if device.type == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     program = tmp_path / "failing.py"
     program.write_text(FAILING, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--master-port", str(free_port()), str(program), *RUN]
-    command += ["--device", device.type, "--save-dir", str(tmp_path / "run"), str(data)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=environment, check=False
-    )
+    ended = by_torchrun(2, program, two, *RUN, "--save-dir", tmp_path / "run", data)
     assert ended.returncode != 0
     assert "rank 1 fails here" in ended.stdout + ended.stderr
+
+
+SLOWLY = [*RUN, "--epochs", "1", "--lr", "0.003"]  # rounding has no time to grow
+IN_BATCH = "-a small_alexnetx0.125 --image-size 64 --batch-size 8 --drop-last -j 0 -p 1 --epochs 1"
+SENTENCES = "--val-sentences 8 --vocab 20 --emb 6 --hidden 5 -b 8 --epochs 1 --seed 1 -p 1"
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "alike"),
+    [
+        ("main_moco.py", SLOWLY, True),
+        ("main_moco.py", [*SLOWLY, "--group-size", "8"], True),  # over both
+        ("main_moco.py", [*SLOWLY, "--amp", "bf16", "--compile"], False),
+        ("scripts/train_in_batch.py", IN_BATCH.split(), False),  # batch norm of each share
+        ("scripts/train_sentences.py", SENTENCES.split(), True),
+    ],
+    ids=["groups", "one group", "bf16 compiled", "in batch", "sentences"],
+)
+def test_two_gpus_train_every_task(program, flags, alike, data, two, tmp_path) -> None:
+    """By gradients as one has them, where losses are of the whole batch (logged are rank 0's)."""
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices("abcdefghij", k=draw.randint(1, 7))) for _ in range(32)]
+    (tmp_path / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    source = tmp_path / "text.txt" if "sentences" in program else data
+    norms = []
+    for count in (1, 2):
+        run = tmp_path / str(count)
+        ended = by_torchrun(count, ROOT / program, two, *flags, "--save-dir", run, source)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        lines = [line for line in harness.log_lines(run) if line["kind"] == "train"]
+        norms.append([line["grad_norm"] for line in lines])
+    assert len(norms[0]) == len(norms[1]) == 3
+    if alike:
+        np.testing.assert_allclose(norms[0], norms[1], rtol=2e-2)
