@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moco import distributed
+from moco.errors import TrainingError
+
 META = torch.device("meta")
 
 # ------------------------------------------------------------------------------------------------
@@ -83,6 +86,8 @@ def rehearse(
     *,
     dtype: torch.dtype = torch.float32,
     directions: int = 1,
+    keys: bool = True,
+    loss: Callable[[Tensor], Tensor] = torch.sum,
 ) -> Rehearsal:
     """A step of a query and a key encoder on tensors without numbers: nothing is computed, and no
     random number is drawn.
@@ -91,7 +96,10 @@ def rehearse(
         build: makes the encoder; called where new tensors have no numbers.
         images: (N, 3, H, W) of a batch, or of the part that goes through at a time.
         dtype: of activations: bfloat16 or float16 under mixed precision.
-        directions: passes whose activations are kept for one backward, 2 when symmetric.
+        directions: passes whose activations are kept for one backward, 2 when symmetric, 0 for an
+            encoder that does not learn.
+        keys: there is a pass without gradient, too.
+        loss: a scalar of what the encoder gives, with activations of its own.
 
     Raises:
         RuntimeError: torch knows no shape of something that the encoder calls, or the images do not
@@ -107,11 +115,54 @@ def rehearse(
     with _Watch(encoder) as watch:
         outputs = []
         for _ in range(directions):
-            outputs.append(encoder(torch.empty(images, dtype=dtype, device=META)).sum())
+            outputs.append(loss(encoder(torch.empty(images, dtype=dtype, device=META))))
+        if keys:
             with torch.no_grad():
                 encoder(torch.empty(images, dtype=dtype, device=META))
-        torch.stack(outputs).sum().backward()
+        if outputs:
+            torch.stack(outputs).sum().backward()
     return Rehearsal(watch.peak, weights, buffers, frozenset(watch.operations))
+
+
+# ------------------------------------------------------------------------------------------------
+# Whether the machine has it
+# ------------------------------------------------------------------------------------------------
+
+# Estimates were up to 15 % off where they were held against runs.
+ROOM, _DOUBT = 0.9, 1.2
+
+Verdict = tuple[bool, str] | None  # whether it is impossible, what to say; None where all is well
+
+
+def shortage(taken: int, memory: Memory | None, device: torch.device, processes: int) -> Verdict:
+    """What to say of a step that takes `taken` bytes in `processes` processes that share `memory`;
+    the text ends where advice follows."""
+    if memory is None or taken <= ROOM * memory.free:
+        return None
+    text = f"a step takes about {gib(taken)} of memory"
+    if processes > 1:
+        text += f" in {processes} processes"
+    where = "this GPU" if device.type == "cuda" else "this machine"
+    text += f", and {gib(memory.free)} of {gib(memory.total)} are free on {where}; "
+    return taken > _DOUBT * memory.total, text
+
+
+def refuse_or_warn(found: Verdict) -> None:
+    """On all ranks together, what any of them has found.
+
+    Raises:
+        TrainingError: it is impossible.
+    """
+    judged = [verdict for verdict in distributed.gather_objects(found) if verdict]
+    for impossible, text in judged:
+        if impossible:
+            raise TrainingError(text)
+    if judged:
+        distributed.print_main(f"warning: {judged[0][1]}")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 # ------------------------------------------------------------------------------------------------

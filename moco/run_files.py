@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
 import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from moco.errors import CheckpointError
 
@@ -86,14 +92,44 @@ def write_text(path: str | Path, text: str) -> None:
         OSError: it cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with written_beside(path) as file:
+            file.write(text.encode("utf-8"))
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """A new file beside `path` that takes its name at the end, if nothing goes wrong; `sync` has it
+    on the disk before. Those that processes left which were killed in between are deleted: whoever
+    lives holds a lock on his own.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        # Where there are no locks it looks held. A young one may not have its lock yet.
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _YOUNG:
+                with open(left, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_YOUNG = 60.0  # seconds
 
 
 def read_log(path: str | os.PathLike) -> tuple[list[dict], list[bytes]]:

@@ -22,7 +22,6 @@ import errno
 import json
 import os
 import pickle
-import secrets
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -50,7 +49,7 @@ from moco.errors import CheckpointError
 from moco.packages import import_optional
 from moco.pickles import Inert, Refused
 from moco.printable import printable
-from moco.run_files import FORMAT_VERSION
+from moco.run_files import FORMAT_VERSION, written_beside
 
 _OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # the first pickle in it
 
@@ -66,15 +65,8 @@ _NO_FSYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # network an
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
     """Have `write(file)` make a file: after a crash at any moment it is whole or not there."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_beside(path, sync=True) as file:
+        write(file)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name itself

@@ -29,6 +29,7 @@ from moco.evaluate.facts import (
     sorted_flat,
     warn_of_missing_classes,
 )
+from moco.evaluate.feasible import check_memory
 from moco.evaluate.feed import Presentation
 from moco.evaluate.heads import FrozenEncoder, Heads, head_accuracy
 from moco.evaluate.knn import knn_accuracy
@@ -74,6 +75,7 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
     before = subject.resume_from
     if before is not None:
         refuse_changes(before, config, classes)
+    check_memory(subject.encoder.encoder, config, device)
     begin_folder(config, at_exit)
     print_start(subject, config, device, result)
     warn_of_missing_classes(train, val)

@@ -26,12 +26,15 @@ from moco.config import InBatchConfig, auto_rate
 from moco.data.images import open_images
 from moco.data.nyu import open_nyu
 from moco.data.views import in_batch_recipe
+from moco.memory import rehearse
+from moco.precision import half_precision
 from moco.tasks import monitor
 from moco.tasks.collapse import collapse_warning
 from moco.tasks.images import ImagePairs, ImageTask
 from moco.tasks.online_knn import OnlineKnn
 from moco.tasks.start import start_encoder
 from moco.train.losses import Losses
+from moco.train.task import Needs
 from moco.train.trainer import Trainer
 
 
@@ -104,6 +107,32 @@ class InBatchTask(ImageTask):
     def build_module(self) -> TwoViews:
         dim = self.config.encoder.dim
         return TwoViews(self.build_encoder(dim), dim, self.classes)
+
+    def rehearse(self) -> Needs:
+        """The encoder with both views, and what takes memory in the losses of a large batch: the
+        similarities of all its pairs, in both directions."""
+        config, dim = self.config, self.config.encoder.dim
+        size, amp, processes = config.views.image_size, config.optim.amp, config.placement.processes
+
+        def loss(out: Tensor) -> Tensor:
+            whole = out.float().repeat(processes, 1)  # what other ranks give
+            if config.objective.supervised:
+                return out.sum()
+            x, y = F.normalize(whole, dim=1).chunk(2)
+            similar = x @ y.t() / 2
+            return similar.logsumexp(dim=1).sum() + similar.logsumexp(dim=0).sum()
+
+        step = rehearse(
+            lambda: self.build_encoder(dim),
+            (2 * config.part_size, 3, size, size),
+            dtype=half_precision(amp) or torch.float32,
+            keys=False,
+            loss=loss,
+        )
+        copies = 1.0 * (processes > 1)  # gradients, as they are sent
+        copies += amp != "off"  # weights in half precision, gradients in full
+        state = 2 * step.weights + step.buffers  # and momentum
+        return Needs(state, step.peak + int(copies * step.weights), step.operations)
 
     def compiled(self, module: TwoViews) -> list[nn.Module]:
         return [module.encoder_q]

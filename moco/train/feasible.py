@@ -8,16 +8,9 @@ from typing import Any
 
 import torch
 
-from moco import distributed
-from moco.errors import TrainingError
-from moco.memory import memory_of
+from moco.memory import ROOM, Verdict, gib, memory_of, refuse_or_warn, shortage
 from moco.precision import not_deterministic
 from moco.train.task import Needs, Task
-
-# Estimates were up to 15 % off where they were held against runs.
-_ROOM, _DOUBT = 0.9, 1.2
-
-Verdict = tuple[bool, str] | None  # whether it is impossible, what to say; None where all is well
 
 
 def check_step(make_task: type[Task], config: Any, device: torch.device) -> None:
@@ -31,12 +24,7 @@ def check_step(make_task: type[Task], config: Any, device: torch.device) -> None
     if needs is not None:
         found = _judge_kernels(needs, config, device)
         found = found or _judge_memory(needs, make_task, config, device)
-    judged = [verdict for verdict in distributed.gather_objects(found) if verdict]
-    for impossible, text in judged:
-        if impossible:
-            raise TrainingError(text)
-    if judged:
-        distributed.print_main(f"warning: {judged[0][1]}")
+    refuse_or_warn(found)
 
 
 def _rehearse(make_task: type[Task], config: Any) -> Needs | None:
@@ -63,19 +51,14 @@ def _judge_memory(
 ) -> Verdict:
     memory = memory_of(device)
     here = config.placement.local_processes if device.type == "cpu" else 1
-    taken = needs.memory(device) * here
-    if memory is None or taken <= _ROOM * memory.free:
+    found = shortage(needs.memory(device) * here, memory, device, here)
+    if found is None:
         return None
-    text = f"a step takes about {_gib(taken)} of memory"
-    if here > 1:
-        text += f" in {here} processes"
-    where = "this GPU" if device.type == "cuda" else "this machine"
-    text += f", and {_gib(memory.free)} of {_gib(memory.total)} are free on {where}; "
-    most = int(_ROOM * memory.free / here)
+    most = int(ROOM * memory.free / here)
     fixed = replace(needs, step=0).memory(device)
     advice = _advice(make_task, config, device, most) if fixed < most else None
-    text += advice or "choose a smaller -a, --image-size or --moco-k"
-    return taken > _DOUBT * memory.total, text
+    impossible, text = found
+    return impossible, text + (advice or "choose a smaller -a, --image-size or --moco-k")
 
 
 def _advice(make_task: type[Task], config: Any, device: torch.device, most: int) -> str | None:
@@ -83,7 +66,7 @@ def _advice(make_task: type[Task], config: Any, device: torch.device, most: int)
     for flags, smaller in _smaller(config):
         needs = _rehearse(make_task, smaller)
         if needs is not None and needs.memory(device) <= most:
-            return f"with {flags} it would take about {_gib(needs.memory(device))}"
+            return f"with {flags} it would take about {gib(needs.memory(device))}"
     return None
 
 
@@ -107,7 +90,3 @@ def _smaller(config: Any) -> Iterator[tuple[str, Any]]:
         except ValueError:  # batch-norm groups that do not divide it
             continue
         yield " ".join(flags), smaller
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import errno
+import fcntl
 import gzip
 import io
 import json
@@ -26,7 +27,9 @@ from torch import Tensor
 
 from moco import checkpoint
 from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint, write_safetensors
+from moco.checkpoint.files import write_atomically
 from moco.errors import CheckpointError
+from moco.run_files import write_text
 
 CONTENT = {
     "epoch": 3,
@@ -557,3 +560,18 @@ def test_a_newer_file_is_refused_by_name(save, tmp_path: Path) -> None:
             message = str(caught.value)
             assert f"{path} has format version {newer}, this code reads up to" in message
             assert "update" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("write", [write_text, lambda path, _: write_atomically(path, bool)])
+def test_what_a_killed_process_left_beside_a_file_goes_with_the_next_one(write, tmp_path: Path):
+    """Not what another one is writing: that is young, or locked."""
+    names = [f".a[1].json.{word}.tmp" for word in ("dead", "young", "live")]
+    for name in [*names, "other.tmp"]:
+        (tmp_path / name).touch()
+    for name in (names[0], names[2], "other.tmp"):
+        os.utime(tmp_path / name, (0, 0))
+    with open(tmp_path / names[2], "rb") as live:
+        fcntl.flock(live, fcntl.LOCK_EX)
+        write(tmp_path / "a[1].json", "text")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a[1].json", names[1], names[2], "other.tmp"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from moco.data import subsets as labels
 from moco.data.images import FolderImages, Subset, open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, lincls_recipe, normalize
 from moco.errors import DataError
+from moco.evaluate import feasible
+from moco.memory import Memory
 
 RATES = "--lr 0.2 --lr-backbone 0.05 --wd 1e-3 --schedule 2"
 
@@ -333,3 +336,24 @@ def test_fewer_labelled_images_than_a_batch(data, pretrained, capsys):
     argv = [*TINY, "--labels", 10, "--pretrained", pretrained, "--save-dir", "r", data]
     status, message = refusal(main_lincls.main, argv, capsys)
     assert status == 1 and "3 images" in message and "lower --batch-size" in message
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("mode", [["--finetune", "--lr-backbone", 0.1], ["--knn"]])
+def test_images_that_memory_does_not_suffice_for(mode, data, pretrained, monkeypatch, capsys):
+    """Refused before anything is written; the flags that it names are taken."""
+    argv = [*TINY, *mode, "--lr", 1, "--epochs", 1, "--pretrained", pretrained, "--save-dir"]
+    seen = []
+    take = feasible.memory_taken
+    monkeypatch.setattr(feasible, "memory_taken", lambda *a: seen.append(take(*a)) or seen[-1])
+    monkeypatch.setattr(feasible, "memory_of", lambda _: Memory(2**40, 2**40))
+    main_lincls.main([str(word) for word in [*argv, "whole", data]])
+    assert "warning: a step" not in capsys.readouterr().out
+    free = int(0.8 * seen[0])
+    monkeypatch.setattr(feasible, "memory_of", lambda _: Memory(free, free // 2))
+    status, line = refusal(main_lincls.main, [*argv, "r", data], capsys)
+    assert status == 1 and not Path("r").exists()
+    assert re.search("a step takes about .* are free on this machine; with --batch-size 4 it", line)
+    monkeypatch.setattr(feasible, "memory_of", lambda _: Memory(free, 10 * free))
+    main_lincls.main([str(word) for word in [*argv, "r", "--batch-size", 4, data]])
+    assert "warning: a step" not in capsys.readouterr().out

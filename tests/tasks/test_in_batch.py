@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import harness
@@ -23,8 +24,10 @@ from moco.data.images import FolderImages
 from moco.data.loader import EpochBatches
 from moco.data.views import in_batch_recipe
 from moco.evaluate.extraction import Loading, extract, load_image_encoder
+from moco.memory import Memory
 from moco.tasks.collapse import collapse_warning
 from moco.tasks.in_batch import InBatchTask, TwoViews
+from moco.train import feasible
 
 train_in_batch = load_script("train_in_batch")
 SMALL = shlex.split(
@@ -89,6 +92,7 @@ from moco.launch import launch_config
 from moco.cli import in_batch_config
 from moco.config.resume import learning_changes
 from moco.tasks.in_batch import InBatchTask, TwoViews
+from moco.train import feasible
 
 def step(device, config):
     torch.manual_seed(0)
@@ -330,3 +334,17 @@ def test_checkpoints_are_exported(data, tmp_path, elsewhere, capsys) -> None:
     session = runtime.InferenceSession(str(tmp_path / "encoder.onnx"))
     (found,) = session.run(None, {"images": images.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), encoder(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_giant_batch_is_refused_before_it(data, elsewhere, monkeypatch, capsys) -> None:
+    """Both views go through the encoder, and all pairs of a large batch are alive at once."""
+    argv = ["-a", "small_alexnetx0.125", "--image-size", 32, "--batch-size", 16, "--save-dir", "r"]
+    argv += ["--epochs", 1, "--device", "cpu", data]
+    config, taken = in_batch_config([str(word) for word in argv]), []
+    for batch in (8, 16, 16384):
+        larger = replace(config, optim=replace(config.optim, batch_size=batch))
+        taken.append(InBatchTask(larger).rehearse().step)
+    assert 1.5 < taken[1] / taken[0] < 2.5 and taken[2] > 4 * 4 * 16384**2
+    monkeypatch.setattr(feasible, "memory_of", lambda _: Memory(2**20, 2**20))
+    status, line = refusal(load_script("train_in_batch").main, argv, capsys)
+    assert status == 1 and "a step takes about" in line and not Path("r").exists()
