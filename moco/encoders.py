@@ -99,6 +99,8 @@ def check_image_size(encoder: nn.Module, image_size: int) -> None:
             out = encoder(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if isinstance(encoder, Chain):
+            reason = f"it is made for {encoder.image_size}"
         raise ValueError(
             f"images of {image_size} pixels do not fit the encoder: {reason}"
         ) from None

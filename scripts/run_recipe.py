@@ -5,6 +5,7 @@
     python scripts/run_recipe.py table10:32 DIR                       print the exact commands
     python scripts/run_recipe.py table10:32 DIR --run                 run them; what is done is kept
     python scripts/run_recipe.py table10:32 DIR --run --scale tiny    the same, a small budget
+    python scripts/run_recipe.py table1 DIR --run                     all rows of a table in turn
 
 A recipe is TABLE:ROW with rows from 1 (table10:32 is 3 * align(2) + 1 * uniform(3)). Tables, rows,
 protocols and the smaller scales are data: scripts/recipes/.
@@ -30,7 +31,7 @@ TABLES = recipes.Tables(ROOT / "scripts" / "recipes")
 def build_parser() -> command.Parser:
     # fmt: off
     parser = command.Parser(description="published rows as commands")
-    parser.add_argument("recipe", nargs="?", metavar="TABLE:ROW", help="see --list")
+    parser.add_argument("recipe", nargs="?", metavar="TABLE[:ROW]", help="see --list")
     parser.add_argument("data", nargs="?", metavar="DIR", help="not touched unless --run is given")
     parser.add_argument("--list", action="store_true", help="list all recipes")
     parser.add_argument("--run", action="store_true", help="run the commands, then compare")
@@ -40,7 +41,8 @@ def build_parser() -> command.Parser:
                         help="choose by K-fold cross-validation in main_lincls.py; the paper has 3")
     parser.add_argument("--seed", type=int, default=0, help="of both commands (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER",
-                        help="default: results/recipes/TABLE-ROW-SCALE-sSEED")
+                        help="default: results/recipes/TABLE-ROW-SCALE-sSEED; of a whole table "
+                        "one in it for each row")
     parser.add_argument("--pretrain", default="", metavar="FLAGS", type=shlex.split,
                         help='more flags for what trains, --pretrain="--amp bf16"')
     parser.add_argument("--lincls", default="", metavar="FLAGS", type=shlex.split,
@@ -61,22 +63,43 @@ def run(parser: command.Parser, args: argparse.Namespace) -> None:
         return
     if args.recipe is None or args.data is None:
         parser.error("give a recipe and a data folder: run_recipe.py table10:32 DIR (or --list)")
-    name = f"{args.recipe.replace(':', '-')}-{args.scale}-s{args.seed}"
-    out = args.out or Path("results") / "recipes" / name
+    rows = TABLES.rows_of(args.recipe)
     try:
-        plan = recipes.plan(
-            TABLES, args.recipe, args.data, out, scale=args.scale, folds=args.folds,
-            seed=args.seed, pretrain=args.pretrain, lincls=args.lincls,
-        )  # fmt: skip
-        print("\n".join(recipes.describe(plan)), flush=True)
+        plans = [(out, plan_of(args, row, out)) for row in rows for out in [folder(args, row)]]
+        for _, plan in plans:
+            print("\n".join(recipes.describe(plan)), flush=True)
         if not args.run:
             return
         if args.scale == "full":
-            recipes.check_classes(TABLES, plan.table, Path(args.data))
-        recipes.claim(out / "recipe.json", plan.facts())
+            recipes.check_classes(TABLES, plans[0][1].table, Path(args.data))
+        for out, plan in plans:
+            recipes.claim(out / "recipe.json", plan.facts())
     except (ValueError, OSError) as error:
         parser.refuse(error)
     children = command.Children(parser.prog)
+    for row, (_, plan) in zip(rows, plans, strict=True):
+        results = run_steps(parser, children, plan)
+        if len(rows) > 1:
+            print(f"# {row}")
+        print("\n".join(results), flush=True)
+
+
+def folder(args: argparse.Namespace, row: str) -> Path:
+    name = f"{row.replace(':', '-')}-{args.scale}-s{args.seed}"
+    if args.out is None:
+        return Path("results") / "recipes" / name
+    return args.out if row == args.recipe else args.out / name
+
+
+def plan_of(args: argparse.Namespace, row: str, out: Path) -> recipes.Plan:
+    return recipes.plan(
+        TABLES, row, args.data, out, scale=args.scale, folds=args.folds,
+        seed=args.seed, pretrain=args.pretrain, lincls=args.lincls,
+    )  # fmt: skip
+
+
+def run_steps(parser: command.Parser, children: command.Children, plan: recipes.Plan) -> list[str]:
+    """Run what has not been run; lines that compare what was found with the published figures."""
     for file, (program, *words) in plan.steps:
         if not file.is_file():
             status = children.run([str(ROOT / program), *words])
@@ -86,7 +109,7 @@ def run(parser: command.Parser, args: argparse.Namespace) -> None:
             parser.refuse(f"{program} has ended without {file}", status=1)
     found = [json.loads(file.read_text(encoding="utf-8")) for file, _ in plan.steps[1:]]
     *results, metrics = found
-    print("\n".join(recipes.compared(plan.row, results, metrics, changed=bool(plan.changes))))
+    return recipes.compared(plan.row, results, metrics, changed=bool(plan.changes))
 
 
 if __name__ == "__main__":

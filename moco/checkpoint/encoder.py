@@ -168,8 +168,10 @@ def _attach_head(
         return kind, use
     if head != use:
         has = "no head" if use == "none" else f"a {use} head"
-        remedy = '(head="none" gives features)'
-        raise CheckpointError(f"{path} has {has}, {head} was asked for {remedy}")
+        remedy = 'head="none" gives features'
+        if head == "linear":
+            remedy += "; a linear one is what main_lincls.py trains, without -e, and saves"
+        raise CheckpointError(f"{path} has {has}, {head} was asked for ({remedy})")
     try:
         set_head(encoder, build_head(in_file, encoder.feature_dim))
     except ValueError as error:

@@ -63,7 +63,7 @@ def _files(folder: Path, suffix: str) -> list[str]:
     names = sorted(
         entry.name
         for entry in os.scandir(folder)
-        if entry.name.endswith(suffix) and not is_tool_made(entry.name)
+        if entry.name.lower().endswith(suffix) and not is_tool_made(entry.name)
     )
     paths = [str(folder / name) for name in names if not (folder / name).is_dir()]
     for path in paths:

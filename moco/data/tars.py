@@ -35,7 +35,7 @@ from moco.errors import DataError
 from moco.progress import progress
 
 _VERSION = 2  # of the index
-LINKS, REPLACED = "symbolic links", "images that come again in their archive"
+LINKS, REPLACED = "symbolic links and sparse files", "images that come again in their archive"
 
 
 class TarImages(PackedImages):
@@ -227,7 +227,7 @@ class Member(NamedTuple):
 
 def members(path: str) -> Iterator[Member]:
     """Files and links in an archive. Names are as they would be below the folder that it is
-    unpacked in; the target of a symbolic link is its own name.
+    unpacked in; symbolic links and sparse files are links to their own name.
 
     Raises:
         DataError: it is no tar archive, compressed, cut off or damaged.
@@ -239,7 +239,7 @@ def members(path: str) -> Iterator[Member]:
                 name = _below(member.name)
                 if member.isreg() and not member.issparse():
                     yield Member(name, member.offset_data, member.size)
-                elif member.islnk() or member.issym():
+                elif member.islnk() or member.issym() or member.issparse():
                     yield Member(name, 0, 0, _below(member.linkname) if member.islnk() else name)
             _check_end(path, tar.offset)
     except (tarfile.TarError, OSError, ValueError) as error:

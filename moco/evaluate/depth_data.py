@@ -62,8 +62,8 @@ def read_depths(pairs: DepthImages, size: int) -> Depths:
     """All depth maps, resized.
 
     Raises:
-        DataError: a map of another size than its image, without any depth, or constant; names the
-            file.
+        DataError: a map of another size than its image, without any depth (or with none after the
+            resizing, so that it would have no error), or constant; names the file.
     """
     maps = []
     for index, name in enumerate(pairs.names):
@@ -80,6 +80,11 @@ def read_depths(pairs: DepthImages, size: int) -> Depths:
             what = "is 0 everywhere" if not depth.any() else f"is {depth.max():g} m everywhere"
             raise DataError(f"depth of {name} {what}; is the file damaged?")
         maps.append(nearest(depth, size))
+        if not maps[-1].any():
+            raise DataError(
+                f"depth of {name} is known in so few pixels that none is left of {size} x {size}; "
+                "give a greater --depth-size, or take the image out of the split"
+            )
     return Depths(torch.stack(maps))
 
 

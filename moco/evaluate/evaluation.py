@@ -158,6 +158,11 @@ def complete(config: LinclsConfig, path: str, info: dict, resume_from: dict | No
         raise CheckpointError(f"{path}: {error}") from None
     if config.protocol.probe == "stl10" and source.eval_resize is None:
         source = replace(source, eval_resize=round(source.image_size * 70 / 64))
+    if source.eval_resize is not None and source.eval_resize < source.image_size:
+        raise CheckpointError(
+            f"--eval-resize {source.eval_resize} is smaller than the crop of {source.image_size} "
+            "pixels, which would have a black border: give at least that"
+        )
     return replace(
         config,
         source=source,

@@ -95,6 +95,10 @@ class Tables:
             for row in range(1, 1 + len(table["rows"]))
         ]
 
+    def rows_of(self, recipe: str) -> list[str]:
+        """TABLE:ROW of all rows of a table, or `recipe` alone where it is no table's name."""
+        return [name for name in self.names() if name.startswith(f"{recipe}:")] or [recipe]
+
     def find(self, recipe: str) -> tuple[dict, dict]:
         """The table and the row that `recipe` names.
 

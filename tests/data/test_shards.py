@@ -292,7 +292,7 @@ def test_archives_hold_what_tar_would_unpack_from_them(plain, tmp_path, capsys) 
         assert images.names == ["ant/0.jpg", "ant/1.jpg", "bee/0.jpg", "bee/1.jpg"], again
         assert list(map(images.read, range(4))) == [first, third, second, second]
         said = capsys.readouterr().out
-        assert "symbolic links: 1 (bee/2.jpg)" in said
+        assert "symbolic links and sparse files: 1 (bee/2.jpg)" in said
         assert "images that come again in their archive: 1 (ant/1.jpg)" in said
 
 
@@ -305,6 +305,13 @@ def test_archives_of_one_name_size_and_date_have_an_index_each(plain, tmp_path) 
             add(tar, f"{classes[0]}/0.jpg", data)
         os.utime(path, (0, 0))  # as reproducible builds have it
         assert open_images("tar", tmp_path / root, "train").classes == classes
+
+
+def test_suffixes_may_be_of_capitals(plain, tmp_path) -> None:
+    (tmp_path / "train").mkdir()
+    with tarfile.open(tmp_path / "train" / "0.TAR", "w") as tar:
+        add(tar, "ant/0.JPG", named(plain, "train")[0][1])
+    assert open_images("tar", tmp_path, "train").names == ["ant/0.JPG"]
 
 
 def test_a_shard_that_is_a_link_to_nothing_is_refused(plain, tmp_path) -> None:

@@ -167,6 +167,9 @@ def test_the_probe_is_torchs_linear_layer_and_adam() -> None:
     [
         (["--layer", "conv5"], "has no --layer conv5 to evaluate; there are fc7 and output"),
         (["--layer", "fc9"], "has no --layer fc9"),
+        (["--eval-resize", "15"], "--eval-resize 15 is smaller than the crop of 16 pixels"),
+        (["--image-size", "32"], "images of 32 pixels do not fit the encoder: it is made for 16"),
+        (["-e"], "a linear one is what main_lincls.py trains, without -e, and saves"),
         (["--folds", "11"], "--folds 11 are more than the 10 images of the smallest class"),
     ],
 )

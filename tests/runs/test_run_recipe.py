@@ -168,13 +168,25 @@ def test_table10_32_is_the_papers_best_with_its_protocol(call) -> None:
         ("table10:32 DIR --pretrain=--epochs=x", "at least 1, got x"),
         ("tabel10:32 DIR", "table10:32"),
         ("table10:46 DIR", "table10 has rows 1 to 45"),
-        ("table10 DIR", "rows 1 to 45"),
+        ("table10: DIR", "rows 1 to 45"),
+        ("table", "data folder"),
+        ("table DIR", "no recipe 'table'"),
         ("table10:32", "data folder"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(words, message, call) -> None:
     status, text = call(run_recipe.main, words)
     assert status == 2 and message in text.splitlines()[-1]
+
+
+def test_a_table_stands_for_its_rows(call, tmp_path) -> None:
+    """Its commands are those of the rows, in folders of their own."""
+    status, text = call(run_recipe.main, "table1 DIR --scale tiny")
+    rows = [call(run_recipe.main, f"table1:{row} DIR --scale tiny")[1] for row in (1, 2, 3)]
+    assert status == 0 and commands(text) == [words for row in rows for words in commands(row)]
+    _, text = call(run_recipe.main, f"table1 DIR --scale tiny --out {tmp_path}")
+    saved = [words[words.index("--save-dir") + 1] for words in commands(text)[::4]]
+    assert saved == [f"{tmp_path}/table1-{row}-tiny-s0/pretrain" for row in (1, 2, 3)]
 
 
 def test_the_list_has_all_recipes_and_marks_the_uncertain_rows(call) -> None:

@@ -123,6 +123,38 @@ def test_two_processes_have_the_objective_of_the_whole_batch(data, tmp_path) -> 
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("step", "images", "lr"), [(4, 6, 0.2), (5, 8, 0.02)])
+def test_a_step_of_a_run_is_sgd_on_the_equations(
+    data, tmp_path, elsewhere, step, images, lr
+) -> None:
+    """The last, smaller batch of an epoch, and the first after the learning rate drops."""
+    flags = ["--lr", "0.2", "--schedule", "1", "--epochs", "2", "--save-dir", str(tmp_path / "run")]
+    saved = []
+    for steps in (step - 1, step):
+        train_in_batch.main(
+            [*SMALL, *flags, "--max-steps", f"{steps}", "--resume", "auto", f"{data}"]
+        )
+        newest = max((tmp_path / "run").glob("*.pth.tar"), key=lambda path: path.stat().st_mtime_ns)
+        saved.append(torch.load(newest, weights_only=True))
+    before, after = saved
+    task = task_of(data)
+    batches = task.build_data(torch.device("cpu"))
+    batches.set_epoch(*divmod(step - 1, 4))
+    views = task.config.views
+    pixels = torch.cat(next(iter(batches))).double() / 255
+    mean, std = (torch.tensor(v).double().view(3, 1, 1) for v in (views.mean, views.std))
+    module = task.build_module().double()
+    module.load_state_dict({n.removeprefix("module."): t for n, t in before["state_dict"].items()})
+    x, y = F.normalize(module.encoder_q((pixels - mean) / std), dim=1).chunk(2)
+    assert len(x) == images
+    (reference.align(x, y, 2) + (reference.uniform(x, 2) + reference.uniform(y, 2)) / 2).backward()
+    for i, (name, weight) in enumerate(module.named_parameters()):
+        buffer = before["optimizer"]["state"][i]["momentum_buffer"]
+        moved = 0.9 * buffer + weight.grad + 1e-4 * weight
+        wanted = (weight - lr * moved).float()
+        torch.testing.assert_close(after["state_dict"][f"module.{name}"], wanted, atol=1e-5, rtol=0)
+
+
 # ---- Data
 
 
