@@ -59,7 +59,6 @@ class Seen:
         step: finished steps, of `steps`.
         filled: the step from which on the queue holds keys of images only; 0 without a queue.
         untrained, knn: before training and latest; None where it is not measured.
-        worst: the lowest k-NN since; None where it is not measured.
     """
 
     start: Place
@@ -70,7 +69,6 @@ class Seen:
     filled: int = 0
     untrained: Knn | None = None
     knn: Knn | None = None
-    worst: Knn | None = None
 
 
 @dataclass(frozen=True)
@@ -118,15 +116,13 @@ def judge(seen: Seen) -> Health:
 
 def _judge_knn(seen: Seen, old: bool) -> Health:
     """Better than the untrained encoder by one standard error of the difference, or late."""
-    before, knn, worst = seen.untrained, seen.knn, seen.worst or seen.knn
+    before, knn = seen.untrained, seen.knn
     text = f"k-NN {knn.top1:.1f} %, of the encoder before training {before.top1:.1f} %"
     counts = math.ceil(LATE * seen.steps)
     if knn.top1 - before.top1 > standard_error(before, knn):
         return Health(HEALTHY, text)
     if not old or knn.step < counts:
         return Health(TOO_EARLY, f"{text}, which counts from step {counts} on")
-    if knn.top1 - worst.top1 > standard_error(worst, knn):
-        return Health(TOO_EARLY, f"{text}, but it rises, from {worst.top1:.1f} %: train longer")
     return Health(NOT_LEARNING, f"{text}, no more than chance may add")
 
 
@@ -159,7 +155,6 @@ class History:
     start: Place | None = None
     untrained: Knn | None = None
     knn: Knn | None = None
-    worst: Knn | None = None  # after training began
     verdict: str | None = None  # the last one
     _epoch: int = -1
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
@@ -181,8 +176,6 @@ class History:
             self.knn = Knn(line["step"], top1, int(images))
             if line["step"] == 0:
                 self.untrained = self.knn
-            elif not self.worst or self.knn.top1 < self.worst.top1:
-                self.worst = self.knn
         elif line["kind"] == "health":
             self.verdict = line.get("verdict")
 
@@ -191,8 +184,7 @@ class History:
         if not self._lines:
             return None
         now = Place(*(total / self._lines for total in self._sums))
-        knns = (self.untrained, self.knn, self.worst)
-        return Seen(self.start, now, epochs, step, steps, filled, *knns)
+        return Seen(self.start, now, epochs, step, steps, filled, self.untrained, self.knn)
 
 
 def _number(value: object) -> float | None:

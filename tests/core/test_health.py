@@ -37,7 +37,7 @@ RUNS = {
     "InfoNCE, too short to pass the untrained encoder": (35.2, START, [
         (0.549, -0.697, 22.9), (1.051, -0.825, 25.2), (1.264, -0.501, 23.1),
         (1.096, -0.487, 24.0), (0.884, -0.482, 26.2), (0.626, -0.569, 25.6),
-    ], "EEENEN", "EEENNN"),
+    ], "EEENNN", "EEENNN"),
     "lr 1e-6": (35.2, START, [
         (0.332, -0.696, 34.0), (0.332, -0.703, 34.8), (0.332, -0.701, 35.8),
     ], "ENN", "ENN"),
@@ -61,13 +61,11 @@ VERDICTS = {"H": HEALTHY, "E": TOO_EARLY, "N": NOT_LEARNING, "C": COLLAPSING}
 @pytest.mark.parametrize("labels", [True, False])
 def test_recorded_runs_get_the_verdicts_that_they_deserve(name, labels) -> None:
     untrained, start, epochs, *verdicts = RUNS[name]
-    steps, worst, found = STEPS * len(epochs), None, ""
+    steps, found = STEPS * len(epochs), ""
     before = Knn(0, untrained, IMAGES) if labels else None
     for epoch, (a, u, top1) in enumerate(epochs, start=1):
         knn = Knn(STEPS * epoch, top1, IMAGES) if labels else None
-        worst = min(filter(None, (worst, knn)), key=lambda each: each.top1, default=None)
-        seen = Seen(start, Place(a, u), epoch, STEPS * epoch, steps,
-                    untrained=before, knn=knn, worst=worst)  # fmt: skip
+        seen = Seen(start, Place(a, u), epoch, STEPS * epoch, steps, untrained=before, knn=knn)
         found += next(letter for letter, v in VERDICTS.items() if v == judge(seen).verdict)
     assert found == verdicts[0 if labels else 1]
 
@@ -135,10 +133,6 @@ def test_knn_has_to_be_above_the_untrained_encoders_late_in_the_run_and_by_more_
         health = judge(seen)
         assert health.verdict == expected and f"{30 + gain:.1f} %" in health.reason
         assert "30.0 %" in health.reason
-    risen = replace(LATE, untrained=before, knn=Knn(90, 28.0, 400), worst=Knn(30, 20.0, 400))
-    assert judge(risen).verdict == TOO_EARLY and "from 20.0 %: train longer" in judge(risen).reason
-    level = replace(risen, worst=Knn(30, 28.0 - 0.9 * chance, 400))
-    assert judge(level).verdict == NOT_LEARNING
     # Of a run that began elsewhere, and of one whose k-NN was never measured again.
     assert judge(replace(LATE, knn=Knn(90, 1.0, 400))).verdict == HEALTHY
     assert judge(replace(LATE, untrained=before, knn=before)).verdict == HEALTHY
@@ -166,11 +160,6 @@ def test_the_history_is_read_line_by_line_and_lines_without_numbers_count_nothin
     assert (seen.start, seen.now) == (Place(0.3, -0.7), Place(pytest.approx(0.8), -1.5))
     assert (seen.untrained.top1, seen.knn) == (31.0, Knn(4, 33.0, 480))
     assert (seen.epochs, seen.step, seen.steps, seen.filled) == (2, 4, 8, 3)
-    assert seen.worst == seen.knn
-    for step, top1 in ((5, 20.0), (6, 25.0)):
-        history.add({"kind": "knn", "step": step, "epoch": 2, "top1": top1, "images": 480})
-    seen = history.seen(2, 6, steps=8)
-    assert (seen.untrained.top1, seen.knn.top1, seen.worst.top1) == (31.0, 25.0, 20.0)
 
 
 def test_the_start_is_the_first_step_where_the_log_has_it() -> None:
