@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
-from moco.alexnet import CHAINS, build_chain, parse_chain
+from moco.alexnet import CHAINS, Chain, build_chain, parse_chain
 from moco.batch_norm import split_batch_norm
 
 # ------------------------------------------------------------------------------------------------
