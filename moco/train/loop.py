@@ -102,10 +102,10 @@ def after_step(t: Trainer, losses: Losses) -> Due:
         wants_save = distributed.is_main() and t.stopwatch.rings()
         stop, save_now = t.guard.check(t.stop.requested, wants_save)
         step = step.extended(stop=stop, save=save_now)
-    if state.step == 1 and t.log.active:  # what moco.health compares with; lines come too late
-        t.log.event("start", state.step, epoch=state.epoch, **t.task.metrics(losses))
     if step.log:
         report(t, losses)
+    if state.step == 1 and t.log.active:  # what moco.health compares with; lines come too late
+        t.log.event("start", state.step, epoch=state.epoch, **t.task.metrics(losses))
     if step.compare_ranks:
         guards.stop_if_ranks_differ(t.task.shared_tensors(state.module), state.step)
     if step.epoch_end:
