@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -108,13 +109,7 @@ def written_beside(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        # Where there are no locks it looks held. A young one may not have its lock yet.
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _YOUNG:
-                with open(left, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    left.unlink()
+    _delete_left(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -129,7 +124,44 @@ def written_beside(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, for as long as the block runs; what killed processes left of the
+    kind is deleted as in `written_beside`.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    name = path.name[:_LONGEST]
+    _delete_left(path.parent, name)
+    temporary = path.with_name(f".{name}.{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield temporary
+    finally:
+        os.close(descriptor)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 _YOUNG = 60.0  # seconds
+_LONGEST = 100  # characters of a folder's name, to which more are added
+
+
+def _delete_left(folder: Path, name: str) -> None:
+    """What killed processes left in a folder, to become `name`: nobody holds a lock on it. Where
+    there are no locks it looks held; a young one may not have its lock yet."""
+    for left in folder.glob(f".{glob.escape(name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _YOUNG:
+                descriptor = os.open(left, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                finally:
+                    os.close(descriptor)
 
 
 def read_log(path: str | os.PathLike) -> tuple[list[dict], list[bytes]]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import secrets
 import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -33,6 +32,7 @@ from moco.data.folders import FILES, LeftOut, is_image, is_tool_made
 from moco.data.shards import WORDS, OpenFiles, PackedImages, files_digest, number_classes
 from moco.errors import DataError
 from moco.progress import progress
+from moco.run_files import written_beside
 
 _VERSION = 2  # of the index
 LINKS, REPLACED = "symbolic links and sparse files", "images that come again in their archive"
@@ -100,14 +100,8 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 def _keep(cached: Path, index: dict) -> None:
     packed = {name: _packed(v) if isinstance(v, list) else v for name, v in index.items()}
-    temporary = cached.with_name(f".{cached.name}.{secrets.token_hex(8)}.tmp")
-    with contextlib.suppress(OSError):  # then it is made again next time
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **packed)
-            os.replace(temporary, cached)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), written_beside(cached) as file:
+        np.savez(file, **packed)  # where it cannot be, it is made again next time
 
 
 def _packed(names: list[str]) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
@@ -16,6 +15,7 @@ from moco.checkpoint.presentation import image_settings
 from moco.errors import CheckpointError
 from moco.printable import printable
 from moco.publish import export
+from moco.run_files import folder_beside
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 ONNX_TOLERANCE = 1e-4  # of features, relative to the largest where that is above 1
@@ -114,8 +114,8 @@ def convert(
         hint = f"; --head {unused} keeps it" if to == "onnx" else ""
         tell(f"left out: {_HEADS[unused]}{hint}")
     existing = next(folder for folder in out.parents if folder.exists())
-    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{out.name[:100]}.") as folder:
-        made = Path(folder) / out.name
+    with folder_beside(existing / out.name) as folder:
+        made = folder / out.name
         try:
             export.check_fits(network, to)
             if to == "onnx":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +29,16 @@ from moco.publish import export
 from moco.publish import release_files as files
 from moco.publish.card import check_packages, config_and_card
 from moco.publish.verify import verify_release
-from moco.run_files import ARGS, LINCLS_LATEST, LINCLS_RESULT, LOG, read_log, sha256, write_json
+from moco.run_files import (
+    ARGS,
+    LINCLS_LATEST,
+    LINCLS_RESULT,
+    LOG,
+    folder_beside,
+    read_log,
+    sha256,
+    write_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +96,8 @@ def make_release(request: Request) -> dict[str, Path]:
     check_packages()
     target, name = request.check()
     source = Path(request.checkpoint)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name[:100]}.") as inside:
-        folder = Path(inside) / target.name
+    with folder_beside(target) as inside:
+        folder = inside / target.name
         folder.mkdir()
         network = _write_pretrained(folder, name, source, request.encoder_only)
         if request.lincls:

@@ -29,7 +29,7 @@ from moco import checkpoint
 from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint, write_safetensors
 from moco.checkpoint.files import write_atomically
 from moco.errors import CheckpointError
-from moco.run_files import write_text
+from moco.run_files import folder_beside, write_text
 
 CONTENT = {
     "epoch": 3,
@@ -575,3 +575,18 @@ def test_what_a_killed_process_left_beside_a_file_goes_with_the_next_one(write, 
         write(tmp_path / "a[1].json", "text")
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"a[1].json", names[1], names[2], "other.tmp"}
+
+
+def test_what_a_killed_process_left_beside_a_folder_goes_with_the_next_one(tmp_path: Path) -> None:
+    names = [f".out.{word}.tmp" for word in ("dead", "young", "live")]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    for name in (names[0], names[2]):
+        os.utime(tmp_path / name, (0, 0))
+    live = os.open(tmp_path / names[2], os.O_RDONLY)
+    fcntl.flock(live, fcntl.LOCK_EX)
+    with folder_beside(tmp_path / "out") as own:
+        assert own.parent == tmp_path and own.is_dir()
+    os.close(live)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
