@@ -77,9 +77,7 @@ def paths_of_training(runs: Sequence[RunFolder], say: Say) -> tuple[str, dict[st
     for run, name in zip(runs, short_names(runs), strict=True):
         encoders = [(run, *encoder) for encoder in run.encoders()]
         if run.start is not None:
-            start, wanted = run.start
-            before = [(start, *e) for e in start.encoders() if e[0] == wanted]
-            encoders = before + encoders
+            encoders = [*_start(*run.start), *encoders]
         if len(encoders) < 2:
             say(f"left out: {run.folder} has {len(encoders)} measured epoch(s)")
         else:
@@ -99,6 +97,14 @@ def paths_of_training(runs: Sequence[RunFolder], say: Say) -> tuple[str, dict[st
         ]
         for name, encoders in paths.items()
     }
+
+
+def _start(run: RunFolder, epoch: int) -> list[tuple[RunFolder, int, float, float]]:
+    """Where an encoder is that others began from: as it was measured, else as was logged."""
+    place = (run.value("alignment", epoch), run.value("uniformity", epoch))
+    if None not in place:
+        return [(run, epoch, *place)]
+    return [(run, *each) for each in run.encoders() if each[0] == epoch]
 
 
 def _measured_only(runs: Sequence[RunFolder]) -> list[RunFolder]:

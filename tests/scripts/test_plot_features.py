@@ -344,6 +344,14 @@ def test_trajectories_begin_at_the_encoder_that_runs_started_from(tmp_path, caps
     assert sorted(texts) == ["epoch 5", "epoch 5", "start", "start"]
     assert "start has 1 measured epoch" in capsys.readouterr().err
 
+    with open(start / "log.jsonl", "a") as log:  # of batches: other numbers than those measured
+        for step, align in ((4, 0.9), (20, 0.8)):
+            line = {"kind": "train", "step": step, "alignment": align, "uniformity": -1.5}
+            log.write(json.dumps(line) + "\n")
+    lines = plot_features.draw_runs("8", [tmp_path / "s"]).axes[0].lines
+    paths = [list(line.get_xdata()) for line in lines if len(line.get_xdata()) == 2]
+    assert sorted(paths) == [[0.5, 0.0], [0.5, 0.1], [0.9, 0.8]]
+
 
 def test_many_encoders_are_drawn_without_names(tmp_path) -> None:
     for i in range(17):
