@@ -137,6 +137,7 @@ def trajectories(
     colours = _accuracy_colours(everything)
     figure = Figure(figsize=(6.6, 4.6))
     axes = figure.add_subplot()
+    labels: dict[tuple[float, float], str] = {}  # one for each place: paths can begin in the same
     for i, points in enumerate(paths.values()):
         style = line_style(i)
         xs = [point.alignment for point in points]
@@ -152,8 +153,9 @@ def trajectories(
                 markeredgecolor=style["color"], markeredgewidth=1.2,
             )  # fmt: skip
         for j in {0, len(points) - 1}:
-            axes.annotate(points[j].label, (xs[j], ys[j]), fontsize=7.5, xytext=(7, 4),
-                          textcoords="offset points")  # fmt: skip
+            labels.setdefault((xs[j], ys[j]), points[j].label)
+    for place, label in labels.items():
+        axes.annotate(label, place, fontsize=7.5, xytext=(7, 4), textcoords="offset points")
     if any(point.accuracy is not None for point in everything):
         figure.colorbar(colours, ax=axes, label=textwrap.fill(accuracy, 44))
     handles = [

@@ -341,7 +341,7 @@ def test_trajectories_begin_at_the_encoder_that_runs_started_from(tmp_path, caps
     assert [list(xs) for xs, _ in drawn] == [[0.5, 0.0], [0.5, 0.1]]
     assert [list(ys) for _, ys in drawn] == [pytest.approx([math.exp(-1), math.exp(-2)])] * 2
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert sorted(texts) == ["epoch 5", "epoch 5", "start", "start"]
+    assert sorted(texts) == ["epoch 5", "epoch 5", "start"]
     assert "start has 1 measured epoch" in capsys.readouterr().err
 
     with open(start / "log.jsonl", "a") as log:  # of batches: other numbers than those measured
