@@ -332,8 +332,8 @@ def log_lines(run: Path) -> list[dict]:
 
 
 def logged_steps(run: Path) -> int:
-    """The last step that the log calls done."""
-    return max((line["step"] for line in log_lines(run)), default=0)
+    """The last step that the log calls done. (The line of the very first one is always there.)"""
+    return max((line["step"] for line in log_lines(run) if line["kind"] != "start"), default=0)
 
 
 def saved_step(run: Path) -> int:

@@ -55,7 +55,7 @@ def stopped(half, tmp_path) -> Path:
 def assert_same_end(run: Path, reference: Path) -> None:
     """Bit for bit: weights, queue, pointer, optimizer, generators, and all logged but times."""
     expected = final_state(reference)
-    assert expected["log"][-1]["step"] == STEPS and "loss" in expected["log"][0]
+    assert expected["log"][-1]["step"] == STEPS and any("loss" in line for line in expected["log"])
     assert {"module.queue", "module.queue_ptr"} <= set(expected["checkpoint"]["state_dict"])
     assert {"optimizer", "shuffle_generator", "rng", "means"} <= set(expected["checkpoint"])
     assert differences(expected, final_state(run)) == []

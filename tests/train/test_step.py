@@ -211,13 +211,13 @@ class WatchOps(TorchDispatchMode):
 @pytest.mark.parametrize("flags", ["--moco-t 0.2 --accumulate 2", "--symmetric --amp bf16"])
 def test_no_step_between_checks_reads_a_number(flags, data, tmp_path, monkeypatch) -> None:
     """On a GPU each read would wait for all work before it. Here the CPU runs the steps that a GPU
-    would: a check, with its line of output, every third one."""
+    would: a check, with its line of output, every third one; and the run's start, its first."""
     watch = Watch()
 
     def watched(task, model, state, guard, batch):
         watch.where = "step"
         losses = train_step(task, model, state, guard, batch)
-        watch.where = "check" if (state.step + 1) % 3 == 0 else "between"
+        watch.where = "check" if (state.step + 1) % 3 == 0 or state.step == 0 else "between"
         return losses
 
     monkeypatch.setattr(loop, "train_step", watched)
