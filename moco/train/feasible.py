@@ -58,7 +58,8 @@ def _judge_memory(
     fixed = replace(needs, step=0).memory(device)
     advice = _advice(make_task, config, device, most) if fixed < most else None
     impossible, text = found
-    return impossible, text + (advice or "choose a smaller -a, --image-size or --moco-k")
+    queue = " or --moco-k" if hasattr(config.encoder, "moco_k") else ""
+    return impossible, text + (advice or f"choose a smaller -a or --image-size{queue}")
 
 
 def _advice(make_task: type[Task], config: Any, device: torch.device, most: int) -> str | None:

@@ -373,10 +373,12 @@ def test_a_giant_batch_is_refused_before_it(data, elsewhere, monkeypatch, capsys
     argv = ["-a", "small_alexnetx0.125", "--image-size", 32, "--batch-size", 16, "--save-dir", "r"]
     argv += ["--epochs", 1, "--device", "cpu", data]
     config, taken = in_batch_config([str(word) for word in argv]), []
-    for batch in (8, 16, 16384):
+    for batch in (8, 16, 16384, 32768):
         larger = replace(config, optim=replace(config.optim, batch_size=batch))
         taken.append(InBatchTask(larger).rehearse().step)
     assert 1.5 < taken[1] / taken[0] < 2.5 and taken[2] > 4 * 4 * 16384**2
+    assert taken[3] - 2 * taken[2] > 4 * 16384**2, "pairs grow with the square"
     monkeypatch.setattr(feasible, "memory_of", lambda _: Memory(2**20, 2**20))
     status, line = refusal(load_script("train_in_batch").main, argv, capsys)
     assert status == 1 and "a step takes about" in line and not Path("r").exists()
+    assert "--moco-k" not in line
