@@ -60,15 +60,9 @@ def parse(file: BinaryIO) -> object:
     for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
         if count > MOST_OPCODES:
             raise Refused("it has no end of opcodes")
-        name = opcode.name
-        if name in _CONSTANTS:
-            machine.stack.append(_CONSTANTS[name]())
-        elif name in _OPERATIONS:
-            _OPERATIONS[name](machine, arg)
-        elif name in _LITERALS:
-            machine.stack.append(arg)
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise pickle.UnpicklingError(f"GLOBAL pickle.{name}")
+        if opcode.name not in _OPERATIONS:
+            raise pickle.UnpicklingError(f"GLOBAL pickle.{opcode.name}")
+        _OPERATIONS[opcode.name](machine, arg)
     (value,) = machine.stack
     return value
 
@@ -104,9 +98,6 @@ class _Machine:
             raise Refused("it has no end of values")
         self.memo[number] = self.stack[-1]
 
-    def get(self, number: int) -> None:
-        self.stack.append(self.memo[number])
-
     def take(self, count: int) -> None:
         values = tuple(self.stack[len(self.stack) - count :])
         if len(values) < count:
@@ -133,15 +124,11 @@ class _Machine:
         for key, value in zip(values[::2], values[1::2], strict=True):
             into[checked_key(key)] = value
 
-    def name_global(self, arg: str) -> None:
-        module, _, name = arg.partition(" ")
-        self.stack.append(Call(_modern(f"{module}.{name}")))
-
     def name_from_stack(self, _: object) -> None:
         module, name = self.stack.pop(-2), self.stack.pop()
         if type(module) is not str or type(name) is not str:
             raise pickle.UnpicklingError("a name is no text")
-        self.stack.append(Call(_modern(f"{module}.{name}")))
+        self.push(Call(_modern(f"{module}.{name}")))
 
     def call(self, _: object) -> None:
         """What the opcode REDUCE would call: functions that are not known are refused."""
@@ -150,12 +137,10 @@ class _Machine:
         known = isinstance(function, Call) and function.args is None and _is_harmless(name)
         if not known or type(args) is not tuple:
             raise pickle.UnpicklingError(f"GLOBAL {name}")
-        self.stack.append(Call(name, args))
+        self.push(Call(name, args))
 
-    def new(self, has_keywords: bool) -> None:
+    def new(self, _: object) -> None:
         """What would be an instance of a class, whatever the class."""
-        if has_keywords:
-            self.stack.pop()
         args, kind = self.stack.pop(), self.stack.pop()
         if not isinstance(kind, Call) or kind.args is not None or type(args) is not tuple:
             raise pickle.UnpicklingError("an instance of what is no class")
@@ -166,9 +151,6 @@ class _Machine:
         if not isinstance(into, Call) or into.args is None:
             raise pickle.UnpicklingError("GLOBAL pickle.BUILD of what is no object")
         into.state = state
-
-    def persistent(self, _: object) -> None:
-        self.stack.append(Call(PERSISTENT, (self.stack.pop(),)))
 
     def persistent_text(self, text: str) -> None:
         """Of protocol 0, which has the tuple that torch gave as text: torch.load cannot read it."""
@@ -185,48 +167,47 @@ _STORAGE_TEXT = re.compile(
     r"\('storage', <class '(torch\.[\w.]{1,40})'>, '(\d{1,20})', '([\w:]{0,40})', (\d{1,18})"
     r"(?:, None)?\)"
 )
-_LITERALS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING UNICODE "
-    "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 FLOAT "
-    "BINFLOAT".split()
-)
-_CONSTANTS: dict[str, Callable] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": lambda: Call("builtins.set", ()),
-}
-_OPERATIONS: dict[str, Callable[[_Machine, object], None]] = {
+_OPERATIONS: dict[str, Callable[[_Machine, object], object]] = {
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
+    **dict.fromkeys(
+        "INT BININT BININT1 BININT2 LONG LONG1 LONG4 STRING BINSTRING SHORT_BINSTRING UNICODE "
+        "SHORT_BINUNICODE BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
+        "FLOAT BINFLOAT".split(),
+        _Machine.push,
+    ),
+    "NONE": lambda m, _: m.push(None),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "EMPTY_SET": lambda m, _: m.push(Call("builtins.set", ())),
     "MARK": _Machine.mark,
     "POP": _Machine.pop,
     "POP_MARK": lambda m, _: m.since_mark(),
     "DUP": lambda m, _: m.push(m.stack[-1]),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda m, number: m.push(m.memo[number])),
     "TUPLE": lambda m, _: m.push(tuple(m.since_mark())),
     "TUPLE1": lambda m, _: m.take(1),
     "TUPLE2": lambda m, _: m.take(2),
     "TUPLE3": lambda m, _: m.take(3),
     "LIST": lambda m, _: m.push(m.since_mark()),
     "APPEND": lambda m, _: m.append([m.stack.pop()]),
-    "APPENDS": lambda m, _: m.append(m.since_mark()),
-    "ADDITEMS": lambda m, _: m.append(m.since_mark()),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, _: m.append(m.since_mark())),
     "FROZENSET": lambda m, _: m.push(Call("builtins.frozenset", (m.since_mark(),))),
     "DICT": lambda m, _: (values := m.since_mark(), m.push({}), m.set_items(values)),
     "SETITEM": lambda m, _: (m.take(2), m.set_items(list(m.stack.pop()))),
     "SETITEMS": lambda m, _: m.set_items(m.since_mark()),
-    "GLOBAL": _Machine.name_global,
+    "GLOBAL": lambda m, name: m.push(Call(_modern(name.replace(" ", ".", 1)))),
     "STACK_GLOBAL": _Machine.name_from_stack,
     "REDUCE": _Machine.call,
-    "NEWOBJ": lambda m, _: m.new(has_keywords=False),
-    "NEWOBJ_EX": lambda m, _: m.new(has_keywords=True),
+    "NEWOBJ": _Machine.new,
+    "NEWOBJ_EX": lambda m, _: (m.stack.pop(), m.new(None)),  # keywords
     "BUILD": _Machine.build,
-    "BINPERSID": _Machine.persistent,
+    "BINPERSID": lambda m, _: m.push(Call(PERSISTENT, (m.stack.pop(),))),
     "PERSID": _Machine.persistent_text,
-}  # fmt: skip
+}
 
 
 def checked_key(key: object) -> object:
@@ -257,13 +238,12 @@ def _is_plain_key(key: object) -> bool:
     return key is None or type(key) in (str, bytes, bool, float)
 
 
+_OLD_NAMES = {"__builtin__.": "builtins.", "copy_reg.": "copyreg.", "numpy.core.": "numpy._core."}
+
+
 def _modern(name: str) -> str:
     """One name for what Python 2 and numpy 1 had elsewhere."""
-    for old, new in (
-        ("__builtin__.", "builtins."),
-        ("copy_reg.", "copyreg."),
-        ("numpy.core.", "numpy._core."),
-    ):
+    for old, new in _OLD_NAMES.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name
