@@ -4,6 +4,7 @@ from moco.checkpoint.content import (
     checksum,
     largest_sane,
     require_keys,
+    same_tensors,
     saved_args,
     to_host,
 )
@@ -15,6 +16,7 @@ from moco.checkpoint.files import (
     write_atomically,
     write_checkpoint,
     write_safetensors,
+    write_torch,
 )
 from moco.checkpoint.mapped import fingerprint, map_checkpoint
 from moco.checkpoint.run_folder import (
@@ -25,32 +27,5 @@ from moco.checkpoint.run_folder import (
     run_checkpoints,
     step_path,
 )
-from moco.errors import CheckpointError
-
-__all__ = [
-    "FORMAT_VERSION",
-    "CheckpointError",
-    "Retention",
-    "checksum",
-    "epoch_path",
-    "fingerprint",
-    "is_url",
-    "largest_sane",
-    "load_encoder",
-    "load_sentence_encoders",
-    "map_checkpoint",
-    "newest_valid",
-    "read_checkpoint",
-    "read_url",
-    "remove_unfinished",
-    "require_keys",
-    "run_checkpoints",
-    "saved_args",
-    "step_path",
-    "to_host",
-    "without_secrets",
-    "write_atomically",
-    "write_checkpoint",
-    "write_safetensors",
-]
 from moco.checkpoint.sentences import load_sentence_encoders
+from moco.errors import CheckpointError

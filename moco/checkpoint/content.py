@@ -54,6 +54,10 @@ def to_host(content: object) -> object:
     return content
 
 
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def require_keys(content: dict, keys: Sequence[str], path: str | os.PathLike) -> None:
     """Raise CheckpointError unless a pretraining checkpoint has all `keys`."""
     for key in keys:

@@ -137,10 +137,6 @@ def _read(path: str | os.PathLike, sha256: str | None) -> dict:
     return read_checkpoint(path, sha256=sha256)
 
 
-# ------------------------------------------------------------------------------------------------
-# Heads
-# ------------------------------------------------------------------------------------------------
-
 _IN_MLP = re.compile(r"[0-9]{1,3}\.(weight|bias|running_mean|running_var|num_batches_tracked)")
 
 

@@ -54,11 +54,6 @@ from moco.run_files import FORMAT_VERSION, written_beside
 _OLD = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # the first pickle in it
 
 
-# ------------------------------------------------------------------------------------------------
-# Writing
-# ------------------------------------------------------------------------------------------------
-
-
 _NO_FSYNC_OF_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # network and FUSE file systems
 
 
@@ -82,7 +77,11 @@ def write_checkpoint(path: str | os.PathLike, content: dict) -> None:
 
     A checksum of everything in it is kept beside the tensors and verified by `read_checkpoint`.
     """
-    content = {**content, "checksum": checksum(content)}
+    write_torch(path, {**content, "checksum": checksum(content)})
+
+
+def write_torch(path: str | os.PathLike, content: dict) -> None:
+    """`torch.save`, atomically."""
 
     def write(file: BinaryIO) -> None:
         sink = _Sink(file)
@@ -145,11 +144,6 @@ class _Sink:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading
-# ------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(

@@ -12,16 +12,13 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moco.checkpoint.refusals import RESAVE, UNPACK, damaged, not_a_checkpoint
 from moco.errors import CheckpointError
 from moco.pickles import PERSISTENT, TENSORS, Call, Inert, Values, numpy_type, parse
-
-# ------------------------------------------------------------------------------------------------
-# Tensors
-# ------------------------------------------------------------------------------------------------
 
 # Storage classes of torch, by name.
 _STORAGES = {
@@ -39,19 +36,7 @@ _STORAGES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
-# Types of numpy, by code.
-_ARRAYS = {
-    "f2": torch.float16,
-    "f4": torch.float32,
-    "f8": torch.float64,
-    "b1": torch.bool,
-    "u1": torch.uint8,
-    "i1": torch.int8,
-    "i2": torch.int16,
-    "i4": torch.int32,
-    "i8": torch.int64,
-}
-
+_ARRAYS = ("f2", "f4", "f8", "b1", "u1", "i1", "i2", "i4", "i8")  # numpy's codes
 _DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 
 
@@ -103,14 +88,8 @@ def _array(
     data = values.plain(data)
     data = data.encode("latin1") if isinstance(data, str) else data
     values.charge(len(data))
-    flat = torch.frombuffer(bytearray(data), dtype=_ARRAYS[code]) if data else torch.empty(0)
-    tensor = flat.to(_ARRAYS[code]).reshape(shape[::-1] if by_columns else shape)
-    return tensor.permute(*range(tensor.dim())[::-1]) if by_columns else tensor
-
-
-# ------------------------------------------------------------------------------------------------
-# Formats
-# ------------------------------------------------------------------------------------------------
+    flat = np.frombuffer(bytearray(data), code)
+    return torch.from_numpy(flat.reshape(shape, order="F" if by_columns else "C"))
 
 
 def read_zip(path: Path) -> object:

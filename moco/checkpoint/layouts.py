@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moco.checkpoint.architectures import STEMS, Fit, fit_arch
+from moco.checkpoint.content import same_tensors
 from moco.checkpoint.refusals import unsafe
 from moco.errors import CheckpointError
 from moco.pickles import Inert
@@ -81,11 +82,6 @@ def named_tensors(content: dict, path: str | os.PathLike) -> tuple[dict[str, Ten
     return state, layout
 
 
-# ------------------------------------------------------------------------------------------------
-# Names
-# ------------------------------------------------------------------------------------------------
-
-
 def _state_dict(content: dict, path: str | os.PathLike) -> tuple[dict, str]:
     """The state dict, which may lie in a dict of other things, and the layout that this means."""
     if _is_state_dict(content.get("state_dict_ema")):
@@ -143,11 +139,6 @@ def _is_simsiam(state: dict[str, Tensor]) -> bool:
     return {name.partition(".")[0] for name in state} <= {"encoder", "predictor"}
 
 
-# ------------------------------------------------------------------------------------------------
-# Which encoder
-# ------------------------------------------------------------------------------------------------
-
-
 def _choose(state: dict[str, Tensor], arch: object, path: str | os.PathLike) -> tuple[str, Fit]:
     """(what stands before the encoder's names, how they fit)."""
     prefixes = _prefixes(state)
@@ -169,7 +160,7 @@ def _choose(state: dict[str, Tensor], arch: object, path: str | os.PathLike) -> 
         raise _no_known(nearest or Fit("", state), arch, path)
     first, *others = leading
     for other in others:
-        if not _are_equal(whole[first].state, whole[other].state):
+        if not same_tensors(whole[first].state, whole[other].state):
             raise CheckpointError(
                 f"{path} holds encoders that differ, under {first} and {other}: give a file that "
                 "has one of them"
@@ -205,10 +196,6 @@ def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _holds_convolutions(state: dict[str, Tensor], without: tuple[str, ...]) -> bool:
     return any(t.dim() == 4 for name, t in state.items() if not name.startswith(without))
-
-
-def _are_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
 
 
 def _no_known(fit: Fit, arch: object, path: str | os.PathLike) -> CheckpointError:

@@ -23,16 +23,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from moco.checkpoint import load_encoder, write_atomically, write_safetensors
+from moco.checkpoint import load_encoder, write_atomically, write_safetensors, write_torch
 from moco.checkpoint.presentation import image_settings
 from moco.encoders import CifarResNet, check_image_size, get_head, head_name
 from moco.errors import CheckpointError
 
 AUTHOR = "moco-align-uniform"
-
-# ------------------------------------------------------------------------------------------------
-# Encoders from files
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -85,10 +81,6 @@ def load_with_head(source: str | os.PathLike, keep: str = "linear") -> LoadedEnc
     return LoadedEncoder(encoder, head, info)
 
 
-def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 # Arguments that are places: folders and files of the run, an address in its network.
 _PLACES = ("data", "save_dir", "resume", "checkpoint", "pretrained", "dist_url")
 
@@ -137,11 +129,6 @@ def _is_json(value: object) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------------------------
-# Names and settings of others
-# ------------------------------------------------------------------------------------------------
-
-
 def check_fits(network: LoadedEncoder, to: str) -> None:
     """Refuse what the other tool has no network for.
 
@@ -158,7 +145,8 @@ def check_fits(network: LoadedEncoder, to: str) -> None:
             f"{what} has no counterpart in {home.get(to, to)}; --to onnx takes it, and "
             "load_encoder does"
         )
-    if to not in ("torchvision", "upstream-moco") and not _is_resnet(network.encoder):
+    is_resnet = isinstance(network.encoder, torchvision.models.ResNet)
+    if to not in ("torchvision", "upstream-moco") and not is_resnet:
         raise CheckpointError(
             f"--to {to} is for ResNets, whose names are known there, got {arch}; --to torchvision "
             "and --to onnx take it"
@@ -167,10 +155,6 @@ def check_fits(network: LoadedEncoder, to: str) -> None:
 
 def takes_any_size(encoder: nn.Module) -> bool:
     return isinstance(encoder, (torchvision.models.ResNet, CifarResNet))
-
-
-def _is_resnet(encoder: nn.Module) -> bool:
-    return isinstance(encoder, torchvision.models.ResNet)
 
 
 def detectron2_name(name: str) -> str:
@@ -215,11 +199,6 @@ def timm_config(network: LoadedEncoder, licence: str | None = None) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# Files of others
-# ------------------------------------------------------------------------------------------------
-
-
 def write_torchvision(path: Path, network: LoadedEncoder) -> None:
     """A plain state dict, which timm reads too; .safetensors by the name of the file."""
     if path.suffix == ".safetensors":
@@ -235,14 +214,7 @@ def write_upstream_moco(path: Path, network: LoadedEncoder) -> None:
     write_torch(path, {"arch": network.arch, "epoch": network.info["epoch"], "state_dict": state})
 
 
-def write_torch(path: Path, content: dict) -> None:
-    """`torch.save`, atomically."""
-    buffer = io.BytesIO()  # of a full disk torch.save itself would say "unexpected pos"
-    torch.save(content, buffer)
-    _write(path, buffer.getbuffer())
-
-
-def _write(path: Path, data: bytes | memoryview) -> None:
+def _write(path: Path, data: bytes) -> None:
     write_atomically(path, lambda file: file.write(data))
 
 
@@ -337,11 +309,6 @@ FORMATS = {
     "huggingface": Format((), write=write_huggingface),
     "onnx": Format((".onnx",), keeps="none"),  # `write_onnx` keeps the head that is asked for
 }
-
-
-# ------------------------------------------------------------------------------------------------
-# How to load them
-# ------------------------------------------------------------------------------------------------
 
 
 def usage(to: str, file: str, network: LoadedEncoder) -> str:

@@ -20,9 +20,11 @@ from torch import Tensor
 from moco.checkpoint import (
     FORMAT_VERSION,
     read_checkpoint,
+    same_tensors,
     saved_args,
     write_checkpoint,
     write_safetensors,
+    write_torch,
 )
 from moco.errors import CheckpointError
 from moco.publish import export
@@ -162,7 +164,7 @@ def _write_weights(
         elif in_checkpoint:
             write_checkpoint(path, {"version": FORMAT_VERSION, **metadata, "state_dict": state})
         else:
-            export.write_torch(path, state)
+            write_torch(path, state)
         path.rename(folder / f"{name}-{sha256(path)[:8]}{suffix}")
 
 
@@ -220,7 +222,7 @@ def _write_lincls(
     network = export.load_with_head(source)
     if not network.classes:
         raise CheckpointError(f"--lincls {source} holds no linear classifier")
-    if not export.same_tensors(network.encoder.state_dict(), pretrained.encoder.state_dict()):
+    if not same_tensors(network.encoder.state_dict(), pretrained.encoder.state_dict()):
         raise CheckpointError(
             f"--lincls {source} is not a probe of this encoder: its backbone has other weights "
             "(another checkpoint, or fine-tuned)"

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moco.checkpoint import read_checkpoint, saved_args
+from moco.checkpoint import read_checkpoint, same_tensors, saved_args
 from moco.publish import export
 from moco.publish import release_files as files
 from moco.publish.card import check_packages, config_and_card
@@ -79,7 +79,7 @@ def _check_weights(folder: Path) -> list[str]:
             continue
         state = export.load_with_head(path, keep="none").encoder.state_dict()
         first, of_first = first or state, of_first or path.name
-        if not export.same_tensors(first, state):
+        if not same_tensors(first, state):
             problems.append(f"{path.name} holds another backbone than {of_first}")
     args = files.read_json(folder / ARGS, or_empty=True)
     args.pop("provenance", None)
@@ -88,7 +88,7 @@ def _check_weights(folder: Path) -> list[str]:
         paths = [*files.weights(folder, kind, "pth"), *files.weights(folder, kind, "safetensors")]
         contents = [read_checkpoint(path) for path in paths]
         states = [content.get("state_dict", content) for content in contents]
-        if states and not alone and not (len(states) == 2 and export.same_tensors(*states)):
+        if states and not alone and not (len(states) == 2 and same_tensors(*states)):
             names = ", ".join(path.name for path in paths)
             problems.append(f"{names}: not the same tensors in both")
         if kind != "linear":
