@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import OLD, assert_gives, resnet8, saved, under
-from PIL import Image
-from torch import Tensor
+from harness import differences
+from networks import OLD, resnet8, saved
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from moco import checkpoint
 from moco.checkpoint import load_encoder, read_checkpoint, write_checkpoint, write_safetensors
@@ -40,60 +41,43 @@ CONTENT = {
 }
 
 
-def assert_same(got, wanted) -> None:
-    """Equal nested content, tensors by value."""
-    if isinstance(wanted, Tensor):
-        assert torch.equal(got, wanted)
-    elif isinstance(wanted, dict):
-        assert got.keys() == wanted.keys()
-        for key, value in wanted.items():
-            assert_same(got[key], value)
-    else:
-        assert got == wanted
-
-
 # ---- Writing -------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_read_back(tmp_path):
     path = tmp_path / "checkpoint_0002.pth.tar"
-    write_checkpoint(path, CONTENT)
-    assert_same(read_checkpoint(path), CONTENT)
+    write_checkpoint(path, {"epoch": 1})
+    write_checkpoint(str(path), CONTENT)  # replaces the old file
+    assert not differences(read_checkpoint(path), CONTENT)
     raw = torch.load(path, weights_only=True)  # and by anybody else
     assert len(raw.pop("checksum")) == 64
-    assert_same(raw, CONTENT)
+    assert not differences(raw, CONTENT)
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_write_replaces_the_old_file(tmp_path):
-    path = tmp_path / "a.pth.tar"
-    write_checkpoint(path, {"epoch": 1})
-    write_checkpoint(str(path), {"epoch": 2})
-    assert read_checkpoint(path) == {"epoch": 2}
-    assert os.listdir(tmp_path) == [path.name]
-
-
-def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failing_write_leaves_what_was_there_and_nothing_else(tmp_path):
     """The failure comes in the middle: the tensors before the object that cannot be saved."""
     path = tmp_path / "a.pth.tar"
     write_checkpoint(path, CONTENT)
     before = path.read_bytes()
-    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
-        write_checkpoint(path, {"queue": torch.zeros(10_000), "bad": (i for i in "ab")})
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == [path.name]
-    with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
-        write_checkpoint(tmp_path / "new.pth.tar", {"bad": (i for i in "ab")})
-    assert os.listdir(tmp_path) == [path.name]
-
-
-def test_a_write_that_cannot_take_its_name_leaves_nothing(tmp_path):
+    safe = tmp_path / "a.safetensors"
+    write_safetensors(safe, {"a": torch.ones(2)}, {})
+    safe_before = safe.read_bytes()
     (tmp_path / "taken.pth.tar").mkdir()
-    with pytest.raises(OSError):
-        write_checkpoint(tmp_path / "taken.pth.tar", CONTENT)
-    assert os.listdir(tmp_path) == ["taken.pth.tar"]
-    with pytest.raises(FileNotFoundError):
-        write_checkpoint(tmp_path / "nowhere" / "a.pth.tar", CONTENT)
+    bad = {"queue": torch.zeros(10_000), "bad": (i for i in "ab")}
+    unpicklable = (AttributeError, TypeError, pickle.PicklingError)
+    for write, name, *args, error in (
+        (write_checkpoint, "a.pth.tar", bad, unpicklable),
+        (write_checkpoint, "new.pth.tar", bad, unpicklable),
+        (write_checkpoint, "taken.pth.tar", CONTENT, OSError),
+        (write_checkpoint, "nowhere/a.pth.tar", CONTENT, FileNotFoundError),
+        (write_safetensors, "a.safetensors", {"a": torch.zeros(2)}, {"x": torch.nan}, ValueError),
+        (write_safetensors, "a.safetensors", {"a": torch.zeros(2)}, {"x": object()}, TypeError),
+    ):
+        with pytest.raises(error):
+            write(tmp_path / name, *args)
+    assert path.read_bytes() == before and safe.read_bytes() == safe_before
+    assert sorted(os.listdir(tmp_path)) == ["a.pth.tar", "a.safetensors", "taken.pth.tar"]
 
 
 def test_a_file_system_without_fsync_of_folders_is_no_failure(tmp_path, monkeypatch):
@@ -107,7 +91,7 @@ def test_a_file_system_without_fsync_of_folders_is_no_failure(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", fsync)
     write_checkpoint(path := tmp_path / "a.pth.tar", CONTENT)
-    assert_same(read_checkpoint(path), CONTENT)
+    assert not differences(read_checkpoint(path), CONTENT)
     said[0] = errno.EIO
     with pytest.raises(OSError, match="from the folder"):
         write_checkpoint(path, CONTENT)
@@ -116,18 +100,11 @@ def test_a_file_system_without_fsync_of_folders_is_no_failure(tmp_path, monkeypa
 # ---- Safetensors ---------------------------------------------------------------------------------
 
 
-ARGS = {"objective": "3*align(alpha=2) + 1*uniform(t=3)", "image_size": 32, "mean": [0.5, 0.4, 0.3],
-        "crop_scale": [0.2, 1.0], "name": "größer"}  # fmt: skip
-
-
-def test_safetensors_say_what_a_checkpoint_says(tmp_path: Path) -> None:
+def test_safetensors_say_what_a_checkpoint_says(state: dict, tmp_path: Path) -> None:
     """For any reader they are tensors by name; the same content makes the same bytes."""
-    from safetensors import safe_open
-
-    network = resnet8()
-    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     state["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"].transpose(2, 3)
-    about = {"arch": "resnet8", "epoch": 7, "args": ARGS}
+    args = {"objective": "3*align(alpha=2)", "mean": [0.5, 0.4, 0.3], "name": "größer"}
+    about = {"arch": "resnet8", "epoch": 7, "args": args}
     for name in ("a", "b"):
         write_safetensors(tmp_path / f"{name}.safetensors", state, about)
     path = tmp_path / "a.safetensors"
@@ -142,9 +119,8 @@ def test_safetensors_say_what_a_checkpoint_says(tmp_path: Path) -> None:
     said = json.loads(metadata["moco_align_uniform"])
     assert len(said.pop("checksum")) == 64
     assert said == {**about, "version": checkpoint.FORMAT_VERSION}
-    _, info = load_encoder(path)
-    assert (info["arch"], info["epoch"], info["args"]) == ("resnet8", 7, ARGS)
-    assert info["objective"] == ARGS["objective"]
+    info = load_encoder(path)[1]
+    assert {key: info[key] for key in about} == about and info["objective"] == args["objective"]
 
 
 def test_safetensors_with_shared_and_half_tensors(tmp_path: Path) -> None:
@@ -158,16 +134,6 @@ def test_safetensors_with_shared_and_half_tensors(tmp_path: Path) -> None:
         assert got["state_dict"][name].dtype == tensor.dtype
 
 
-def test_a_failing_write_of_safetensors_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    write_safetensors(path, {"a": torch.ones(2)}, {})
-    before = path.read_bytes()
-    for about in ({"loss": float("nan")}, {"when": object()}):
-        with pytest.raises((TypeError, ValueError)):
-            write_safetensors(path, {"a": torch.zeros(2)}, about)
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
 @pytest.mark.parametrize(
     ("said", "message"),
     [
@@ -177,23 +143,19 @@ def test_a_failing_write_of_safetensors_leaves_the_old_file(tmp_path: Path) -> N
         ("[" * 100_000, "is damaged: RecursionError"),
     ],
 )
-def test_safetensors_that_say_nonsense_are_refused(said: str, message: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
+def test_safetensors_that_say_nonsense_are_refused(
+    said: str, message: str, refusal, state: dict, tmp_path: Path
+) -> None:
     path = tmp_path / "a.safetensors"
-    save_file(dict(resnet8().state_dict()), path, {"format": "pt", "moco_align_uniform": said})
-    with pytest.raises(CheckpointError) as caught:
-        load_encoder(path)
-    assert str(caught.value).startswith(f"{path}") and message in str(caught.value)
+    save_file(state, path, {"format": "pt", "moco_align_uniform": said})
+    assert message in refusal(path)
 
 
-def test_safetensors_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+def test_safetensors_without_the_package_says_what_to_install(refusal, tmp_path, monkeypatch):
     """As where torch.hub brought this code, which installs nothing."""
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"anything")
-    with pytest.raises(CheckpointError, match=f"{path} needs the package safetensors"):
-        load_encoder(path)
+    (path := tmp_path / "model.safetensors").write_bytes(b"anything")
+    assert f"{path} needs the package safetensors" in refusal(path)
 
 
 # ---- Other kinds of files ------------------------------------------------------------------------
@@ -214,12 +176,6 @@ def in_tar() -> bytes:
     return buffer.getvalue()
 
 
-def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 370000000\n"
 BOMB = {"a/data.pkl": b"", "a/data/0": bytes(50_000_000)}
 # kind of file: (its bytes, what it is said to be, what is advised)
@@ -229,7 +185,6 @@ KINDS = {
     "web page": (b"<!DOCTYPE html>\n<html><body>403", "is a web page", "Download it again"),
     "xml": (b'\n <?xml version="1.0"?><Error/>', "is a web page", "Download it again"),
     "git-lfs": (LFS, "is a git-lfs pointer", "git lfs pull"),
-    "jpeg": (jpeg(), "is of an unknown kind", "Check the path"),
     "gzip": (gzip.compress(b"weights"), "is of an unknown kind", "unpack it if it is an archive"),
     "tar": (in_tar(), "is of an unknown kind (it begins with b'a\\x00", "unpack it"),
     "text": (b"0.12 0.34\n", "is a text file", "Check the path"),
@@ -285,34 +240,17 @@ def test_a_zip_bomb_of_overlapping_entries_is_refused_before_it_is_unpacked(
     assert "would become 10000000, perhaps to fill the memory" in refusal(path)
 
 
-def test_a_compressed_checkpoint_is_refused(refusal, tmp_path: Path, state: dict) -> None:
-    with zipfile.ZipFile(io.BytesIO(saved(state))) as archive:
-        entries = {name: archive.read(name) for name in archive.namelist()}
-    (path := tmp_path / "a.pth").write_bytes(in_zip(entries, zipfile.ZIP_DEFLATED))
-    assert "is a compressed zip archive, which torch.save never writes" in refusal(path)
-
-
-def test_what_other_files_are_and_the_remedy(tmp_path: Path) -> None:
-    state = resnet8().state_dict()
-    torch.save(state, tmp_path / "a.safetensors")
-    write_safetensors(tmp_path / "cut.safetensors", state, {})
-    data = (tmp_path / "cut.safetensors").read_bytes()
-    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
-    np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in state.items()})
-    np.save(tmp_path / "a.npy", np.zeros(3))
-    torch.save({"state_dict": {}}, tmp_path / "none.pth")
-    torch.save(resnet8(), tmp_path / "module.pth")
-    for name, said in (
-        ("a.safetensors", "no safetensors file, but one of torch.save; .*Rename it to end in .pth"),
-        ("cut.safetensors", "not a whole safetensors file: .*download it again"),
-        ("a.npz", "a zip archive of other things .*conv1.weight.npy.*Unpack it"),
-        ("a.npy", "of an unknown kind .*NUMPY.*Check the path"),
-        ("none.pth", "only an empty dict; expected an encoder's state dict"),
-        ("module.pth", r"content.state_dict\(\) of a whole network"),
+def test_what_other_files_are_and_the_remedy(refusal, save, state: dict, tmp_path: Path) -> None:
+    write_safetensors(cut := tmp_path / "cut.safetensors", state, {})
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    for path, said in (
+        (save(state, "a.safetensors"), "no safetensors file, but one of torch.save"),
+        (tmp_path / "a.safetensors", "Rename it to end in .pth"),
+        (cut, "not a whole safetensors file: "),
+        (cut, "download it again"),
+        (save(resnet8()), "content.state_dict() of a whole network"),
     ):
-        with pytest.raises(CheckpointError, match=said) as caught:
-            load_encoder(tmp_path / name)
-        assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+        assert said in refusal(path)
 
 
 # ---- Damage --------------------------------------------------------------------------------------
@@ -324,7 +262,7 @@ def test_a_truncated_file_is_refused_by_name(tmp_path, options):
     """Of any length, in both of torch's formats."""
     whole = saved(CONTENT, **options)
     (path := tmp_path / "a.pth.tar").write_bytes(whole)
-    assert_same(read_checkpoint(path), CONTENT)
+    assert not differences(read_checkpoint(path), CONTENT)
     lengths = {*range(0, 60), *range(60, len(whole), 61), len(whole) - 1}
     for length in sorted(lengths):
         path.write_bytes(whole[:length])
@@ -344,26 +282,18 @@ def test_a_flipped_bit_in_a_tensor_is_found(refusal, tmp_path: Path, state: dict
     assert "is damaged: wrong checksum in" in message and f"{len(data)}" in message
 
 
-def test_what_follows_an_old_file_is_noticed(refusal, tmp_path: Path, state: dict) -> None:
-    torch.save(state, path := tmp_path / "a.pth", **OLD)
-    whole = path.read_bytes()
-    for more in (b"x", saved(state)):  # an archive with right CRCs behind a bare pickle
-        path.write_bytes(whole + more)
-        assert "something follows" in refusal(path)
-
-
-def test_an_archive_before_the_archive_is_noticed(refusal, tmp_path: Path, state: dict) -> None:
+def test_an_archive_with_a_file_before_or_behind_it_is_noticed(
+    refusal, tmp_path: Path, state: dict
+) -> None:
     """Two readers might take one each: zipfile the last, torch the first."""
-    (path := tmp_path / "a.pth").write_bytes(2 * saved(state))
-    assert "damaged" in refusal(path)
-
-
-def test_the_same_name_twice_in_an_archive_is_refused(refusal, tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive, warnings.catch_warnings(action="ignore"):
+    path, old, new = tmp_path / "a.pth", saved(state, **OLD), saved(state)
+    for data, said in ((old + b"x", "something follows"), (old + new, "something follows"),
+                       (2 * new, "damaged")):  # fmt: skip
+        path.write_bytes(data)
+        assert said in refusal(path)
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings(action="ignore"):
         for data in (b"1", b"2"):
             archive.writestr("a/data.pkl", data)
-    (path := tmp_path / "a.pth").write_bytes(buffer.getvalue())
     assert "not one that torch.save writes" in refusal(path)
 
 
@@ -386,48 +316,24 @@ class Larger:
 @pytest.mark.parametrize("count", [5, 10**6, 10**12])
 @pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "old"])
 def test_a_tensor_of_more_numbers_than_are_stored_is_refused(
-    refusal, count: int, options, tmp_path: Path
+    refusal, count: int, options, save
 ) -> None:
-    torch.save({"a": Larger(count)}, path := tmp_path / "a.pth", **options)
-    assert "is damaged" in refusal(path)
+    assert "is damaged" in refusal(save({"a": Larger(count)}, **options))
+    repeated = {"a": torch.ones(1).expand(1000 * count)}
+    assert "declares more numbers" in refusal(save(repeated, **options))
 
 
-def test_a_tensor_that_repeats_one_number_without_end_is_refused(refusal, tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(1).expand(10**12)}, path := tmp_path / "a.pth")
-    assert "declares more numbers" in refusal(path)
-
-
-def test_values_without_end_are_refused(refusal, tmp_path: Path, state: dict) -> None:
-    laughs: list = []
-    for _ in range(30):
-        laughs = [laughs] * 10  # a few bytes in the pickle, 10^30 lists
-    deep: list = []
-    for _ in range(200):
-        deep = [deep]
-    endless: dict = {}
-    endless["itself"] = endless
-    for content in (laughs, deep, endless):
-        torch.save({**state, "more": content, "checksum": "x"}, path := tmp_path / "a.pth")
-        assert "no end of nested values" in refusal(path)
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", ["plain", "state_dict", "optimizer"])
+@pytest.mark.parametrize("place", ["state_dict", "optimizer"])
 def test_weights_that_are_not_finite_are_named(
-    refusal, number: float, place: str, tmp_path: Path, state: dict
+    refusal, place: str, tmp_path: Path, state: dict
 ) -> None:
-    weights = {key: tensor.clone() for key, tensor in state.items()}
     momentum = torch.zeros(3)
-    content = {"state_dict": weights, "optimizer": {"state": {0: {"momentum_buffer": momentum}}}}
-    if place == "optimizer":
-        momentum[1] = number
-    else:
-        weights["layer1.0.conv1.weight"].view(-1)[7] = number
-    path = tmp_path / "a.pth"
-    write_checkpoint(path, weights if place == "plain" else content)
-    message = refusal(path)
+    content = {"state_dict": state, "optimizer": {"state": {0: {"momentum_buffer": momentum}}}}
     name = "state.0.momentum_buffer" if place == "optimizer" else "layer1.0.conv1.weight"
-    assert f"holds NaN or infinity in {'' if place == 'plain' else f'{place}.'}{name}" in message
+    (momentum if place == "optimizer" else state[name]).view(-1)[1] = torch.nan
+    write_checkpoint(path := tmp_path / "a.pth", content)
+    message = refusal(path)
+    assert f"holds NaN or infinity in {place}.{name}" in message
     assert "Use an earlier checkpoint" in message
 
 
@@ -475,39 +381,24 @@ def test_arrays_of_every_protocol_and_numpy(protocol: int, numpy_1: bool, tmp_pa
         assert np.array_equal(got.numpy(), array), name
 
 
-def test_arrays_of_other_things_than_numbers_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.pkl"
-    objects = np.array([{"a": 1}, None], dtype=object)
+def test_arrays_of_other_things_than_numbers_are_refused(refusal, tmp_path: Path) -> None:
     for array, said in (
-        (objects, "is a pickle that holds an array of type |O8"),
-        (np.ones(2, dtype=">f4"), "is a pickle that holds an array of type >f4"),
-        (np.array(["a"]), "is a pickle that holds an array of type <U1"),
-        ([1.0, 2.0], "is a pickle that holds other things than numpy arrays by name"),
+        (np.array([{"a": 1}, None], dtype=object), "a pickle that holds an array of type |O8"),
+        (np.ones(2, dtype=">f4"), "a pickle that holds an array of type >f4; known are little-e"),
+        (np.array(["a"]), "a pickle that holds an array of type <U1"),
+        ([1.0, 2.0], "a pickle that holds other things than numpy arrays by name"),
         (np.array([1.0, np.nan]), "holds NaN or infinity in model.a"),
     ):
-        path.write_bytes(pickle.dumps({"model": {"a": array}}))
-        with pytest.raises(CheckpointError) as caught:
-            load_encoder(path)
-        assert said in str(caught.value) and str(path) in str(caught.value)
+        (path := tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": {"a": array}}))
+        assert said in refusal(path)
 
 
 # ---- Torch's old format, and versions of this project's ------------------------------------------
 
 
-def test_old_files_are_read_and_the_load_says_what_was_checked(tmp_path: Path, state: dict) -> None:
-    torch.save({"arch": "resnet8", "state_dict": state}, path := tmp_path / "a.pth.tar", **OLD)
-    with pytest.warns(UserWarning, match="a.pth.tar is in torch's old format.*only its structure"):
-        encoder, info = load_encoder(path)
-    assert info["arch"] == "resnet8"
-    assert all(torch.equal(t, state[key]) for key, t in encoder.state_dict().items())
-
-
-def test_an_old_file_with_our_checksum_is_checked_whole(
-    refusal, tmp_path: Path, state: dict
-) -> None:
+def test_an_old_file_with_our_checksum_is_checked_whole(refusal, save, state: dict) -> None:
     content = {"state_dict": state}
-    content["checksum"] = checkpoint.checksum(content)
-    torch.save(content, path := tmp_path / "a.pth", **OLD)
+    path = save({**content, "checksum": checkpoint.checksum(content)}, **OLD)
     with warnings.catch_warnings(action="error"):
         load_encoder(path)
     data = bytearray(path.read_bytes())
@@ -516,77 +407,42 @@ def test_an_old_file_with_our_checksum_is_checked_whole(
     assert "does not match its checksum" in refusal(path)
 
 
-def version_1() -> dict:
-    """Written out as the first version of main_moco.py did."""
-    moco = under("module.encoder_q.", resnet8().state_dict())
-    return {
-        "version": 1,
-        "arch": "resnet8",
-        "epoch": 3,
-        "step": 30,
-        "step_in_epoch": 0,
-        "state_dict": {**moco, **under("module.encoder_k.", resnet8(seed=1).state_dict())},
-        "optimizer": {"state": {}, "param_groups": []},
-        "args": {"objective": "1*align", "image_size": 32},
-    }
+@pytest.mark.parametrize(
+    "write", [write_checkpoint, lambda path, content: torch.save(content, path)]
+)
+def test_a_newer_file_is_refused_by_name(write, refusal, state: dict, tmp_path: Path) -> None:
+    """Whatever else is new in it, such as the way of its checksum."""
+    newer = checkpoint.FORMAT_VERSION + 1
+    for content in ({"state_dict": state, "checksum": "of another kind"}, {"networks": []}):
+        write(path := tmp_path / "checkpoint_0002.pth.tar", {"version": newer, **content})
+        message = refusal(path)
+        assert f"{path} has format version {newer}, this code reads up to" in message
+        assert "update" in message
 
 
-def test_older_files_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint_0002.pth.tar"
-    old = version_1()
-    write_checkpoint(path, old)
-    assert_gives(path, resnet8(), "projection", epoch=3, objective="1*align", layout="moco")
-    del old["version"]  # upstream's have none
-    torch.save(old, path)
-    assert_gives(path, resnet8(), "projection", epoch=3, objective="1*align", layout="moco")
+def make_folder(path: Path) -> None:
+    with folder_beside(path) as own:
+        assert own.parent == path.parent and own.is_dir()
 
 
 @pytest.mark.parametrize(
-    "save", [write_checkpoint, lambda path, content: torch.save(content, path)]
+    ("write", "make"),
+    [
+        (lambda path: write_text(path, "text"), Path.touch),
+        (lambda path: write_atomically(path, bool), Path.touch),
+        (make_folder, lambda path: (path / "inside").mkdir(parents=True)),
+    ],
+    ids=["text", "file", "folder"],
 )
-def test_a_newer_file_is_refused_by_name(save, tmp_path: Path) -> None:
-    """Whatever else is new in it, such as the way of its checksum."""
-    newer = checkpoint.FORMAT_VERSION + 1
-    path = tmp_path / "checkpoint_0002.pth.tar"
-    for content in (
-        {**version_1(), "version": newer},
-        {**version_1(), "version": newer, "checksum": "of another kind"},
-        {"version": newer, "networks": []},
-    ):
-        save(path, content)
-        for read in (checkpoint.read_checkpoint, load_encoder):
-            with pytest.raises(CheckpointError) as caught:
-                read(path)
-            message = str(caught.value)
-            assert f"{path} has format version {newer}, this code reads up to" in message
-            assert "update" in message and "\n" not in message
-
-
-@pytest.mark.parametrize("write", [write_text, lambda path, _: write_atomically(path, bool)])
-def test_what_a_killed_process_left_beside_a_file_goes_with_the_next_one(write, tmp_path: Path):
+def test_what_a_killed_process_left_goes_with_the_next_write(write, make, tmp_path: Path) -> None:
     """Not what another one is writing: that is young, or locked."""
-    names = [f".a[1].json.{word}.tmp" for word in ("dead", "young", "live")]
-    for name in [*names, "other.tmp"]:
-        (tmp_path / name).touch()
-    for name in (names[0], names[2], "other.tmp"):
-        os.utime(tmp_path / name, (0, 0))
-    with open(tmp_path / names[2], "rb") as live:
-        fcntl.flock(live, fcntl.LOCK_EX)
-        write(tmp_path / "a[1].json", "text")
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"a[1].json", names[1], names[2], "other.tmp"}
-
-
-def test_what_a_killed_process_left_beside_a_folder_goes_with_the_next_one(tmp_path: Path) -> None:
-    names = [f".out.{word}.tmp" for word in ("dead", "young", "live")]
-    for name in names:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").touch()
-    for name in (names[0], names[2]):
-        os.utime(tmp_path / name, (0, 0))
-    live = os.open(tmp_path / names[2], os.O_RDONLY)
-    fcntl.flock(live, fcntl.LOCK_EX)
-    with folder_beside(tmp_path / "out") as own:
-        assert own.parent == tmp_path and own.is_dir()
-    os.close(live)
-    assert {path.name for path in tmp_path.iterdir()} == set(names[1:])
+    dead, young, live = (tmp_path / f".a[1].json.{word}.tmp" for word in ("dead", "young", "live"))
+    for path in (dead, young, live, other := tmp_path / "other.tmp"):
+        make(path)
+    for path in (dead, live, other):
+        os.utime(path, (0, 0))
+    lock = os.open(live, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    write(tmp_path / "a[1].json")
+    os.close(lock)
+    assert {*tmp_path.iterdir()} - {tmp_path / "a[1].json"} == {young, live, other}

@@ -9,10 +9,13 @@ They run in a process of their own, so that a crash or a hang is caught and name
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import multiprocessing
+import os
 import pickle
 import random
+import signal
 import sys
 import tarfile
 import tempfile
@@ -20,6 +23,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +34,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # for `python tests/checkpoint/test_fuzz.py`
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for `python tests/checkpoint/test_fuzz.py`
+
+from networks import make_moco, resnet8, under, write_arrays  # noqa: E402
 
 from moco import checkpoint, encoders  # noqa: E402
-from moco.builder import MoCo  # noqa: E402
 from moco.data.images import load_rgb  # noqa: E402
 from moco.errors import CheckpointError, DataError  # noqa: E402
 
@@ -47,26 +52,16 @@ IMAGENET = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_s
 
 
 def encoder() -> torch.nn.Module:
-    torch.manual_seed(0)
-    net = encoders.build_encoder("resnet8", 10)
-    for module in net.modules():  # running averages as after training, not all zeros and ones
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    return net.eval()
+    return resnet8(10)  # running averages as after training, not all zeros and ones
 
 
 def pretraining() -> dict:
     """A small pretraining checkpoint with everything that a real one has."""
-    torch.manual_seed(0)
-    moco = MoCo(lambda num_classes: encoders.build_encoder("resnet8", num_classes), 16, 32,
-                align_alpha=2, unif_t=3, mlp=True)  # fmt: skip
-    moco.encoder_q.load_state_dict({**moco.encoder_q.state_dict(), **backbone()})
+    moco = make_moco(functools.partial(encoders.build_encoder, "resnet8"), mlp=True)
     optimizer = torch.optim.SGD(moco.parameters(), 0.1, momentum=0.9)
     for parameter in moco.encoder_q.parameters():
         parameter.grad = torch.randn_like(parameter)
-    state = moco.state_dict()
-    state = {f"module.{name}": tensor.clone() for name, tensor in state.items()}
+    state = {name: tensor.clone() for name, tensor in moco.state_dict().items()}
     optimizer.step()
     return {
         "version": checkpoint.FORMAT_VERSION,
@@ -74,7 +69,7 @@ def pretraining() -> dict:
         "epoch": 3,
         "step": 30,
         "step_in_epoch": 0,
-        "state_dict": state,
+        "state_dict": under("module.", state),
         "optimizer": optimizer.state_dict(),
         "scaler": None,
         "rng": torch.get_rng_state().unsqueeze(0),
@@ -83,12 +78,8 @@ def pretraining() -> dict:
     }
 
 
-def backbone() -> dict:
-    return {key: t for key, t in encoder().state_dict().items() if not key.startswith("fc.")}
-
-
 def lincls() -> dict:
-    state = {f"module.{name}": tensor for name, tensor in encoder().state_dict().items()}
+    state = under("module.", encoder().state_dict())
     return {"arch": "resnet8", "epoch": 2, "best_acc1": torch.tensor(7.0), "state_dict": state}
 
 
@@ -129,12 +120,6 @@ def save(path: Path, content: dict) -> None:
 
 def write_safetensors(path: Path, state: dict) -> None:
     checkpoint.write_safetensors(path, state, {"arch": "resnet8", "args": {"lr": 0.1}})
-
-
-def write_arrays(path: Path, state: dict) -> None:
-    names = {name: f"stem.{name.replace('bn1.', 'conv1.norm.')}" for name in state}
-    arrays = {names[name]: tensor.numpy() for name, tensor in state.items()}
-    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "me"}))
 
 
 class Kind(NamedTuple):
@@ -343,60 +328,53 @@ def run_jpeg(originals: Originals, seed: int) -> tuple[str, str]:
     return "right", done
 
 
-def run(originals: Originals, kind: str, seed: int) -> tuple[str, str]:
-    if kind == "jpeg":
-        return run_jpeg(originals, seed)
-    return run_checkpoint(originals, kind, seed)
-
-
 # ---- In a process of their own -------------------------------------------------------------------
 
 
-def serve(connection, folder: str) -> None:
+@functools.cache
+def originals_in(folder: Path) -> Originals:
     torch.set_num_threads(1)
-    originals = Originals(Path(folder))
-    connection.send("ready")
-    while True:
-        kind, seed = connection.recv()
-        started = time.process_time()
-        try:
-            outcome, done = run(originals, kind, seed)
-        except Exception as error:  # any other exception is a finding
-            outcome, done = "UNDOCUMENTED", f"{type(error).__name__}: {error}"
-        seconds = time.process_time() - started
-        if seconds > MOST_SECONDS:
-            outcome = f"SLOW ({seconds:.1f} s)"
-        connection.send((outcome, done))
+    return Originals(folder)
+
+
+def run(folder: Path, kind: str, seed: int) -> tuple[str, str]:
+    originals = originals_in(folder)
+    started = time.process_time()
+    try:
+        if kind == "jpeg":
+            outcome, done = run_jpeg(originals, seed)
+        else:
+            outcome, done = run_checkpoint(originals, kind, seed)
+    except Exception as error:  # any other exception is a finding
+        outcome, done = "UNDOCUMENTED", f"{type(error).__name__}: {error}"
+    seconds = time.process_time() - started
+    return (outcome if seconds <= MOST_SECONDS else f"SLOW ({seconds:.1f} s)"), done
 
 
 class Server:
+    """A process that runs mutations, and a new one where it ended or hangs."""
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.process = None
+        self.start()
+
+    def start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, spawn, originals_in, (self.folder,))
+        self.pid = self.pool.submit(os.getpid).result()
 
     def run(self, kind: str, seed: int) -> tuple[str, str]:
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.connection, other = context.Pipe()
-            self.process = context.Process(target=serve, args=(other, str(self.folder)))
-            self.process.start()
-            other.close()
-            assert self.connection.recv() == "ready"
         try:
-            self.connection.send((kind, seed))
-            if self.connection.poll(PATIENCE):
-                return self.connection.recv()
-            outcome = "HUNG"
-        except (EOFError, OSError):
-            outcome = "CRASHED"
-        self.stop()
-        return outcome, ""
+            return self.pool.submit(run, self.folder, kind, seed).result(PATIENCE)
+        except (BrokenExecutor, TimeoutError) as error:
+            self.stop()
+            self.start()
+            return "HUNG" if isinstance(error, TimeoutError) else "CRASHED", ""
 
     def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
-            self.process = None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.pool.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -437,12 +415,6 @@ def test_mutations_are_refused_or_read_right(server: Server, kind: str, seeds: r
     assert outcomes["refused"] >= len(seeds) // 20, "the mutations do no harm"
 
 
-def main() -> None:
-    kind, seed = sys.argv[1], int(sys.argv[2])
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        print(*run(Originals(Path(folder)), kind, seed), sep=": ")
-
-
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as folder:
+        print(*run(Path(folder), sys.argv[1], int(sys.argv[2])), sep=": ")

@@ -11,7 +11,6 @@ import pickle
 import resource
 import struct
 import tracemalloc
-import warnings
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,11 +63,11 @@ def attacks(marker: Path) -> dict[str, object]:
 @pytest.mark.parametrize("name", attacks(Path()))
 @pytest.mark.parametrize("options", [{}, OLD], ids=["zip", "old"])
 def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(
-    refusal, name: str, options, tmp_path: Path, state: dict
+    refusal, name: str, options, tmp_path: Path, state: dict, save, monkeypatch
 ) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # switches no safety off
     marker = tmp_path / "it-ran"
-    content = {**state, "extra": attacks(marker)[name]}
-    torch.save(content, path := tmp_path / "a.pth", **options)
+    path = save({**state, "extra": attacks(marker)[name]}, **options)
     message = refusal(path)
     assert "can be read safely, and nothing in it was run: it asks for" in message
     assert "If you trust its author" in message
@@ -87,14 +86,6 @@ def test_a_bare_pickle_is_refused_and_runs_nothing(refusal, protocol: int, tmp_p
     assert not marker.exists()
 
 
-def test_environment_cannot_switch_safety_off(
-    refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: dict
-) -> None:
-    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    torch.save({**state, "extra": attacks(tmp_path / "it-ran")["eval"]}, tmp_path / "a.pth")
-    assert "nothing in it was run" in refusal(tmp_path / "a.pth")
-
-
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize(
     ("function", "arguments", "name"),
@@ -103,19 +94,17 @@ def test_environment_cannot_switch_safety_off(
         (open, ("{}", "w"), "open"),
         (np.fromfile, ("{}",), "fromfile"),
         (np.memmap, ("{}", "uint8", "w+", 0, (4,)), "memmap"),
-        (getattr, (np, "save"), "getattr"),
+        (getattr, ("numpy", "save"), "getattr"),
         (torch.storage._load_from_bytes, (b"{}",), "_load_from_bytes"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_pickle_of_arrays_may_ask_for_nothing_else(
-    function, arguments: tuple, name: str, protocol: int, tmp_path: Path
+    function, arguments: tuple, name: str, protocol: int, refusal, tmp_path: Path
 ) -> None:
     marker = tmp_path / "it-ran"
     words = [w.format(marker) if isinstance(w, str) else w for w in arguments]
-    if function is getattr:
-        words = ["numpy", "save"]
     array = np.ones(3, dtype=np.float32)
     path = tmp_path / "a.pkl"
     for content in (
@@ -124,10 +113,8 @@ def test_a_pickle_of_arrays_may_ask_for_nothing_else(
         Runs(function, *words),
     ):
         path.write_bytes(pickle.dumps(content, protocol))
-        with pytest.raises(CheckpointError) as caught:
-            load_encoder(path)
-        assert "nothing in it was run: it asks for" in str(caught.value)
-        assert name in str(caught.value) and "\n" not in str(caught.value)
+        message = refusal(path)
+        assert "nothing in it was run: it asks for" in message and name in message
         assert not marker.exists()
 
 
@@ -206,6 +193,10 @@ HARMFUL = {
     "torch.ones(N)": (call("torch", "ones", number(2**33)), "it asks for torch.ones"),
     "one text, many arrays": (shared_arrays(), "many times as large as the file"),
     "lists in lists": (sharing_lists(), "no end of nested values"),
+    "a dict in itself": (
+        PROTO + b"}q\x00" + text("x") + b"h\x00s" + STOP,
+        "no end of nested values",
+    ),
     "deep lists": (dict_with(text("x"), 5_000 * b"](" + 5_000 * b"e"), "no end of nested"),
     "attributes of a function": (
         PROTO + name("moco.pickles", "parse") + b"}" + text("hacked") + b"K\x01sb" + STOP,
@@ -265,20 +256,16 @@ def test_harmful_pickles_are_refused_at_once(kind: str, form: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("form", [in_zip, bytes])
-def test_opcodes_without_end_are_refused(form, tmp_path: Path, monkeypatch) -> None:
+def test_opcodes_without_end_are_refused(form, refusal, tmp_path: Path, monkeypatch) -> None:
     """Though the values that are left are few."""
     monkeypatch.setattr(pickles, "MOST_OPCODES", 1000)
-    path = tmp_path / "a.pkl"
-    path.write_bytes(form(PROTO + b"N0" * 501 + b"}" + STOP))
-    with pytest.raises(CheckpointError, match="it has no end of opcodes"):
-        load_encoder(path)
+    (path := tmp_path / "a.pkl").write_bytes(form(PROTO + b"N0" * 501 + b"}" + STOP))
+    assert "it has no end of opcodes" in refusal(path)
 
 
-def test_a_run_folder_with_a_bomb_goes_on(tmp_path: Path) -> None:
+def test_a_run_folder_with_a_bomb_goes_on(tmp_path: Path, save) -> None:
     """Its name is listed, the newest that is whole is found, and nothing hangs."""
-    torch.save(
-        {"epoch": 1, "state_dict": {"a": torch.ones(1)}}, tmp_path / "checkpoint_0000.pth.tar"
-    )
+    save({"epoch": 1, "state_dict": {"a": torch.ones(1)}}, "checkpoint_0000.pth.tar")
     bomb = HARMFUL["tuple as key"][0]
     (tmp_path / "step_00000007.pth.tar").write_bytes(in_zip(bomb))
     (tmp_path / "checkpoint_0003.pth.tar").write_bytes(in_zip(bomb))
@@ -289,35 +276,28 @@ def test_a_run_folder_with_a_bomb_goes_on(tmp_path: Path) -> None:
     assert len(said) == 2 and all("a tuple is the key" in line for line in said)
 
 
-def test_values_beside_tensors_are_read_without_them(tmp_path: Path) -> None:
-    content = {"epoch": 3, "args": {"lr": 0.1}, "state_dict": {"a": torch.ones(3)}}
-    torch.save(content, path := tmp_path / "a.pth")
-    found = pickles.peek(path)
-    assert found["epoch"] == 3 and found["args"] == {"lr": 0.1}
-    assert found["state_dict"] == {"a": "<torch._utils._rebuild_tensor_v2>"}
+def test_values_beside_tensors_are_read_without_them(save) -> None:
+    values = {"epoch": 3, "args": {"lr": 0.1}}
+    found = pickles.peek(path := save({**values, "state_dict": {"a": torch.ones(3)}}))
+    assert found == {**values, "state_dict": {"a": "<torch._utils._rebuild_tensor_v2>"}}
     path.write_bytes(in_zip(HARMFUL["tuple as key"][0]))
     with pytest.raises(pickles.Refused):
         pickles.peek(path)
 
 
-def test_a_compressed_part_is_refused_though_it_is_small(tmp_path: Path) -> None:
+def test_a_compressed_part_is_refused_though_it_is_small(refusal, tmp_path: Path) -> None:
     """Beside a part that is not compressed the whole declares no more than the file has."""
-    path = tmp_path / "a.pth"
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path := tmp_path / "a.pth", "w") as archive:
         archive.writestr("x/data.pkl", PROTO + b"}" + STOP, zipfile.ZIP_DEFLATED)
         archive.writestr("x/data/0", os.urandom(1000))
-    with pytest.raises(CheckpointError, match="is a compressed zip archive"):
-        load_encoder(path)
+    assert "is a compressed zip archive, which torch.save never writes" in refusal(path)
     with pytest.raises(zipfile.BadZipFile, match="it is compressed"):
         pickles.peek(path)
 
 
-def test_short_tuples_are_keys_by_their_text(tmp_path: Path, state) -> None:
+def test_short_tuples_are_keys_by_their_text(save) -> None:
     """What people keep beside weights; `HARMFUL` has tuples that are refused."""
-    hits = {(0, 1): 2, ("a", None): 3, ("b" * 1000,): 4}
-    torch.save({"state_dict": state, "hits": hits}, tmp_path / "a.pth")
-    assert load_encoder(tmp_path / "a.pth")[1]["arch"] == "resnet8"
-    found = read_checkpoint(tmp_path / "a.pth")["hits"]
+    found = read_checkpoint(save({"hits": {(0, 1): 2, ("a", None): 3, ("b" * 1000,): 4}}))["hits"]
     assert list(found.items())[:2] == [("(0, 1)", 2), ("('a', None)", 3)]
     assert max(map(len, found)) < 100
 
@@ -326,63 +306,47 @@ def test_short_tuples_are_keys_by_their_text(tmp_path: Path, state) -> None:
 
 
 @pytest.mark.parametrize("count", [10**10, 2**62, -1])
-def test_storages_larger_than_an_old_file_are_refused(count: int, tmp_path: Path) -> None:
+def test_storages_larger_than_an_old_file_are_refused(count: int, refusal, tmp_path: Path) -> None:
     storage = b"(" + text("storage") + name("torch", "FloatStorage") + text("0") + text("cpu")
     storage += number(count) + b"NtQ"
     tensor = (
         name("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + b"K\x00K\x01\x85K\x01\x85"
     )
     tensor += b"\x89" + name("collections", "OrderedDict") + b")RtR"
-    path = tmp_path / "a.pth"
-    path.write_bytes(in_old_format(dict_with(text("a"), tensor)))
-    with pytest.raises(CheckpointError, match="is damaged: .*more numbers than the file holds"):
-        read_checkpoint(path)
+    (path := tmp_path / "a.pth").write_bytes(in_old_format(dict_with(text("a"), tensor)))
+    message = refusal(path)
+    assert "is damaged: " in message and "more numbers than the file holds" in message
 
 
-def test_many_views_of_one_storage_are_refused(tmp_path: Path) -> None:
+def test_many_views_of_one_storage_are_refused(refusal, save) -> None:
     """Each is as large as the file, and whoever copies them fills the memory."""
     one = torch.ones(50_000)
-    torch.save({str(i): one[:] for i in range(500)}, path := tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match="its tensors together declare more numbers"):
-        read_checkpoint(path)
-    torch.save({"a": one, "b": one}, path)  # tied weights
-    assert torch.equal(read_checkpoint(path)["b"], one)
+    path = save({str(i): one[:] for i in range(500)})
+    assert "its tensors together declare more numbers" in refusal(path)
 
 
 @pytest.mark.parametrize("claim", ["regnet_y_128gf", "vit_h_14", "vgg19"])
 def test_a_large_architecture_that_is_only_claimed_costs_nothing(
-    claim: str, tmp_path: Path
+    claim: str, state: dict, save, not_loaded
 ) -> None:
-    state = build_encoder("resnet8", 3).state_dict()
-    torch.save({"arch": claim, "state_dict": state}, path := tmp_path / "a.pth")
+    """Nor where all names are there, with tensors of one number."""
+    path = save({"arch": claim, "state_dict": state})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert load_encoder(path)[1]["arch"] == "resnet8"
+    if claim == "vit_h_14":
+        with torch.device("meta"):
+            names = build_encoder("vit_b_16", 3).state_dict()
+        nearly = {"arch": claim, "state_dict": {key: torch.ones(1) for key in names}}
+        assert "no known architecture" in not_loaded(nearly)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KB
-
-
-def test_a_large_architecture_that_nearly_fits_costs_nothing(tmp_path: Path) -> None:
-    """All names are there, with tensors of one number."""
-    with torch.device("meta"):
-        names = build_encoder("vit_b_16", 3).state_dict()
-    state = {key: torch.ones(1) for key in names}
-    torch.save({"arch": "vit_h_14", "state_dict": state}, path := tmp_path / "a.pth")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError, match="no known architecture"):
-        load_encoder(path)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
 
 # ---- Arrays --------------------------------------------------------------------------------------
 
 
-def test_arrays_in_pickles_of_this_python_are_read(tmp_path: Path) -> None:
-    """The by-hand pickles above are of the form that numpy's have."""
-    arrays = {"a": np.arange(4, dtype=np.uint8), "b": np.ones((2, 3), np.float32)}
-    (path := tmp_path / "a.pkl").write_bytes(pickle.dumps({"model": arrays}, 2))
-    with warnings.catch_warnings(action="ignore"):
-        content = read_checkpoint(path)
-    assert all(np.array_equal(content["model"][key].numpy(), arrays[key]) for key in arrays)
-    path.write_bytes(shared_arrays(copies=2, size=10))
-    with warnings.catch_warnings(action="ignore"):
-        model = read_checkpoint(path)["model"]
+@pytest.mark.filterwarnings("ignore:.*pickle of arrays")
+def test_arrays_in_pickles_by_hand_are_read(tmp_path: Path) -> None:
+    """`HARMFUL`'s are of the form that numpy's have."""
+    (path := tmp_path / "a.pkl").write_bytes(shared_arrays(copies=2, size=10))
+    model = read_checkpoint(path)["model"]
     assert [tuple(model[key].shape) for key in ("a", "0", "1")] == [(10,)] * 3
