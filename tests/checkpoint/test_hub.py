@@ -45,15 +45,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         files: dict[str, bytes] = self.server.files
         data, name = None, path.rpartition("/")[2]
         if path == "/api/models/me/tiny/tree/main":
-            data = json.dumps([
-                {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
-                for name, content in files.items()
-            ]).encode()  # fmt: skip
+            about = {"type": "file", "oid": "0" * 40}
+            found = [about | {"path": name, "size": len(files[name])} for name in files]
+            data = json.dumps(found).encode()
         elif path.startswith("/api/models/me/tiny"):
-            data = json.dumps({
-                "id": "me/tiny", "sha": "0" * 40,
-                "siblings": [{"rfilename": name} for name in files],
-            }).encode()  # fmt: skip
+            found = {"id": "me/tiny", "sha": "0" * 40}
+            data = json.dumps(found | {"siblings": [{"rfilename": n} for n in files]}).encode()
         elif path.startswith("/me/tiny/resolve/main/"):
             data = files.get(name)
         self.send_response(404 if data is None else 200)
@@ -103,11 +100,8 @@ def test_encoders_come_from_the_hub_by_address(hub, encoder_file, tmp_path) -> N
 
 def test_without_the_package_one_line_says_so(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(
-        CheckpointError, match="needs the package huggingface_hub: pip install"
-    ) as e:
+    with pytest.raises(CheckpointError, match="^.*needs the package huggingface_hub: pip .*$"):
         load_encoder("hf://me/tiny")
-    assert "\n" not in str(e.value)
 
 
 def test_addresses_and_the_file_that_is_taken(tmp_path) -> None:

@@ -46,10 +46,9 @@ def epochs(*numbers: int) -> list[str]:
 
 
 def test_file_names_are_the_published_ones(tmp_path):
-    assert epoch_path(tmp_path, 0) == tmp_path / "checkpoint_0000.pth.tar"
-    assert epoch_path(tmp_path, 199).name == "checkpoint_0199.pth.tar"
-    assert epoch_path(tmp_path, 12345).name == "checkpoint_12345.pth.tar"
-    assert step_path(tmp_path, 70).name == "step_00000070.pth.tar"
+    found = [epoch_path(tmp_path, 0), epoch_path(tmp_path, 12345), step_path(tmp_path, 70)]
+    names = ["checkpoint_0000.pth.tar", "checkpoint_12345.pth.tar", "step_00000070.pth.tar"]
+    assert found == [tmp_path / name for name in names]
 
 
 def test_checkpoints_of_a_run_are_ordered_by_how_far_it_had_come(tmp_path):
@@ -199,19 +198,12 @@ def test_where_none_can_be_read_none_is_renamed(tmp_path: Path) -> None:
         assert len(said) == 2 and names(tmp_path) == epochs(0, 1)
 
 
-def test_a_newer_version_is_passed_over_and_keeps_its_name(tmp_path: Path) -> None:
-    make_run(tmp_path, epochs(0))
-    newer = {"version": checkpoint.FORMAT_VERSION + 1, "epoch": 2, "state_dict": {}}
-    write_checkpoint(epoch_path(tmp_path, 1), newer)
-    path, said = resume(tmp_path)
-    assert path.name == epochs(0)[0] and names(tmp_path) == epochs(0, 1)
-    assert "has format version" in said[0] and "it is now" not in said[0]
-
-
-def test_a_disk_that_does_not_answer_renames_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("why", ["a newer version", "the disk"])
+def test_what_may_be_good_keeps_its_name(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run(tmp_path, epochs(0, 1))
+    newer = {"version": checkpoint.FORMAT_VERSION + 1, "epoch": 2, "state_dict": {}}
     real = open
 
     def fails(path, *args, **kwargs):
@@ -219,10 +211,14 @@ def test_a_disk_that_does_not_answer_renames_nothing(
             raise OSError(errno.EIO, "Input/output error")
         return real(path, *args, **kwargs)
 
-    monkeypatch.setattr("builtins.open", fails)
+    if why == "the disk":
+        monkeypatch.setattr("builtins.open", fails)
+    else:
+        write_checkpoint(epoch_path(tmp_path, 1), newer)
     path, said = resume(tmp_path)
-    assert path.name == epochs(0)[0] and "Input/output error" in said[0]
-    assert sorted(os.listdir(tmp_path)) == epochs(0, 1)
+    assert path.name == epochs(0)[0] and sorted(os.listdir(tmp_path)) == epochs(0, 1)
+    assert ("has format version" if why == "a newer version" else "Input/output er") in said[0]
+    assert "it is now" not in said[0]
 
 
 def test_damaged_files_of_one_name_are_all_kept(tmp_path: Path) -> None:
