@@ -3,21 +3,18 @@ verified by the code of today."""
 
 import json
 import re
-import runpy
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from fixtures.write import LINCLS, PRETRAIN, write_images
+from helpers import ROOT, load_script, read_log, refusal
 
 import main_lincls
 import main_moco
 from moco.checkpoint import load_encoder
 
-ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 # Bits are of one machine: sums of float32 run in another order on another CPU.
 CLOSE = {"rel": 1e-3, "abs": 1e-3}
@@ -45,34 +42,11 @@ def read_json(path: str) -> dict:
 
 def logged(kind: str, path: str) -> dict[int, dict]:
     """Step -> line of the log, in the order of the file."""
-    lines = map(json.loads, Path(path, "log.jsonl").read_text().splitlines())
-    return {line["step"]: line for line in lines if line["kind"] == kind}
+    return {line["step"]: line for line in read_log(Path(path), kind)}
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
-
-
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
-    """Run a script as `python scripts/NAME WORDS` does, but for the start; what it prints."""
-
-    def run(name: str, *words: str) -> str:
-        path = str(ROOT / "scripts" / name)
-        monkeypatch.setattr(sys, "argv", [path, *words])
-        monkeypatch.setattr(sys, "path", sys.path[:])
-        capsys.readouterr()
-        runpy.run_path(path, run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
-
-
-def refusal(main, argv: list[str], capsys: pytest.CaptureFixture) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(argv)
-    assert stop.value.code == 1
-    return capsys.readouterr().err
 
 
 # ---- Pretraining ------------------------------------------------------------------------------
@@ -131,9 +105,10 @@ def test_a_run_that_goes_on_notes_its_arguments_under_the_old_names():
     ],
 )
 def test_a_run_does_not_go_on_under_another_objective_or_rate(flags, named, capsys):
-    said = refusal(main_moco.main, [*PRETRAIN[1:], "--resume", "auto", *flags.split()], capsys)
+    argv = [*PRETRAIN[1:], "--resume", "auto", *flags.split()]
+    status, said = refusal(main_moco.main, argv, capsys)
+    assert status == 1 and named in said
     assert "was trained with other arguments" in said and "--allow-changes" in said
-    assert named in said
 
 
 # ---- Encoders ---------------------------------------------------------------------------------
@@ -188,19 +163,21 @@ def test_a_probe_goes_on_for_more_epochs():
 
 
 def test_a_probe_does_not_go_on_under_another_rate(capsys):
-    said = refusal(main_lincls.main, probe_argv("--lr", "0.1"), capsys)
-    assert "lr: 0.03 before, 0.1 now" in said
+    status, said = refusal(main_lincls.main, probe_argv("--lr", "0.1"), capsys)
+    assert status == 1 and "lr: 0.03 before, 0.1 now" in said
 
 
 # ---- Releases and reports ---------------------------------------------------------------------
 
 
-def test_the_release_verifies(script):
-    assert re.search(r"release: verified \d+ files", script("release.py", "--verify", "release"))
+def test_the_release_verifies(capsys):
+    load_script("release").main(["--verify", "release"])
+    assert re.search(r"release: verified \d+ files", capsys.readouterr().out)
 
 
-def test_the_run_and_its_probe_are_compared(script):
-    table = script("compare_runs.py", "pretrain", "lincls", "--out", "report.html")
+def test_the_run_and_its_probe_are_compared(capsys):
+    load_script("compare_runs").main(["pretrain", "lincls", "--out", "report.html"])
+    table = capsys.readouterr().out
     top1 = read_json("lincls/lincls.json")["last"]["top1"]
     assert "3 * align(alpha=2) + 1 * uniform(t=3" in table and f"{top1:.2f}" in table
     assert f"{top1:.2f}" in Path("report.html").read_text()

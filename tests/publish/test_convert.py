@@ -15,6 +15,7 @@ import pickle
 import pickletools
 import re
 import runpy
+import shutil
 import threading
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import pytest
 import torch
 import torchvision
 from helpers import ROOT, refusal
+from networks import seasoned, to_detectron2, under
 from torch import Tensor, nn
 
 from moco import encoders
@@ -37,55 +39,34 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 IMAGES = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(3))
 
 
-def randomized(network: nn.Module, seed: int = 0) -> nn.Module:
-    """With running statistics that are not those of a fresh network, and in eval mode."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in network.state_dict().items():
-        if name.endswith("running_mean"):
-            tensor.normal_(0, 0.1, generator=generator)
-        elif name.endswith("running_var"):
-            tensor.uniform_(0.5, 1.5, generator=generator)
-        elif name.endswith("num_batches_tracked"):
-            tensor.fill_(7)
-        elif tensor.dim() > 1:
-            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
-    return network.eval()
-
-
-def write_pretrained(path: Path, arch: str, **kwargs: object) -> nn.Module:
+def write_pretrained(path: Path, arch: str, **kwargs: object) -> Path:
     """A checkpoint as main_moco.py writes it, but for the queue, and its query encoder with the
     MLP head."""
+    torch.manual_seed(0)
     encoder = encoders.build_encoder(arch, 16, **kwargs)
     encoders.add_mlp_head(encoder)
-    randomized(encoder)
-    state = {f"module.encoder_q.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    state = under("module.encoder_q.", seasoned(encoder).state_dict())
     state["module.encoder_k.fc.0.weight"] = torch.zeros(16, 16)
     args = {"image_size": 64, "mean": MEAN, "std": STD, "objective": "1 * uniform(t=2)",
             "data": "/home/someone/images"}  # fmt: skip
-    write_checkpoint(
-        path, {"version": 1, "arch": arch, "epoch": 200, "state_dict": state, "args": args}
-    )
-    return encoder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("sources")
-
-
-@pytest.fixture(scope="module")
-def pretrained(folder) -> Path:
-    path = folder / "checkpoint_0199.pth.tar"
-    write_pretrained(path, "resnet18")
+    content = {"version": 1, "arch": arch, "epoch": 200, "state_dict": state, "args": args}
+    write_checkpoint(path, content)
     return path
 
 
 @pytest.fixture(scope="module")
-def classifier(folder) -> tuple[Path, nn.Module]:
+def pretrained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pretrained")
+    return write_pretrained(folder / "checkpoint_0199.pth.tar", "resnet18")
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> tuple[Path, nn.Module]:
     """A plain torchvision state dict with a linear layer of 7 classes."""
-    network = randomized(torchvision.models.resnet18(num_classes=7))
-    torch.save(network.state_dict(), folder / "classifier.pth")
-    return folder / "classifier.pth", network
+    network = seasoned(torchvision.models.resnet18(num_classes=7))
+    path = tmp_path_factory.mktemp("classifier") / "classifier.pth"
+    torch.save(network.state_dict(), path)
+    return path, network
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +95,11 @@ def run(*argv: object) -> None:
     convert([str(word) for word in argv])
 
 
-def printed_code(out: str) -> str:
-    """What the converter says to load the file by: the indented lines."""
-    return "\n".join(line[4:] for line in out.splitlines() if line.startswith("    "))
+def printed_model(out: str) -> nn.Module:
+    """What the lines that the converter says to load the file by, the indented ones, make."""
+    namespace: dict = {}
+    exec("\n".join(line[4:] for line in out.splitlines() if line.startswith("    ")), namespace)
+    return namespace["model"]
 
 
 def nothing_but(folder: Path, *names: str) -> bool:
@@ -164,18 +147,12 @@ def test_features_survive_each_format_after_the_other(pretrained, features, tmp_
 @pytest.mark.long
 def test_resnet50_in_detectron2(tmp_path):
     """Blocks with three convolutions; timm has the same names as torchvision, see below."""
-    torch.save(randomized(torchvision.models.resnet50(num_classes=2)).state_dict(), "r50.pth")
+    torch.save(torchvision.models.resnet50(num_classes=2).state_dict(), "r50.pth")
     run("r50.pth", "--to", "detectron2")
     model = pickle.loads((tmp_path / "r50-detectron2.pkl").read_bytes())["model"]
-    blocks = {"res2": 3, "res3": 4, "res4": 6, "res5": 3}
-    norm = ("weight", "bias", "running_mean", "running_var")
-    names = {"stem.conv1.weight", *(f"stem.conv1.norm.{part}" for part in norm)}
-    for stage, count in blocks.items():
-        for block in range(count):
-            for conv in ("conv1", "conv2", "conv3", *(["shortcut"] if block == 0 else [])):
-                names.add(f"{stage}.{block}.{conv}.weight")
-                names |= {f"{stage}.{block}.{conv}.norm.{part}" for part in norm}
-    assert model.keys() == names and len(names) == 265
+    ours = load_encoder("r50.pth")[0].state_dict()
+    assert model.keys() == {to_detectron2(n) for n in ours if "num_batches" not in n}
+    assert "res2.0.conv3.norm.running_var" in model and len(model) == 265
 
 
 # ---- Each format ---------------------------------------------------------------------------------
@@ -195,10 +172,8 @@ def test_a_trained_classifier_is_kept(to, name, classifier, capsys):
     source, network = classifier
     run(source, name, "--to", to)
     out = capsys.readouterr().out
-    namespace: dict = {}
-    exec(printed_code(out), namespace)
     with torch.no_grad():
-        assert torch.equal(namespace["model"](IMAGES), network(IMAGES))
+        assert torch.equal(printed_model(out)(IMAGES), network(IMAGES))
     assert "7 classes" in out
     if name == "a.pth":  # nothing but the tensors, which is what strict loading needs
         torchvision.models.resnet18(num_classes=7).load_state_dict(
@@ -215,15 +190,14 @@ def test_safetensors_keep_how_images_are_to_be_seen_but_no_paths(pretrained):
 
 
 def test_torchvision_takes_other_networks_with_their_own_last_layer(tmp_path, capsys):
-    network = randomized(torchvision.models.mobilenet_v3_small(num_classes=3))
+    network = seasoned(torchvision.models.mobilenet_v3_small(num_classes=3))
     state = {k: t for k, t in network.state_dict().items() if not k.startswith("classifier.3.")}
     torch.save({"arch": "mobilenet_v3_small", "state_dict": state}, "in.pth")
     run("in.pth", "--to", "torchvision")
-    namespace: dict = {}
-    exec(printed_code(capsys.readouterr().out), namespace)
+    model = printed_model(capsys.readouterr().out)
     network.classifier[3] = nn.Identity()
     with torch.no_grad():
-        assert torch.equal(namespace["model"](IMAGES), network(IMAGES))
+        assert torch.equal(model(IMAGES), network(IMAGES))
     status, message = refusal(convert, ["in.pth", "--to", "timm"], capsys)
     assert status == 1 and "ResNets" in message and "mobilenet_v3_small" in message
 
@@ -249,18 +223,10 @@ def test_detectron2_pickle_needs_nothing_but_arrays_of_any_numpy(pretrained, fea
     assert content.keys() == {"model", "__author__", "matching_heuristics"}
     model = content["model"]
     ours = load_encoder(pretrained)[0].state_dict()
-    for theirs, name in {
-        "stem.conv1.weight": "conv1.weight",
-        "stem.conv1.norm.running_var": "bn1.running_var",
-        "res2.0.conv2.weight": "layer1.0.conv2.weight",
-        "res3.0.shortcut.weight": "layer2.0.downsample.0.weight",
-        "res4.0.shortcut.norm.bias": "layer3.0.downsample.1.bias",
-        "res5.1.conv1.norm.weight": "layer4.1.bn1.weight",
-    }.items():
-        assert type(model[theirs]) is np.ndarray
-        assert np.array_equal(model[theirs], ours[name].numpy()), theirs
-    assert not [name for name in model if "num_batches" in name or name.startswith("fc")]
-    assert len(model) == len([name for name in ours if "num_batches" not in name])
+    ours = {to_detectron2(n): t.numpy() for n, t in ours.items() if "num_batches" not in n}
+    assert model.keys() == ours.keys()
+    for name, array in model.items():
+        assert type(array) is np.ndarray and np.array_equal(array, ours[name]), name
     assert torch.equal(features_of(Path("a.pkl")), features)
 
 
@@ -277,7 +243,7 @@ def test_upstream_mocos_linear_evaluation_takes_the_file(pretrained, features):
         for name, tensor in content["state_dict"].items()
         if name.startswith(prefix) and not name.startswith(f"{prefix}.fc")
     }
-    network = torchvision.models.__dict__[content["arch"]]()
+    network = torchvision.models.resnet18()
     message = network.load_state_dict(kept, strict=False)
     assert set(message.missing_keys) == {"fc.weight", "fc.bias"} and not message.unexpected_keys
     network.fc = nn.Identity()
@@ -340,10 +306,9 @@ def test_networks_that_others_lack_go_to_onnx_alone(tmp_path, capsys):
 # ---- Command line, and what is left behind -------------------------------------------------------
 
 
-def test_default_names_are_beside_the_source_and_never_overwrite(tmp_path, capsys):
-    source = tmp_path / "run" / "checkpoint_0199.pth.tar"
-    source.parent.mkdir()
-    write_pretrained(source, "resnet18")
+def test_default_names_are_beside_the_source_and_never_overwrite(pretrained, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    source = shutil.copy(pretrained, tmp_path / "run" / pretrained.name)
     for to in ("timm", "huggingface"):
         run(source, "--to", to)
         status, message = refusal(convert, [source, "--to", to], capsys)
@@ -437,9 +402,8 @@ def test_nothing_is_left_when_the_disk_is_full(to, pretrained, tmp_path):
     """A limit on the size of files stands in for the disk: the write fails half-way."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22))"
     script = str(ROOT / "scripts" / "convert.py")
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "x").with_suffix(".pth.tar").symlink_to(pretrained)
+    (work := tmp_path / "work").mkdir()
+    (work / "x.pth.tar").symlink_to(pretrained)
     process = harness.Processes(
         tmp_path / "out", work / "x.pth.tar", "--to", to, before=limit,
         code=f"import runpy; runpy.run_path({script!r}, run_name='__main__')",

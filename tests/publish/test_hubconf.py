@@ -9,11 +9,10 @@ import pytest
 import torch
 import torchvision
 from helpers import ROOT, finish, start_python
+from networks import IMAGES, features_of, seasoned, under
 
 from moco import encoders
 from moco.errors import CheckpointError
-
-IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def load(name: str, **options: object) -> torch.nn.Module:
@@ -25,23 +24,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     """moco_align_uniform's two files, and the networks in them."""
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
-    network = torchvision.models.resnet50(num_classes=128)
+    network, probe = (torchvision.models.resnet50(num_classes=count) for count in (128, 10))
     encoders.add_mlp_head(network)
-    state = {f"module.encoder_q.{name}": t for name, t in network.state_dict().items()}
-    content = {"epoch": 200, "arch": "resnet50", "state_dict": state}
-    torch.save(content, folder / "pretrained.pth.tar")
-    probe = torchvision.models.resnet50(num_classes=10)
-    state = {f"module.{name}": t for name, t in probe.state_dict().items()}
-    torch.save({"epoch": 100, "arch": "resnet50", "state_dict": state}, folder / "probe.pth.tar")
-    return folder, {"pretrained": network.eval(), "probe": probe.eval()}
-
-
-def features(network: torch.nn.Module) -> torch.Tensor:
-    entering = []
-    hook = network.fc.register_forward_pre_hook(lambda _, inputs: entering.append(inputs[0]))
-    network(IMAGES)
-    hook.remove()
-    return entering[0]
+    for name, prefix, net in (("pretrained", "module.encoder_q.", network),
+                              ("probe", "module.", probe)):  # fmt: skip
+        state = under(prefix, seasoned(net).state_dict())
+        content = {"epoch": 200, "arch": "resnet50", "state_dict": state}
+        torch.save(content, folder / f"{name}.pth.tar")
+    return folder, {"pretrained": network, "probe": probe}
 
 
 @torch.no_grad()
@@ -50,7 +40,7 @@ def test_each_head(files) -> None:
     pretrained, probe = folder / "pretrained.pth.tar", folder / "probe.pth.tar"
     encoder = load("resnet50_encoder", weights=str(pretrained))
     assert not encoder.training and encoder(IMAGES).shape == (2, 2048)
-    assert torch.equal(encoder(IMAGES), features(networks["pretrained"]))
+    assert torch.equal(encoder(IMAGES), features_of(networks["pretrained"]))
     encoder = load("resnet50_encoder", weights=str(probe), head="linear")
     assert torch.equal(encoder(IMAGES), networks["probe"](IMAGES))
     with pytest.raises(CheckpointError, match="has a projection head, linear was asked for"):
@@ -69,7 +59,7 @@ def test_the_reference_repositorys_entry_point(files) -> None:
     wanted = networks["pretrained"](IMAGES)
     torch.testing.assert_close(encoder(IMAGES), wanted / wanted.norm(dim=1, keepdim=True))
     encoder = load(entry, weights=str(folder / "probe.pth.tar"))  # it has no projection
-    assert torch.equal(encoder(IMAGES), features(networks["probe"]))
+    assert torch.equal(encoder(IMAGES), features_of(networks["probe"]))
     with pytest.raises(ValueError, match="with_linear_clf must be True or False, got 'a.pth'"):
         torch.hub.load(str(ROOT), entry, "a.pth", source="local")
 
