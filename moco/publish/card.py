@@ -30,6 +30,7 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
     """
     safetensors = files.only_weights(folder, "backbone", "safetensors")
     alone = files.is_encoder_only(folder)
+    pth = safetensors if alone else files.only_weights(folder, "backbone", "pth")
     full = safetensors if alone else files.only_weights(folder, "full", "pth")
     network = export.load_with_head(full, keep="none")
     info = network.info
@@ -78,7 +79,7 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
             losses=losses and {**losses, "step": trained[0]["step"]},
             files=kinds,
             safetensors=weights,
-            usage=_usage(network, folder),
+            usage=_usage(network, weights, pth.name, None if alone else full.name),
             in_detectron2=_fits(network, "detectron2"),
         )
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:
@@ -86,19 +87,16 @@ def config_and_card(folder: Path, licence: object) -> tuple[dict, str]:
     return config, card
 
 
-def _usage(network: export.LoadedEncoder, folder: Path) -> list[tuple[str, str, str]]:
+def _usage(
+    network: export.LoadedEncoder, safetensors: str, pth: str, full: str | None
+) -> list[tuple[str, str, str]]:
     """(title, language, lines) for each tool that has such a network."""
-    safetensors = files.only_weights(folder, "backbone", "safetensors").name
-    pth = full = safetensors
-    if not (alone := files.is_encoder_only(folder)):
-        pth = files.only_weights(folder, "backbone", "pth").name
-        full = files.only_weights(folder, "full", "pth").name
     hub = "this folder is a model repository as timm reads it (uploaded: `hf-hub:USER/NAME`)"
     tools = (
         ("torchvision", "torchvision", "python", pth),
         ("timm", "timm", "python", safetensors),
         ("huggingface", f"Hugging Face: {hub}", "python", "."),
-        *([] if alone else [("upstream-moco", "facebookresearch/moco", "sh", full)]),
+        *([("upstream-moco", "facebookresearch/moco", "sh", full)] if full else []),
     )
     return [
         (title, language, export.usage(to, file, network))

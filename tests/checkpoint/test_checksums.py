@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import warnings
 from pathlib import Path
 
@@ -25,33 +24,17 @@ WRITERS = {
 }  # fmt: skip
 
 
-def test_own_safetensors_are_never_read_with_other_content(state: dict, tmp_path: Path) -> None:
-    """One flipped bit anywhere, and text of the metadata that is still JSON."""
+def test_own_safetensors_are_never_read_with_other_content(refusal, state, tmp_path) -> None:
+    """A number, and text of the metadata that is still JSON; more in test_fuzz.py."""
     path = tmp_path / "a.safetensors"
     write_safetensors(path, state, {"arch": "resnet8", "args": {"lr": 0.1, "sizes": (1, 2)}})
     right, whole = read_checkpoint(path), path.read_bytes()
     assert right["args"] == {"lr": 0.1, "sizes": [1, 2]} and "checksum" not in right
-    rng = random.Random(0)
-    changed = [whole.replace(b"0.1", b"0.2"), whole.replace(b"resnet8", b"resnet9")]
-    for at in [*rng.sample(range(len(whole)), 150), *range(0, 9000, 90)]:
-        changed.append(whole[:at] + bytes([whole[at] ^ 1 << rng.randrange(8)]) + whole[at + 1 :])
-    refused = 0
-    for data in changed:
-        path.write_bytes(data)
-        try:
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                found = read_checkpoint(path)
-        except CheckpointError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            refused += 1
-            continue
-        # The name of the metadata itself: then it is another's file, and the load says so.
-        state_dict = found if said else found["state_dict"]
-        if not said:
-            assert found.keys() == right.keys() and found["args"] == right["args"]
-        assert all(torch.equal(t, right["state_dict"][name]) for name, t in state_dict.items())
-    assert refused > len(changed) * 0.8
+    weight = state["layer2.0.conv1.weight"].numpy().tobytes()
+    for old, new in ((b"0.1", b"0.2"), (b"resnet8", b"resnet9"), (weight, bytes(len(weight)))):
+        assert old in whole
+        path.write_bytes(whole.replace(old, new))
+        assert "does not match its checksum" in refusal(path)
 
 
 @pytest.mark.parametrize("kind", [kind for kind, (*_, said) in WRITERS.items() if said])

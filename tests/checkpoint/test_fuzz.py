@@ -201,44 +201,28 @@ def output(path: Path, kind: str) -> torch.Tensor:
 
 def mutate_bytes(data: bytes, rng: random.Random) -> tuple[str, bytes]:
     """Damage of a disk, a network or a text-mode copy."""
-    new = bytearray(data)
     place = rng.choice(("anywhere", "start", "end"))  # headers, directories and pickles lie there
     near = len(data) if place == "anywhere" else min(len(data), 20_000)
-
-    def position() -> int:
-        at = rng.randrange(near)
-        return len(data) - 1 - at if place == "end" else at
-
-    at = position()
+    at, other = rng.randrange(near), rng.randrange(near)
+    if place == "end":
+        at, other = len(data) - 1 - at, len(data) - 1 - other
     size = rng.choice((1, 8, 64, 700, 5000))
-    name = rng.choice(
-        ("bit", "byte", "bytes", "truncate", "zero", "double", "insert", "cut", "swap", "append")
-    )
-    if name == "bit":
-        new[at] ^= 1 << rng.randrange(8)
-    elif name == "byte":
-        new[at] = rng.randrange(256)
-    elif name == "bytes":
-        for _ in range(rng.randint(2, 50)):
-            new[position()] ^= rng.randint(1, 255)
-    elif name == "truncate":
-        del new[at:]
-    elif name == "zero":
-        new[at : at + size] = bytes(len(new[at : at + size]))
-    elif name == "double":
-        new[at:at] = new[at : at + size]
-    elif name == "insert":
-        new[at:at] = rng.randbytes(size)
-    elif name == "cut":
-        del new[at : at + size]
-    elif name == "swap":
-        other = position()
-        new[at : at + size], new[other : other + size] = (
-            new[other : other + size], new[at : at + size]
-        )  # fmt: skip
-    elif name == "append":
-        new += rng.randbytes(size)
-    return f"{name} at the {place}", bytes(new)
+    part = data[at : at + size]
+    old, new = {
+        "bit": (data[at : at + 1], bytes([data[at] ^ 1 << rng.randrange(8)])),
+        "noise": (part, rng.randbytes(len(part))),
+        "zero": (part, bytes(len(part))),
+        "copy": (part, data[other : other + len(part)]),
+        "cut": (part, b""),
+        "truncate": (data[at:], b""),
+        "double": (b"", part),
+        "insert": (b"", rng.randbytes(size)),
+        "append": (data[at:], data[at:] + rng.randbytes(size)),
+    }[name := rng.choice(MUTATIONS)]
+    return f"{name} at the {place}", data[:at] + new + data[at + len(old) :]
+
+
+MUTATIONS = ("bit", "noise", "zero", "copy", "cut", "truncate", "double", "insert", "append")
 
 
 def mutate_values(content: dict, rng: random.Random) -> str:

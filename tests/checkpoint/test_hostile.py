@@ -76,16 +76,6 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_runs_nothing(
     assert marker.exists() == (name == "eval"), "the attack itself works"
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
-@pytest.mark.parametrize("protocol", [0, 2, 4])
-def test_a_bare_pickle_is_refused_and_runs_nothing(refusal, protocol: int, tmp_path: Path) -> None:
-    marker = tmp_path / "it-ran"
-    path = tmp_path / "a.pth"
-    path.write_bytes(pickle.dumps(attacks(marker)["os.system"], protocol))
-    assert refusal(path)
-    assert not marker.exists()
-
-
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize(
     ("function", "arguments", "name"),

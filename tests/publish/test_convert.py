@@ -371,8 +371,9 @@ def test_help_says_how_the_file_of_each_format_ends(capsys):
 def test_folders_of_out_are_made_when_it_is(name, pretrained, tmp_path, capsys):
     Path("folder").mkdir()
     to = {".pth": "timm", ".pkl": "detectron2"}.get(Path(name).suffix, "huggingface")
-    Path("in.pth").write_bytes(b"no checkpoint")
-    assert refusal(convert, ["in.pth", name, "--to", to], capsys)[0] == 1
+    Path("in.pth").write_bytes(b"<html>not found</html>")
+    status, message = refusal(convert, ["in.pth", name, "--to", to], capsys)
+    assert status == 1 and "web page" in message
     assert nothing_but(tmp_path, "folder", "in.pth") and nothing_but(tmp_path / "folder")
     run(pretrained, name, "--to", to)
     assert Path(name).exists() and nothing_but(tmp_path / "folder", *["new"] * ("folder" in name))
@@ -388,13 +389,6 @@ def test_what_a_file_says_is_shown_in_one_line(tmp_path, capsys):
     lines = out.splitlines()
     assert not err and all(line.isprintable() and len(line) < 2000 for line in lines)
     assert len(lines) == 6 and [line[:5] for line in lines[:3]] == ["found", "wrote", "load "]
-
-
-def test_nothing_is_left_of_a_file_that_is_no_checkpoint(tmp_path, capsys):
-    Path("in.pth").write_bytes(b"<html>not found</html>")
-    for to in FORMATS:
-        status, message = refusal(convert, ["in.pth", "--to", to], capsys)
-        assert status == 1 and "web page" in message and nothing_but(tmp_path, "in.pth")
 
 
 @pytest.mark.parametrize("to", ["detectron2", "huggingface"])
