@@ -105,22 +105,21 @@ class _Machine:
         del self.stack[len(self.stack) - count :]
         self.stack.append(values)
 
-    def append(self, values: list) -> None:
+    def top(self, kind: type, doing: str) -> object:
+        """The list or dict on the stack, or that of the `Call` there."""
         into = self.stack[-1]
         if isinstance(into, Call):
-            into.items = [] if into.items is None else into.items
+            into.items = kind() if into.items is None else into.items
             into = into.items
-        if type(into) is not list:
-            raise pickle.UnpicklingError(f"something is appended to a {type(into).__name__}")
-        into.extend(values)
+        if type(into) is not kind:
+            raise pickle.UnpicklingError(f"{doing} a {type(into).__name__}")
+        return into
+
+    def append(self, values: list) -> None:
+        self.top(list, "something is appended to").extend(values)
 
     def set_items(self, values: list) -> None:
-        into = self.stack[-1]
-        if isinstance(into, Call):
-            into.items = {} if into.items is None else into.items
-            into = into.items
-        if type(into) is not dict:
-            raise pickle.UnpicklingError(f"items are set in a {type(into).__name__}")
+        into = self.top(dict, "items are set in")
         for key, value in zip(values[::2], values[1::2], strict=True):
             into[checked_key(key)] = value
 

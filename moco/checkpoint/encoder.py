@@ -1,7 +1,8 @@
-"""Encoders from checkpoint files of any origin."""
+"""Encoders from checkpoint files of any origin, and how images are presented to them."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 
@@ -14,12 +15,8 @@ from moco.checkpoint.hashes import checked_digits
 from moco.checkpoint.hub import hub_file, is_hub
 from moco.checkpoint.layouts import PRETRAINING, Source, find_encoder
 from moco.checkpoint.sentences import is_of_sentences
-from moco.encoders import (
-    build_head,
-    get_head,
-    head_name,
-    set_head,
-)
+from moco.config import IMAGENET_MEAN, IMAGENET_STD
+from moco.encoders import build_head, get_head, head_name, set_head
 from moco.errors import CheckpointError
 from moco.run_files import weights_file
 
@@ -200,3 +197,25 @@ def _fill(encoder: nn.Module, state: dict[str, Tensor], path: str | os.PathLike)
         wanted[key] = state[key]
     encoder.load_state_dict(wanted)
     return set(wanted)
+
+
+def image_settings(encoder: nn.Module, info: dict) -> tuple[int, list[float], list[float]]:
+    """(image size, mean, std) of the training images; ImageNet's where the file has none.
+
+    Raises:
+        CheckpointError: the checkpoint has impossible values.
+    """
+    args = info["args"]
+    size = args.get("image_size", getattr(encoder, "image_size", 224))  # a ViT has one size
+    mean, std = args.get("mean", IMAGENET_MEAN), args.get("std", IMAGENET_STD)
+    for name, values in (("mean", mean), ("std", std)):
+        if not (
+            isinstance(values, (list, tuple))
+            and len(values) == 3
+            and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+            and (name == "mean" or min(values) > 0)
+        ):
+            raise CheckpointError(f"the checkpoint's {name} is {values!r}, expected three numbers")
+    if not isinstance(size, int) or size < 1:
+        raise CheckpointError(f"the checkpoint's image size is {size!r}, expected a number >= 1")
+    return size, list(mean), list(std)

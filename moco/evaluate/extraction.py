@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco import checkpoint, encoders
+from moco.checkpoint.encoder import image_settings
 from moco.checkpoint.layouts import named_tensors
-from moco.checkpoint.presentation import image_settings
 from moco.data import samples
 from moco.data.images import FolderImages, Images, Subset, open_images, split_folder
 from moco.data.shards import SUFFIXES

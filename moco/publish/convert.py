@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moco.checkpoint import is_url, load_encoder
-from moco.checkpoint.presentation import image_settings
+from moco.checkpoint.encoder import image_settings
 from moco.errors import CheckpointError
 from moco.printable import printable
 from moco.publish import export

@@ -24,7 +24,7 @@ import torchvision
 from torch import Tensor, nn
 
 from moco.checkpoint import load_encoder, write_atomically, write_safetensors, write_torch
-from moco.checkpoint.presentation import image_settings
+from moco.checkpoint.encoder import image_settings
 from moco.encoders import CifarResNet, check_image_size, get_head, head_name
 from moco.errors import CheckpointError
 

@@ -61,18 +61,19 @@ def read_sums(folder: str | os.PathLike) -> dict[str, str]:
     return sums
 
 
-def weights(folder: Path, kind: str, suffix: str) -> list[Path]:
-    return [
-        path
-        for path in sorted(folder.glob(f"*.{suffix}"))
-        if (match := WEIGHTS.fullmatch(path.name)) and match[2] == kind
-    ]
+def weights(folder: Path) -> dict[tuple[str, str], list[Path]]:
+    """{(kind, suffix): the files NAME-KIND-HASH.SUFFIX, by name}."""
+    found: dict[tuple[str, str], list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := WEIGHTS.fullmatch(path.name):
+            found.setdefault(match.group(2, 4), []).append(path)
+    return found
 
 
 def is_encoder_only(folder: Path) -> bool:
     """Its one file of weights is the encoder as .safetensors (release.py --encoder-only)."""
-    kinds = [match for path in folder.iterdir() if (match := WEIGHTS.fullmatch(path.name))]
-    return [(match[2], match[4]) for match in kinds] == [("backbone", "safetensors")]
+    counts = {kind: len(paths) for kind, paths in weights(folder).items()}
+    return counts == {("backbone", "safetensors"): 1}
 
 
 def only_weights(folder: Path, kind: str, suffix: str) -> Path:
@@ -81,7 +82,7 @@ def only_weights(folder: Path, kind: str, suffix: str) -> Path:
     Raises:
         ValueError: there is none, or several.
     """
-    paths = weights(folder, kind, suffix)
+    paths = weights(folder).get((kind, suffix), [])
     if len(paths) != 1:
         raise ValueError(f"{len(paths)} files NAME-{kind}-HASH.{suffix}, expected one")
     return paths[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def _check_sums(folder: Path) -> list[str]:
         f"there is no NAME-{kind}-HASH.{suffix}"
         for kind in ("backbone", "full")
         for suffix in ("pth", "safetensors")
-        if not (files.is_encoder_only(folder) or files.weights(folder, kind, suffix))
+        if not files.is_encoder_only(folder) and (kind, suffix) not in files.weights(folder)
     ]
     return problems + [
         f"{name} is missing" for name in (files.CONFIG, files.CARD) if name not in sums
@@ -74,9 +75,8 @@ def _check_weights(folder: Path) -> list[str]:
     """All files hold one encoder, two of a kind the same tensors, and args.json is theirs."""
     problems = []
     first, of_first = None, ""
-    for path in sorted(folder.iterdir()):
-        if not files.WEIGHTS.fullmatch(path.name):
-            continue
+    weights = files.weights(folder)
+    for path in sorted(itertools.chain(*weights.values())):
         state = export.load_with_head(path, keep="none").encoder.state_dict()
         first, of_first = first or state, of_first or path.name
         if not same_tensors(first, state):
@@ -85,7 +85,7 @@ def _check_weights(folder: Path) -> list[str]:
     args.pop("provenance", None)
     alone = files.is_encoder_only(folder)
     for kind in ("backbone",) if alone else ("full", "linear"):
-        paths = [*files.weights(folder, kind, "pth"), *files.weights(folder, kind, "safetensors")]
+        paths = [*weights.get((kind, "pth"), []), *weights.get((kind, "safetensors"), [])]
         contents = [read_checkpoint(path) for path in paths]
         states = [content.get("state_dict", content) for content in contents]
         if states and not alone and not (len(states) == 2 and same_tensors(*states)):
@@ -111,9 +111,10 @@ def _check_logs(folder: Path) -> list[str]:
         if (folder / name).is_file() and read_log(folder / name)[1]:
             problems.append(f"{name} has lines that are no lines of a log")
     probed = (folder / files.PROBE).is_file()
-    if probed != bool(files.weights(folder, "linear", "pth")) and not files.is_encoder_only(folder):
+    has_linear = ("linear", "pth") in files.weights(folder)
+    if probed != has_linear and not files.is_encoder_only(folder):
         return [*problems, f"{files.PROBE} and the file with the classifier belong together"]
-    if not ((folder / files.PROBE).is_file() and (folder / files.PROBE_LOG).is_file()):
+    if not (probed and (folder / files.PROBE_LOG).is_file()):
         return problems
     result = files.read_json(folder / files.PROBE)
     args = files.read_json(folder / files.PROBE_ARGS, or_empty=True)
