@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,16 @@ def resnet8(num_classes: int = 5, seed: int = 0) -> nn.Module:
 def resnet18(num_classes: int = 7, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return torchvision.models.resnet18(num_classes=num_classes)
+
+
+def projector(*widths: int, bias: bool) -> nn.Sequential:
+    """Layers without bias, the last batch norm without weight and bias, as moco-v3's; SimSiam's
+    last layer has a bias."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+    last = nn.Linear(*widths[-2:], bias=bias)
+    return nn.Sequential(*layers[:-3], last, nn.BatchNorm1d(widths[-1], affine=False))
 
 
 def make_moco(base: Callable[..., nn.Module], mlp: bool) -> MoCo:

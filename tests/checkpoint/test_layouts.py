@@ -21,6 +21,7 @@ from networks import (
     OLD,
     assert_gives,
     features_of,
+    projector,
     resnet18,
     seasoned,
     to_detectron2,
@@ -221,31 +222,6 @@ def test_a_damaged_encoder_is_not_replaced_by_its_average(
 # ---- MoCo v3 and SimSiam -------------------------------------------------------------------------
 
 
-def projector_v3(width: int, hidden: int, outputs: int) -> nn.Sequential:
-    """moco-v3's: two layers without bias, the last batch norm without weight and bias."""
-    return nn.Sequential(
-        nn.Linear(width, hidden, bias=False),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, outputs, bias=False),
-        nn.BatchNorm1d(outputs, affine=False),
-    )
-
-
-def projector_simsiam(width: int, outputs: int) -> nn.Sequential:
-    """SimSiam's: three layers, the last with a bias and a batch norm without weight and bias."""
-    return nn.Sequential(
-        nn.Linear(width, width, bias=False),
-        nn.BatchNorm1d(width),
-        nn.ReLU(),
-        nn.Linear(width, width, bias=False),
-        nn.BatchNorm1d(width),
-        nn.ReLU(),
-        nn.Linear(width, outputs),
-        nn.BatchNorm1d(outputs, affine=False),
-    )
-
-
 def predictor() -> dict[str, Tensor]:
     layers = nn.Sequential(nn.Linear(24, 40, bias=False), nn.BatchNorm1d(40), nn.ReLU())
     return under("module.predictor.", layers.state_dict())
@@ -257,7 +233,7 @@ def test_moco_v3_gives_the_base_encoder(options: dict, save, not_loaded) -> None
     """From a checkpoint as moco-v3's main_moco.py saves it."""
     base, momentum = resnet18(), resnet18(seed=1)
     for network in (base, momentum):
-        network.fc = projector_v3(512, 40, 24)
+        network.fc = projector(512, 40, 24, bias=False)
         seasoned(network)
     beside = under("momentum_encoder.", momentum.state_dict())
     state = under("module.base_encoder.", base.state_dict()) | under("module.", beside)
@@ -275,7 +251,7 @@ def test_moco_v3_gives_the_base_encoder(options: dict, save, not_loaded) -> None
 
 def test_simsiam_gives_the_encoder(save, not_loaded) -> None:
     network = resnet18(24)
-    network.fc = projector_simsiam(512, 24)
+    network.fc = projector(512, 512, 512, 24, bias=True)
     seasoned(network)
     state = {**under("module.encoder.", network.state_dict()), **predictor()}
     content = {"epoch": 100, "arch": "resnet18", "state_dict": state, "optimizer": {}}

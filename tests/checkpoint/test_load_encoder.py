@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from networks import IMAGES, OLD, assert_gives, make_moco, resnet8, seasoned, under
-from torch import nn
+from networks import IMAGES, OLD, assert_gives, make_moco, projector, resnet8, seasoned, under
 
 from moco.batch_norm import SplitBatchNorm2d
 from moco.builder import MoCo
@@ -175,13 +174,6 @@ def test_a_head_of_the_wrong_kind_is_refused(not_loaded, save):
         load_encoder(plain, head="fc")
 
 
-# moco-v3's: two layers without bias, the last batch norm without weight and bias.
-PROJECTOR = nn.Sequential(
-    nn.Linear(64, 40, bias=False), nn.BatchNorm1d(40), nn.ReLU(),
-    nn.Linear(40, 24, bias=False), nn.BatchNorm1d(24, affine=False),
-)  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("head", "said"),
     [
@@ -199,7 +191,8 @@ PROJECTOR = nn.Sequential(
 def test_heads_that_do_not_fit_are_named(head: dict, said: str, not_loaded, save, state) -> None:
     mlp = "weight" not in head
     backbone = {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
-    path = save(backbone | under("fc.", (PROJECTOR.state_dict() if mlp else {}) | head))
+    other = projector(64, 40, 24, bias=False).state_dict() if mlp else {}
+    path = save(backbone | under("fc.", other | head))
     assert load_encoder(path)[1]["head"] == (  # features need no head
         "mlp" if mlp else "linear" if "bias" in head else "none"
     )

@@ -38,14 +38,18 @@ def run_of(tiny_run, tmp_path_factory) -> Path:
     return root
 
 
+def publish(root: Path, out: str | Path, *flags: str, whole: bool = True) -> Path:
+    """A release of the run's end, if `whole` with its probe and metrics."""
+    if whole:
+        flags += ("--lincls", str(root / "probe" / "checkpoint.pth.tar"),
+                  "--metrics", str(root / "metrics.json"))  # fmt: skip
+    release([str(root / "run" / "checkpoint_0001.pth.tar"), str(out), *flags])
+    return Path(out)
+
+
 @pytest.fixture(scope="module")
 def published(run_of) -> Path:
-    release(
-        [str(run_of / "run" / "checkpoint_0001.pth.tar"), str(run_of / "toy"),
-         "--lincls", str(run_of / "probe" / "checkpoint.pth.tar"),
-         "--metrics", str(run_of / "metrics.json"), "--licence", "cc-by-nc-4.0"]
-    )  # fmt: skip
-    return run_of / "toy"
+    return publish(run_of, run_of / "toy", "--licence", "cc-by-nc-4.0")
 
 
 @pytest.fixture
@@ -228,12 +232,7 @@ def test_accuracies_of_other_protocols_say_so(run_of, data, tmp_path, capsys):
 
 
 def test_the_encoder_alone_is_one_file_with_all_figures(run_of, published, capsys):
-    release(
-        [str(run_of / "run" / "checkpoint_0001.pth.tar"), "alone", "--encoder-only",
-         "--lincls", str(run_of / "probe" / "checkpoint.pth.tar"),
-         "--metrics", str(run_of / "metrics.json"), "--licence", "mit"]
-    )  # fmt: skip
-    folder = Path("alone")
+    folder = publish(run_of, "alone", "--encoder-only", "--licence", "mit")
     release(["--verify", "alone"])
     assert [*folder.glob("*.pth"), *folder.glob("*.safetensors")] == [
         weights_of(folder, "backbone", "safetensors")
@@ -253,12 +252,12 @@ def test_the_encoder_alone_is_one_file_with_all_figures(run_of, published, capsy
 
 
 def test_without_probe_metrics_or_licence_the_card_has_no_such_figures(run_of, tmp_path):
-    release([str(run_of / "run" / "checkpoint_0001.pth.tar"), "plain v1.0"])
-    assert list(Path("plain v1.0").glob("plain-v1-0-backbone-*.pth")), "no dot before the hash"
-    card = Path("plain v1.0/README.md").read_text()
+    folder = publish(run_of, "plain v1.0", whole=False)
+    assert list(folder.glob("plain-v1-0-backbone-*.pth")), "no dot before the hash"
+    card = (folder / "README.md").read_text()
     for word in ("top-1", "Linear evaluation", "Held-out", "license:"):
         assert word not in card, word
-    assert "no licence" in card and not Path("plain v1.0/lincls").exists()
+    assert "no licence" in card and not (folder / "lincls").exists()
 
 
 @pytest.mark.long
