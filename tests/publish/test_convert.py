@@ -391,7 +391,7 @@ def test_what_a_file_says_is_shown_in_one_line(tmp_path, capsys):
     assert len(lines) == 6 and [line[:5] for line in lines[:3]] == ["found", "wrote", "load "]
 
 
-@pytest.mark.parametrize("to", ["detectron2", "huggingface"])
+@pytest.mark.parametrize("to", ["timm", "detectron2", "huggingface"])
 def test_nothing_is_left_when_the_disk_is_full(to, pretrained, tmp_path):
     """A limit on the size of files stands in for the disk: the write fails half-way."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, 2**22))"
