@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,14 @@ def resnet8(num_classes: int = 5, seed: int = 0) -> nn.Module:
 def resnet18(num_classes: int = 7, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return torchvision.models.resnet18(num_classes=num_classes)
+
+
+def in_zip(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
 
 
 def projector(*widths: int, bias: bool) -> nn.Sequential:

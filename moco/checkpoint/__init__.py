@@ -18,7 +18,7 @@ from moco.checkpoint.files import (
     write_safetensors,
     write_torch,
 )
-from moco.checkpoint.mapped import fingerprint, map_checkpoint
+from moco.checkpoint.formats import fingerprint, map_checkpoint
 from moco.checkpoint.run_folder import (
     Retention,
     epoch_path,

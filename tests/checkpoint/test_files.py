@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from harness import differences
-from networks import OLD, resnet8, saved
+from networks import OLD, in_zip, resnet8, saved
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -159,14 +159,6 @@ def test_safetensors_without_the_package_says_what_to_install(refusal, tmp_path,
 
 
 # ---- Other kinds of files ------------------------------------------------------------------------
-
-
-def in_zip(entries: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, data in entries.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
 
 
 def in_tar() -> bytes:

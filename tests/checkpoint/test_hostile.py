@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import collections
 import faulthandler
-import io
 import os
 import pickle
 import resource
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import OLD
+from networks import OLD, in_zip
 
 from moco import pickles
 from moco.checkpoint import load_encoder, newest_valid, read_checkpoint, run_checkpoints
@@ -213,12 +212,8 @@ HARMFUL = {
 TAKING_MEMORY = ("bytearray(N)", "bytes(N)", "one text, many arrays")
 
 
-def in_zip(pickled: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for part, data in (("data.pkl", pickled), ("byteorder", "little"), ("version", "3\n")):
-            archive.writestr(f"x/{part}", data)
-    return buffer.getvalue()
+def in_new_format(pickled: bytes) -> bytes:
+    return in_zip({"x/data.pkl": pickled, "x/byteorder": b"little", "x/version": b"3\n"})
 
 
 def in_old_format(pickled: bytes) -> bytes:
@@ -232,7 +227,7 @@ def in_old_format(pickled: bytes) -> bytes:
 def test_harmful_pickles_are_refused_at_once(kind: str, form: str, tmp_path: Path) -> None:
     pickled, said = HARMFUL[kind]
     path = tmp_path / ("a.pkl" if form == "pkl" else "checkpoint_0000.pth.tar")
-    path.write_bytes({"zip": in_zip, "old": in_old_format, "pkl": bytes}[form](pickled))
+    path.write_bytes({"zip": in_new_format, "old": in_old_format, "pkl": bytes}[form](pickled))
     if kind in TAKING_MEMORY:
         tracemalloc.start()
     with pytest.raises(CheckpointError) as caught:
@@ -245,7 +240,7 @@ def test_harmful_pickles_are_refused_at_once(kind: str, form: str, tmp_path: Pat
     assert not hasattr(pickles.parse, "hacked") and not hasattr(CheckpointError, "x")
 
 
-@pytest.mark.parametrize("form", [in_zip, bytes])
+@pytest.mark.parametrize("form", [in_new_format, bytes])
 def test_opcodes_without_end_are_refused(form, refusal, tmp_path: Path, monkeypatch) -> None:
     """Though the values that are left are few."""
     monkeypatch.setattr(pickles, "MOST_OPCODES", 1000)
@@ -257,8 +252,8 @@ def test_a_run_folder_with_a_bomb_goes_on(tmp_path: Path, save) -> None:
     """Its name is listed, the newest that is whole is found, and nothing hangs."""
     save({"epoch": 1, "state_dict": {"a": torch.ones(1)}}, "checkpoint_0000.pth.tar")
     bomb = HARMFUL["tuple as key"][0]
-    (tmp_path / "step_00000007.pth.tar").write_bytes(in_zip(bomb))
-    (tmp_path / "checkpoint_0003.pth.tar").write_bytes(in_zip(bomb))
+    (tmp_path / "step_00000007.pth.tar").write_bytes(in_new_format(bomb))
+    (tmp_path / "checkpoint_0003.pth.tar").write_bytes(in_new_format(bomb))
     assert len(run_checkpoints(tmp_path)) == 3
     said: list[str] = []
     path, content = newest_valid(tmp_path, said.append)
@@ -270,7 +265,7 @@ def test_values_beside_tensors_are_read_without_them(save) -> None:
     values = {"epoch": 3, "args": {"lr": 0.1}}
     found = pickles.peek(path := save({**values, "state_dict": {"a": torch.ones(3)}}))
     assert found == {**values, "state_dict": {"a": "<torch._utils._rebuild_tensor_v2>"}}
-    path.write_bytes(in_zip(HARMFUL["tuple as key"][0]))
+    path.write_bytes(in_new_format(HARMFUL["tuple as key"][0]))
     with pytest.raises(pickles.Refused):
         pickles.peek(path)
 
