@@ -13,12 +13,11 @@ from moco.errors import CheckpointError, DataError
 from moco.packages import import_optional
 from moco.run_files import only_weights
 
-SCHEME = "hf://"
 _ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?(?:/(.+))?", re.ASCII)
 
 
 def is_hub(path: str | os.PathLike) -> bool:
-    return os.fspath(path).lower().startswith(SCHEME)
+    return os.fspath(path).lower().startswith("hf://")
 
 
 def hub_file(address: str) -> Path:
