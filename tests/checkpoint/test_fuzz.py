@@ -17,7 +17,6 @@ import pickle
 import random
 import signal
 import sys
-import tarfile
 import tempfile
 import time
 import warnings
@@ -44,8 +43,6 @@ from moco.errors import CheckpointError, DataError  # noqa: E402
 
 MOST_SECONDS = 5.0  # of CPU, so that a busy machine does not fail the test
 PATIENCE = 60.0  # seconds until a process that does not answer is taken for hung
-# Used where it lies beside the checkout.
-IMAGENET = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_samples.tar.xz"
 
 
 # ---- Valid files ---------------------------------------------------------------------------------
@@ -145,7 +142,7 @@ CHECKPOINTS = {
 
 
 def jpegs() -> list[bytes]:
-    """JPEGs of every sort that Pillow writes, and a few of ImageNet where they are at hand."""
+    """JPEGs of every sort that Pillow writes."""
     rng = np.random.default_rng(0)
     grid = np.add.outer(np.arange(60), np.arange(80))[..., None] * np.array([1, 2, 3])
     colour = Image.fromarray((grid + rng.integers(0, 40, grid.shape)).astype(np.uint8))
@@ -164,13 +161,6 @@ def jpegs() -> list[bytes]:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", **options)
         files.append(buffer.getvalue())
-    if IMAGENET.is_file():
-        with tarfile.open(IMAGENET) as archive:
-            for member in archive:
-                if len(files) == 15:
-                    break
-                if member.isfile() and member.size < 40_000:
-                    files.append(archive.extractfile(member).read())
     return files
 
 
