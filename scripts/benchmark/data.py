@@ -17,17 +17,13 @@ import copy
 import itertools
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import baseline
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import baseline
 
 from moco import timing
 from moco.data import device_views, loader, views
@@ -73,63 +69,50 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
     by_device_pillow = copy.copy(by_device)
     by_device_pillow.decode_fast = False
     ancestors = baseline.v2_transform(args.image_size)
-    epochs = itertools.count()
-
-    def theirs() -> list:
-        return [(ancestors(image), ancestors(image)) for image in map(images.load, range(count))]
+    epochs, count = itertools.count(), len(images)
 
     def ours(data: loader.AugmentedViews) -> list:
         epoch = next(epochs)
         return data.__getitems__([(epoch, index) for index in range(count)])
 
-    count = len(images)
+    def decode() -> list:
+        return [images.load(i) for i in range(count)]
+
     times = timing.interleaved(
         {
-            "baseline": theirs,
+            "baseline": lambda: [(ancestors(image), ancestors(image)) for image in decode()],
             "cpu": lambda: ours(by_pillow),
             "device": lambda: ours(by_device),
             "device, Pillow": lambda: ours(by_device_pillow),
-            "decode": lambda: [images.load(i) for i in range(count)],
+            "decode": decode,
         },
         repeats=args.repeats,
         warmup=1,
     )
-    floor = statistics.median(times["decode"])
-    for name in ("cpu", "device"):
-        table.add(
-            timing.row(
-                f"--views {name}" + (", the CPU's part" if name == "device" else ""),
-                times["baseline"], times[name],
-                items=count, unit="pairs/s", floor=floor, limited_by="decoding",
-            )
-        )  # fmt: skip
-    table.add(
-        timing.row(
-            "device, decoded by torchvision", times["device, Pillow"], times["device"],
-            items=count, unit="pairs/s", floor=floor, limited_by="decoding by Pillow",
-        )
-    )  # fmt: skip
+    pairs = {"items": count, "unit": "pairs/s", "floor": statistics.median(times["decode"])}
+    for what, theirs, own, limited_by in (
+        ("--views cpu", "baseline", "cpu", "decoding"),
+        ("--views device, the CPU's part", "baseline", "device", "decoding"),
+        ("device, decoded by torchvision", "device, Pillow", "device", "decoding by Pillow"),
+    ):
+        table.add(what, times[theirs], times[own], limited_by=limited_by, **pairs)
     batch = args.batch or (256 if device.type == "cuda" else 32)
-    finishing = finished(table, by_device, batch, device, args.repeats)
-    print(
-        f"the device's part on {device}: {finishing:.1f} ms for {batch} pairs "
-        f"({1e3 * batch / finishing:.0f} pairs/s)"
-    )
-    small = small_ms(batch, device, args.repeats)
-    print(
-        f"CIFAR-sized images in memory, whole views on {device}: {small:.1f} ms for {batch} pairs "
-        f"({1e3 * batch / small:.0f} pairs/s)"
-    )
+    rest = {
+        f"the device's part on {device}": device_ms(table, by_device, batch, device, args.repeats),
+        f"CIFAR-sized images in memory, whole views on {device}": small_ms(
+            batch, device, args.repeats
+        ),
+    }
+    for what, ms in rest.items():
+        print(f"{what}: {ms:.1f} ms for {batch} pairs ({1e3 * batch / ms:.0f} pairs/s)")
+    finish_ms, small = rest.values()
     table.write(
-        args.out,
-        batch=batch,
-        finish_ms=finishing,
-        small_ms=small,
-        decode_images_per_s=count / floor,
-    )
+        args.out, batch=batch, finish_ms=finish_ms, small_ms=small,
+        decode_images_per_s=count / pairs["floor"],
+    )  # fmt: skip
 
 
-def finished(
+def device_ms(
     table: timing.Table,
     data: loader.AugmentedViews,
     batch: int,
@@ -151,12 +134,8 @@ def finished(
         variants["kornia"] = lambda: [augment(crop.float() / 255) for crop in crops]
     times = timing.interleaved(variants, repeats=repeats, warmup=1, device=device)
     if augment:
-        table.add(
-            timing.row(
-                f"the device's part, {batch} pairs; kornia", times["kornia"], times["ours"],
-                items=batch, unit="pairs/s",
-            )
-        )  # fmt: skip
+        what = f"the device's part, {batch} pairs; kornia"
+        table.add(what, times["kornia"], times["ours"], items=batch, unit="pairs/s")
     return 1e3 * statistics.median(times["ours"])
 
 
@@ -185,12 +164,9 @@ def small_ms(batch: int, device: torch.device, repeats: int) -> float:
     )  # fmt: skip
     batches = loader.EpochBatches(len(array), batch, seed=0)
     pairs = loader.TrainLoader(data, batches, workers=0, device=device)
-    return median_ms(lambda: list(pairs), device, repeats) / len(batches)
-
-
-def median_ms(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    times = timing.interleaved({"": function}, repeats=repeats, warmup=1, device=device)[""]
-    return 1e3 * statistics.median(times)
+    variants = {"": lambda: list(pairs)}
+    times = timing.interleaved(variants, repeats=repeats, warmup=1, device=device)
+    return 1e3 * statistics.median(times[""]) / len(batches)
 
 
 if __name__ == "__main__":
