@@ -193,12 +193,12 @@ def plan(
     checkpoint = out / "pretrain" / f"checkpoint_{int(epochs) - 1:04d}.pth.tar"
     metrics = out / "align_uniform.json"
     program = program_of(table)
-    steps = [(checkpoint, [program.train, *moco_words, *_resumed(out / "pretrain"), data])]
+    steps = [(checkpoint, [program.train, *moco_words, *resumed(out / "pretrain"), data])]
     for layer in program.layers or (None,):
         folder = out / (layer or "lincls")
         words = [program.evaluate, "--pretrained", str(checkpoint)]
         words += ["--layer", layer] if layer else []
-        steps.append((folder / program.result, [*words, *probe_words, *_resumed(folder), data]))
+        steps.append((folder / program.result, [*words, *probe_words, *resumed(folder), data]))
     shared = split_off(moco_words if table.get("kind") == "depth" else probe_words, *DATA, *MACHINE)
     measure = ["scripts/measure_align_uniform.py", str(checkpoint), data, *shared[0]]
     steps.append((metrics, [*measure, "--out", str(metrics)]))
@@ -236,7 +236,7 @@ def _sentence_plan(
         out / "align_uniform.json",
     )
     steps = [
-        (checkpoint, ["scripts/train_sentences.py", *words, *_resumed(out / "pretrain"), text]),
+        (checkpoint, ["scripts/train_sentences.py", *words, *resumed(out / "pretrain"), text]),
         (sentiment, ["scripts/evaluate_sentences.py", str(checkpoint), "--mr", data, "--cr", data,
                      *(["--folds", str(folds)] if folds else []), "--out", str(sentiment)]),
         (metrics, ["scripts/measure_align_uniform.py", str(checkpoint), text,
@@ -264,7 +264,7 @@ def _scale(scales: dict[str, dict], name: str, table: dict) -> dict:
     return {"data": whole["data"], **whole[kind]}
 
 
-def _resumed(folder: Path) -> list[str]:
+def resumed(folder: Path) -> list[str]:
     return ["--save-dir", str(folder), "--resume", "auto"]
 
 

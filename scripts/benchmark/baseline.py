@@ -1,8 +1,6 @@
 """What benchmarks share: the ancestors' way of each part, in our own words, and training steps of
 ours, of the ancestors and of lightly that begin with the same weights."""
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Callable
@@ -18,18 +16,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from moco import distributed, encoders
+from moco import config, distributed, encoders
 from moco.builder import MoCo
-from moco.config import (
-    Encoder,
-    Objective,
-    Placement,
-    PretrainConfig,
-    PretrainData,
-    PretrainOptim,
-    Speed,
-    Views,
-)
 from moco.log import Means
 from moco.precision import autocast
 from moco.tasks.moco import MoCoTask
@@ -98,21 +86,21 @@ class Case:
 
     def state(self) -> TrainState:
         """The state of a run of main_moco.py, at its beginning."""
-        objective = Objective(align_w=1, unif_w=1)
+        terms = {"contr_w": 0, "align_w": 1, "unif_w": 1}
         if self.tau is not None:
-            objective = Objective(contr_w=1, contr_tau=self.tau, align_w=0, unif_w=0)
-        config = PretrainConfig(
-            data=PretrainData(data="unused"),
-            objective=objective,
-            encoder=Encoder(
+            terms = {"contr_w": 1, "align_w": 0, "unif_w": 0, "contr_tau": self.tau}
+        settings = config.PretrainConfig(
+            data=config.PretrainData(data="unused"),
+            objective=config.Objective(**terms),
+            encoder=config.Encoder(
                 arch=self.arch, moco_k=self.queue, mlp=True, bn_splits=str(self.bn_splits)
             ),
-            views=Views(image_size=self.size),
-            optim=PretrainOptim(batch_size=self.batch, amp=self.amp, seed=0),
-            speed=Speed(channels_last=True),
-            placement=Placement(devices=(str(self.device),)),
+            views=config.Views(image_size=self.size),
+            optim=config.PretrainOptim(batch_size=self.batch, amp=self.amp, seed=0),
+            speed=config.Speed(channels_last=True),
+            placement=config.Placement(devices=(str(self.device),)),
         )
-        task = MoCoTask(config)
+        task = MoCoTask(settings)
         moco = task.build_module().to(self.device, memory_format=torch.channels_last)
         task.on_device(moco, self.device)
         scaler = torch.amp.GradScaler(self.device.type, enabled=False)
@@ -217,20 +205,17 @@ def lightly_step(case: Case, pair: MoCo) -> Step:
     return step
 
 
-class PillowBlur:
-    """Gaussian blur of a Pillow image, sigma uniform from 0.1 to 2."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
-
-
 def v2_transform(image_size: int) -> T.Compose:
     """MoCo v2's view by torchvision's classes on Pillow images, normalised by the loader."""
+
+    def blur(image: Image.Image) -> Image.Image:
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
     return T.Compose([
         T.RandomResizedCrop(image_size, scale=(0.2, 1.0)),
         T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
         T.RandomGrayscale(p=0.2),
-        T.RandomApply([PillowBlur()], p=0.5),
+        T.RandomApply([blur], p=0.5),
         T.RandomHorizontalFlip(),
         T.ToTensor(),
         T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

@@ -10,8 +10,6 @@ crops (`--views device`); what is then left to the device is timed apart, per ba
 kornia where that is installed. The limit is to decode each image once and do nothing else.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools

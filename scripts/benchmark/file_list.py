@@ -9,8 +9,6 @@ that. Memory: what a forked and a spawned loader process comes to own when it ha
 path and the target of every image, in random order.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os

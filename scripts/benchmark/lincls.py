@@ -14,8 +14,6 @@ on a GPU, where loader processes do it. The limit is what the features alone cos
 once in place of 100 times, or once in place of once for each learning rate.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import statistics

@@ -11,8 +11,6 @@ rate of a large product here. Memory is what a step adds to the peak of a proces
 started.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import multiprocessing

@@ -12,8 +12,6 @@ and without that benchmark's online classifier. A peer that is not installed is 
 solo-learn 1.0.2 asks for torch 1.9.1, which this project does not run with, and is not compared.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib.metadata

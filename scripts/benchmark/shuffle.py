@@ -10,8 +10,6 @@ images as change rank on average, (W-1)/W of a local batch, with nothing else to
 Bytes are what rank 0 receives of images, counted over the permutations that were measured.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

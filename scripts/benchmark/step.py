@@ -11,8 +11,6 @@ baseline runs as upstream ships it (float32, convolutions in TF32, NCHW), then a
 bf16 and channels_last; and lightly's MoCo, where it is installed, on the same encoder and batch.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import statistics
@@ -130,11 +128,8 @@ def convolutions(encoder: nn.Module, images: Tensor, amp: str) -> Callable[[], N
     def note(module: nn.Conv2d, given: tuple[Tensor, ...]) -> None:
         seen.append((module, torch.rand_like(given[0])))
 
-    hooks = [
-        module.register_forward_pre_hook(note)
-        for module in encoder.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
+    convs = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)]
+    hooks = [module.register_forward_pre_hook(note) for module in convs]
     with torch.no_grad(), autocast(images.device, amp):
         encoder(images)
     for hook in hooks:

@@ -153,7 +153,8 @@ def test_quickstart_runs_to_its_table_and_reuses_what_is_there(
     monkeypatch.setattr(quickstart, "SHARED", f"{shared} -j 0")
     monkeypatch.setattr(quickstart, "PROBE", f"{quickstart.PROBE} -j 0")
 
-    def run(command: list[str]) -> None:
+    def run(program: str, *words: str) -> None:
+        command = [str(ROOT / program), *words]
         print("$ python", *command)
         with monkeypatch.context() as context:
             context.setattr(sys, "argv", command)
