@@ -50,7 +50,7 @@ def test_evaluations_of_earlier_epochs_are_not_mixed_in(tmp_path) -> None:
     assert column(rows, "alignment") == ["0.500"]
     (read,), _ = read_runs([tmp_path])
     assert read.encoders() == [(2, 0.9, -1.0), (5, 0.5, -3.0)]
-    assert (read.value("linear last", 2), read.knn(2)) == (20.0, 10.0)
+    assert (read.value("linear last", 2), read.value("k-NN top-1", 2)) == (20.0, 10.0)
 
 
 def test_measures_of_other_layers_and_exponents_are_not_mixed_in(tmp_path) -> None:
@@ -69,11 +69,11 @@ def test_measures_of_both_layers_are_read_for_the_projection(tmp_path) -> None:
     }
     make_measure(run, 0.3, -1.0, layer="backbone", layers=by_layer)
     ((read,), left_out) = read_runs([run])
-    assert (read.measured("alignment"), read.measured("uniformity")) == (0.6, -2.0)
+    assert read.place_of() == (0.6, -2.0)
     for layers in ({}, {"projection": 3}, {"projection": {"alignment": [], "uniformity": None}}):
         make_measure(run, 0.3, -1.0, layers=layers)
         ((read,), left_out) = read_runs([run])
-        assert read.measured("alignment") is None and not left_out
+        assert read.value("alignment") is None and not left_out
 
 
 def test_short_names(tmp_path) -> None:
@@ -143,7 +143,7 @@ SPOILED = {
     "seed as text": (spoil_args(seed="0"), "no usable 'seed'"),
     "no batch": (spoil_args(batch_size=0), "below zero"),
     "newer checkpoint": (checkpoint_of({"version": 99}), "format version 99, expected 1"),
-    "foreign checkpoint": (checkpoint_of([1]), "format version None"),
+    "foreign checkpoint": (checkpoint_of([1]), "it holds a list instead of a dict"),
     "pickle": (spoil_file("checkpoint_0004.pth.tar", b"\x80\x04cos\nsystem\n."), "cannot be read"),
 }
 
