@@ -64,7 +64,7 @@ def test_each_figure_of_the_paper_has_its_runs(planned) -> None:
     assert ["--moco-unif-w" in flags_of(c) for c in later] == [False, True, True]
     start, *after = sweeps.plan(SPECS["figure8"], sweep.TABLES, SCRIPT, "DIR", Path("OUT"))
     assert start.level == 0 and [(run.level, run.after) for run in after] == [(1, start)] * 3
-    assert len(by_name["example"]) == 8
+    assert len(by_name["example"]) == 8 and len(by_name["figure9b"]) == 50
 
 
 def test_a_grid_is_every_combination_for_every_seed(planned, tmp_path) -> None:
