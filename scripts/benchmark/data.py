@@ -25,7 +25,7 @@ import torch
 
 from moco import timing
 from moco.data import device_views, loader, views
-from moco.data.images import ArrayImages, FolderImages, Subset
+from moco.data.images import FolderImages, Subset
 from moco.errors import DataError
 
 
@@ -95,19 +95,10 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
     ):
         table.add(what, times[theirs], times[own], limited_by=limited_by, **pairs)
     batch = args.batch or (256 if device.type == "cuda" else 32)
-    rest = {
-        f"the device's part on {device}": device_ms(table, by_device, batch, device, args.repeats),
-        f"CIFAR-sized images in memory, whole views on {device}": small_ms(
-            batch, device, args.repeats
-        ),
-    }
-    for what, ms in rest.items():
-        print(f"{what}: {ms:.1f} ms for {batch} pairs ({1e3 * batch / ms:.0f} pairs/s)")
-    finish_ms, small = rest.values()
-    table.write(
-        args.out, batch=batch, finish_ms=finish_ms, small_ms=small,
-        decode_images_per_s=count / pairs["floor"],
-    )  # fmt: skip
+    ms = device_ms(table, by_device, batch, device, args.repeats)
+    rate = 1e3 * batch / ms
+    print(f"the device's part on {device}: {ms:.1f} ms for {batch} pairs ({rate:.0f} pairs/s)")
+    table.write(args.out, batch=batch, finish_ms=ms, decode_images_per_s=count / pairs["floor"])
 
 
 def device_ms(
@@ -150,21 +141,6 @@ def kornia_augmentation() -> Callable[[torch.Tensor], torch.Tensor] | None:
         K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=0.5),
         K.RandomHorizontalFlip(p=0.5),
     )
-
-
-def small_ms(batch: int, device: torch.device, repeats: int) -> float:
-    """Milliseconds for a batch of pairs of 32-px images that lie on the device, with drawing."""
-    array = np.random.default_rng(0).integers(0, 256, (2 * batch, 32, 32, 3), dtype=np.uint8)
-    data = loader.AugmentedViews(
-        ArrayImages(array, [0] * len(array), ["noise"]),
-        views.pretrain_recipe(32, aug_plus=True),
-        seed=0, num_views=2, augment_on_device=True,
-    )  # fmt: skip
-    batches = loader.EpochBatches(len(array), batch, seed=0)
-    pairs = loader.TrainLoader(data, batches, workers=0, device=device)
-    variants = {"": lambda: list(pairs)}
-    times = timing.interleaved(variants, repeats=repeats, warmup=1, device=device)
-    return 1e3 * statistics.median(times[""]) / len(batches)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -81,16 +81,13 @@ def cpu_seconds(function: Callable) -> tuple[float, object]:
 def growth(images: FolderImages, method: str) -> int:
     """Bytes that a loader process owns for having asked for every path and target."""
     context = multiprocessing.get_context(method)
-    owns = []
-    for touched in (Touched(images), Touched(None)):
-        loader = torch.utils.data.DataLoader(
-            touched, batch_size=None, num_workers=1, multiprocessing_context=context
-        )
-        owns += list(loader)
-    return owns[0] - owns[1]
+    options = {"batch_size": None, "num_workers": 1, "multiprocessing_context": context}
+    loaders = (DataLoader(Touched(each), **options) for each in (images, None))
+    (with_them,), (without,) = map(list, loaders)
+    return with_them - without
 
 
-class Touched(torch.utils.data.Dataset):
+class Touched(Dataset):
     """One item: the bytes that its process alone owns once it has touched all images."""
 
     def __init__(self, images: FolderImages | None) -> None:

@@ -38,7 +38,7 @@ from moco.evaluate import heads as probe
 from moco.evaluate.feature_cache import without_batch_norm
 
 BATCH, CLASSES = 256, 1000  # of training the classifiers
-RATES = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
+MANY = 8  # learning rates
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,19 +77,17 @@ def add_rows(table: timing.Table, times: dict[str, list[float]], epochs: int) ->
         parts = zip(times[f"features {features}"], times[f"training {training}"], strict=True)
         return [passes * first + rounds * second for first, second in parts]
 
-    many = len(RATES)
-    one, runs = run("upstream", epochs, "upstream", epochs), run("upstream", many, "upstream", many)
-    once = statistics.median(times["features cached"])
-    alone = {"floor": once, "limited_by": "one pass of the encoder"}
-    table.add(f"cached features, {epochs} epochs", one, run("cached", 1, "cached", epochs), **alone)
-    table.add(
-        f"{many} learning rates, one epoch, random crops", runs, run("standard", 1, "together", 1),
-        floor=statistics.median(runs) / many, limited_by="one run in place of all",
-    )  # fmt: skip
-    table.add(
-        f"{many} learning rates, cached, {epochs} epochs", [epochs * each for each in runs],
-        run("cached", 1, "together", epochs), **alone,
-    )  # fmt: skip
+    one, runs = run("upstream", epochs, "upstream", epochs), run("upstream", MANY, "upstream", MANY)
+    cached, sweep = run("cached", 1, "cached", epochs), run("standard", 1, "together", 1)
+    both = run("cached", 1, "together", epochs)
+    many, once = f"{MANY} learning rates", statistics.median(times["features cached"])
+    of_all, passes = statistics.median(runs) / MANY, "one pass of the encoder"
+    for what, base, own, floor, limited_by in (
+        (f"cached features, {epochs} epochs", one, cached, once, passes),
+        (f"{many}, one epoch, random crops", runs, sweep, of_all, "one run in place of all"),
+        (f"{many}, cached, {epochs} epochs", [epochs * t for t in runs], both, once, passes),
+    ):
+        table.add(what, base, own, floor=floor, limited_by=limited_by)
 
 
 def parts_to_time(
@@ -122,9 +120,8 @@ def parts_to_time(
     amp = "bf16" if has_bf16 else "off"  # of ours
     baseline = copy.deepcopy(encoder)  # before the order of the weights is changed
     plain = probe.FrozenEncoder(encoder, amp=amp, channels_last=on_gpu)
-    fast = probe.FrozenEncoder(
-        without_batch_norm(copy.deepcopy(encoder)), amp=amp, channels_last=True
-    )
+    folded = without_batch_norm(copy.deepcopy(encoder))
+    fast = probe.FrozenEncoder(folded, amp=amp, channels_last=True)
     upstream_batch = loaded(lambda i: upstream(images.load(i)))
     standard_batch = loaded(lambda i: standard[0, i][0])
     centre_batch = loaded(lambda i: centre(images.load(i)))
@@ -162,7 +159,7 @@ def parts_to_time(
         "features cached": lambda: fast(normalize(centre_batch(), mean, std)).half(),
         "training upstream": training_upstream,
         "training cached": training(1),
-        "training together": training(len(RATES)),
+        "training together": training(MANY),
     }
 
 

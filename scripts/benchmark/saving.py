@@ -13,7 +13,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import baseline
@@ -41,13 +40,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(device: torch.device, folder: Path, args: argparse.Namespace) -> None:
-    state, work = (
-        baseline.Case(args.arch, 224, BATCH, args.queue, device).state(),
-        small_work(device),
-    )
-    alone = statistics.median(
-        timing.interleaved({"": work}, repeats=20, warmup=5, device=device)[""]
-    )
+    state = baseline.Case(args.arch, 224, BATCH, args.queue, device).state()
+    net = encoders.build_encoder("resnet18", 128, image_size=64).to(device)
+    images = torch.randn(16, 3, 64, 64, device=device)
+
+    def work() -> None:  # milliseconds, mostly of arithmetic, as a step is
+        net(images).square().sum().backward()
+
+    found = timing.interleaved({"": work}, repeats=20, warmup=5, device=device)
+    alone = statistics.median(found[""])
     writer = BackgroundWriter(folder, keep_last=2, keep_every=0)
     waits, slowdowns = [], []
     for step in range(1, args.saves + 1):
@@ -80,13 +81,6 @@ def measure(device: torch.device, folder: Path, args: argparse.Namespace) -> Non
     if args.out:
         found = {"waited_s": waits, "slowed_s": slowdowns, "bytes": path.stat().st_size}
         write_json(args.out, {"machine": timing.machine(), **found})
-
-
-def small_work(device: torch.device) -> Callable[[], None]:
-    """A small piece of training: milliseconds, mostly of arithmetic, as a step is."""
-    net = encoders.build_encoder("resnet18", 128, image_size=64).to(device)
-    images = torch.randn(16, 3, 64, 64, device=device)
-    return lambda: net(images).square().sum().backward()
 
 
 if __name__ == "__main__":
