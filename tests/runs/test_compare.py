@@ -15,7 +15,13 @@ from run_folders import ALIGN, NCE, column, compare, make_measure, make_probe, m
 from scipy import stats
 
 from moco.runs import report
-from moco.runs.compare import Comparison, rank_correlation, rank_interval, sign_flip_p
+from moco.runs.compare import (
+    Comparison,
+    encoder_places,
+    rank_correlation,
+    rank_interval,
+    sign_flip_p,
+)
 from moco.runs.folder import common_accuracy, read_runs
 
 
@@ -135,6 +141,9 @@ def test_the_figures_of_every_run_as_csv(two_objectives, tmp_path) -> None:
     )
     assert [float(row["linear last"]) for row in rows] == [50, 52, 57, 45, 48, 49]
     assert rows[0]["objective"] == ALIGN and "linear folds" not in rows[0]
+    title, (first, *others) = encoder_places(comparison)
+    assert title == "linear top-1, last (%)" and len(others) == 5
+    assert first == (0.5, -2.5, 50.0, "1")  # alignment, uniformity, accuracy, row
 
 
 def test_each_number_without_labels_is_correlated_with_accuracy(two_objectives) -> None:
