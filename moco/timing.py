@@ -1,8 +1,9 @@
 """Timing of commands: paired measurements, one kind of table row, and what machine it was.
 
+    table = timing.Table("queue losses, forward and backward")
     times = timing.interleaved({"baseline": theirs, "ours": ours}, repeats=15, device=device)
-    row = timing.row("align+uniform, N=256", times["baseline"], times["ours"],
-                     floor=4 * n * k * c / rate, limited_by="two products")
+    table.add("align+uniform, N=256", times["baseline"], times["ours"],
+              floor=4 * n * k * c / rate, limited_by="two products")
 
 Variants run in turn, so that a slow minute of a shared machine hits all of them; the ratio is the
 median of the ratios of neighbours, its spread runs from their first to their last quartile. Ratios
@@ -21,7 +22,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +29,6 @@ import torch
 from PIL import Image
 
 from moco.run_files import write_json
-
-
-@dataclass
-class Row:
-    """One line of a table. `baseline` and `ours` are medians in `unit`."""
-
-    what: str
-    unit: str  # "ms" (less is better) or a rate such as "images/s" (more is better)
-    baseline: float
-    ours: float
-    ratio: float  # how many times faster ours is
-    spread: tuple[float, float]  # first and last quartile of the ratio
-    limit: float | None = None  # the ratio that `limited_by` would allow
-    limited_by: str = ""
-    more: dict = field(default_factory=dict)  # what else was measured, for the JSON
 
 
 def add_arguments(parser: argparse.ArgumentParser, repeats: int) -> None:
@@ -113,40 +98,6 @@ def interleaved(
     return times
 
 
-def row(
-    what: str,
-    baseline: Sequence[float],
-    ours: Sequence[float],
-    *,
-    items: float | None = None,
-    unit: str = "images/s",
-    floor: float | None = None,
-    limited_by: str = "",
-    more: dict | None = None,
-) -> Row:
-    """A row from the seconds of both, taken in turn.
-
-    Args:
-        baseline, ours: seconds, equally many, neighbours in time.
-        items: how many of `unit` (without its "/s") a call processes; None shows milliseconds.
-        floor: seconds below which ours cannot come, because of `limited_by`.
-    """
-    ratios = sorted(theirs / own for theirs, own in zip(baseline, ours, strict=True))
-    quarter = len(ratios) // 4
-    theirs, own = statistics.median(baseline), statistics.median(ours)
-    return Row(
-        what,
-        unit if items else "ms",
-        items / theirs if items else 1e3 * theirs,
-        items / own if items else 1e3 * own,
-        statistics.median(ratios),
-        (ratios[quarter], ratios[-1 - quarter]),
-        theirs / floor if floor else None,
-        limited_by,
-        more or {},
-    )
-
-
 class Table:
     """Prints rows as they come, beneath a line on the machine, and writes them as JSON.
 
@@ -157,7 +108,7 @@ class Table:
 
     def __init__(self, title: str, width: int = 36) -> None:
         self.title, self.width = title, width
-        self.rows: list[Row] = []
+        self.rows: list[dict] = []
         self.machine = machine()
         print(f"{title}\n{machine_line(self.machine)}")
         print(
@@ -166,15 +117,42 @@ class Table:
             flush=True,
         )
 
-    def add(self, row: Row) -> None:
-        low, high = row.spread
-        limit = f"{row.limit:>6.1f}x {row.ratio / row.limit:>6.0%}" if row.limit else f"{'-':>14}"
+    def add(
+        self,
+        what: str,
+        baseline: Sequence[float],
+        ours: Sequence[float],
+        *,
+        items: float | None = None,
+        unit: str = "images/s",
+        floor: float | None = None,
+        limited_by: str = "",
+        **more: object,
+    ) -> None:
+        """A row: medians of both, how many times faster ours is with quartiles, what is possible.
+
+        Args:
+            baseline, ours: seconds, equally many, neighbours in time.
+            items: how many of `unit` (without its "/s") a call processes; None shows milliseconds.
+            floor: seconds below which ours cannot come, because of `limited_by`.
+            more: what else was measured, for the JSON.
+        """
+        ratios = sorted(theirs / own for theirs, own in zip(baseline, ours, strict=True))
+        low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+        ratio, theirs = statistics.median(ratios), statistics.median(baseline)
+        unit = unit if items else "ms"
+        shown = [items / s if items else 1e3 * s for s in (theirs, statistics.median(ours))]
+        most = theirs / floor if floor else None
+        limit = f"{most:>6.1f}x {ratio / most:>6.0%}" if most else f"{'-':>14}"
         print(
-            f"{row.what:<{self.width}} {row.baseline:>10.4g} {row.ours:>10.4g} {row.unit:<9} "
-            f"{row.ratio:>6.2f}x {f'{low:.2f}-{high:.2f}x':>13} {limit}  {row.limited_by}".rstrip(),
+            f"{what:<{self.width}} {shown[0]:>10.4g} {shown[1]:>10.4g} {unit:<9} "
+            f"{ratio:>6.2f}x {f'{low:.2f}-{high:.2f}x':>13} {limit}  {limited_by}".rstrip(),
             flush=True,
         )
-        self.rows.append(row)
+        self.rows.append({
+            "what": what, "unit": unit, "baseline": shown[0], "ours": shown[1], "ratio": ratio,
+            "spread": (low, high), "limit": most, "limited_by": limited_by, "more": more,
+        })  # fmt: skip
 
     def write(self, path: Path | None, **more: object) -> None:
         """JSON with the machine, the command, all rows and `more`; nothing without a path."""
@@ -184,7 +162,7 @@ class Table:
             "title": self.title,
             "machine": self.machine,
             "command": " ".join(["python", *sys.argv]),
-            "rows": [asdict(row) for row in self.rows],
+            "rows": self.rows,
             **more,
         }
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,6 @@ def main() -> None:
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(f"{harness.STEPS} steps in each run, a save every {args.save_steps}; folder {folder}")
-
     started, trials = time.monotonic(), []
     options = {name: getattr(args, name) for name in ("kills", "seed", "processes", "workers")}
     for trial in harness.trials(folder, args.trials, "--save-steps", args.save_steps, **options):

@@ -15,7 +15,7 @@
 # 128-dimensional output; same source). Nobody has published align + uniform by this recipe.
 # Only the original pixels are comparable with that figure; JPEG copies of CIFAR-10 are not.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$(dirname "$0")/launch.sh"
 DATA=${1:?usage: [OBJECTIVE=align_uniform|infonce|random] [EPOCHS=N] ... bash scripts/cifar10.sh DIR}
 OBJECTIVE=${OBJECTIVE:-align_uniform}     # or infonce, or random: an untrained encoder
 ARCH=${ARCH:-resnet18}                    # torchvision's ResNets get the small-image stem
@@ -24,8 +24,6 @@ PROBE_EPOCHS=${PROBE_EPOCHS:-100}         # of the linear classifier; drops at 6
 IMAGES=${IMAGES:-}                        # images per class, for training and evaluation; all
 SEED=${SEED:-0}
 OUT=${OUT:-results/cifar10-$OBJECTIVE-$ARCH-e$EPOCHS${IMAGES:+-n$IMAGES}-s$SEED}
-[ -x "$ROOT/.venv/bin/python" ] && PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
-PYTHON=${PYTHON:-python3}
 
 case $OBJECTIVE in
     align_uniform) terms=(--moco-align-w 3 --moco-align-alpha 2 --moco-unif-w 1 --moco-unif-t 3) ;;

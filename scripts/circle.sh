@@ -10,15 +10,13 @@
 # Half an hour on one core of a machine that is busy with other things (1216, 848 and 52 s). What has
 # been finished in $OUT is not run again.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$(dirname "$0")/launch.sh"
 DATA=${1:?usage: [OUT=FOLDER] [EPOCHS=N] bash scripts/circle.sh DIR}
 OUT=${OUT:-results/circle}
 EPOCHS=${EPOCHS:-50}
 IMAGES=${IMAGES:-500}     # per class, to train on
 SHOWN=${SHOWN:-300}       # per class, of val/, in the picture
 CLASSES=${CLASSES:-airplane automobile cat}
-[ -x "$ROOT/.venv/bin/python" ] && PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
-PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 
 common=(-a resnet8x2s2 --images-per-class "$IMAGES" --batch-size 128 --seed 0 --image-size 32

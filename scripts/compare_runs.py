@@ -11,18 +11,16 @@ seed by seed. Rows that differ from the first in more than the objective are fla
 differs. Folders that cannot be compared are listed with the reason.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco.errors import DataError  # noqa: E402
+from moco.errors import DataError
 from moco.printable import printable
-from moco.run_files import write_text  # noqa: E402
-from moco.runs import command  # noqa: E402
+from moco.run_files import write_text
+from moco.runs import command
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 
@@ -55,7 +53,6 @@ def run(parser: command.Parser, folders: Sequence[str], out: Path, table: Path |
     except ModuleNotFoundError as error:
         figures = None
         print(f"{parser.prog}: no charts: pip install {error.name}", file=sys.stderr)
-
     runs, left_out = read_runs(folders)
     if not runs:
         reasons = "; ".join(f"{path} {reason}" for path, reason in left_out[:4])
@@ -69,9 +66,8 @@ def run(parser: command.Parser, folders: Sequence[str], out: Path, table: Path |
     except OSError as error:
         parser.refuse(error, status=1)
     print(report.markdown(comparison, PUBLISHED))
-    print(
-        " ".join(["wrote", printable(out), *([printable(table)] if table else [])]), file=sys.stderr
-    )
+    written = [printable(path) for path in (out, table) if path]
+    print(" ".join(["wrote", *written]), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@
 # Then the linear accuracy of each output by the paper's protocol, and the picture. What has been
 # finished in $OUT is not run again. The paper does not say whether its 256 are negatives or images.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$(dirname "$0")/launch.sh"
 DATA=${1:?usage: [OUT=FOLDER] [ARCH=NAME] [EPOCHS=N] [IMAGES=N] bash scripts/figure3.sh DIR}
 OUT=${OUT:-results/figure3}
 ARCH=${ARCH:-small_alexnet}
@@ -20,8 +20,6 @@ BATCH=${BATCH:-256}
 IMAGES=${IMAGES:-5000}    # per class, to train on
 SHOWN=${SHOWN:-300}       # per class, of val/, in the picture
 CLASSES=${CLASSES:-airplane automobile cat ship}
-[ -x "$ROOT/.venv/bin/python" ] && PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
-PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 
 data=(--dataset cifar10 --images-per-class "$IMAGES" --seed 0)

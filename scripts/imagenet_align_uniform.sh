@@ -9,14 +9,7 @@
 # 53 h on 8 V100 (README of github.com/facebookresearch/moco). Not run by us yet.
 #
 #     bash scripts/imagenet_align_uniform.sh DIR [MORE FLAGS OF main_moco.py ...]
-#
-# Uses all visible GPUs of this node. Cut off and started again it goes on from its last checkpoint.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
-DATA=${1:?usage: bash scripts/imagenet_align_uniform.sh DIR [MORE FLAGS ...]}
-shift
-[ -x "$ROOT/.venv/bin/python" ] && PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
-exec "${PYTHON:-python3}" "$ROOT/main_moco.py" -a resnet50 \
-    --epochs 200 --batch-size 256 --lr 0.03 --aug-plus --mlp --cos \
-    --moco-align-w 3 --moco-align-alpha 2 --moco-unif-w 1 --moco-unif-t 3 \
-    --save-dir "${OUT:-results/imagenet_align_uniform}" --resume auto "$@" "$DATA"
+. "$(dirname "$0")/launch.sh"
+pretrain -a resnet50 --epochs 200 --batch-size 256 --lr 0.03 --aug-plus --mlp --cos \
+    --moco-align-w 3 --moco-align-alpha 2 --moco-unif-w 1 --moco-unif-t 3 -- "$@"

@@ -10,12 +10,11 @@
 # Both best and last accuracy are in RUN/lincls.json; the published figures are of the last epoch
 # (author, github.com/SsnL/moco_align_uniform, issue 2). Not run by us yet.
 set -euo pipefail
-ROOT=$(cd "$(dirname "$0")/.." && pwd)
+. "$(dirname "$0")/launch.sh"
 USAGE="usage: bash scripts/imagenet_lincls.sh CHECKPOINT DIR [MORE FLAGS ...]"
 CHECKPOINT=${1:?$USAGE}
 DATA=${2:?$USAGE}
 shift 2
-[ -x "$ROOT/.venv/bin/python" ] && PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
-exec "${PYTHON:-python3}" "$ROOT/main_lincls.py" \
+exec "$PYTHON" "$ROOT/main_lincls.py" \
     --epochs 100 --batch-size 256 --lr 30 --wd 0 --schedule 60 80 \
     --pretrained "$CHECKPOINT" "$@" "$DATA"

@@ -20,7 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco.run_files import LINCLS_RESULT, write_json
+from moco.run_files import LINCLS_RESULT
+from moco.runs import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 # Everything that the encoders share: the budget.
@@ -58,88 +59,71 @@ def main() -> None:
     data = args.data
     if data is None:
         data = ROOT / "data" / "toy"
-        run([str(ROOT / "scripts" / "make_toy_dataset.py"), str(data)])
+        run("scripts/make_toy_dataset.py", str(data))
     out = args.out or ROOT / "results" / f"quickstart-{data.resolve().name}"
-    drops = [args.probe_epochs * 6 // 10, args.probe_epochs * 8 // 10]
+    drops = f"{args.probe_epochs * 6 // 10} {args.probe_epochs * 8 // 10}"
     settings = {
         "data": str(data.resolve()),
         "pretrain": f"{SHARED} --epochs {args.epochs}",
-        "probe": f"{PROBE} --epochs {args.probe_epochs} --schedule {drops[0]} {drops[1]}",
+        "probe": f"{PROBE} --epochs {args.probe_epochs} --schedule {drops}",
         "encoders": ENCODERS,
         "t": T,
     }
-    check_settings(parser, out, settings)
-    rows = [evaluate(name, flags, out, data, settings) for name, flags in ENCODERS.items()]
-    print_table(rows, out, data, time.perf_counter() - started)
+    try:
+        recipes.claim(out / "settings.json", settings)
+    except ValueError as error:
+        parser.error(str(error))
+    print_table({name: evaluate(name, f, out, data, settings) for name, f in ENCODERS.items()})
+    print(f"\ndata {data}, files in {out}, {time.perf_counter() - started:.0f} s")
 
 
-def check_settings(parser: argparse.ArgumentParser, out: Path, settings: dict) -> None:
-    """One folder holds results of one setting only."""
-    path = out / "settings.json"
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != settings:
-            parser.error(f"{out} holds results of other settings; choose another --out")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
-
-
-def evaluate(name: str, flags: str, out: Path, data: Path, settings: dict) -> dict:
-    """Pretrain, probe and measure one encoder, leaving out what is there already."""
+def evaluate(name: str, flags: str, out: Path, data: Path, settings: dict) -> tuple[dict, dict]:
+    """Pretrain, probe and measure one encoder, leaving out what is there already; the results of
+    the probe and of the measurement."""
     print(f"\n== {name}", flush=True)
     slug = name.split()[0].lower()
     pretrained, probed = out / f"{slug}-pretrain", out / f"{slug}-lincls"
-    measured = out / f"{slug}-align-uniform.json"
+    measured, result = out / f"{slug}-align-uniform.json", probed / LINCLS_RESULT
     pretrain = shlex.split(f"{settings['pretrain']} {flags}")
     epochs = int(pretrain[pretrain.index("--epochs") + 1])
     last = "step_00000000" if "--max-steps" in pretrain else f"checkpoint_{epochs - 1:04d}"
     file = pretrained / f"{last}.pth.tar"
-    if not file.is_file():
-        folder = ["--save-dir", str(pretrained), "--resume", "auto"]
-        run([str(ROOT / "main_moco.py"), *pretrain, *folder, str(data)])
-    if not (probed / LINCLS_RESULT).is_file():
-        source = ["--pretrained", str(file), "--save-dir", str(probed), "--resume", "auto"]
-        run([str(ROOT / "main_lincls.py"), *shlex.split(settings["probe"]), *source, str(data)])
-    if not measured.is_file():
-        run([str(ROOT / "scripts" / "measure_align_uniform.py"), str(file), str(data), "--t", T,
-             "--lidar-views", "0", "--out", str(measured)])  # fmt: skip
-    linear = json.loads((probed / LINCLS_RESULT).read_text(encoding="utf-8"))
-    metrics = json.loads(measured.read_text(encoding="utf-8"))
-    return {
-        "encoder": name,
-        "objective": "none" if "--max-steps 0" in flags else linear["objective"],
-        "linear": linear["last"]["top1"],
-        "knn": linear["knn"]["top1"],
-        "align": metrics["alignment"],
-        "uniform": metrics["uniformity"],
-        "bound": metrics["uniformity_infimum"],
-        "images": metrics["images"],
-    }
+    probe = [*shlex.split(settings["probe"]), "--pretrained", str(file)]
+    for path, words in (
+        (file, ["main_moco.py", *pretrain, *recipes.resumed(pretrained), str(data)]),
+        (result, ["main_lincls.py", *probe, *recipes.resumed(probed), str(data)]),
+        (measured, ["scripts/measure_align_uniform.py", str(file), str(data), "--t", T,
+                    "--lidar-views", "0", "--out", str(measured)]),
+    ):  # fmt: skip
+        if not path.is_file():
+            run(*words)
+    linear, metrics = (json.loads(p.read_text(encoding="utf-8")) for p in (result, measured))
+    return linear, metrics
 
 
-def run(command: list[str]) -> None:
+def run(program: str, *words: str) -> None:
     """Run one of this project's programs, showing the command; stop where it stops."""
+    command = [str(ROOT / program), *words]
     print("$ python " + shlex.join(command), flush=True)
     status = subprocess.run([sys.executable, *command], check=False).returncode
     if status:
         sys.exit(status)
 
 
-def print_table(rows: list[dict], out: Path, data: Path, seconds: float) -> None:
-    wide = max(len(row["encoder"]) for row in rows)
+def print_table(found: dict[str, tuple[dict, dict]]) -> None:
+    wide = max(map(len, found))
     print(f"\n{'encoder':{wide}}  linear top-1  k-NN top-1  L_align  L_uniform")
-    for row in rows:
+    for name, (linear, metrics) in found.items():
         print(
-            f"{row['encoder']:{wide}}  {row['linear']:10.1f} %  {row['knn']:8.1f} %"
-            f"  {row['align']:7.3f}  {row['uniform']:9.3f}"
+            f"{name:{wide}}  {linear['last']['top1']:10.1f} %  {linear['knn']['top1']:8.1f} %"
+            f"  {metrics['alignment']:7.3f}  {metrics['uniformity']:9.3f}"
         )
     print(
-        f"\nL_align (alpha 2, 0 is best) and L_uniform (t {T}, {rows[0]['bound']:.3f} is best) of "
-        f"the projections of {rows[0]['images']} held-out images"
+        f"\nL_align (alpha 2, 0 is best) and L_uniform (t {T}, {metrics['uniformity_infimum']:.3f} "
+        f"is best) of the projections of {metrics['images']} held-out images"
     )
-    for row in rows:
-        print(f"{row['encoder']:{wide}}  {row['objective']}")
-    print(f"\ndata {data}, files in {out}, {seconds:.0f} s")
+    for name, (linear, _) in found.items():
+        print(f"{name:{wide}}  {'none' if name == 'untrained' else linear['objective']}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ A recipe is TABLE:ROW with rows from 1 (table10:32 is 3 * align(2) + 1 * uniform
 protocols and the smaller scales are data: scripts/recipes/.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex
@@ -20,11 +18,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from moco.runs import command, recipes
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from moco.runs import command, recipes  # noqa: E402
-
 TABLES = recipes.Tables(ROOT / "scripts" / "recipes")
 
 
@@ -63,23 +61,26 @@ def run(parser: command.Parser, args: argparse.Namespace) -> None:
         return
     if args.recipe is None or args.data is None:
         parser.error("give a recipe and a data folder: run_recipe.py table10:32 DIR (or --list)")
-    rows = TABLES.rows_of(args.recipe)
+    plans = {}
     try:
-        plans = [(out, plan_of(args, row, out)) for row in rows for out in [folder(args, row)]]
-        for _, plan in plans:
-            print("\n".join(recipes.describe(plan)), flush=True)
+        for row in TABLES.rows_of(args.recipe):
+            plans[row] = recipes.plan(
+                TABLES, row, args.data, folder(args, row), scale=args.scale, folds=args.folds,
+                seed=args.seed, pretrain=args.pretrain, lincls=args.lincls,
+            )  # fmt: skip
+            print("\n".join(recipes.describe(plans[row])), flush=True)
         if not args.run:
             return
         if args.scale == "full":
-            recipes.check_classes(TABLES, plans[0][1].table, Path(args.data))
-        for out, plan in plans:
-            recipes.claim(out / "recipe.json", plan.facts())
+            recipes.check_classes(TABLES, plans[row].table, Path(args.data))
+        for row, plan in plans.items():
+            recipes.claim(folder(args, row) / "recipe.json", plan.facts())
     except (ValueError, OSError) as error:
         parser.refuse(error)
     children = command.Children(parser.prog)
-    for row, (_, plan) in zip(rows, plans, strict=True):
+    for row, plan in plans.items():
         results = run_steps(parser, children, plan)
-        if len(rows) > 1:
+        if len(plans) > 1:
             print(f"# {row}")
         print("\n".join(results), flush=True)
 
@@ -91,20 +92,11 @@ def folder(args: argparse.Namespace, row: str) -> Path:
     return args.out if row == args.recipe else args.out / name
 
 
-def plan_of(args: argparse.Namespace, row: str, out: Path) -> recipes.Plan:
-    return recipes.plan(
-        TABLES, row, args.data, out, scale=args.scale, folds=args.folds,
-        seed=args.seed, pretrain=args.pretrain, lincls=args.lincls,
-    )  # fmt: skip
-
-
 def run_steps(parser: command.Parser, children: command.Children, plan: recipes.Plan) -> list[str]:
     """Run what has not been run; lines that compare what was found with the published figures."""
     for file, (program, *words) in plan.steps:
-        if not file.is_file():
-            status = children.run([str(ROOT / program), *words])
-            if status:
-                sys.exit(status)
+        if not file.is_file() and (status := children.run([str(ROOT / program), *words])):
+            sys.exit(status)
         if not file.is_file():  # --max-steps, say
             parser.refuse(f"{program} has ended without {file}", status=1)
     found = [json.loads(file.read_text(encoding="utf-8")) for file, _ in plan.steps[1:]]

@@ -16,20 +16,18 @@ main_moco.py, of which every combination is run (true and false for flags withou
 scripts/sweeps/ has one for each of the paper's figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moco.runs import command, recipes, sweep  # noqa: E402
+from moco.runs import command, recipes, sweep
 
-TABLES = recipes.Tables(ROOT / "scripts" / "recipes")
+HERE = Path(__file__).resolve().parent
+TABLES = recipes.Tables(HERE / "recipes")
 
 
 def build_parser() -> command.Parser:
@@ -62,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(parser: command.Parser, args: argparse.Namespace) -> None:
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
-    flags = {"scale": args.scale, "pretrain": args.pretrain, "lincls": args.lincls}
+    flags = {name: getattr(args, name) for name in ("scale", "pretrain", "lincls")}
     try:
-        script = ROOT / "scripts" / "run_recipe.py"
+        script = HERE / "run_recipe.py"
         runs = sweep.plan(args.spec, TABLES, script, args.data, args.out, seeds=args.seeds, **flags)
         if args.dry_run:
             for run in runs:
@@ -81,36 +79,32 @@ def run(parser: command.Parser, args: argparse.Namespace) -> None:
         parser.refuse(error)
     report = args.out / "report.html"
     if args.slurm is not None:
-        words = [sys.executable, str(Path(__file__).resolve()), str(args.spec.resolve()), args.data,
-                 "--out", str(args.out), *(f"--{name}={value}" for name, value in flags.items()),
-                 "--seeds", *map(str, args.seeds)]  # fmt: skip
+        words = [sys.executable, __file__, args.spec.resolve(), args.data, "--out", args.out,
+                 *(f"--{name}={value}" for name, value in flags.items()),
+                 "--seeds", *args.seeds]  # fmt: skip
         try:
-            job = sweep.submit(runs, args.out, words, args.slurm)
+            job = sweep.submit(runs, args.out, list(map(str, words)), args.slurm)
         except ValueError as error:
             parser.refuse(error, status=1)
         print(f"submitted {args.out / 'array.sbatch'} and, for {report}, job {job}")
         return
-    gpus = count_gpus() if args.only is None else 0
     children = command.Children(parser.prog)
     if args.only is not None:
         sys.exit(sweep.run_one(runs[args.only], {}, children))
-    failed = sweep.run_all(runs, sweep.device_shares(args.jobs, gpus), children)
+    import torch  # takes seconds, which --dry-run need not wait for
+
+    shares = sweep.device_shares(args.jobs, torch.cuda.device_count())
+    failed = sweep.run_all(runs, shares, children)
     done = [str(run.folder) for run in runs if run.evaluated]
     if children.status is None:
         for name in failed:
             print(f"not done: {name}, see {args.out / name / 'log.txt'}")
-        compare = [str(ROOT / "scripts" / "compare_runs.py"), *done, "--out", str(report)]
+        compare = [str(HERE / "compare_runs.py"), *done, "--out", str(report)]
         failed += ["report"] if done and children.run(compare) else []
     if children.status is not None:
         sys.exit(children.status)
     print(f"{len(done)} of {len(runs)} runs done; {report if done else 'no report'}")
     sys.exit(1 if failed else 0)
-
-
-def count_gpus() -> int:
-    import torch  # takes seconds, which --dry-run need not wait for
-
-    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

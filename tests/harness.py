@@ -49,11 +49,6 @@ FLAGS = (
 TIMES = ("time", "images_per_s", "data_share", "seconds")
 
 
-# ------------------------------------------------------------------------------------------------
-# Server
-# ------------------------------------------------------------------------------------------------
-
-
 def serve() -> None:
     """Fork a child per line of JSON on stdin and answer with its process id; or, for a line with
     `poll`, with its exit status, None while it runs."""
@@ -105,13 +100,9 @@ def child(order: dict) -> None:
 
 @functools.cache
 def server() -> subprocess.Popen:
-    process = subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
     atexit.register(process.communicate)  # its input ends, and it with all that it started
     return process
 
@@ -121,10 +112,6 @@ def ask(order: dict) -> int | None:
     server().stdin.flush()
     return json.loads(server().stdout.readline())
 
-
-# ------------------------------------------------------------------------------------------------
-# Processes
-# ------------------------------------------------------------------------------------------------
 
 _started: list[Processes | subprocess.Popen] = []
 
@@ -261,10 +248,6 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-# ------------------------------------------------------------------------------------------------
-# Runs
-# ------------------------------------------------------------------------------------------------
-
 # Rank 0 logs a step and waits there, so that what the test does next does not race with training.
 HOLD = """
 import os, time
@@ -294,8 +277,7 @@ def start(
     run: Path, data: Path, *flags: object, processes: int = 1, workers: int = 0, before: str = "",
     hold_at: int | None = None,
 ) -> Processes:  # fmt: skip
-    """Start the run of `FLAGS` in the folder `run`; with `hold_at` it waits in that step, once
-    logged, for `go_on`."""
+    """Start the run of `FLAGS`; with `hold_at` it waits in that step, once logged, for `go_on`."""
     if hold_at is not None:
         before = HOLD.format(step=hold_at, go=str(run.with_suffix(".go"))) + before
     more = ["-j", workers * processes, "--save-dir", run, *flags, data]
@@ -317,11 +299,6 @@ def finish(run: Path, data: Path, *flags: object, **options) -> str:
 def wait_for_step(run: Path, step: int, processes: Processes) -> None:
     """Until `step` has been logged."""
     processes.wait_until(lambda: logged_steps(run) >= step)
-
-
-# ------------------------------------------------------------------------------------------------
-# What is left of them
-# ------------------------------------------------------------------------------------------------
 
 
 def log_lines(run: Path) -> list[dict]:
@@ -350,10 +327,7 @@ def final_state(run: Path) -> dict:
 
     _, content = newest_valid(run, lambda _: None)
     del content["args"]  # holds the folder's name
-    log = [
-        {name: value for name, value in line.items() if name not in TIMES}
-        for line in log_lines(run)
-    ]
+    log = [{name: v for name, v in line.items() if name not in TIMES} for line in log_lines(run)]
     return {"checkpoint": content, "log": log}
 
 
@@ -369,22 +343,16 @@ def differences(a: object, b: object, name: str = "") -> list[str]:
     if isinstance(a, Tensor):
         same = a.dtype == b.dtype and a.shape == b.shape
         return [] if same and a.numpy().tobytes() == b.numpy().tobytes() else [name]
+    if isinstance(a, (list, tuple)):
+        if len(a) != len(b):
+            return [f"{name}: {len(a)} entries, {len(b)}"]
+        a, b = dict(enumerate(a)), dict(enumerate(b))
     if isinstance(a, dict):
         a, b = ({k: v for k, v in nest.items() if k != "checksum"} for nest in (a, b))
         alone = [f"{name}/{key} in one only" for key in sorted(a.keys() ^ b.keys(), key=str)]
         both = [key for key in a if key in b]
         return alone + [d for key in both for d in differences(a[key], b[key], f"{name}/{key}")]
-    if isinstance(a, (list, tuple)):
-        if len(a) != len(b):
-            return [f"{name}: {len(a)} entries, {len(b)}"]
-        pairs = enumerate(zip(a, b, strict=True))
-        return [d for i, (x, y) in pairs for d in differences(x, y, f"{name}/{i}")]
     return [] if a == b else [f"{name}: {a!r}, {b!r}"]
-
-
-# ------------------------------------------------------------------------------------------------
-# Kills at random steps
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -32,20 +32,13 @@ def _objective(name: str, contr_w: float = 0, align_w: float = 0, unif_w: float 
 
 _objective("Eq. 22", unif_w=1, unif_t=2.0)
 _objective("Eq. 21", unif_w=1, unif_t=2.0, unif_intra_batch=False)
-_objective("align alpha=1", align_w=1, align_alpha=1.0)
-_objective("align alpha=2", align_w=1, align_alpha=2.0)
-_objective("align alpha=3", align_w=1, align_alpha=3.0)
+for _alpha in (1, 2, 3):
+    _objective(f"align alpha={_alpha}", align_w=1, align_alpha=float(_alpha))
 _objective("3 align + uniform t=3", align_w=3, unif_w=1, align_alpha=2.0, unif_t=3.0)
-_objective("InfoNCE tau=0.07", contr_w=1, contr_tau=0.07)
-_objective("InfoNCE tau=0.2", contr_w=1, contr_tau=0.2)
+for _tau in (0.07, 0.2):
+    _objective(f"InfoNCE tau={_tau}", contr_w=1, contr_tau=_tau)
 _objective(
-    "all terms",
-    contr_w=0.5,
-    align_w=2,
-    unif_w=0.7,
-    contr_tau=0.2,
-    align_alpha=1.0,
-    unif_t=2.5,
+    "all terms", contr_w=0.5, align_w=2, unif_w=0.7, contr_tau=0.2, align_alpha=1.0, unif_t=2.5
 )
 
 
@@ -99,9 +92,6 @@ def noise_image(size: tuple[int, int] = (40, 30), seed: int = 0) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return small.resize(size, Image.Resampling.BICUBIC)
-
-
-# ---- The mains: data, command lines, what they leave behind ---------------------------------
 
 
 def write_labelled(root: Path, *, classes: int = 3, train: int = 10, val: int = 5) -> Path:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from moco.packages import import_optional
-from moco.runs.evaluations import KNN, LOGGED, LOWER, SPECTRAL, Protocol
+from moco.runs.evaluations import KNN, LOGGED, LOWER, PLACE, SPECTRAL, Protocol
+from moco.runs.figures import places
 from moco.runs.folder import RunFolder, common_accuracy
 
 stats = import_optional("scipy.stats", "the report")
@@ -20,7 +21,7 @@ stats = import_optional("scipy.stats", "the report")
 # Figures that always have a column, if only an empty one; PLACE stands behind all accuracies, and
 # what else needs no labels behind it.
 FIRST = (KNN, "linear last", "linear best", "linear folds")
-PLACE = ("alignment", "uniformity")
+TITLES = {KNN: "k-NN", "linear last": "linear evaluation", "uniformity": "alignment and uniformity"}
 WITHOUT_LABELS = (*PLACE, *SPECTRAL)
 # Up to so many seeds the test goes through every way to swap, 2^16; beyond, through as many.
 EXACT_SEEDS = 16
@@ -131,15 +132,10 @@ class Comparison:
     def evaluation_differences(self) -> list[str]:
         """In what the evaluations of the runs are not alike."""
         found = []
-        titles = {
-            KNN: "k-NN",
-            "linear last": "linear evaluation",
-            "uniformity": "alignment and uniformity",
-        }
         for name, protocols in self.protocols.items():
             if name.partition(",")[0].endswith((" best", " folds", "alignment", *SPECTRAL)):
                 continue  # of the same evaluations as another name
-            title = titles.get(name, name)
+            title = TITLES.get(name, name)
             evaluated = [dict(protocol) for protocol in protocols if LOGGED not in protocol]
             for setting in dict.fromkeys(s for protocol in evaluated for s in protocol):
                 values = dict.fromkeys(protocol.get(setting, "not given") for protocol in evaluated)
@@ -147,16 +143,14 @@ class Comparison:
                     found.append(f"{title}: {setting} is {' or '.join(values)}")
             sources = [LOGGED in p for run in self.runs for n, p in run.final if n == name]
             if 0 < sum(sources) < len(sources):
-                found.append(
-                    f"{title}: logged while training for {sum(sources)} of {len(sources)} runs"
-                )
-        for column in self.tested:
-            most = max((len(column.values(run)) for run in self.runs), default=0)
-            if most > 1:
-                found.append(
-                    f"{column.title}: a run's figure is the mean of up to {most} evaluations"
-                )
-        return found
+                shares = f"{sum(sources)} of {len(sources)} runs"
+                found.append(f"{title}: logged while training for {shares}")
+        most = {c.title: max(len(c.values(run)) for run in self.runs) for c in self.tested}
+        return found + [
+            f"{title}: a run's figure is the mean of up to {count} evaluations"
+            for title, count in most.items()
+            if count > 1
+        ]
 
 
 def _of_kind(kind: tuple[str, Protocol], run: RunFolder) -> list[float]:
@@ -244,14 +238,9 @@ class Place(NamedTuple):
 
 def encoder_places(comparison: Comparison) -> tuple[str, list[Place]]:
     """What the accuracy is, and every run that has alignment and uniformity; labels are rows."""
-    runs = [
-        (str(i), run, run.measured("alignment"), run.measured("uniformity"))
-        for i, group in enumerate(comparison.groups, start=1)
-        for run in group.runs
-    ]
-    runs = [row for row in runs if None not in row]
-    name, accuracy = common_accuracy([(run, run.epochs) for _, run, *_ in runs])
-    return name, [Place(a, u, accuracy(run, run.epochs), i) for i, run, a, u in runs]
+    rows = [(run, str(i)) for i, group in enumerate(comparison.groups, 1) for run in group.runs]
+    name, found = places([(run, row) for run, row in rows if None not in run.place_of()])
+    return name, [Place(*place) for place in found]
 
 
 def rank_interval(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
@@ -278,11 +267,11 @@ class Correlation(NamedTuple):
 def rank_correlations(comparison: Comparison) -> list[Correlation]:
     """Of each number that needs no labels with accuracy, over the runs of `encoder_places` that
     have both, where it can be told."""
-    runs = [run for run in comparison.runs if None not in map(run.measured, PLACE)]
+    runs = [run for run in comparison.runs if None not in run.place_of()]
     _, accuracy = common_accuracy([(run, run.epochs) for run in runs])
     found = []
     for name in WITHOUT_LABELS:
-        pairs = [(run.measured(name), accuracy(run, run.epochs)) for run in runs]
+        pairs = [(run.value(name), accuracy(run, run.epochs)) for run in runs]
         pairs = [pair for pair in pairs if None not in pair]
         rho = rank_correlation(*zip(*pairs, strict=True)) if pairs else None
         if rho is not None:

@@ -12,6 +12,7 @@ from moco.run_files import ARGS, DEPTH_RESULT, LINCLS_RESULT
 
 Protocol = tuple[tuple[str, str], ...]  # all that a figure depends on but the seed: (name, value)
 KNN = "k-NN top-1"
+PLACE = ("alignment", "uniformity")
 SENTIMENT = ("MR", "CR")
 # Numbers of a measurement that need no labels, beside alignment and uniformity: name -> key.
 SPECTRAL = {
@@ -80,13 +81,13 @@ def read_evaluation(folder: Path) -> dict:
     parts = {n: content[n] for n in names if isinstance(content.get(n), dict)}
     if not parts:
         raise Unusable("evaluates a saved classifier (-e): it adds nothing to its probe's folder")
-    amp = _precision(folder, _dict(content.get("protocol")))
+    amp, figures = _precision(folder, _dict(content.get("protocol"))), []
     try:
-        figures = [
-            *_knn_figures(parts.pop("knn", {}), amp),
-            *_nearest_figures(parts.pop("nearest", {}), amp),
-            *_classifier_figures(content, parts, amp),
-        ]
+        if knn := parts.pop("knn", None):
+            figures.append((KNN, number(knn.get("top1")), _protocol({**knn, "amp": amp})))
+        if nearest := parts.pop("nearest", None):
+            figures += _nearest_figures({**nearest, "amp": amp})
+        figures += _classifier_figures(content, parts, amp)
     except RecursionError:
         raise Unusable(f"{LINCLS_RESULT} is nested too deeply") from None
     return {**content, "figures": figures}
@@ -122,19 +123,12 @@ def _precision(folder: Path, protocol: dict) -> str:
     return "off" if args.get("device") == "cpu" else "unknown"
 
 
-def _knn_figures(knn: dict, amp: str) -> list[tuple]:
-    return [(KNN, number(knn.get("top1")), _protocol({**knn, "amp": amp}))] if knn else []
-
-
-def _nearest_figures(nearest: dict, amp: str) -> list[tuple]:
+def _nearest_figures(nearest: dict) -> list[tuple]:
     """Of --protocol stl10: "fc7 + 5-NN", and "fc7 + 5-NN folds"."""
-    if not nearest:
-        return []
-    name = f"{nearest.get('layer')} + {nearest.get('k')}-NN"
-    folds = _dict(nearest.pop("folds", None))
-    figures = [(name, number(nearest.get("top1")), _protocol({**nearest, "amp": amp}))]
+    name, folds = f"{nearest.get('layer')} + {nearest.get('k')}-NN", _dict(nearest.get("folds"))
+    figures = [(name, number(nearest.get("top1")), _protocol({**nearest, "folds": None}))]
     if folds:
-        protocol = _protocol({**nearest, "images": None, "folds": folds.get("count"), "amp": amp})
+        protocol = _protocol({**nearest, "images": None, "folds": folds.get("count")})
         figures.append((f"{name} folds", number(folds.get("mean")), protocol))
     return figures
 
@@ -216,22 +210,20 @@ def read_measure(path: Path) -> dict | None:
     if isinstance(on.get("data"), str):
         on["data"] = Path(on["data"]).name  # the folder is elsewhere on another machine
     figures = []
-    for name, parameter in (("alignment", "alpha"), ("uniformity", "t")):
+    for name, parameter in zip(PLACE, ("alpha", "t"), strict=True):
         if isinstance(layers, dict):  # by layer, then by alpha or t
-            values = layers.get("projection", layers.get("sentences"))
-            values = values.get(name) if isinstance(values, dict) else None
-            value = values.get("2") if isinstance(values, dict) else None
+            values = _dict(layers.get("projection", layers.get("sentences")))
+            value = _dict(values.get(name)).get("2")
         else:
             at_2 = content.get("layer") == "projection" and content.get(parameter) == 2
             value = content.get(name) if at_2 else None
         figures.append((name, number(value), _protocol(on)))
     projection = _dict(_dict(layers).get("projection"))
     for name, key in SPECTRAL.items():
-        more = {}
-        if key == "lidar":
-            more = {each: projection.get(each) for each in ("lidar_images", "lidar_views")}
+        drawn = ("lidar_images", "lidar_views") if key == "lidar" else ()
+        protocol = _protocol({**on, **{each: projection.get(each) for each in drawn}})
         if number(projection.get(key)) is not None:
-            figures.append((name, number(projection[key]), _protocol({**on, **more})))
+            figures.append((name, number(projection[key]), protocol))
     return {**about, "figures": figures}
 
 

@@ -1,19 +1,15 @@
-"""Where the encoders of run folders stand in figures 5, 7 and 8 (arXiv:2005.10242).
-
-A place is (alignment,
-uniformity, accuracy in percent or None, label).
-"""
+"""Where the encoders of run folders stand in figures 5, 7 and 8 (arXiv:2005.10242)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from moco.errors import DataError
 from moco.runs.evaluations import number
 from moco.runs.folder import RunFolder, common_accuracy, short_names
 
 MOST_NAMES = 16  # of runs in one scatter: more would cover each other
-Place = tuple[float, float, float | None, str]
+Place = tuple[float, float, float | None, str]  # alignment, uniformity, accuracy in percent, label
 Say = Callable[[str], None]  # takes a line on a run that is left out
 
 
@@ -25,7 +21,7 @@ def final_points(runs: Sequence[RunFolder]) -> tuple[str, list[Place]]:
     """
     runs = _measured_only(runs)
     names = short_names(runs) if len(runs) <= MOST_NAMES else [""] * len(runs)
-    return _points(runs, names)
+    return places(zip(runs, names, strict=True))
 
 
 def sweep_lines(
@@ -48,18 +44,14 @@ def sweep_lines(
         used.append((run, align / (align + unif), (alpha if align else None, t if unif else None)))
     if not used:
         raise DataError("figure 7 needs runs of alignment and uniformity without InfoNCE, got none")
-    kind, points = _points([run for run, *_ in used], [""] * len(used))
+    kind, points = places((run, "") for run, *_ in used)
     # A run without one of the terms has no parameter of it: it is an end of every line that agrees
     # in the other.
     settings = list(dict.fromkeys(setting for *_, setting in used))
     whole = [setting for setting in settings if None not in setting]
     lines: dict[str, list[tuple[float, Place]]] = {}
     for (_, share, setting), point in zip(used, points, strict=True):
-        alike = [
-            each
-            for each in whole
-            if all(mine in (None, its) for mine, its in zip(setting, each, strict=True))
-        ]
+        alike = [w for w in whole if all(a in (None, b) for a, b in zip(setting, w, strict=True))]
         for alpha, t in alike or [setting]:
             parts = [f"{name} {v:g}" for name, v in (("alpha", alpha), ("t", t)) if v is not None]
             lines.setdefault(", ".join(parts), []).append((share, point))
@@ -101,14 +93,14 @@ def paths_of_training(runs: Sequence[RunFolder], say: Say) -> tuple[str, dict[st
 
 def _start(run: RunFolder, epoch: int) -> list[tuple[RunFolder, int, float, float]]:
     """Where an encoder is that others began from: as it was measured, else as was logged."""
-    place = (run.value("alignment", epoch), run.value("uniformity", epoch))
+    place = run.place_of(epoch)
     if None not in place:
         return [(run, epoch, *place)]
     return [(run, *each) for each in run.encoders() if each[0] == epoch]
 
 
 def _measured_only(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    found = [r for r in runs if None not in (r.measured("alignment"), r.measured("uniformity"))]
+    found = [run for run in runs if None not in run.place_of()]
     if not found:
         raise DataError(
             f"none of {len(runs)} finished run(s) has alignment and uniformity; measure with "
@@ -117,9 +109,8 @@ def _measured_only(runs: Sequence[RunFolder]) -> list[RunFolder]:
     return found
 
 
-def _points(runs: Sequence[RunFolder], names: Sequence[str]) -> tuple[str, list[Place]]:
-    kind, accuracy = common_accuracy([(run, run.epochs) for run in runs])
-    return kind, [
-        (run.measured("alignment"), run.measured("uniformity"), accuracy(run, run.epochs), name)
-        for run, name in zip(runs, names, strict=True)
-    ]
+def places(labelled: Iterable[tuple[RunFolder, str]]) -> tuple[str, list[Place]]:
+    """What the accuracy is, and where the last encoders of measured runs stand."""
+    labelled = list(labelled)
+    kind, accuracy = common_accuracy([(run, run.epochs) for run, _ in labelled])
+    return kind, [(*run.place_of(), accuracy(run, run.epochs), label) for run, label in labelled]

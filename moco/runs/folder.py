@@ -9,15 +9,14 @@ import functools
 import json
 import math
 import os
-import pickletools
 import re
 import statistics
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moco.config import learned_names
+from moco.pickles import peek
 from moco.printable import printable
 from moco.run_files import (
     ARGS,
@@ -32,6 +31,7 @@ from moco.runs.evaluations import (
     KNN,
     LOGGED,
     LOWER,
+    PLACE,
     SENTIMENT,
     Protocol,
     Unusable,
@@ -82,13 +82,20 @@ class RunFolder:
         return self.args["seed"]
 
     @property
+    def _batches(self) -> int:
+        """Of an epoch, as the run noted it, else whole batches."""
+        noted = number(self.args.get("steps_per_epoch"))
+        return int(noted) if noted else self.args["images"] // self.args["batch_size"]
+
+    @property
     def steps_per_epoch(self) -> int:
-        return _steps_per_epoch(self.args)
+        return max(1, self._batches)
 
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return _planned_steps(self.args)
+        steps, most = self.args["epochs"] * self._batches, number(self.args.get("max_steps"))
+        return steps if most is None else min(steps, int(most))
 
     @property
     def epochs(self) -> int:
@@ -130,9 +137,8 @@ class RunFolder:
             if line["kind"] == "train" and rate and rate > 0:
                 if before is None:  # a run that went on from another's checkpoint starts later
                     before = max(0, line["step"] - int(number(self.args.get("print_freq")) or 1))
-                images += (line["step"] - before) * self.args["batch_size"]
-                seconds += (line["step"] - before) * self.args["batch_size"] / rate
-                before = line["step"]
+                done = (line["step"] - before) * self.args["batch_size"]
+                images, seconds, before = images + done, seconds + done / rate, line["step"]
         return images, seconds
 
     def hours(self) -> float | None:
@@ -170,7 +176,7 @@ class RunFolder:
                 yield Figure(KNN, epoch, top1, (LOGGED, *protocol))
         if epoch == self.epochs:
             scalars = self.scalars()
-            for name in ("alignment", "uniformity"):
+            for name in PLACE:
                 held_out = f"held_out {name}"  # of sentences; else of a batch
                 logged = scalars.get(held_out, scalars.get(name))
                 if logged:
@@ -187,29 +193,22 @@ class RunFolder:
         found = [values for (n, _), values in self.found(epoch).items() if n == name]
         return mean(max(found, key=len, default=()))
 
-    def knn(self, epoch: int | None = None) -> float | None:
-        """k-NN top-1 (%), as main_lincls.py found, else as was logged while training."""
-        return self.value(KNN, epoch)
-
-    def measured(self, name: str) -> float | None:
-        """Alignment (alpha 2) or uniformity (t 2) of the last encoder on held-out images, else as
-        last logged while training."""
-        return self.value(name)
-
     def encoders(self) -> list[tuple[int, float, float]]:
         """The encoders of the run that were measured, (epoch, alignment, uniformity), in order;
         without measurements of several epochs what was logged at the end of each."""
-        epochs = {f.epoch for f in self.figures if f.name in ("alignment", "uniformity")}
-        scalars = self.scalars()
-        if len(epochs) < 2 and {"alignment", "uniformity"} <= scalars.keys():
+        epochs, scalars = {f.epoch for f in self.figures if f.name in PLACE}, self.scalars()
+        if len(epochs) < 2 and scalars.keys() >= {*PLACE}:
             uniformity = dict(zip(*scalars["uniformity"], strict=True))
-            logged = {math.ceil(x): (a, uniformity.get(x))
-                      for x, a in zip(*scalars["alignment"], strict=True)}  # fmt: skip
-            places = logged.items()
+            logged = zip(*scalars["alignment"], strict=True)
+            places = {math.ceil(x): (value, uniformity.get(x)) for x, value in logged}
         else:
-            names = ("alignment", "uniformity")
-            places = [(epoch, tuple(self.value(n, epoch) for n in names)) for epoch in epochs]
-        return [(epoch, *place) for epoch, place in sorted(places) if None not in place]
+            places = {epoch: self.place_of(epoch) for epoch in epochs}
+        return [(epoch, *place) for epoch, place in sorted(places.items()) if None not in place]
+
+    def place_of(self, epoch: int | None = None) -> tuple[float | None, float | None]:
+        """Alignment (alpha 2) and uniformity (t 2) of an encoder, the last if None: on held-out
+        images, else as last logged while training."""
+        return self.value("alignment", epoch), self.value("uniformity", epoch)
 
 
 def common_accuracy(
@@ -229,13 +228,14 @@ def common_accuracy(
         return counts[kind], kind[0] == "linear last", kind[0] != KNN
 
     kind = max(counts, key=preference)
-    if kind[0] in SENTIMENT:
-        return f"{kind[0]} (%)", lambda run, epoch: mean(run.found(epoch).get(kind, ()))
-    if kind[0].endswith(LOWER):
-        return kind[0], lambda run, epoch: mean(run.found(epoch).get(kind, ()))
-    title = "k-NN" if kind[0] == KNN else kind[0].replace(" last", "", 1)
-    last = "" if kind[0] == KNN else ", last"
-    return f"{title} top-1{last} (%)", lambda run, epoch: mean(run.found(epoch).get(kind, ()))
+    name = kind[0]
+    if name in SENTIMENT:
+        title = f"{name} (%)"
+    elif name == KNN:
+        title = "k-NN top-1 (%)"
+    else:
+        title = name if name.endswith(LOWER) else f"{name.replace(' last', '', 1)} top-1, last (%)"
+    return title, lambda run, epoch: mean(run.found(epoch).get(kind, ()))
 
 
 def short_names(runs: Sequence[RunFolder]) -> list[str]:
@@ -252,25 +252,6 @@ def short_names(runs: Sequence[RunFolder]) -> list[str]:
 
 def mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
-
-
-def _steps_per_epoch(args: dict) -> int:
-    """As the run noted it, else whole batches."""
-    noted = number(args.get("steps_per_epoch"))
-    return max(1, int(noted) if noted else args["images"] // args["batch_size"])
-
-
-def _planned_steps(args: dict) -> int:
-    steps = args["epochs"] * (args["images"] // args["batch_size"])
-    if number(args.get("steps_per_epoch")):
-        steps = args["epochs"] * _steps_per_epoch(args)
-    most = number(args.get("max_steps"))
-    return steps if most is None else min(steps, int(most))
-
-
-# ------------------------------------------------------------------------------------------------
-# Folders
-# ------------------------------------------------------------------------------------------------
 
 
 def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunFolder], list[tuple[str, str]]]:
@@ -307,7 +288,9 @@ def read_runs(paths: Sequence[str | Path]) -> tuple[list[RunFolder], list[tuple[
         run.start = None if epoch is None or start is run else (start, epoch)
     for path, content in evaluations:
         checkpoint = content["checkpoint"]
-        run = _by_checkpoint(checkpoint, runs) or _by_place(path, runs)
+        run = _by_checkpoint(checkpoint, runs) or _only(  # or in whose folder it is
+            run for run in runs if _real(path).is_relative_to(run.place)
+        )
         epoch = run and _epoch(content, run)
         if run is None:
             left_out.append(
@@ -331,9 +314,8 @@ def _folders(
     found: dict[Path, tuple[Path, list[str]]] = {}
     for given in paths:
         if not os.path.isdir(given):
-            reason = "is no folder"
-            if os.path.exists(given):
-                reason = "is a file, expected a run folder"
+            is_file = os.path.exists(given)
+            reason = "is a file, expected a run folder" if is_file else "is no folder"
             left_out.append((str(given), reason))
             continue
         runs_before = len(found)
@@ -379,7 +361,9 @@ def _read_run(folder: Path, left_out: list[tuple[str, str]]) -> RunFolder:
     _refuse_other_version(folder)
     names = [name for name in learned_names(args) if name in args] + ["processes", "max_steps"]
     learned = {name: _text(args.get(name)) for name in names}
-    return RunFolder(folder, args, _read_log(folder, _planned_steps(args), left_out), learned)
+    run = RunFolder(folder, args, [], learned)
+    run.log = _read_log(folder, run.steps, left_out)
+    return run
 
 
 def _read_log(folder: Path, planned: int, left_out: list[tuple[str, str]]) -> list[dict]:
@@ -403,44 +387,16 @@ def _read_log(folder: Path, planned: int, left_out: list[tuple[str, str]]) -> li
 
 def _refuse_other_version(folder: Path) -> None:
     """By a checkpoint, if any was kept; its tensors stay on disk."""
-    checkpoints = checkpoint_files(folder)
-    if not checkpoints:
-        return
-    name = checkpoints[-1].name
-    try:
-        version = _format_version(checkpoints[-1])
-    except Exception as error:  # a damaged file can make the reader fail in any way
-        raise Unusable(f"{name} cannot be read: {one_line(error)}") from None
-    if version != FORMAT_VERSION:
-        raise Unusable(
-            f"is of another version: {name} has format version {version!r}, expected "
-            f"{FORMAT_VERSION}"
-        )
-
-
-def _format_version(path: Path) -> int | None:
-    """The "version" of a checkpoint, which stands first in it. Nothing is unpickled: torch's file
-    is a zip archive with a pickle in it, whose opcodes give the key and then the number."""
-    with zipfile.ZipFile(path) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-        with archive.open(name) as file:
-            head = file.read(2**20)
-    before = None
-    try:
-        for opcode, value, _ in pickletools.genops(head):
-            if opcode.name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-                continue
-            if before == "version" and isinstance(value, int):
-                return value
-            before = value
-    except ValueError:  # cut off, or no pickle
-        pass
-    return None
-
-
-# ------------------------------------------------------------------------------------------------
-# What belongs to which run
-# ------------------------------------------------------------------------------------------------
+    for path in checkpoint_files(folder)[-1:]:
+        try:
+            version = peek(path).get("version")
+        except Exception as error:  # a damaged file can make the reader fail in any way
+            raise Unusable(f"{path.name} cannot be read: {one_line(error)}") from None
+        if version != FORMAT_VERSION:
+            raise Unusable(
+                f"is of another version: {path.name} has format version {version!r}, expected "
+                f"{FORMAT_VERSION}"
+            )
 
 
 def _real(path: str | Path) -> Path:
@@ -455,18 +411,13 @@ def _by_checkpoint(path: str, runs: Sequence[RunFolder]) -> RunFolder | None:
     """The run whose folder holds a checkpoint, or held it before the folder was moved."""
     parent = Path(path).parent
     recorded = [(run, run.args.get("save_dir")) for run in runs]
-    by_path = [run for run in runs if run.place == _real(parent)]
     by_record = [run for run, place in recorded if isinstance(place, str) and Path(place) == parent]
-    return _only(by_path) or _only(by_record)
+    return _only(run for run in runs if run.place == _real(parent)) or _only(by_record)
 
 
-def _by_place(path: Path, runs: Sequence[RunFolder]) -> RunFolder | None:
-    """The run in whose folder a result is."""
-    return _only([run for run in runs if _real(path).is_relative_to(run.place)])
-
-
-def _only(runs: Sequence[RunFolder]) -> RunFolder | None:
-    return runs[0] if len(runs) == 1 else None
+def _only(runs: Iterable[RunFolder]) -> RunFolder | None:
+    found = list(runs)
+    return found[0] if len(found) == 1 else None
 
 
 def _epoch(content: dict, run: RunFolder) -> int | None:

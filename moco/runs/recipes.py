@@ -34,16 +34,13 @@ class Program:
     layers: tuple[str, ...] = ()
 
 
+IN_BATCH = "scripts/train_in_batch.py"
 PROGRAMS = {
     "moco": Program("main_moco.py", "moco-", "main_lincls.py", LINCLS_RESULT),
-    "in-batch": Program(
-        "scripts/train_in_batch.py", "", "main_lincls.py", LINCLS_RESULT, ("output", "fc7")
-    ),
-    "depth": Program(
-        "scripts/train_in_batch.py", "", "scripts/evaluate_depth.py", DEPTH_RESULT,
-        ("conv5", "conv4"),
-    ),
-}  # fmt: skip
+    "in-batch": Program(IN_BATCH, "", "main_lincls.py", LINCLS_RESULT, ("output", "fc7")),
+    "depth": Program(IN_BATCH, "", "scripts/evaluate_depth.py", DEPTH_RESULT, ("conv5", "conv4")),
+    "sentences": Program("scripts/train_sentences.py", "", "scripts/evaluate_sentences.py", ""),
+}
 
 PUBLISHED = {  # column -> what it is called
     "cv_top1": "cross-validation top-1",
@@ -67,6 +64,7 @@ PUBLISHED = {  # column -> what it is called
         for split, name in (("cv", "CV "), ("val", ""))
     },
 }
+LISTED = ("val_top1", "knn_top1", "val_output_linear", "val_mse_conv5", "val_mr", "val_cr")
 # Flags of main_lincls.py that the measurement shares: which images, and where it runs.
 DATA, MACHINE = ("--dataset", "--images-per-class"), ("--device", "-j", "--workers")
 
@@ -168,81 +166,52 @@ def plan(
         ValueError: no such recipe, or flags that cannot be.
     """
     table, row = tables.find(recipe)
+    of_sentences = table.get("kind") == "sentences"
     if folds is not None and folds < 2:
         raise ValueError(f"--folds must be at least 2, got {folds}")
-    if table.get("kind") == "sentences":
-        if lincls:
-            raise ValueError("--lincls is for encoders of images")
-        return _sentence_plan(tables, recipe, data, out, scale, folds, seed, pretrain)
-    moco, probe = flags_of(table, row)
+    if of_sentences and lincls:
+        raise ValueError("--lincls is for encoders of images")
+    flags, probe = flags_of(table, row)
     changes = []
     if scale != "full":
-        changes = rescale(moco, probe, _scale(tables.scales, scale, table))
-    if folds is not None:
-        probe["folds"] = folds
-    moco["seed"] = probe["seed"] = seed
-    moco_words, probe_words = [*spell(moco), *pretrain], [*spell(probe), *lincls]
+        changes = rescale(flags, probe, _scale(tables.scales, scale, table))
+    more_probe: Flags = {"seed": seed} if folds is None else {"folds": folds, "seed": seed}
+    words = [*spell(flags | {"seed": seed}), *pretrain]
+    probe_words = [] if of_sentences else [*spell(probe | more_probe), *lincls]
     changes += [
-        f"{program} {shlex.join(words)}"
-        for program, words in (("pretrain", pretrain), ("lincls", lincls))
-        if words
+        f"{program} {shlex.join(more)}"
+        for program, more in (("pretrain", pretrain), ("lincls", lincls))
+        if more
     ]
-    (_, epochs), _ = split_off(moco_words, "--epochs")
+    (_, epochs), _ = split_off(words, "--epochs")
     if not epochs.isdecimal() or int(epochs) < 1:
         raise ValueError(f"--pretrain: --epochs must be a whole number of at least 1, got {epochs}")
-    checkpoint = out / "pretrain" / f"checkpoint_{int(epochs) - 1:04d}.pth.tar"
-    metrics = out / "align_uniform.json"
-    program = program_of(table)
-    steps = [(checkpoint, [program.train, *moco_words, *_resumed(out / "pretrain"), data])]
-    for layer in program.layers or (None,):
-        folder = out / (layer or "lincls")
-        words = [program.evaluate, "--pretrained", str(checkpoint)]
-        words += ["--layer", layer] if layer else []
-        steps.append((folder / program.result, [*words, *probe_words, *_resumed(folder), data]))
-    shared = split_off(moco_words if table.get("kind") == "depth" else probe_words, *DATA, *MACHINE)
-    measure = ["scripts/measure_align_uniform.py", str(checkpoint), data, *shared[0]]
-    steps.append((metrics, [*measure, "--out", str(metrics)]))
-    return Plan(recipe, table, row, changes, moco_words, probe_words, steps)
-
-
-def _sentence_plan(
-    tables: Tables, recipe: str, data: str, out: Path, scale: str, folds: int | None, seed: int,
-    more: Sequence[str],
-) -> Plan:  # fmt: skip
-    """Of sentence encoders. DIR has the text to train on, text.txt, which may be a link to a
-    compressed file, and the files of MR and CR."""
-    table, row = tables.find(recipe)
-    flags: Flags = {"hidden": float(row["dim"]) / 2}  # in each direction
-    for column, flag in (("epochs", "epochs"), ("batch_size", "batch-size"), ("lr", "lr")):
-        flags[flag] = float(row[column])
-    flags.update(table["pretrain"])
-    for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
-        weight = flags[f"{term}-w"] = float(row[f"{term}_w"] or 0)
-        if weight:
-            flags[f"{term}-{parameter}"] = float(row[f"{term}_{parameter}"])
-    flags["no-normalize"] = row["normalized"] == "no"
-    changes = []
-    if scale != "full":
-        changes = rescale(flags, {}, {**_scale(tables.scales, scale, table), "lincls": {}})
-    words = [*spell(flags | {"seed": seed}), *more]
-    changes += [f"pretrain {shlex.join(more)}"] if more else []
-    (_, epochs), _ = split_off(words, "--epochs")
+    name = f"checkpoint_{int(epochs) - 1:04d}.pth.tar"
     most, _ = split_off(words, "--max-steps")
-    name = f"step_{int(most[1]):08d}" if most else f"checkpoint_{int(epochs) - 1:04d}"
-    checkpoint = out / "pretrain" / f"{name}.pth.tar"
-    text, sentiment, metrics = (
-        f"{data}/text.txt",
-        out / "sentiment.json",
-        out / "align_uniform.json",
-    )
-    steps = [
-        (checkpoint, ["scripts/train_sentences.py", *words, *_resumed(out / "pretrain"), text]),
-        (sentiment, ["scripts/evaluate_sentences.py", str(checkpoint), "--mr", data, "--cr", data,
-                     *(["--folds", str(folds)] if folds else []), "--out", str(sentiment)]),
-        (metrics, ["scripts/measure_align_uniform.py", str(checkpoint), text,
-                   "--out", str(metrics)]),
-    ]  # fmt: skip
-    return Plan(recipe, table, row, changes, words, [], steps)
+    if of_sentences and most:
+        name = f"step_{int(most[1]):08d}.pth.tar"
+    checkpoint, metrics = out / "pretrain" / name, out / "align_uniform.json"
+    program, source, shared = program_of(table), data, []
+    if of_sentences:  # DIR has text.txt, which may be a link to a compressed file, and MR and CR
+        source, result = f"{data}/text.txt", out / "sentiment.json"
+        more = ["--folds", str(folds)] if folds else []
+        evaluate = [program.evaluate, str(checkpoint), "--mr", data, "--cr", data, *more]
+        evaluations = [(result, [*evaluate, "--out", str(result)])]
+    else:
+        evaluations = []
+        for layer in program.layers or (None,):
+            folder = out / (layer or "lincls")
+            evaluate = [program.evaluate, "--pretrained", str(checkpoint)]
+            evaluate += ["--layer", layer] if layer else []
+            evaluate += [*probe_words, *resumed(folder), data]
+            evaluations.append((folder / program.result, evaluate))
+        where = words if table.get("kind") == "depth" else probe_words
+        shared, _ = split_off(where, *DATA, *MACHINE)
+    train = [program.train, *words, *resumed(out / "pretrain"), source]
+    measure = ["scripts/measure_align_uniform.py", str(checkpoint), source, *shared]
+    measure += ["--out", str(metrics)]
+    steps = [(checkpoint, train), *evaluations, (metrics, measure)]
+    return Plan(recipe, table, row, changes, words, probe_words, steps)
 
 
 def program_of(table: dict) -> Program:
@@ -264,33 +233,36 @@ def _scale(scales: dict[str, dict], name: str, table: dict) -> dict:
     return {"data": whole["data"], **whole[kind]}
 
 
-def _resumed(folder: Path) -> list[str]:
+def resumed(folder: Path) -> list[str]:
     return ["--save-dir", str(folder), "--resume", "auto"]
 
 
 def flags_of(table: dict, row: dict) -> tuple[Flags, Flags]:
     """Flags of the programs that train and evaluate, without seed and folders."""
-    pretrain: Flags = {"arch": table["pretrain"]["arch"]}
-    for column, flag in (("epochs", "epochs"), ("batch_size", "batch-size"), ("lr", "lr")):
-        pretrain[flag] = float(row[column])
-    pretrain.update(table["pretrain"])
-    prefix = program_of(table).prefix
+    prefix, of_sentences = program_of(table).prefix, table.get("kind") == "sentences"
+    columns = {"epochs": "epochs", "batch_size": "batch-size", "lr": "lr"}
+    flags: Flags = {"arch": ""}  # which stands first
+    if of_sentences:
+        flags = {"hidden": float(row["dim"]) / 2}  # in each direction
+    flags |= {flag: float(row[column]) for column, flag in columns.items()} | table["pretrain"]
     for column, flag in (("queue", "moco-k"), ("dim", f"{prefix}dim")):
-        if column in row:
-            pretrain[flag] = float(row[column])
+        if column in row and not of_sentences:
+            flags[flag] = float(row[column])
     if row.get("moco") == "v2":
-        pretrain.update({"aug-plus": True, "mlp": True, "cos": True})
-        del pretrain["schedule"], pretrain["schedule-factor"]
+        flags.update({"aug-plus": True, "mlp": True, "cos": True})
+        del flags["schedule"], flags["schedule-factor"]
     for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
-        weight = float(row[f"{term}_w"] or 0)
-        pretrain[f"{prefix}{term}-w"] = weight
+        weight = flags[f"{prefix}{term}-w"] = float(row[f"{term}_w"] or 0)
         if weight:
-            pretrain[f"{prefix}{term}-{parameter}"] = float(row[f"{term}_{parameter}"])
-    if row.get("symmetric") == "yes":
-        pretrain["symmetric"] = True
-    if row.get("intra_batch") == "no":
-        pretrain["moco-unif-no-intra-batch"] = True
-    return pretrain, dict(table["lincls"])
+            flags[f"{prefix}{term}-{parameter}"] = float(row[f"{term}_{parameter}"])
+    for column, value, flag in (
+        ("symmetric", "yes", "symmetric"),
+        ("intra_batch", "no", "moco-unif-no-intra-batch"),
+        ("normalized", "no", "no-normalize"),
+    ):
+        if row.get(column) == value:
+            flags[flag] = True
+    return flags, dict(table.get("lincls", {}))
 
 
 def rescale(pretrain: Flags, lincls: Flags, scale: dict) -> list[str]:
@@ -298,7 +270,7 @@ def rescale(pretrain: Flags, lincls: Flags, scale: dict) -> list[str]:
     schedule move in proportion."""
     changes = [f"data: {scale['data']}"]
     for program, flags in (("pretrain", pretrain), ("lincls", lincls)):
-        new = dict(scale[program])
+        new = dict(scale.get(program, {}))
         if "schedule" in flags and "epochs" in new:
             share = new["epochs"] / flags["epochs"]
             new["schedule"] = [round(epoch * share) for epoch in flags["schedule"]]
@@ -366,8 +338,7 @@ def check_classes(tables: Tables, table: dict, data: Path) -> None:
         return  # of sentences, torchvision's files, or images without classes
     for split in ("train", "val"):
         folder = data / split
-        entries = folder.iterdir() if folder.is_dir() else ()
-        found = {entry.name for entry in entries if entry.is_dir()}
+        found = {entry.name for entry in folder.glob("*") if entry.is_dir()}
         if "class-count" in table:
             if len(found) != table["class-count"]:
                 raise ValueError(
@@ -388,20 +359,14 @@ def check_classes(tables: Tables, table: dict, data: Path) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------
-# Lines for people to read
-# ------------------------------------------------------------------------------------------------
-
-
 def formula(row: dict) -> str:
     """The objective of a row."""
-    terms = [
-        (row[f"{term}_w"], f"{name}({parameter}={row[f'{term}_{parameter}']})")
-        for term, name, parameter in (
-            ("contr", "InfoNCE", "tau"), ("align", "align", "alpha"), ("unif", "uniform", "t")
-        )
-    ]  # fmt: skip
-    text = " + ".join(f"{weight} * {term}" for weight, term in terms if weight)
+    names = {"contr": ("InfoNCE", "tau"), "align": ("align", "alpha"), "unif": ("uniform", "t")}
+    text = " + ".join(
+        f"{row[f'{term}_w']} * {name}({parameter}={row[f'{term}_{parameter}']})"
+        for term, (name, parameter) in names.items()
+        if row[f"{term}_w"]
+    )
     text += ", no intra-batch pairs" if row.get("intra_batch") == "no" else ""
     text += ", not normalised" if row.get("normalized") == "no" else ""
     return text + (", symmetric" if row.get("symmetric") == "yes" else "")
@@ -418,15 +383,7 @@ def overview(tables: Tables) -> list[str]:
             setting += f", queue {row['queue']}" if "queue" in row else ""
             setting += f", dim {row['dim']}" if "kind" in table else ""
             note = f"  ({row['note']})" if row["note"] else ""
-            columns = (
-                "val_top1",
-                "knn_top1",
-                "val_output_linear",
-                "val_mse_conv5",
-                "val_mr",
-                "val_cr",
-            )
-            top1 = next((row[column] for column in columns if row.get(column)), "-")
+            top1 = next((row[column] for column in LISTED if row.get(column)), "-")
             lines.append(f"  {name}:{number:<3} {top1:>6}  {formula(row)}; {setting}{note}")
     return lines
 
@@ -440,9 +397,7 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f"# note: {plan.row['note']}")
     lines.append(f"# published: {', '.join(figures) or 'nothing'}")
     if plan.changes:
-        lines.append(
-            "# not the published setting, so the published figures are no target; changed:"
-        )
+        lines += ["# not the published setting, so the published figures are no target; changed:"]
         lines += [f"#   {change}" for change in plan.changes]
     return lines + [f"python {shlex.join(command)}" for _, command in plan.steps]
 

@@ -74,11 +74,6 @@ def _render(name: str, comparison: Comparison, published: Path, **more: object) 
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Tables, as rows of text
-# ------------------------------------------------------------------------------------------------
-
-
 def spread(values: Sequence[float], decimals: int, expected: int = 1) -> str:
     """Mean, standard deviation and number of values, "43.65 ± 0.31 (of 3)"; a single one that was
     expected stands alone."""
@@ -181,11 +176,6 @@ def cell_kind(text: str) -> str:
     """The CSS class of a cell."""
     number = re.fullmatch(r"–|[-+]?\d[\d.e-]*( ± [\d.]+)?( \(of \d+\))?", text)
     return "warn" if text.startswith("⚠") else "number" if number else ""
-
-
-# ------------------------------------------------------------------------------------------------
-# Charts
-# ------------------------------------------------------------------------------------------------
 
 
 def _charts(comparison: Comparison, figures: ModuleType) -> dict[str, object]:

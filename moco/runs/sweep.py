@@ -151,11 +151,6 @@ def claim_folder(out: Path, facts: dict) -> None:
     recipes.claim(out / SWEEP, facts)
 
 
-# ------------------------------------------------------------------------------------------------
-# Running
-# ------------------------------------------------------------------------------------------------
-
-
 def run_one(run: SweepRun, environment: dict[str, str], children: Children) -> int:
     """Run one to its end; its exit status. Its output goes to log.txt in its folder."""
     command = list(run.command)
@@ -224,10 +219,6 @@ def device_shares(jobs: int, gpus: int) -> list[dict[str, str]]:
         return [{"CUDA_VISIBLE_DEVICES": visible[job % gpus]} for job in range(jobs)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(visible[job:gpus:jobs])} for job in range(jobs)]
 
-
-# ------------------------------------------------------------------------------------------------
-# SLURM
-# ------------------------------------------------------------------------------------------------
 
 ARRAY = """#!/usr/bin/env bash
 #SBATCH --requeue

@@ -10,28 +10,22 @@ crops (`--views device`); what is then left to the device is timed apart, per ba
 kornia where that is installed. The limit is to decode each image once and do nothing else.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import itertools
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import baseline
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import baseline
-
 from moco import timing
 from moco.data import device_views, loader, views
-from moco.data.images import ArrayImages, FolderImages, Subset
+from moco.data.images import FolderImages, Subset
 from moco.errors import DataError
 
 
@@ -73,63 +67,41 @@ def measure(args: argparse.Namespace, device: torch.device, images: Subset) -> N
     by_device_pillow = copy.copy(by_device)
     by_device_pillow.decode_fast = False
     ancestors = baseline.v2_transform(args.image_size)
-    epochs = itertools.count()
-
-    def theirs() -> list:
-        return [(ancestors(image), ancestors(image)) for image in map(images.load, range(count))]
+    epochs, count = itertools.count(), len(images)
 
     def ours(data: loader.AugmentedViews) -> list:
         epoch = next(epochs)
         return data.__getitems__([(epoch, index) for index in range(count)])
 
-    count = len(images)
+    def decode() -> list:
+        return [images.load(i) for i in range(count)]
+
     times = timing.interleaved(
         {
-            "baseline": theirs,
+            "baseline": lambda: [(ancestors(image), ancestors(image)) for image in decode()],
             "cpu": lambda: ours(by_pillow),
             "device": lambda: ours(by_device),
             "device, Pillow": lambda: ours(by_device_pillow),
-            "decode": lambda: [images.load(i) for i in range(count)],
+            "decode": decode,
         },
         repeats=args.repeats,
         warmup=1,
     )
-    floor = statistics.median(times["decode"])
-    for name in ("cpu", "device"):
-        table.add(
-            timing.row(
-                f"--views {name}" + (", the CPU's part" if name == "device" else ""),
-                times["baseline"], times[name],
-                items=count, unit="pairs/s", floor=floor, limited_by="decoding",
-            )
-        )  # fmt: skip
-    table.add(
-        timing.row(
-            "device, decoded by torchvision", times["device, Pillow"], times["device"],
-            items=count, unit="pairs/s", floor=floor, limited_by="decoding by Pillow",
-        )
-    )  # fmt: skip
+    pairs = {"items": count, "unit": "pairs/s", "floor": statistics.median(times["decode"])}
+    for what, theirs, own, limited_by in (
+        ("--views cpu", "baseline", "cpu", "decoding"),
+        ("--views device, the CPU's part", "baseline", "device", "decoding"),
+        ("device, decoded by torchvision", "device, Pillow", "device", "decoding by Pillow"),
+    ):
+        table.add(what, times[theirs], times[own], limited_by=limited_by, **pairs)
     batch = args.batch or (256 if device.type == "cuda" else 32)
-    finishing = finished(table, by_device, batch, device, args.repeats)
-    print(
-        f"the device's part on {device}: {finishing:.1f} ms for {batch} pairs "
-        f"({1e3 * batch / finishing:.0f} pairs/s)"
-    )
-    small = small_ms(batch, device, args.repeats)
-    print(
-        f"CIFAR-sized images in memory, whole views on {device}: {small:.1f} ms for {batch} pairs "
-        f"({1e3 * batch / small:.0f} pairs/s)"
-    )
-    table.write(
-        args.out,
-        batch=batch,
-        finish_ms=finishing,
-        small_ms=small,
-        decode_images_per_s=count / floor,
-    )
+    ms = device_ms(table, by_device, batch, device, args.repeats)
+    rate = 1e3 * batch / ms
+    print(f"the device's part on {device}: {ms:.1f} ms for {batch} pairs ({rate:.0f} pairs/s)")
+    table.write(args.out, batch=batch, finish_ms=ms, decode_images_per_s=count / pairs["floor"])
 
 
-def finished(
+def device_ms(
     table: timing.Table,
     data: loader.AugmentedViews,
     batch: int,
@@ -151,12 +123,8 @@ def finished(
         variants["kornia"] = lambda: [augment(crop.float() / 255) for crop in crops]
     times = timing.interleaved(variants, repeats=repeats, warmup=1, device=device)
     if augment:
-        table.add(
-            timing.row(
-                f"the device's part, {batch} pairs; kornia", times["kornia"], times["ours"],
-                items=batch, unit="pairs/s",
-            )
-        )  # fmt: skip
+        what = f"the device's part, {batch} pairs; kornia"
+        table.add(what, times["kornia"], times["ours"], items=batch, unit="pairs/s")
     return 1e3 * statistics.median(times["ours"])
 
 
@@ -173,24 +141,6 @@ def kornia_augmentation() -> Callable[[torch.Tensor], torch.Tensor] | None:
         K.RandomGaussianBlur((13, 13), (0.1, 2.0), p=0.5),
         K.RandomHorizontalFlip(p=0.5),
     )
-
-
-def small_ms(batch: int, device: torch.device, repeats: int) -> float:
-    """Milliseconds for a batch of pairs of 32-px images that lie on the device, with drawing."""
-    array = np.random.default_rng(0).integers(0, 256, (2 * batch, 32, 32, 3), dtype=np.uint8)
-    data = loader.AugmentedViews(
-        ArrayImages(array, [0] * len(array), ["noise"]),
-        views.pretrain_recipe(32, aug_plus=True),
-        seed=0, num_views=2, augment_on_device=True,
-    )  # fmt: skip
-    batches = loader.EpochBatches(len(array), batch, seed=0)
-    pairs = loader.TrainLoader(data, batches, workers=0, device=device)
-    return median_ms(lambda: list(pairs), device, repeats) / len(batches)
-
-
-def median_ms(function: Callable[[], object], device: torch.device, repeats: int) -> float:
-    times = timing.interleaved({"": function}, repeats=repeats, warmup=1, device=device)[""]
-    return 1e3 * statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ that. Memory: what a forked and a spawned loader process comes to own when it ha
 path and the target of every image, in random order.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os
@@ -21,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -65,15 +63,13 @@ def write_names(root: Path, images: int, classes: int) -> None:
             os.close(os.open(root / name / f"{name}_{i // classes * 13}.JPEG", os.O_CREAT))
 
 
-def walk(root: Path) -> int:
-    """Names of all files, sorted within their folders; their number."""
+def walk(root: Path) -> None:
+    """Names of all files, sorted within their folders."""
     with os.scandir(root) as entries:
         folders = sorted(entry.path for entry in entries)
-    count = 0
     for folder in folders:
         with os.scandir(folder) as entries:
-            count += len(sorted(entry.name for entry in entries))
-    return count
+            sorted(entry.name for entry in entries)
 
 
 def cpu_seconds(function: Callable) -> tuple[float, object]:
@@ -85,19 +81,14 @@ def cpu_seconds(function: Callable) -> tuple[float, object]:
 def growth(images: FolderImages, method: str) -> int:
     """Bytes that a loader process owns for having asked for every path and target."""
     context = multiprocessing.get_context(method)
-    without, having_touched = (
-        sum(
-            torch.utils.data.DataLoader(
-                touched, batch_size=None, num_workers=1, multiprocessing_context=context
-            )
-        )
-        for touched in (Touched(None), Touched(images))
-    )
-    return int(having_touched - without)
+    options = {"batch_size": None, "num_workers": 1, "multiprocessing_context": context}
+    loaders = (DataLoader(Touched(each), **options) for each in (images, None))
+    (with_them,), (without,) = map(list, loaders)
+    return with_them - without
 
 
-class Touched(torch.utils.data.Dataset):
-    """One item: the bytes that the process owns once it has touched all images."""
+class Touched(Dataset):
+    """One item: the bytes that its process alone owns once it has touched all images."""
 
     def __init__(self, images: FolderImages | None) -> None:
         self.images = images
@@ -110,13 +101,8 @@ class Touched(torch.utils.data.Dataset):
         for i in range(count):
             index = i * 7919 % count
             assert self.images.paths[index] and self.images.targets[index] >= 0
-        return owned()
-
-
-def owned() -> int:
-    """Bytes of memory that belong to this process alone."""
-    text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
-    return sum(1024 * int(kb) for kb in re.findall(r"Private_\w+:\s+(\d+) kB", text))
+        text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+        return sum(1024 * int(kb) for kb in re.findall(r"Private_\w+:\s+(\d+) kB", text))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ on a GPU, where loader processes do it. The limit is what the features alone cos
 once in place of 100 times, or once in place of once for each learning rate.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import statistics
@@ -40,7 +38,7 @@ from moco.evaluate import heads as probe
 from moco.evaluate.feature_cache import without_batch_norm
 
 BATCH, CLASSES = 256, 1000  # of training the classifiers
-RATES = [0.01, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
+MANY = 8  # learning rates
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,40 +64,30 @@ def main(argv: list[str] | None = None) -> None:
     for name, seconds in times.items():
         count = args.images if name.startswith("features") else BATCH
         times[name] = [each / count for each in seconds]
-    for row in rows(times, args.epochs):
-        table.add(row)
+    add_rows(table, times, args.epochs)
     medians = {name: 1e3 * statistics.median(each) for name, each in times.items()}
     print("parts, ms per image: " + "; ".join(f"{n} {ms:.3f}" for n, ms in medians.items()))
     table.write(args.out, parts_ms_per_image=medians)
 
 
-def rows(times: dict[str, list[float]], epochs: int) -> list[timing.Row]:
+def add_rows(table: timing.Table, times: dict[str, list[float]], epochs: int) -> None:
     """Whole runs, added up from the parts of each round."""
 
-    def total(**counts: float) -> list[float]:
-        parts = [times[name.replace("_", " ")] for name in counts]
-        return [
-            sum(n * t for n, t in zip(counts.values(), each, strict=True))
-            for each in zip(*parts, strict=True)
-        ]
+    def run(features: str, passes: int, training: str, rounds: int) -> list[float]:
+        parts = zip(times[f"features {features}"], times[f"training {training}"], strict=True)
+        return [passes * first + rounds * second for first, second in parts]
 
-    one_epoch = {"features_upstream": 1, "training_upstream": 1}
-    run = total(**{name: epochs for name in one_epoch})
-    many = len(RATES)
-    runs = total(**{name: many for name in one_epoch})
-    cached = total(features_cached=1, training_cached=epochs)
-    sweep = total(features_standard=1, training_together=1)
-    both = total(features_cached=1, training_together=epochs)
-    once = statistics.median(times["features cached"])
-    return [
-        timing.row(f"cached features, {epochs} epochs", run, cached,
-                   floor=once, limited_by="one pass of the encoder"),
-        timing.row(f"{many} learning rates, one epoch, random crops", runs, sweep,
-                   floor=statistics.median(runs) / many, limited_by="one run in place of all"),
-        timing.row(f"{many} learning rates, cached, {epochs} epochs",
-                   [epochs * each for each in runs], both,
-                   floor=once, limited_by="one pass of the encoder"),
-    ]  # fmt: skip
+    one, runs = run("upstream", epochs, "upstream", epochs), run("upstream", MANY, "upstream", MANY)
+    cached, sweep = run("cached", 1, "cached", epochs), run("standard", 1, "together", 1)
+    both = run("cached", 1, "together", epochs)
+    many, once = f"{MANY} learning rates", statistics.median(times["features cached"])
+    of_all, passes = statistics.median(runs) / MANY, "one pass of the encoder"
+    for what, base, own, floor, limited_by in (
+        (f"cached features, {epochs} epochs", one, cached, once, passes),
+        (f"{many}, one epoch, random crops", runs, sweep, of_all, "one run in place of all"),
+        (f"{many}, cached, {epochs} epochs", [epochs * t for t in runs], both, once, passes),
+    ):
+        table.add(what, base, own, floor=floor, limited_by=limited_by)
 
 
 def parts_to_time(
@@ -128,28 +116,19 @@ def parts_to_time(
             return lambda: pixels.to(device)
         return load
 
-    batches = {
-        "upstream": loaded(lambda i: upstream(images.load(i))),
-        "standard": loaded(lambda i: standard[0, i][0]),
-        "centre": loaded(lambda i: centre(images.load(i))),
-    }
     has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     amp = "bf16" if has_bf16 else "off"  # of ours
     baseline = copy.deepcopy(encoder)  # before the order of the weights is changed
     plain = probe.FrozenEncoder(encoder, amp=amp, channels_last=on_gpu)
-    fast = probe.FrozenEncoder(
-        without_batch_norm(copy.deepcopy(encoder)), amp=amp, channels_last=True
-    )
+    folded = without_batch_norm(copy.deepcopy(encoder))
+    fast = probe.FrozenEncoder(folded, amp=amp, channels_last=True)
+    upstream_batch = loaded(lambda i: upstream(images.load(i)))
+    standard_batch = loaded(lambda i: standard[0, i][0])
+    centre_batch = loaded(lambda i: centre(images.load(i)))
 
+    @torch.no_grad()
     def features_upstream() -> Tensor:
-        with torch.no_grad():
-            return baseline(batches["upstream"]())
-
-    def features_standard() -> Tensor:
-        return plain(normalize(batches["standard"](), mean, std))
-
-    def features_cached() -> Tensor:
-        return fast(normalize(batches["centre"](), mean, std)).half()
+        return baseline(upstream_batch())
 
     stored = torch.randn(4 * BATCH, width, device=device).relu().half()
     floats = stored[:BATCH].float()
@@ -176,11 +155,11 @@ def parts_to_time(
 
     return {
         "features upstream": features_upstream,
-        "features standard": features_standard,
-        "features cached": features_cached,
+        "features standard": lambda: plain(normalize(standard_batch(), mean, std)),
+        "features cached": lambda: fast(normalize(centre_batch(), mean, std)).half(),
         "training upstream": training_upstream,
         "training cached": training(1),
-        "training together": training(len(RATES)),
+        "training together": training(MANY),
     }
 
 

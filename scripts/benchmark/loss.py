@@ -11,23 +11,18 @@ rate of a large product here. Memory is what a step adds to the peak of a proces
 started.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
+import multiprocessing
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from unittest import mock
 
+import baseline
 import torch
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import baseline
+from torch import Tensor
 
 from align_uniform import (
     align_loss,
@@ -38,10 +33,10 @@ from align_uniform import (
 )
 from moco import timing
 
-LOSSES = ("align+uniform", "InfoNCE", "InfoNCE+top1,5")
+PRODUCTS = {"align+uniform": 2, "InfoNCE": 2, "InfoNCE+top1,5": 3}
 HAS_ONEDNN = losses._ONEDNN_LINEAR is not None
-CURVE_K = [(256, size) for size in (4096, 16384, 65536, 262144)]
-CURVE_N = [(n, 65536) for n in (32, 64, 128, 256, 512, 1024)]
+CURVE = [(256, size) for size in (4096, 16384, 65536, 262144)]
+CURVE += [(n, 65536) for n in (32, 64, 128, 256, 512, 1024)]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,37 +47,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--curve", action="store_true", help="align+uniform over K at N=256 and over N at K=65536"
     )
-    parser.add_argument("--memory-of", choices=["baseline", "ours"], help=argparse.SUPPRESS)
     timing.add_arguments(parser, repeats=15)
     args = parser.parse_args(argv)
-    if args.memory_of:
-        print(added_memory(args))
-        return
-
     rate = product_rate(args.device)
+    product = "oneDNN" if args.device == "cpu" and losses.products_by_onednn() else "@"
     table = timing.Table(
         f"queue losses, forward and backward, C={args.dim}, float32; "
-        f"large product {rate / 1e9:.0f} Gflop/s; ours multiplies by {product_name(args.device)}"
+        f"large product {rate / 1e9:.0f} Gflop/s; ours multiplies by {product}"
     )
+    cases = [(loss, n, args.queue) for loss in PRODUCTS for n in args.batch]
     if args.curve:
-        cases = [("align+uniform", n, size) for n, size in CURVE_K + CURVE_N]
-    else:
-        cases = [(loss, n, args.queue) for loss in LOSSES for n in args.batch]
-    for loss, n, size in cases:
-        for row in compare(loss, n, size, args, rate):
-            table.add(row)
+        cases = [("align+uniform", n, size) for n, size in CURVE]
+    for case in cases:
+        compare(table, *case, args, rate)
     memory = []
     for n in [] if args.curve else args.batch:
-        theirs, own = (memory_in_a_process(which, n, args) for which in ("baseline", "ours"))
+        # Each in a process of its own, where nothing has been freed before.
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            each = [(which, n, args) for which in ("baseline", "ours")]
+            theirs, own = pool.starmap(added_memory, each, chunksize=1)
         memory.append({"N": n, "K": args.queue, "baseline_MiB": theirs, "ours_MiB": own})
         print(f"memory of align+uniform N={n}: baseline {theirs:.1f} MiB, ours {own:.1f} MiB")
-    table.write(args.out, product_rate=rate, memory=memory, product=product_name(args.device))
-
-
-def product_name(device: str) -> str:
-    if device != "cpu":
-        return "@"
-    return "oneDNN" if losses.products_by_onednn() else "@"
+    table.write(args.out, product_rate=rate, memory=memory, product=product)
 
 
 def by_onednn(used: bool) -> contextlib.AbstractContextManager:
@@ -102,23 +88,20 @@ def product_rate(device: str, size: int = 2048) -> float:
 
 
 def compare(
-    loss: str, n: int, size: int, args: argparse.Namespace, rate: float
-) -> list[timing.Row]:
+    table: timing.Table, loss: str, n: int, size: int, args: argparse.Namespace, rate: float
+) -> None:
     """One loss at batch n against a queue of `size` keys, and by the other product."""
-    times = timing.interleaved(steps(loss, n, size, args), repeats=args.repeats, device=args.device)
-    products = 3 if loss == "InfoNCE+top1,5" else 2
-    return [
-        timing.row(
+    variants = steps(loss, n, size, args)
+    times = timing.interleaved(variants, repeats=args.repeats, device=args.device)
+    for other in [name for name in times if name != "ours"]:
+        table.add(
             f"{loss} N={n} K={size}" if other == "baseline" else f"  against ours by {other}",
             times[other],
             times["ours"],
-            floor=products * 2 * n * size * args.dim / rate,
-            limited_by=f"{products} products",
-            more={"loss": loss, "N": n, "K": size, "C": args.dim},
+            floor=PRODUCTS[loss] * 2 * n * size * args.dim / rate,
+            limited_by=f"{PRODUCTS[loss]} products",
+            **{"loss": loss, "N": n, "K": size, "C": args.dim},
         )
-        for other in times
-        if other != "ours"
-    ]
 
 
 def steps(loss: str, n: int, size: int, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
@@ -130,51 +113,37 @@ def steps(loss: str, n: int, size: int, args: argparse.Namespace) -> dict[str, C
     # Each with the queue as it stores it.
     queue, upstream_queue = rows.t(), rows.t().contiguous()
 
-    def ours() -> None:
-        q = F.normalize(x, dim=1)
+    def ours(q: Tensor) -> Tensor:
         if loss == "align+uniform":
-            value = align_loss(q, k) + uniform_loss_with_queue(q, queue, 3)
-        else:
-            value = contrastive_loss(q, k, queue, 0.2)
-            if loss == "InfoNCE+top1,5":
-                contrastive_rank(q, k, queue)
-        backward(value)
+            return align_loss(q, k) + uniform_loss_with_queue(q, queue, 3)
+        if loss == "InfoNCE+top1,5":
+            contrastive_rank(q, k, queue)
+        return contrastive_loss(q, k, queue, 0.2)
 
-    def theirs() -> None:
-        q = F.normalize(x, dim=1)
+    def theirs(q: Tensor) -> Tensor:
         if loss == "align+uniform":
-            value = baseline.align_uniform(q, k, upstream_queue, 3)
-        else:
-            value = baseline.info_nce(q, k, upstream_queue, 0.2, hits=loss == "InfoNCE+top1,5")[0]
-        backward(value)
+            return baseline.align_uniform(q, k, upstream_queue, 3)
+        return baseline.info_nce(q, k, upstream_queue, 0.2, hits=loss == "InfoNCE+top1,5")[0]
 
-    def backward(value: torch.Tensor) -> None:
+    def step(value: Callable[[Tensor], Tensor]) -> None:
         x.grad = None
-        value.backward()
+        value(F.normalize(x, dim=1)).backward()
 
     def by_the_other() -> None:
         with by_onednn(not chosen):
-            ours()
+            step(ours)
 
-    variants = {"baseline": theirs, "ours": ours}
     chosen = losses.products_by_onednn()
+    variants = {"baseline": partial(step, theirs), "ours": partial(step, ours)}
     if args.device == "cpu" and HAS_ONEDNN:
         variants["@" if chosen else "oneDNN"] = by_the_other
     return variants
 
 
-def memory_in_a_process(which: str, n: int, args: argparse.Namespace) -> float:
-    """`added_memory` in a process of its own, where nothing has been freed before."""
-    command = [sys.executable, __file__, "--memory-of", which, "--batch", str(n)]
-    command += ["--queue", str(args.queue), "--dim", str(args.dim), "--device", args.device]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def added_memory(args: argparse.Namespace) -> float:
+def added_memory(which: str, n: int, args: argparse.Namespace) -> float:
     """MiB that one step of align+uniform adds to the peak of this process, or of the GPU."""
-    (n,) = args.batch
-    steps("align+uniform", 2, 8, args)[args.memory_of]()  # libraries load at their first use
-    step = steps("align+uniform", n, args.queue, args)[args.memory_of]
+    steps("align+uniform", 2, 8, args)[which]()  # libraries load at their first use
+    step = steps("align+uniform", n, args.queue, args)[which]
     timing.reset_peak_memory(args.device)
     before = timing.peak_memory(args.device)
     step()

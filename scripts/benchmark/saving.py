@@ -11,23 +11,16 @@ forward and a backward pass) with and without a save going on. Shares are of one
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
+import baseline
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from moco import checkpoint, encoders, timing
-from moco.config import Encoder, Placement, PretrainConfig, PretrainData
-from moco.log import Means
 from moco.run_files import write_json
-from moco.tasks.moco import MoCoTask
 from moco.train.saver import BackgroundWriter
-from moco.train.state import TrainState
 
 STEPS, BATCH = 5004, 256  # one epoch of ImageNet
 
@@ -47,10 +40,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def measure(device: torch.device, folder: Path, args: argparse.Namespace) -> None:
-    state, work = state_of_a_run(args.arch, args.queue, device), small_work(device)
-    alone = statistics.median(
-        timing.interleaved({"": work}, repeats=20, warmup=5, device=device)[""]
-    )
+    state = baseline.Case(args.arch, 224, BATCH, args.queue, device).state()
+    net = encoders.build_encoder("resnet18", 128, image_size=64).to(device)
+    images = torch.randn(16, 3, 64, 64, device=device)
+
+    def work() -> None:  # milliseconds, mostly of arithmetic, as a step is
+        net(images).square().sum().backward()
+
+    found = timing.interleaved({"": work}, repeats=20, warmup=5, device=device)
+    alone = statistics.median(found[""])
     writer = BackgroundWriter(folder, keep_last=2, keep_every=0)
     waits, slowdowns = [], []
     for step in range(1, args.saves + 1):
@@ -83,26 +81,6 @@ def measure(device: torch.device, folder: Path, args: argparse.Namespace) -> Non
     if args.out:
         found = {"waited_s": waits, "slowed_s": slowdowns, "bytes": path.stat().st_size}
         write_json(args.out, {"machine": timing.machine(), **found})
-
-
-def state_of_a_run(arch: str, queue: int, device: torch.device) -> TrainState:
-    """What is saved; the optimizer's momentum is there from the start."""
-    config = PretrainConfig(
-        data=PretrainData(data="unused"),
-        encoder=Encoder(arch=arch, moco_k=queue, mlp=True),
-        placement=Placement(devices=(str(device),)),
-    )
-    task = MoCoTask(config)
-    moco = task.build_module().to(device)
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-    return TrainState(task, moco, task.build_optimizer(moco), scaler, Means())
-
-
-def small_work(device: torch.device) -> Callable[[], None]:
-    """A small piece of training: milliseconds, mostly of arithmetic, as a step is."""
-    net = encoders.build_encoder("resnet18", 128, image_size=64).to(device)
-    images = torch.randn(16, 3, 64, 64, device=device)
-    return lambda: net(images).square().sum().backward()
 
 
 if __name__ == "__main__":

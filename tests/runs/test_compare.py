@@ -15,7 +15,13 @@ from run_folders import ALIGN, NCE, column, compare, make_measure, make_probe, m
 from scipy import stats
 
 from moco.runs import report
-from moco.runs.compare import Comparison, rank_correlation, rank_interval, sign_flip_p
+from moco.runs.compare import (
+    Comparison,
+    encoder_places,
+    rank_correlation,
+    rank_interval,
+    sign_flip_p,
+)
 from moco.runs.folder import common_accuracy, read_runs
 
 
@@ -62,13 +68,10 @@ def test_seeds_that_start_from_encoders_of_their_own_are_one_row(tmp_path) -> No
 
 
 def test_cross_validation_has_a_column(tmp_path) -> None:
-    folds = {"count": 3, "chosen": {"lr": 10.0, "weight_decay": 0.0}, "settings": [
-        {"lr": 1.0, "weight_decay": 0.0, "top1": [40.0] * 3, "mean": 40.0, "std": 0.0},
-        {"lr": 99.0, "weight_decay": 0.0, "top1": [None] * 3, "mean": None, "std": None},
-        {"lr": 10.0, "weight_decay": 0.0, "top1": [47.0] * 3, "mean": 47.0, "std": 0.0},
-    ]}  # fmt: skip
-    make_probe(make_run(tmp_path / "a", seed=0), 50.0, folds=folds)
-    make_probe(make_run(tmp_path / "b", seed=1), 50.0, folds={**folds, "settings": [1, {}]})
+    settings = [{"mean": 40.0}, {"mean": None}, {"mean": 47.0}]
+    for seed, found in enumerate((settings, [1, {}])):
+        folds = {"count": 3, "settings": found}
+        make_probe(make_run(tmp_path / f"{seed}", seed=seed), 50.0, folds=folds)
     rows, _ = compare(tmp_path)
     assert column(rows, "linear folds") == ["47.00 (of 1)"]
 
@@ -94,14 +97,20 @@ def test_sign_flip_test_counts_all_signs(n: int) -> None:
     assert sign_flip_p([-d for d in differences]) == expected
 
 
-def test_sign_flip_test_with_ties_and_zeros() -> None:
-    assert sign_flip_p([0.1] * 5) == 2 / 32
-    assert sign_flip_p([0.0, 0.0]) == 1
-    # A sum that is zero but for rounding: nothing is nearer.
-    assert sign_flip_p([-19.9, -4.7, 23.8, -3.9, -3.2, 7.9]) == 1
-    assert sign_flip_p([1.0, -1.0]) == 1
-    assert sign_flip_p([0.1, 0.2, 0.3]) == 0.25
-    assert sign_flip_p([1.0] * 40) == 1 / (2**16 + 1), "not exact: none of 2^16 random ways"
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [
+        ([0.1] * 5, 2 / 32),
+        ([0.0, 0.0], 1),
+        # A sum that is zero but for rounding: nothing is nearer.
+        ([-19.9, -4.7, 23.8, -3.9, -3.2, 7.9], 1),
+        ([1.0, -1.0], 1),
+        ([0.1, 0.2, 0.3], 0.25),
+        ([1.0] * 40, 1 / (2**16 + 1)),  # not exact: none of 2^16 random ways
+    ],
+)
+def test_sign_flip_test_with_ties_and_zeros(differences, p) -> None:
+    assert sign_flip_p(differences) == p
 
 
 def test_rank_correlation_is_scipys() -> None:
@@ -132,15 +141,9 @@ def test_the_figures_of_every_run_as_csv(two_objectives, tmp_path) -> None:
     )
     assert [float(row["linear last"]) for row in rows] == [50, 52, 57, 45, 48, 49]
     assert rows[0]["objective"] == ALIGN and "linear folds" not in rows[0]
-
-
-def test_rank_correlation_is_reported(two_objectives, tmp_path) -> None:
-    _, screen = compare(two_objectives)
-    for name, rho in (("alignment", "+1.00"), ("uniformity", "-1.00")):
-        text = (
-            f"correlation of {name} and linear top-1, last (%): {rho} (6 encoders; 95 %: {rho} to"
-        )
-        assert text in screen
+    title, (first, *others) = encoder_places(comparison)
+    assert title == "linear top-1, last (%)" and len(others) == 5
+    assert first == (0.5, -2.5, 50.0, "1")  # alignment, uniformity, accuracy, row
 
 
 def test_each_number_without_labels_is_correlated_with_accuracy(two_objectives) -> None:
@@ -154,9 +157,10 @@ def test_each_number_without_labels_is_correlated_with_accuracy(two_objectives) 
             layer["alpha_req"] = 1.0 + i
         make_measure(two_objectives / name, 0, 0, layers={"projection": layer})
     rows, screen = compare(two_objectives)
-    for text in ("alignment", "LiDAR"):
-        assert f"correlation of {text} and linear top-1, last (%): +1.00 (6 encoders" in screen
-    assert "correlation of Wasserstein uniformity and linear top-1, last (%): -1.00" in screen
+    for name, rho in (("alignment", "+1.00"), ("uniformity", "-1.00"), ("LiDAR", "+1.00"),
+                      ("Wasserstein uniformity", "-1.00")):  # fmt: skip
+        text = f"{rho} (6 encoders; 95 %: {rho} to"
+        assert f"correlation of {name} and linear top-1, last (%): {text}" in screen
     assert "correlation of effective rank" in screen and "correlation of alpha-ReQ" not in screen
     assert column(rows, "LiDAR") == ["53.000 ± 3.606 (of 3)", "47.333 ± 2.082 (of 3)"]
 
@@ -219,26 +223,22 @@ def test_values_logged_while_training_are_used_where_nothing_else_is(tmp_path) -
     assert column(rows, "k-NN top-1") == ["44.00"] and column(rows, "alignment") == ["0.500"]
 
 
-# ---- One figure for each protocol -----------------------------------------------------------
-
-
+CACHED = {"lr": 30.0, "cached": True}
+FINETUNE = {"lr": 0.2, "finetune": True}
 EVALUATIONS = {  # what is in lincls.json -> the title of its column
     "linear last": {},
-    "cached last": {"evaluation": "cached", "protocol": {"lr": 30.0, "cached": True}},
-    "cached last, 4 views": {
-        "evaluation": "cached",
-        "protocol": {"lr": 30.0, "cached": True, "cached_views": 4},
-    },
+    "cached last": {"evaluation": "cached", "protocol": CACHED},
+    "cached last, 4 views": {"evaluation": "cached", "protocol": {**CACHED, "cached_views": 4}},
     "linear last, chosen by 3 folds": {
         "folds": {"count": 3, "settings": [{"mean": 40.0}]},
         "protocol": {"lr": [1.0, 30.0], "folds": 3},
     },
     "linear last, best of 2 settings": {"heads": [{}, {}], "protocol": {"lr": [1.0, 30.0]}},
-    "fine-tune last": {"evaluation": "finetune", "protocol": {"lr": 0.2, "finetune": True}},
+    "fine-tune last": {"evaluation": "finetune", "protocol": FINETUNE},
     "fine-tune last, 10 % of labels": {
         "evaluation": "finetune",
         "labels": {"of": 10.0, "digest": "ab"},
-        "protocol": {"lr": 0.2, "finetune": True, "labels_digest": "ab"},
+        "protocol": {**FINETUNE, "labels_digest": "ab"},
     },
     "linear last, labels of mine.txt": {"labels": {"of": "/data/mine.txt", "digest": "cd"}},
     "linear last, 5 images per class": {"protocol": {"lr": 30.0, "images_per_class": 5}},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,7 +49,7 @@ def test_evaluations_of_earlier_epochs_are_not_mixed_in(tmp_path) -> None:
     assert column(rows, "alignment") == ["0.500"]
     (read,), _ = read_runs([tmp_path])
     assert read.encoders() == [(2, 0.9, -1.0), (5, 0.5, -3.0)]
-    assert (read.value("linear last", 2), read.knn(2)) == (20.0, 10.0)
+    assert (read.value("linear last", 2), read.value("k-NN top-1", 2)) == (20.0, 10.0)
 
 
 def test_measures_of_other_layers_and_exponents_are_not_mixed_in(tmp_path) -> None:
@@ -69,11 +68,11 @@ def test_measures_of_both_layers_are_read_for_the_projection(tmp_path) -> None:
     }
     make_measure(run, 0.3, -1.0, layer="backbone", layers=by_layer)
     ((read,), left_out) = read_runs([run])
-    assert (read.measured("alignment"), read.measured("uniformity")) == (0.6, -2.0)
+    assert read.place_of() == (0.6, -2.0)
     for layers in ({}, {"projection": 3}, {"projection": {"alignment": [], "uniformity": None}}):
         make_measure(run, 0.3, -1.0, layers=layers)
         ((read,), left_out) = read_runs([run])
-        assert read.measured("alignment") is None and not left_out
+        assert read.value("alignment") is None and not left_out
 
 
 def test_short_names(tmp_path) -> None:
@@ -100,62 +99,45 @@ def test_an_untrained_encoder_is_a_run_without_lines(tmp_path) -> None:
     assert column(rows, "hours") == ["–"]
 
 
-def spoil_args(**changes):
-    def spoil(run: Path) -> None:
-        args = json.loads((run / "args.json").read_text())
-        args.update(changes)
-        (run / "args.json").write_text(json.dumps({k: v for k, v in args.items() if v != "drop"}))
-
-    return spoil
-
-
-def spoil_file(name: str, content: bytes | None):
-    def spoil(run: Path) -> None:
-        if content is None:
-            (run / name).unlink()
-        else:
-            (run / name).write_bytes(content)
-
-    return spoil
-
-
-def checkpoint_of(content: object):
-    def spoil(run: Path) -> None:
-        torch.save(content, run / "checkpoint_0004.pth.tar")
-
-    return spoil
-
-
-SPOILED = {
-    "unfinished": (cut_log, "is unfinished: step 16 of 20"),
-    "no log": (spoil_file("log.jsonl", None), "has no log.jsonl"),
-    "empty log": (spoil_file("log.jsonl", b""), "is unfinished: step 0 of 20"),
-    "text in the log": (spoil_file("log.jsonl", b"hello\n{}\n"), "log.jsonl has 2 damaged line"),
-    "no args": (spoil_file("args.json", None), "has no args.json"),
-    "args cut off": (spoil_file("args.json", b'{"seed": '), "args.json cannot be read"),
-    "deep args": (spoil_file("args.json", b"[" * 100_000), "args.json cannot be read"),
-    "args a list": (spoil_file("args.json", b"[]"), "args.json holds a list"),
-    "older args": (spoil_args(objective="drop"), "another version"),
-    "huge step": (
-        spoil_file("log.jsonl", b'{"kind": "train", "step": 1%s}\n' % (b"0" * 400)),
-        "log.jsonl has 1 damaged line",
-    ),
-    "seed as text": (spoil_args(seed="0"), "no usable 'seed'"),
-    "no batch": (spoil_args(batch_size=0), "below zero"),
-    "newer checkpoint": (checkpoint_of({"version": 99}), "format version 99, expected 1"),
-    "foreign checkpoint": (checkpoint_of([1]), "format version None"),
-    "pickle": (spoil_file("checkpoint_0004.pth.tar", b"\x80\x04cos\nsystem\n."), "cannot be read"),
+ARGS, LOG, CHECKPOINT = "args.json", "log.jsonl", "checkpoint_0004.pth.tar"
+SPOILED = {  # a file, and its content: bytes, None for no such file, what torch saves, or arguments
+    "unfinished": (LOG, cut_log, "is unfinished: step 16 of 20"),
+    "no log": (LOG, None, "has no log.jsonl"),
+    "empty log": (LOG, b"", "is unfinished: step 0 of 20"),
+    "text in the log": (LOG, b"hello\n{}\n", "log.jsonl has 2 damaged line"),
+    "huge step": (LOG, b'{"kind": "train", "step": 1%s}' % (b"0" * 400), "log.jsonl has 1 damaged"),
+    "no args": (ARGS, None, "has no args.json"),
+    "args cut off": (ARGS, b'{"seed": ', "args.json cannot be read"),
+    "deep args": (ARGS, b"[" * 100_000, "args.json cannot be read"),
+    "args a list": (ARGS, b"[]", "args.json holds a list"),
+    "older args": (ARGS, {"objective": None}, "another version"),
+    "seed as text": (ARGS, {"seed": "0"}, "no usable 'seed'"),
+    "no batch": (ARGS, {"batch_size": 0}, "below zero"),
+    "newer checkpoint": (CHECKPOINT, {"version": 99}, "format version 99, expected 1"),
+    "foreign checkpoint": (CHECKPOINT, {"weights": 1}, "format version None, expected 1"),
+    "a list": (CHECKPOINT, [1], "it holds a list instead of a dict"),
+    "pickle": (CHECKPOINT, b"\x80\x04cos\nsystem\n.", "cannot be read"),
 }
 
 
 @pytest.mark.parametrize("name", SPOILED)
 def test_a_run_that_cannot_be_used_is_listed_with_the_reason(name, tmp_path) -> None:
-    spoil, reason = SPOILED[name]
+    file, content, reason = SPOILED[name]
     make_run(tmp_path / "good")
-    spoil(make_run(tmp_path / "bad", seed=1))
+    bad = make_run(tmp_path / "bad", seed=1)
+    if content is cut_log:
+        cut_log(bad)
+    elif content is None:
+        (bad / file).unlink()
+    elif isinstance(content, bytes):
+        (bad / file).write_bytes(content)
+    elif file == CHECKPOINT:
+        torch.save(content, bad / file)
+    else:
+        (bad / file).write_text(json.dumps(json.loads((bad / file).read_text()) | content))
     runs, ((path, said),) = read_runs([tmp_path])
     assert [run.seed for run in runs] == [0]
-    assert path == str(tmp_path / "bad") and reason in said
+    assert path == str(bad) and reason in said
 
 
 @pytest.mark.parametrize(
@@ -193,15 +175,12 @@ def test_values_that_are_no_numbers_are_missing(tmp_path) -> None:
 def test_paths_that_are_no_run_folders(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    reasons = {
-        "missing": "is no folder",
-        "empty": "holds no run",
-        "file": "is a file, expected a run folder",
-    }
-    assert read_runs([tmp_path / name for name in reasons]) == (
-        [],
-        [(str(tmp_path / name), reason) for name, reason in reasons.items()],
-    )
+    reasons = [
+        (str(tmp_path / "missing"), "is no folder"),
+        (str(tmp_path / "empty"), "holds no run"),
+        (str(tmp_path / "file"), "is a file, expected a run folder"),
+    ]
+    assert read_runs([path for path, _ in reasons]) == ([], reasons)
 
 
 def test_a_checkpoint_of_this_version_is_accepted_without_its_tensors(tmp_path) -> None:
@@ -211,8 +190,6 @@ def test_a_checkpoint_of_this_version_is_accepted_without_its_tensors(tmp_path) 
     ((read,), left_out) = read_runs([run])
     assert read.seed == 0 and not left_out
 
-
-# ---- Nothing in a file can raise ------------------------------------------------------------
 
 VALUES = {
     "deep": "[" * 900 + "]" * 900,

@@ -14,13 +14,12 @@ from helpers import ROOT
 
 from moco import cli, encoders
 from moco.runs import recipes, sweep
-from scripts import evaluate_depth, measure_align_uniform, run_recipe
+from scripts import evaluate_depth, evaluate_sentences, measure_align_uniform, run_recipe
 
 TABLES = run_recipe.TABLES
 PAPER = ROOT.parent / "shared" / "paper"
-# Of the tables without a queue.
-PRINTED = {"table1": ["table1"], "table2": ["table2"], "table9": ["table9"], "table10": ["table10"],
-           "table8": ["table8", "table8_missing"]}  # fmt: skip
+PRINTED = ("table1", "table2", "table8", "table9", "table10", "table11")
+METRICS = {"alignment": 0.5, "uniformity": -3.0}
 
 
 def commands(text: str) -> list[list[str]]:
@@ -33,11 +32,15 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("table", PRINTED)
 def test_tables_are_the_printed_ones(table) -> None:
     printed = []
-    for name in PRINTED[table]:
+    for name in [table, "table8_missing"] if table == "table8" else [table]:
         with open(PAPER / f"{name}.csv", newline="") as file:
-            printed += [{k: v for k, v in r.items() if k != "mark"} for r in csv.DictReader(file)]
-    rows = TABLES.tables[table]["rows"]
-    assert [{k: v for k, v in row.items() if k != "note"} for row in rows] == printed
+            printed += list(csv.DictReader(file))
+    for original in printed:
+        original.pop("mark", None)
+        if (original.get("cv_mr") or "").startswith("NaN"):
+            original |= {name: "NaN" for name in ("cv_mr", "cv_cr", "val_mr", "val_cr")}
+    own = [{k: v for k, v in row.items() if k != "note"} for row in TABLES.tables[table]["rows"]]
+    assert own == [{k: v or "" for k, v in row.items() if k != "note"} for row in printed]
 
 
 def test_the_tables_agree_with_each_other() -> None:
@@ -51,6 +54,9 @@ def test_the_tables_agree_with_each_other() -> None:
         figures = [name for name in recipes.PUBLISHED if name in row]
         assert len(figures) == 4 and all(row[name] == original[name] for name in figures)
         assert recipes.flags_of(table3, row) == recipes.flags_of(table10, original)
+    for row in TABLES.tables["table4"]["rows"]:  # likewise of table 11
+        _, original = TABLES.find(row["note"])
+        assert all(not row[name] or row[name] == original[name] for name in ("val_mr", "val_cr"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +68,7 @@ def data(tmp_path_factory) -> Path:
         (root / split / "a").mkdir(parents=True)
         for i in range(512):
             (root / split / "a" / f"{i}.png").touch()
+    (root / "text.txt").touch()
     return root
 
 
@@ -80,25 +87,32 @@ def start(plan: recipes.Plan) -> tuple[SimpleNamespace, SimpleNamespace]:
     """The commands of a plan, as far as they come without training: flags are checked against each
     other, and the encoder is built. Returns the arguments of training and of one evaluation."""
     (checkpoint, train), *evaluations, (_, measure) = plan.steps
-    parse = cli.pretrain_config if train[0] == "main_moco.py" else cli.in_batch_config
     with torch.device("meta"):  # without memory for weights
-        pretrained = SimpleNamespace(**parse(train[1:]).to_flat())
+        pretrained = SimpleNamespace(**TRAINS[train[0]](train[1:]).to_flat())
     checkpoint.parent.mkdir(parents=True)
     checkpoint.touch()
-    for _, (program, *words) in evaluations:
-        if program == "main_lincls.py":
-            evaluated = SimpleNamespace(**cli.lincls_config(words).to_flat())
-        else:
-            evaluated = evaluate_depth.build_parser().parse_args(words)
+    evaluated = [EVALUATES[program](words) for _, (program, *words) in evaluations][-1]
     parser = measure_align_uniform.build_parser()
     measure_align_uniform.check(parser, parser.parse_args(measure[1:]))
     return pretrained, evaluated
 
 
+TRAINS = {
+    "main_moco.py": cli.pretrain_config,
+    "scripts/train_in_batch.py": cli.in_batch_config,
+    "scripts/train_sentences.py": cli.sentence_config,
+}
+EVALUATES = {
+    "main_lincls.py": lambda words: SimpleNamespace(**cli.lincls_config(words).to_flat()),
+    "scripts/evaluate_depth.py": lambda words: evaluate_depth.build_parser().parse_args(words),
+    "scripts/evaluate_sentences.py": lambda words: evaluate_sentences.build_parser().parse_args(
+        words
+    ),
+}
+
+
 @pytest.mark.parametrize("scale", ["full", *TABLES.scales])
-@pytest.mark.parametrize(
-    "table", [n for n, t in TABLES.tables.items() if t.get("kind") != "sentences"]
-)
+@pytest.mark.parametrize("table", TABLES.tables)
 def test_every_recipe_starts_with_the_objective_of_its_row(table, scale, data, tmp_path) -> None:
     kind = TABLES.tables[table].get("kind", "moco")
     prefix = recipes.PROGRAMS[kind].prefix
@@ -108,9 +122,11 @@ def test_every_recipe_starts_with_the_objective_of_its_row(table, scale, data, t
         ):
             recipes.plan(TABLES, f"{table}:1", str(data), tmp_path, scale=scale)
         return
+    sentences = kind == "sentences"
     rows = list(enumerate(TABLES.tables[table]["rows"], start=1))
-    for i, row in rows if kind == "moco" and scale == "full" else rows[::11]:
-        plan = recipes.plan(TABLES, f"{table}:{i}", str(data), tmp_path / str(i), scale=scale)
+    for i, row in rows if sentences or (kind == "moco" and scale == "full") else rows[::11]:
+        out = tmp_path / str(i)
+        plan = recipes.plan(TABLES, f"{table}:{i}", str(data), out, scale=scale, seed=3)
         args, probe = start(plan)
         for term, parameter in (("contr", "tau"), ("align", "alpha"), ("unif", "t")):
             weight = float(row[f"{term}_w"] or 0)
@@ -120,20 +136,30 @@ def test_every_recipe_starts_with_the_objective_of_its_row(table, scale, data, t
         if kind == "moco":
             assert args.intra_batch == (row["intra_batch"] != "no")
             assert not args.blur or not args.small_stem
-        assert Path(probe.pretrained).parent == Path(args.save_dir)
-        assert Path(probe.pretrained).name == f"checkpoint_{args.epochs - 1:04d}.pth.tar"
+        checkpoint = Path(probe.checkpoint if sentences else probe.pretrained)
+        assert checkpoint == plan.steps[0][0] and checkpoint.parent == Path(args.save_dir)
+        steps = sentences and scale == "tiny"
+        name = "step_00000300" if steps else f"checkpoint_{args.epochs - 1:04d}"
+        assert checkpoint.name == f"{name}.pth.tar" and args.seed == 3
+        assert bool(plan.changes) == (scale != "full")
+        assert not any("default -> off" in change for change in plan.changes)
         if scale == "full":
+            assert (args.epochs, args.batch_size) == (int(row["epochs"]), int(row["batch_size"]))
+            assert args.lr == float(row["lr"])
+        if sentences:
+            assert args.normalize == (row["normalized"] == "yes")
+            size = (620, 600, 50001) if scale == "full" else (128, 128, 20000)
+            assert (args.emb, args.hidden, args.vocab) == size
+            assert probe.mr == probe.cr == str(data)
+        elif scale == "full":
             expected = ("resnet18", 32) if table == "cifar10" else ("resnet50", 224)
             own = {"in-batch": ("small_alexnet", 64), "depth": ("depth_cnn", 128)}
             assert (args.arch, args.image_size) == own.get(kind, expected)
-            assert (args.epochs, args.batch_size) == (int(row["epochs"]), int(row["batch_size"]))
-            assert args.lr == float(row["lr"]) and not plan.changes
         else:
-            assert plan.changes and args.image_size == 32
-            assert not any("default -> off" in change for change in plan.changes)
+            assert args.image_size == 32
 
 
-SPECS = [s for s in sorted((ROOT / "scripts/sweeps").glob("*.toml")) if s.stem != "figure9b"]
+SPECS = sorted((ROOT / "scripts/sweeps").glob("*.toml"))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda path: path.stem)
@@ -172,6 +198,9 @@ def test_table10_32_is_the_papers_best_with_its_protocol(call) -> None:
         ("table", "data folder"),
         ("table DIR", "no recipe 'table'"),
         ("table10:32", "data folder"),
+        ("table11:1 DIR --lincls='--lr 1'", "--lincls is for encoders of images"),
+        ("table11:1 DIR --folds 1", "--folds must be at least 2, got 1"),
+        ("table11:1 DIR --scale cifar10", "--scale cifar10 is not of this table; there is tiny"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(words, message, call) -> None:
@@ -234,20 +263,42 @@ def test_a_smaller_scale_moves_the_schedule_in_proportion(call) -> None:
     assert "pretrain --epochs: 240 -> 30" in text
 
 
+def beside(recipe: str, *results: dict, changed: bool = False) -> list[str]:
+    """Lines that compare results with the published figures, blanks as one."""
+    _, row = TABLES.find(recipe)
+    lines = recipes.compared(row, results, METRICS, changed=changed)
+    return [" ".join(line.split()) for line in lines]
+
+
 def test_measured_figures_stand_beside_the_published_ones() -> None:
-    _, row = TABLES.find("table10:32")
     last = {"top1": 70.0, "top5": 90.0, "epoch": 9}
     settings = [{"mean": 60.0}, {"mean": None}, {"mean": 71.5}]
     result = {"last": last, "best": last, "folds": {"count": 3, "settings": settings}}
-    metrics = {"alignment": 0.5, "uniformity": -3.0}
-    text = recipes.compared(row, [result], metrics, changed=False)
-    lines = {line[:24].strip(): line[24:].split() for line in text if line}
-    assert lines["cross-validation top-1"] == ["73.49", "71.50"]
-    assert lines["cross-validation top-5"] == ["92.24", "-"]
-    assert lines["validation top-1"] == ["74.60", "70.00"]
-    assert "3 folds" in "".join(text) and "no comparison" not in "".join(text)
-    text = recipes.compared(row, [{"knn": {"top1": 50.0}}], metrics, changed=True)
-    assert "k-NN top-1                       -     50.00" in text and "no comparison" in text[-1]
+    lines = beside("table10:32", result)
+    for line in ("cross-validation top-1 73.49 71.50", "cross-validation top-5 92.24 -",
+                 "validation top-1 74.60 70.00"):  # fmt: skip
+        assert line in lines
+    assert "3 folds" in " ".join(lines) and "no comparison" not in " ".join(lines)
+    lines = beside("table10:32", {"knn": {"top1": 50.0}}, changed=True)
+    assert "k-NN top-1 - 50.00" in lines and "no comparison" in lines[-1]
+
+    two_layers = [
+        {"layer": layer, "last": {"top1": 80.0}, "best": {}, "nearest": {"top1": 70.0}}
+        for layer in ("output", "fc7")
+    ]
+    assert {"output + linear 81.15 80.00", "fc7 + 5-NN 76.78 70.00"} <= {
+        *beside("table1:2", *two_layers)
+    }
+    depth = {"layer": "conv5", "mse": 0.71234, "folds": {"count": 5, "mean": 0.75}}
+    assert "conv5 MSE, less is better 0.7014 0.7123" in beside("table2:2", depth)
+    bag = {"accuracy": 78.0}
+    sentiment = {
+        "MR": {"accuracy": 70.0, "constant": 49.77, "bag_of_words": bag},
+        "CR": {"accuracy": 80.0, "constant": 63.49, "bag_of_words": bag},
+    }
+    lines = beside("table11:47", {"sentiment": sentiment}, changed=True)
+    assert "MR validation 73.76 70.00" in lines
+    assert "constant 49.77 / 63.49, bag of words 78.00 / 78.00" in lines
 
 
 def test_results_of_other_flags_are_not_taken_for_these(tmp_path, call) -> None:
@@ -277,17 +328,10 @@ def test_table_1_is_stl_10_in_the_papers_protocol(call) -> None:
     assert "output + linear 81.15" in text and "fc7 + 5-NN 76.78" in text
 
 
-def test_measured_figures_of_two_layers_stand_beside_the_published_ones() -> None:
-    _, row = TABLES.find("table1:2")
-    results = [
-        {"layer": layer, "last": {"top1": 80.0}, "best": {}, "nearest": {"top1": 70.0}}
-        for layer in ("output", "fc7")
-    ]
-    metrics = {"alignment": 0.5, "uniformity": -3.0}
-    text = "\n".join(recipes.compared(row, results, metrics, changed=False))
-    assert f"{'output + linear':<24}     81.15     80.00" in text
-    assert f"{'fc7 + 5-NN':<24}     76.78     70.00" in text
-    _, row = TABLES.find("table2:2")
-    results = [{"layer": "conv5", "mse": 0.71234, "folds": {"count": 5, "mean": 0.75}}]
-    text = "\n".join(recipes.compared(row, results, metrics, changed=False))
-    assert f"{'conv5 MSE, less is better':<24}    0.7014    0.7123" in text
+def test_sentences_have_commands_of_their_own(call) -> None:
+    _, text = call(run_recipe.main, "table11:1 DIR")
+    train, *_ = commands(text)
+    assert "not normalised" in text and "MR validation 77.23" in text
+    assert "--no-normalize" in train and "--contr-tau" in train and train[-1] == "DIR/text.txt"
+    _, text = call(run_recipe.main, "table11:48 DIR --folds 5")
+    assert "here features collapse" in text and "--cr DIR --folds 5" in text

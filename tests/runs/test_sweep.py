@@ -64,7 +64,7 @@ def test_each_figure_of_the_paper_has_its_runs(planned) -> None:
     assert ["--moco-unif-w" in flags_of(c) for c in later] == [False, True, True]
     start, *after = sweeps.plan(SPECS["figure8"], sweep.TABLES, SCRIPT, "DIR", Path("OUT"))
     assert start.level == 0 and [(run.level, run.after) for run in after] == [(1, start)] * 3
-    assert len(by_name["example"]) == 8
+    assert len(by_name["example"]) == 8 and len(by_name["figure9b"]) == 50
 
 
 def test_a_grid_is_every_combination_for_every_seed(planned, tmp_path) -> None:
@@ -110,34 +110,30 @@ def test_a_spec_that_cannot_be_run_is_refused(text, message, tmp_path, call) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_spec_that_cannot_be_read_is_one_line(tmp_path, call) -> None:
+def test_what_cannot_be_done_is_one_line(tmp_path, call) -> None:
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     (tmp_path / "deep.toml").write_text("run = " + "[" * 10_000)
     (tmp_path / "loop.toml").symlink_to(tmp_path / "loop.toml")
-    for spec, message in (
-        (tmp_path / "none.toml", "No such file or directory: "),
-        (tmp_path, "Is a directory: "),
-        (tmp_path / "binary.toml" / "spec.toml", "Not a directory: "),
-        (tmp_path / "binary.toml", f"{tmp_path}/binary.toml is no TOML file: "),
-        (tmp_path / "deep.toml", f"{tmp_path}/deep.toml is no TOML file: "),
-        (tmp_path / "loop.toml", "Too many levels of symbolic links"),
-    ):
-        status, out = call(sweep.main, f"{spec} DIR --out {tmp_path / 'out'}")
-        assert status == 2 and message in out and len(out.splitlines()) == 1, out
-    for words in ("", "spec.toml DIR", "spec.toml DIR --out o --seeds x", "spec.toml DIR --outt o"):
-        status, out = call(sweep.main, words)
-        assert status == 2 and len(out.splitlines()) == 1, out
-
-
-def test_what_would_fail_in_every_run_is_refused_before_the_first(tmp_path, call) -> None:
+    out = tmp_path / "out"
     for words, message in (
-        ("", "no such data folder: DIR"),
-        ("--scale small", "invalid choice: 'small'"),
-        ("--jobs 0", "--jobs must be at least 1, got 0"),
+        (f"{tmp_path}/none.toml DIR --out {out}", "No such file or directory: "),
+        (f"{tmp_path} DIR --out {out}", "Is a directory: "),
+        (f"{tmp_path}/binary.toml/spec.toml DIR --out {out}", "Not a directory: "),
+        (f"{tmp_path}/binary.toml DIR --out {out}", f"{tmp_path}/binary.toml is no TOML file: "),
+        (f"{tmp_path}/deep.toml DIR --out {out}", f"{tmp_path}/deep.toml is no TOML file: "),
+        (f"{tmp_path}/loop.toml DIR --out {out}", "Too many levels of symbolic links"),
+        ("", "required: SPEC, DIR, --out"),
+        ("spec.toml DIR", "required: --out"),
+        ("spec.toml DIR --out o --seeds x", "invalid int value: 'x'"),
+        ("spec.toml DIR --outt o", "--out"),
+        # What would fail in every run is refused before the first.
+        (f"{SPECS['cifar10']} DIR --out {out}", "no such data folder: DIR"),
+        (f"{SPECS['cifar10']} DIR --out {out} --scale small", "invalid choice: 'small'"),
+        (f"{SPECS['cifar10']} DIR --out {out} --jobs 0", "--jobs must be at least 1, got 0"),
     ):
-        status, out = call(sweep.main, f"{SPECS['cifar10']} DIR --out {tmp_path / 'out'} {words}")
-        assert status == 2 and message in out.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+        status, text = call(sweep.main, words)
+        assert status == 2 and message in text and len(text.splitlines()) == 1, text
+    assert not out.exists()
 
 
 def test_the_folder_of_another_sweep_is_refused(tmp_path) -> None:

@@ -34,17 +34,12 @@ def test_shell_scripts_parse_and_avoid_what_macos_lacks(script: Path) -> None:
         assert word not in code, f"{script.name} uses {word!r}, which bash 3.2 on macOS lacks"
 
 
-def fake_python(folder: Path) -> Path:
-    """An interpreter that writes down the command line it gets instead of running it."""
-    fake = folder / "python"
-    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> "{folder}/commands"\n', encoding="utf-8")
-    fake.chmod(0o755)
-    return fake
-
-
 def commands_of(script: str, tmp_path: Path, *arguments: str, **environment: str) -> list[str]:
-    """The Python commands that a launch script runs."""
-    fake = fake_python(tmp_path)
+    """The Python commands that a launch script runs, written down by an interpreter that only does
+    that."""
+    fake = tmp_path / "python"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$*" >> "{tmp_path}/commands"\n', encoding="utf-8")
+    fake.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(fake), "OUT": str(tmp_path / "out"), **environment}
     subprocess.run(
         ["bash", str(ROOT / "scripts" / script), *arguments], check=True, env=environment,
@@ -153,7 +148,8 @@ def test_quickstart_runs_to_its_table_and_reuses_what_is_there(
     monkeypatch.setattr(quickstart, "SHARED", f"{shared} -j 0")
     monkeypatch.setattr(quickstart, "PROBE", f"{quickstart.PROBE} -j 0")
 
-    def run(command: list[str]) -> None:
+    def run(program: str, *words: str) -> None:
+        command = [str(ROOT / program), *words]
         print("$ python", *command)
         with monkeypatch.context() as context:
             context.setattr(sys, "argv", command)

@@ -290,7 +290,7 @@ def test_runs_are_compared_by_what_was_found_out_about_them(whole, tmp_path) -> 
     values = {name: runs[0].value(name) for name in ("MR", "MR folds", "MR nested", "CR")}
     assert values == {"MR": 75.0, "MR folds": 70.0, "MR nested": 71.0, "CR": None}
     held_out = read_log(whole, "held_out")[-1]
-    assert runs[0].measured("alignment") == held_out["alignment"]
+    assert runs[0].value("alignment") == held_out["alignment"]
     assert runs[0].epochs == 2 and runs[0].images_per_s() > 0
     assert runs[0].recipe()["text_digest"] and "contr_tau" not in runs[0].recipe()
     columns = {column.title: column.values(runs[0]) for column in Comparison(runs).columns}

@@ -134,8 +134,11 @@ def test_the_readers_of_run_folders_find_them(runs) -> None:
     for run in found:
         curves = run.scalars()
         assert len(curves["alignment"][0]) == len(curves["uniformity"][0]) == 9
-        assert curves["knn top1"][0] == [0, 2, 3] and run.knn() == curves["knn top1"][1][-1]
-        assert run.measured("uniformity") == read_log(run.folder, "metrics")[-1]["uniformity"]
+        assert (
+            curves["knn top1"][0] == [0, 2, 3]
+            and run.value("k-NN top-1") == curves["knn top1"][1][-1]
+        )
+        assert run.value("uniformity") == read_log(run.folder, "metrics")[-1]["uniformity"]
         assert not {"uniformity_infimum", "knn bank", "knn seconds"} & curves.keys()
 
 
