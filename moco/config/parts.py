@@ -43,12 +43,14 @@ class Optim(Part):
     """
 
     batch_size: int = option(256, "-b --batch-size", LEARNS, least=1)
-    momentum: float = option(0.9, "--momentum", LEARNS, least=0, kind="rate")
+    momentum: float = option(0.9, "--momentum", LEARNS, kind="rate")
     seed: int | None = option(None, "--seed", LEARNS, least=0)
     seed_given: bool = option(False, "", FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"--momentum must be in [0, 1), got {self.momentum:g}")
         if self.seed is not None and self.seed >= 2**63:
             raise ValueError(f"--seed must be below 2^63, got {self.seed}")
 

@@ -220,3 +220,12 @@ def test_what_is_learned_is_named_once() -> None:
 def test_parts_refuse_by_the_name_of_the_flag(make, message) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+@pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig, InBatchConfig])
+@pytest.mark.parametrize("momentum", [1.5, 1, -0.1, float("nan")])
+def test_a_momentum_that_never_forgets_is_refused(config, momentum) -> None:
+    with pytest.raises(
+        ValueError, match=re.escape(f"--momentum must be in [0, 1), got {momentum:g}")
+    ):
+        parts_of(config)["optim"](momentum=momentum)
