@@ -66,19 +66,15 @@ def make_parts(
     for name, part in parts_of(config).items():
         if only is not None and name not in only:
             continue
-        values = {
-            field.name: _frozen(getattr(options, field.name))
-            for field in dataclasses.fields(part)
-            if field.metadata["flags"]
-        }
-        if values:
-            make = getattr(part, "from_options", None)
-            parts[name] = make(values) if make else part(**values)
+        given = {}
+        for field in dataclasses.fields(part):
+            if field.metadata["flags"]:
+                value = getattr(options, field.name)
+                if value is not None or not field.metadata["unset"]:
+                    given[field.name] = tuple(value) if isinstance(value, list) else value
+        if given:
+            parts[name] = part.from_options(given)
     return parts
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def settle(parts: dict[str, Part]) -> dict[str, Part]:
