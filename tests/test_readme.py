@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from moco import cli
+from moco.config import InBatchConfig, LinclsConfig, PretrainConfig, SentenceConfig
 from moco.log import QUICKLY_TESTED, TESTED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,9 +40,9 @@ def commands(program: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(
     ("parser", "programs", "least"),
     [
-        (cli.pretrain_parser(), ("main_moco.py", "own_task.py"), 9),
-        (cli.lincls_parser(), ("main_lincls.py",), 9),
-        (cli.in_batch_parser(), ("scripts/train_in_batch.py",), 4),
+        (cli.parser_of(PretrainConfig), ("main_moco.py", "own_task.py"), 9),
+        (cli.parser_of(LinclsConfig), ("main_lincls.py",), 9),
+        (cli.parser_of(InBatchConfig), ("scripts/train_in_batch.py",), 4),
     ],
 )
 def test_commands_parse(parser, programs: tuple[str, ...], least: int) -> None:
@@ -59,7 +60,7 @@ def test_commands_of_sentences_parse() -> None:
     assert len(found) >= 3
     for _, command in found:
         words = shlex.split(command)
-        cli.sentence_parser().parse_args(words[words.index(program) + 1 :])
+        cli.parser_of(SentenceConfig).parse_args(words[words.index(program) + 1 :])
 
 
 @pytest.mark.parametrize("page", PAGES)

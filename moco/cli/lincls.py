@@ -9,29 +9,14 @@ from pathlib import Path
 
 from moco.checkpoint import is_url, without_secrets
 from moco.cli.folders import check_data_folder, check_run_folder, new_folder, pretrained_file
-from moco.cli.options import add_options, make_parts, refusals, settle
-from moco.cli.parser import Parser
-from moco.config import (
-    FINETUNE_DEFAULTS,
-    FINETUNE_RATES,
-    PROBE_DEFAULTS,
-    STL10_DEFAULTS,
-    Folder,
-    LinclsConfig,
-)
+from moco.cli.options import make_parts, parser_of, refusals, settle
+from moco.config import FINETUNE_DEFAULTS, FINETUNE_RATES, STL10_DEFAULTS, Folder, LinclsConfig
 from moco.run_files import LINCLS_LATEST
-
-
-def lincls_parser() -> argparse.ArgumentParser:
-    parser = Parser(description="linear evaluation of a frozen encoder", allow_abbrev=False)
-    add_options(parser, LinclsConfig)
-    parser.set_defaults(**PROBE_DEFAULTS)
-    return parser
 
 
 def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
     """The config that a command line of main_lincls.py describes; else exit status 2."""
-    parser = lincls_parser()
+    parser = parser_of(LinclsConfig)
     options = parser.parse_args(argv)
     if options.finetune:  # again, with the defaults of fine-tuning
         lr, lr_backbone = FINETUNE_RATES["1 %" if options.labels == 1 else "10 %"]

@@ -13,7 +13,7 @@ from helpers import ROOT
 from torch.distributed.run import get_args_parser
 
 from moco import cli, distributed
-from moco.config import Launch
+from moco.config import Launch, PretrainConfig
 from moco.launch import _LAUNCHERS, Numbered, _own_device, numbered_process, place
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_skypilots_file() -> None:
     command = re.sub(r"\$\(.*?\)", "HOST", command)
     options = torchrun_line(command)
     assert (options.nnodes, options.nproc_per_node, options.node_rank) == ("2", "8", 1)
-    parsed = cli.pretrain_parser().parse_args(options.training_script_args)
+    parsed = cli.parser_of(PretrainConfig).parse_args(options.training_script_args)
     recipe = (ROOT / "scripts" / "imagenet_align_uniform.sh").read_text(encoding="utf-8")
     for flag in ("--epochs 200", "--batch-size 256", "--lr 0.03", "--aug-plus", "--mlp", "--cos"):
         assert flag in recipe and flag in command

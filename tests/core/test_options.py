@@ -18,7 +18,6 @@ from moco.errors import CheckpointError, DataError, TrainingError, report_user_e
 from moco.launch import usable_cores
 
 MAINS = pytest.mark.parametrize("config", [PretrainConfig, LinclsConfig])
-PARSERS = {PretrainConfig: cli.pretrain_parser, LinclsConfig: cli.lincls_parser}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +74,7 @@ def test_numbers():
 @MAINS
 def test_flags_are_not_abbreviated(config, capsys):
     with pytest.raises(SystemExit) as stop:
-        PARSERS[config]().parse_args(["--batch", "8", "DIR"])
+        cli.parser_of(config).parse_args(["--batch", "8", "DIR"])
     assert stop.value.code == 2
     assert (
         "unrecognized arguments: --batch DIR; did you mean --batch-size?" in capsys.readouterr().err
@@ -86,7 +85,7 @@ def test_flags_are_not_abbreviated(config, capsys):
 def test_help_shows_every_default(config, capsys):
     """argparse formats help only when asked: a stray % would fail no other test."""
     with pytest.raises(SystemExit) as stop:
-        PARSERS[config]().parse_args(["--help"])
+        cli.parser_of(config).parse_args(["--help"])
     assert stop.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
     for word in ("--save-dir", "--dist-url", "--schedule-factor", "(120, 160)", "(60, 80)"):
@@ -203,6 +202,6 @@ def test_a_message_of_several_lines_is_shown_whole(capsys):
 
 def test_what_the_command_line_says_cannot_repaint_the_terminal(capsys):
     with pytest.raises(SystemExit):
-        cli.pretrain_parser().parse_args(["DIR", "--\x1b[2J\nwrote:/etc/passwd"])
+        cli.parser_of(PretrainConfig).parse_args(["DIR", "--\x1b[2J\nwrote:/etc/passwd"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.isprintable() and r"\x1b[2J" in line
