@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import baseline
 
 from moco import distributed, timing
+from moco.config import Launch, Placement
 from moco.launch import launch, visible_devices
 
 
@@ -42,10 +43,11 @@ def main(argv: list[str] | None = None) -> None:
         devices = visible_devices(args.device, None)
     except ValueError as error:
         parser.error(str(error))
-    devices = (devices * args.ranks)[: args.ranks]
+    names = tuple(map(str, (devices * args.ranks)[: args.ranks]))
+    placement = Placement(devices=names, processes=args.ranks, local_processes=args.ranks)
     with tempfile.TemporaryDirectory() as folder:
         args.result = f"{folder}/seen.pt"
-        launch(measure, args, devices=devices)
+        launch(measure, args, Launch(), placement)
         seen = torch.load(args.result, weights_only=True)
 
     table = timing.Table(

@@ -8,12 +8,11 @@ import ast
 import contextlib
 import copy
 import io
-import os
 from unittest import mock
 
 import pytest
 import torch
-from harness import free_port, on_ranks
+from harness import on_ranks
 from helpers import OBJECTIVES, TinyNet, two_views
 from reference import ReferenceMoCo
 from torch import nn
@@ -23,7 +22,6 @@ from moco.batch_norm import split_batch_norm
 from moco.builder import MoCo
 from moco.data.loader import EpochBatches, RankShare
 from moco.evaluate import knn as evaluate
-from moco.launch import launch, visible_devices
 
 W, N, C, K = 2, 4, 6, 18  # ranks, batch on each, features, queue: not a multiple of the batch of 8
 STEPS = 4
@@ -421,98 +419,3 @@ def test_what_torch_is_told_of_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     distributed.barrier()
     waited.assert_called_once_with(device_ids=[3])
-
-
-# ---- Launch --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def not_torchrun(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def torchrun(monkeypatch):
-    """The environment that torchrun gives to its only process."""
-    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)):
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-
-
-def test_cpu_is_one_device():
-    assert visible_devices("cpu", None) == [CPU]
-    assert visible_devices("cpu", []) == [CPU]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
-def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused():
-    assert visible_devices("auto", None) == [CPU]
-    with pytest.raises(ValueError, match="no GPU is visible; use --device cpu"):
-        visible_devices("cuda", None)
-    with pytest.raises(ValueError, match="GPU 0 does not exist: 0 visible.*run on the CPU"):
-        visible_devices("auto", [0])
-
-
-def test_gpus_that_do_not_exist_are_refused():
-    count = torch.cuda.device_count()
-    for device in ("auto", "cuda"):
-        with pytest.raises(ValueError, match=f"GPU {count}, {count + 3} does not exist: {count} "):
-            visible_devices(device, [count, count + 3])
-    with pytest.raises(ValueError, match="GPU -1 does not exist"):
-        visible_devices("auto", [-1])
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_visible_gpus_are_devices_one_each():
-    count = torch.cuda.device_count()
-    wanted = [torch.device("cuda", i) for i in range(count)]
-    assert visible_devices("auto", None) == wanted
-    assert visible_devices("cuda", [0]) == wanted[:1]
-    with pytest.raises(ValueError, match="named twice"):
-        visible_devices("auto", [0, 0])
-
-
-def test_one_device_runs_in_place_without_a_process_group(not_torchrun):
-    seen = []
-    launch(
-        lambda device, args: seen.append((os.getpid(), device, args, distributed.is_active())),
-        "arguments",
-        devices=[CPU],
-    )
-    assert seen == [(os.getpid(), CPU, "arguments", False)]
-
-
-def who(device: torch.device, folder: str) -> None:
-    rank = distributed.rank()
-    about = [distributed.is_active(), rank, distributed.world_size(), distributed.is_main()]
-    torch.save([os.getpid(), *about, str(device)], f"{folder}/rank{rank}.pt")
-
-
-@pytest.mark.long
-def test_several_devices_have_a_spawned_process_with_a_rank_each(not_torchrun, tmp_path):
-    launch(who, str(tmp_path), devices=[CPU] * W)
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(W))
-    assert len({os.getpid(), first[0], second[0]}) == 3
-    assert first[1:] == [True, 0, 2, True, "cpu"]
-    assert second[1:] == [True, 1, 2, False, "cpu"]
-    assert not distributed.is_active()
-
-
-def test_several_nodes_without_an_address_are_refused(not_torchrun):
-    with pytest.raises(ValueError, match="2 nodes need --dist-url tcp://HOST:PORT"):
-        launch(print, None, devices=[CPU], nodes=2)
-
-
-def test_under_torchrun_this_process_joins_its_group_and_leaves_it_after_an_error(torchrun):
-    seen = []
-
-    def worker(device, args):
-        seen.append((os.getpid(), distributed.is_active(), distributed.rank(), device, args))
-        raise KeyError("from the worker")
-
-    with pytest.raises(KeyError, match="from the worker"):
-        launch(worker, 7, devices=[CPU])
-    assert seen == [(os.getpid(), True, 0, CPU, 7)]
-    assert not distributed.is_active()
