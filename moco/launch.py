@@ -56,8 +56,8 @@ def visible_devices(device: str, gpus: list[int] | None) -> list[torch.device]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # what this process may use: fewer under SLURM, docker
+    """Cores that this process may use: fewer than there are under SLURM, docker."""
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 

@@ -10,7 +10,7 @@ from typing import Any
 from moco.config.objective import check_terms, formula, number, slug
 from moco.config.option import FREE, LEARNS, REQUIRED, ROUNDS, Part, flat_values, option
 from moco.config.parts import Launch, Placement, check_batch, check_whole_batch
-from moco.config.pretrain import PretrainSchedule, Saving
+from moco.config.pretrain import PretrainSchedule, Saving, Speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +164,11 @@ class SentenceSchedule(PretrainSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SentenceSpeed(Part):
-    """speed
-
-    deterministic: only kernels that give the same bits every time; slower on a GPU
-    profile: write a trace of ten steps and print where their time goes
-    """
+class SentenceSpeed(Speed):
+    """speed"""
 
     channels_last: bool = option(False, "", ROUNDS)
     compile: bool = option(False, "", ROUNDS)
-    deterministic: bool = option(False, "--deterministic", ROUNDS)
-    profile: bool = option(False, "--profile", FREE)
 
 
 @dataclass(frozen=True, kw_only=True)
