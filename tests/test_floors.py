@@ -7,6 +7,7 @@ counts wherever it stands: within a function or under TYPE_CHECKING it closes a 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,7 +94,11 @@ def problems(tree: Tree) -> list[str]:
         for target in sorted(graph[module]):
             if not may_import(module, target):
                 found.append(f"{module} imports {target}")
-    return found + [" -> ".join(circle) + " is a circle" for circle in circles(graph)]
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(" -> ".join(reversed(error.args[1])) + " is a circle")
+    return found
 
 
 def may_import(module: str, target: str) -> bool:
@@ -136,24 +141,6 @@ def breaches(module: str, source: str) -> Iterator[str]:
     calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
     if any(isinstance(call, ast.Attribute) and call.attr == "cuda" for call in calls):
         yield "calls .cuda(): the device is an argument"
-
-
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Modules that import each other, each circle once."""
-    found: list[list[str]] = []
-    done: set[str] = set()
-
-    def visit(module: str, path: list[str]) -> None:
-        if module in path:
-            found.append([*path[path.index(module) :], module])
-        elif module not in done:
-            for target in sorted(graph[module]):
-                visit(target, [*path, module])
-            done.add(module)
-
-    for module in graph:
-        visit(module, [])
-    return found
 
 
 # ---- The checker can fail ------------------------------------------------------------------------
