@@ -62,7 +62,7 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-class Numbered(NamedTuple):
+class _Numbered(NamedTuple):
     """What a launcher tells a process that it has started: its number among all of them, and on its
     node; None where the launcher does not say."""
 
@@ -88,16 +88,14 @@ _LAUNCHERS = {
 }
 
 
-def numbered_process(local_rank: int | None = None, *, alone: bool = False) -> Numbered | None:
+def _numbered_process(options: Launch) -> _Numbered | None:
     """This process's number, where a launcher has started one process per device; else None.
 
     A process group that exists already (Ray Train, Lightning Fabric, accelerate) has the first
     word. torchrun, and all that set RANK and WORLD_SIZE as it does (Kubeflow sets no LOCAL_RANK),
-    SLURM's srun and MPI are known. None also where a launcher started this process only.
-
-    Args:
-        local_rank: --local-rank of older launchers, which set no LOCAL_RANK.
-        alone: the command line says how processes meet; only all of torchrun's names overrule it.
+    SLURM's srun and MPI are known; older launchers give --local-rank. Only all of torchrun's names
+    overrule a command line that says how processes meet. None also where a launcher started this
+    process only.
 
     Raises:
         ValueError: one of several processes that cannot know how to meet the others.
@@ -105,17 +103,17 @@ def numbered_process(local_rank: int | None = None, *, alone: bool = False) -> N
     if distributed.is_active():
         rank, world = distributed.rank(), distributed.world_size()
         local, on_node = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
-        local = local_rank if local is None else local
+        local = options.local_rank if local is None else local
         each = on_node or world
-        return Numbered(rank, world, local, on_node, -(-world // each), rank // each)
+        return _Numbered(rank, world, local, on_node, -(-world // each), rank // each)
     for launcher, names in _LAUNCHERS.items():
         rank, world, local, local_world = map(_number, names)
         if rank is None or world is None:
             continue
         if launcher == "torchrun" and local is not None:
             nodes, node_rank = _number("GROUP_WORLD_SIZE") or 1, _number("GROUP_RANK") or 0
-            return Numbered(rank, world, local, local_world, nodes, node_rank)
-        if alone:
+            return _Numbered(rank, world, local, local_world, nodes, node_rank)
+        if options.dist_url is not None or options.world_size != -1 or options.rank != -1:
             continue
         if world <= 1:
             return None
@@ -126,7 +124,8 @@ def numbered_process(local_rank: int | None = None, *, alone: bool = False) -> N
                 f"as {launcher} sets them), but {lacking}, so it cannot meet the others: set them, "
                 f"start with torchrun, or unset {names[0]} to train alone"
             )
-        return Numbered(rank, world, local_rank if local is None else local, local_world)
+        local = options.local_rank if local is None else local
+        return _Numbered(rank, world, local, local_world)
     return None
 
 
@@ -149,9 +148,7 @@ def place(options: Launch) -> Placement:
     gpus = options.gpus if options.gpu is None else (options.gpu,)
     devices = visible_devices(options.device, None if gpus is None else list(gpus))
     names = tuple(map(str, devices))
-    alone = options.dist_url is not None or options.world_size != -1 or options.rank != -1
-    numbered = numbered_process(options.local_rank, alone=alone)
-    if numbered:
+    if numbered := _numbered_process(options):
         rank, world, local, local_world, nodes, node_rank = numbered
         return Placement(
             devices=names,

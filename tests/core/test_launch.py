@@ -16,15 +16,7 @@ from torch.distributed.run import get_args_parser
 
 from moco import cli, distributed
 from moco.config import Launch, Placement, PretrainConfig
-from moco.launch import (
-    _LAUNCHERS,
-    Numbered,
-    _own_device,
-    launch,
-    numbered_process,
-    place,
-    visible_devices,
-)
+from moco.launch import _LAUNCHERS, _own_device, launch, place, visible_devices
 
 CPU = torch.device("cpu")
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -44,50 +36,43 @@ def environment(monkeypatch):
     return set_all
 
 
+def numbers(flag: int | None = None) -> tuple:
+    """Nodes, this node, processes, those of this node, and (rank, world, local rank)."""
+    placed = place(Launch(device="cpu", local_rank=flag))
+    nodes = placed.nodes, placed.node_rank
+    return *nodes, placed.processes, placed.local_processes, placed.number
+
+
+TORCHRUN = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "GROUP_WORLD_SIZE": 2, "GROUP_RANK": 1}
+
+
 @pytest.mark.parametrize(
     ("variables", "flag", "expected"),
     [
-        ({}, None, None),
-        ({"RANK": 0}, None, None),
-        ({"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1}, None, Numbered(1, 4, 1, None)),
-        (
-            {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4,
-             "GROUP_WORLD_SIZE": 2, "GROUP_RANK": 1},
-            None,
-            Numbered(5, 8, 1, 4, 2, 1),
-        ),
+        ({}, None, (1, 0, 1, 1, None)),
+        ({"RANK": 0}, None, (1, 0, 1, 1, None)),
+        ({"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1}, None, (1, 0, 4, 4, (1, 4, 1))),
+        (TORCHRUN, None, (2, 1, 8, 4, (5, 8, 1))),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": 3}, None, (2, 1, 8, 3, (5, 8, 1))),  # nodes may differ
         # Without LOCAL_RANK not torchrun's: groups may be of a job around this one.
-        (
-            {"RANK": 1, "WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 4, "GROUP_RANK": 3, **MEETING},
-            None,
-            Numbered(1, 2, None, None),
-        ),
+        ({"RANK": 1, "WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 4, "GROUP_RANK": 3, **MEETING}, None,
+         (1, 0, 2, 2, (1, 2, 0))),
         # --local-rank of older launchers
-        ({"RANK": 1, "WORLD_SIZE": 2, **MEETING}, 1, Numbered(1, 2, 1, None)),
-        ({"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0}, 1, Numbered(1, 2, 0, None)),
-        (
-            {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, **MEETING},
-            None,
-            Numbered(3, 4, 1, None),
-        ),
-        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 1}, None, None),
-        (
-            {"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2,
-             "OMPI_COMM_WORLD_LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_SIZE": 1, **MEETING},
-            None,
-            Numbered(1, 2, 0, 1),
-        ),
+        ({"RANK": 1, "WORLD_SIZE": 2, **MEETING}, 1, (1, 0, 2, 2, (1, 2, 1))),
+        ({"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0}, 1, (1, 0, 2, 2, (1, 2, 0))),
+        ({"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, **MEETING}, None,
+         (1, 0, 4, 4, (3, 4, 1))),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 1}, None, (1, 0, 1, 1, None)),
+        ({"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_RANK": 0,
+          "OMPI_COMM_WORLD_LOCAL_SIZE": 1, **MEETING}, None, (1, 0, 2, 1, (1, 2, 0))),
         # torchrun within a SLURM task
-        (
-            {"SLURM_PROCID": 0, "SLURM_NTASKS": 2, "RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1},
-            None,
-            Numbered(3, 4, 1, None),
-        ),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 2, "RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1}, None,
+         (1, 0, 4, 4, (3, 4, 1))),
     ],
 )  # fmt: skip
 def test_a_process_knows_its_number(variables, flag, expected, environment) -> None:
     environment(**variables)
-    assert numbered_process(flag) == expected
+    assert numbers(flag) == expected
 
 
 @pytest.mark.parametrize(
@@ -116,8 +101,8 @@ def test_one_of_several_that_cannot_meet_the_others_is_refused(
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, Numbered(5, 8, 1, None, 1, 0)),
-        ({"LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 3}, Numbered(5, 8, 2, 3, 3, 1)),
+        ({}, (1, 0, 8, 8, (5, 8, 1))),
+        ({"LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 3}, (3, 1, 8, 3, (5, 8, 2))),
     ],
 )
 def test_a_group_that_exists_has_the_first_word(
@@ -126,7 +111,7 @@ def test_a_group_that_exists_has_the_first_word(
     for name, value in {"is_active": True, "rank": 5, "world_size": 8}.items():
         monkeypatch.setattr(distributed, name, lambda value=value: value)
     environment(RANK=0, WORLD_SIZE=1, **variables)
-    assert numbered_process(local_rank=1) == expected
+    assert numbers(flag=1) == expected
 
 
 def test_env_without_an_address_is_refused(environment) -> None:
@@ -134,17 +119,6 @@ def test_env_without_an_address_is_refused(environment) -> None:
     environment(RANK=1, WORLD_SIZE=2)
     with pytest.raises(ValueError, match="env:// needs MASTER_ADDR and MASTER_PORT"):
         place(Launch(dist_url="env://"))
-
-
-def test_placement_is_of_this_node_and_of_all(environment) -> None:
-    environment(RANK=1, WORLD_SIZE=2, **MEETING)
-    assert place(Launch(device="cpu")).number == (1, 2, 0)  # in turn over the devices
-    environment(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, GROUP_WORLD_SIZE=2, GROUP_RANK=1)
-    placement = place(Launch(device="cpu"))
-    assert (placement.nodes, placement.node_rank, placement.processes) == (2, 1, 8)
-    assert (placement.local_processes, placement.number) == (4, (5, 8, 1))
-    environment(LOCAL_WORLD_SIZE=3)  # nodes need not have equally many
-    assert place(Launch(device="cpu")).local_processes == 3
 
 
 def test_each_process_has_a_device_of_its_own() -> None:
