@@ -195,6 +195,7 @@ def test_groups_of_files_from_before_group_size_are_worked_out(config) -> None:
         (lambda: PretrainOptim(accumulate=0), "--accumulate must be at least 1, got 0"),
         (lambda: Objective(align_alpha=0.5), "--moco-align-alpha must be at least 1"),
         (lambda: Objective(align_w=0, unif_w=0), "all loss weights are zero"),
+        (lambda: Objective(unif_w=float("inf")), "--moco-unif-w must be a number of at least 0"),
         (lambda: InBatchOptim(momentum=1.5), "--momentum must be in [0, 1), got 1.5"),
         (lambda: PretrainOptim(momentum=1), "--momentum must be in [0, 1), got 1"),
         (lambda: ProbeOptim(momentum=-0.1), "--momentum must be in [0, 1), got -0.1"),

@@ -139,10 +139,6 @@ def ranks(tmp_path_factory) -> list[dict]:
 # ---- The collectives ----------------------------------------------------------------------------
 
 
-def test_print_main_prints_on_rank_0_only(ranks):
-    assert [seen["screen"] for seen in ranks] == ["from 0\n", ""]
-
-
 @pytest.mark.parametrize("kind", GLOBAL_ROWS)
 def test_rows_are_gathered_and_exchanged_as_by_indexing_the_global_batch(ranks, kind):
     """Also those that are no contiguous block of memory."""
@@ -155,8 +151,10 @@ def test_rows_are_gathered_and_exchanged_as_by_indexing_the_global_batch(ranks, 
         assert torch.equal(seen["gathered"][kind], GLOBAL_ROWS[kind])
 
 
-def test_uneven_rows_sums_and_objects(ranks):
-    """Rows are joined in rank order without padding; a sum is in place; objects are rank 0's."""
+def test_uneven_rows_sums_objects_and_the_screen(ranks):
+    """Rows are joined in rank order without padding; a sum is in place; objects are rank 0's, and
+    so is the screen."""
+    assert [seen["screen"] for seen in ranks] == ["from 0\n", ""]
     for seen in ranks:
         for sizes, got in seen["uneven"].items():
             sizes = ast.literal_eval(sizes)
@@ -223,26 +221,6 @@ def test_two_ranks_equal_the_reference_and_each_other(ranks):
                 for name, parameter in getattr(reference, encoder).named_parameters():
                     name = f"{encoder}.{name}"
                     assert_close(got["state"][name], parameter, f"{what}, {name}")
-
-
-# ---- Without a process group ---------------------------------------------------------------------
-
-
-def test_every_function_is_a_no_op_in_a_single_process(capsys):
-    rows, value, net = torch.arange(12.0).view(4, 3), {"a": 1}, TinyNet(2)
-    assert not distributed.is_active() and distributed.is_main()
-    assert (distributed.rank(), distributed.world_size()) == (0, 1)
-    assert distributed.all_gather(rows) is rows
-    assert distributed.gather_uneven(rows) is rows
-    assert distributed.sum_over_ranks(rows) is rows
-    order = [2, 0, 3, 1]
-    assert torch.equal(distributed.exchange_rows(rows, torch.tensor(order)), rows[order])
-    assert distributed.broadcast_object(value) is value
-    assert distributed.data_parallel(net) is net
-    distributed.broadcast_buffers(net)
-    distributed.barrier()
-    distributed.print_main("hello", 1)
-    assert capsys.readouterr().out == "hello 1\n"
 
 
 def test_what_torch_is_told_of_gpus(monkeypatch):
