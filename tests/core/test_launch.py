@@ -155,6 +155,14 @@ def test_devices_of_this_node(count, device, gpus, expected, monkeypatch) -> Non
         assert list(map(str, visible_devices(device, gpus))) == expected
 
 
+def test_a_process_that_is_told_no_local_rank_takes_the_devices_in_turn(
+    environment, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment(RANK=3, WORLD_SIZE=4, **MEETING)
+    assert place(Launch()).number == (3, 4, 1)
+
+
 # ---- Processes -----------------------------------------------------------------------------------
 
 
