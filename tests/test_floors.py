@@ -8,6 +8,7 @@ Relative imports, and torch.distributed outside of the collectives, are refused 
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -49,14 +50,18 @@ def tree_of(root: Path) -> Tree:
     return {n: p.read_text(encoding="utf-8") for n, p in zip(names, paths, strict=True)}
 
 
+@functools.cache
+def nodes(source: str) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(source)))
+
+
 def imports(source: str) -> Iterator[tuple[str, str | None]]:
     """(module, name) of each `from module import name`, (module, None) of each `import module`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            module = "." * node.level + (node.module or "")
-            yield from ((module, alias.name) for alias in node.names)
+            yield from ((node.module or "", alias.name) for alias in node.names)
 
 
 def edges(tree: Tree) -> dict[str, set[str]]:
@@ -114,7 +119,6 @@ def may_import(module: str, target: str) -> bool:
 
 def breaches(module: str, source: str) -> Iterator[str]:
     """What a file says that no import graph shows."""
-    tree = ast.parse(source)
     packages = {target.partition(".")[0] for target, _ in imports(source)}
     allowed = ALIGN_UNIFORM | ({"matplotlib"} if ".figures" in module else set())
     if module.startswith("align_uniform") and packages - allowed:
@@ -122,11 +126,11 @@ def breaches(module: str, source: str) -> Iterator[str]:
     for name in sorted(packages & {"tests", "conftest", "harness", "helpers", "probes"}):
         if (module, name) not in TESTS_USED:
             yield f"imports the tests' {name}"
-    named = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    named = [node for node in nodes(source) if isinstance(node, ast.Attribute)]
     paths = sum(node.attr == "path" and ast.unparse(node) == "sys.path" for node in named)
     if paths > (module.startswith("scripts.")):
         yield f"touches sys.path {paths} times"
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [node.func for node in nodes(source) if isinstance(node, ast.Call)]
     if any(isinstance(call, ast.Attribute) and call.attr == "cuda" for call in calls):
         yield "calls .cuda(): the device is an argument"
 
