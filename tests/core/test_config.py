@@ -10,6 +10,7 @@ import re
 import pytest
 from helpers import ROOT
 
+from moco import distributed, handshake
 from moco.config import (
     FREE,
     LEARNS,
@@ -32,6 +33,7 @@ from moco.config import (
     parts_of,
     rounding_changes,
 )
+from moco.errors import TrainingError
 
 CONFIGS = pytest.mark.parametrize(
     "config", [PretrainConfig, LinclsConfig, InBatchConfig, SentenceConfig]
@@ -144,6 +146,18 @@ LEARNING = {  # what makes another run; other numbers of the objective are below
 def test_what_makes_another_run(config) -> None:
     fields = {field.name for field in option_fields(config) if field.metadata["resume"] == LEARNS}
     assert fields >= set(LEARNING[config].split())
+
+
+def test_ranks_must_agree_in_all_that_is_learned(config, monkeypatch) -> None:
+    monkeypatch.setattr(handshake, "provenance", dict)
+    for field in option_fields(PretrainConfig):
+        if field.metadata["resume"] == LEARNS:
+            other = {field.name: "another"}
+            monkeypatch.setattr(
+                distributed, "gather_objects", lambda mine, other=other: [mine, {**mine, **other}]
+            )
+            with pytest.raises(TrainingError, match=f"rank 1 has {field.name} 'another'"):
+                handshake.refuse_other_arguments(config)
 
 
 def test_the_numbers_of_the_objective_decide_and_not_its_sentence(config) -> None:
