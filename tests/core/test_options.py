@@ -45,6 +45,7 @@ def test_lists_are_parsed_wherever_the_folder_stands(config):
         assert (args.schedule, args.data) == ([30, 40], "DIR"), line
         assert args.gpus in (None, [1, 0]), line
     assert parsed(["--schedule", "--momentum", "0", "DIR"], config).schedule == []
+    assert parsed(["--schedule", "30,40", "7"], config).data == "7"  # "30,40" is the whole list
 
 
 def test_numbers():
