@@ -28,10 +28,6 @@ _timeout = timedelta(minutes=30)  # of all that ranks do together; see `set_time
 # Newer torch has renamed the call, and warns of the old name.
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
-# ------------------------------------------------------------------------------------------------
-# Who am I
-# ------------------------------------------------------------------------------------------------
-
 
 def is_active() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -60,11 +56,6 @@ def print_main(*values: object) -> None:
     """print() on rank 0 only."""
     if is_main():
         print(*values, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# Collectives
-# ------------------------------------------------------------------------------------------------
 
 
 def data_parallel(module: torch.nn.Module) -> torch.nn.Module:

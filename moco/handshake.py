@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from moco import distributed
+from moco.config import Launch
 from moco.errors import TrainingError
 from moco.log import provenance
 
 # What may differ between ranks: places, devices, and what rank 0 decides for all.
-_OWN = {
-    "cache_dir",
-    "checkpoint",
-    "data",
-    "device",
-    "dist_backend",
-    "dist_url",
-    "gpu",
-    "gpus",
-    "local_processes",
-    "local_rank",
-    "multiprocessing_distributed",
-    "node_rank",
-    "pretrained",
-    "rank",
-    "resume",
-    "save_dir",
-    "seed_given",
-    "workers",
-    "world_size",
-}
+_OWN = {field.name for field in dataclasses.fields(Launch)} - {"timeout_minutes"}
+_OWN |= {"cache_dir", "checkpoint", "data", "local_processes", "node_rank", "pretrained", "resume"}
+_OWN |= {"save_dir", "seed_given", "workers"}
 
 
 def refuse_other_arguments(config: Any) -> None:
@@ -42,7 +26,7 @@ def refuse_other_arguments(config: Any) -> None:
     mine = {name: value for name, value in flat.items() if name not in _OWN}
     if not config.optim.seed_given:
         mine["seed"] = None  # rank 0 draws for all
-    _compare(mine | {f"{name} version": v for name, v in provenance().items()})
+    refuse_other_data(mine | {f"{name} version": v for name, v in provenance().items()})
 
 
 def refuse_other_data(facts: dict[str, Any]) -> None:
@@ -51,11 +35,7 @@ def refuse_other_data(facts: dict[str, Any]) -> None:
     Raises:
         TrainingError: on every rank, naming the rank.
     """
-    _compare(facts)
-
-
-def _compare(mine: dict[str, Any]) -> None:
-    first, *others = distributed.gather_objects(mine)
+    first, *others = distributed.gather_objects(facts)
     for rank, theirs in enumerate(others, start=1):
         for name, value in first.items():
             if theirs.get(name) != value:

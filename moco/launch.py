@@ -11,9 +11,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -57,20 +56,15 @@ def visible_devices(device: str, gpus: list[int] | None) -> list[torch.device]:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # what this process may use: fewer under SLURM, docker
+    """Cores that this process may use: fewer than there are under SLURM, docker."""
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-@dataclass(frozen=True)
-class Numbered:
-    """What a launcher tells a process that it has started: its number among all of them.
-
-    Attributes:
-        local_rank: its number on this node; None where the launcher does not say.
-        local_world: processes on this node; None likewise.
-    """
+class _Numbered(NamedTuple):
+    """What a launcher tells a process that it has started: its number among all of them, and on its
+    node; None where the launcher does not say."""
 
     rank: int
     world: int
@@ -78,11 +72,6 @@ class Numbered:
     local_world: int | None
     nodes: int = 1
     node_rank: int = 0
-
-    def place_among(self, devices: int) -> tuple[int, int, int]:
-        """(rank, world, local rank), the latter in turn over the devices where it is not said."""
-        local = self.rank % devices if self.local_rank is None else self.local_rank
-        return self.rank, self.world, local
 
 
 # launcher: names of its variables for rank, world, local rank, processes on the node
@@ -99,16 +88,14 @@ _LAUNCHERS = {
 }
 
 
-def numbered_process(local_rank: int | None = None, *, alone: bool = False) -> Numbered | None:
+def _numbered_process(options: Launch) -> _Numbered | None:
     """This process's number, where a launcher has started one process per device; else None.
 
     A process group that exists already (Ray Train, Lightning Fabric, accelerate) has the first
     word. torchrun, and all that set RANK and WORLD_SIZE as it does (Kubeflow sets no LOCAL_RANK),
-    SLURM's srun and MPI are known. None also where a launcher started this process only.
-
-    Args:
-        local_rank: --local-rank of older launchers, which set no LOCAL_RANK.
-        alone: the command line says how processes meet; only all of torchrun's names overrule it.
+    SLURM's srun and MPI are known; older launchers give --local-rank. Only all of torchrun's names
+    overrule a command line that says how processes meet. None also where a launcher started this
+    process only.
 
     Raises:
         ValueError: one of several processes that cannot know how to meet the others.
@@ -116,42 +103,40 @@ def numbered_process(local_rank: int | None = None, *, alone: bool = False) -> N
     if distributed.is_active():
         rank, world = distributed.rank(), distributed.world_size()
         local, on_node = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
-        local = local_rank if local is None else local
+        local = options.local_rank if local is None else local
         each = on_node or world
-        return Numbered(rank, world, local, on_node, -(-world // each), rank // each)
+        return _Numbered(rank, world, local, on_node, -(-world // each), rank // each)
     for launcher, names in _LAUNCHERS.items():
         rank, world, local, local_world = map(_number, names)
         if rank is None or world is None:
             continue
-        complete = launcher == "torchrun" and local is not None
-        if alone and not complete:
+        if launcher == "torchrun" and local is not None:
+            nodes, node_rank = _number("GROUP_WORLD_SIZE") or 1, _number("GROUP_RANK") or 0
+            return _Numbered(rank, world, local, local_world, nodes, node_rank)
+        if options.dist_url is not None or options.world_size != -1 or options.rank != -1:
             continue
-        if world <= 1 and not complete:
+        if world <= 1:
             return None
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing and not complete:
+        if missing := _missing_address():
             lacking = f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set"
             raise ValueError(
                 f"this process is number {rank} of {world} ({names[0]}={rank}, {names[1]}={world}, "
                 f"as {launcher} sets them), but {lacking}, so it cannot meet the others: set them, "
                 f"start with torchrun, or unset {names[0]} to train alone"
             )
-        local = local_rank if local is None else local
-        nodes = _number("GROUP_WORLD_SIZE") if complete else None
-        return Numbered(
-            rank,
-            world,
-            local,
-            local_world,
-            nodes or 1,
-            (_number("GROUP_RANK") or 0) if complete else 0,
-        )
+        local = options.local_rank if local is None else local
+        return _Numbered(rank, world, local, local_world)
     return None
 
 
 def _number(name: str) -> int | None:
     text = os.environ.get(name, "")
     return int(text) if text.isdigit() else None
+
+
+def _missing_address() -> list[str]:
+    """What `env://` needs of the environment, and does not find."""
+    return [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
 
 
 def place(options: Launch) -> Placement:
@@ -163,17 +148,15 @@ def place(options: Launch) -> Placement:
     gpus = options.gpus if options.gpu is None else (options.gpu,)
     devices = visible_devices(options.device, None if gpus is None else list(gpus))
     names = tuple(map(str, devices))
-    alone = options.dist_url is not None or options.world_size != -1 or options.rank != -1
-    numbered = numbered_process(options.local_rank, alone=alone)
-    if numbered:
-        on_each_node = numbered.local_world or -(-numbered.world // numbered.nodes)
+    if numbered := _numbered_process(options):
+        rank, world, local, local_world, nodes, node_rank = numbered
         return Placement(
             devices=names,
-            nodes=numbered.nodes,
-            node_rank=numbered.node_rank,
-            processes=numbered.world,
-            local_processes=on_each_node,
-            number=numbered.place_among(len(devices)),
+            nodes=nodes,
+            node_rank=node_rank,
+            processes=world,
+            local_processes=local_world or -(-world // nodes),
+            number=(rank, world, rank % len(devices) if local is None else local),
         )
     nodes, node_rank = _nodes(options)
     return Placement(
@@ -187,98 +170,77 @@ def place(options: Launch) -> Placement:
 
 def _nodes(options: Launch) -> tuple[int, int]:
     """Number of nodes, and which of them this is; each starts its own processes."""
-    from_environment = options.dist_url == "env://"
+    url = options.dist_url
+    told = os.environ if url == "env://" else {}
     nodes, rank = options.world_size, options.rank
-    if from_environment and nodes == -1:
-        nodes = int(os.environ.get("WORLD_SIZE", 1))
-    if from_environment and rank == -1:
-        rank = int(os.environ.get("RANK", 0))
-    nodes, node_rank = (1 if nodes == -1 else nodes), (0 if rank == -1 else rank)
+    nodes = int(told.get("WORLD_SIZE", 1)) if nodes == -1 else nodes
+    rank = int(told.get("RANK", 0)) if rank == -1 else rank
     if nodes < 1:
         raise ValueError(f"--world-size is the number of nodes, at least 1, got {nodes}")
-    if not 0 <= node_rank < nodes:
+    if not 0 <= rank < nodes:
         raise ValueError(
             f"--rank {rank} is outside 0..{nodes - 1}: it numbers the {nodes} nodes of --world-size"
         )
-    if nodes > 1 and options.dist_url is None:
+    if nodes > 1 and url is None:
         raise ValueError(f"{nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
-    if options.dist_url and not re.match(r"(tcp|file|env)://", options.dist_url):
-        raise ValueError(
-            f"--dist-url must begin with tcp:// or be env://, got {options.dist_url!r}"
-        )
-    if options.dist_url == "env://":
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing and nodes > 1:
-            raise ValueError(f"--dist-url env:// needs {' and '.join(missing)} in the environment")
-    return nodes, node_rank
+    if url is not None and not re.match(r"(tcp|file|env)://", url):
+        raise ValueError(f"--dist-url must begin with tcp:// or be env://, got {url!r}")
+    if nodes > 1 and url == "env://" and (missing := _missing_address()):
+        raise ValueError(f"--dist-url env:// needs {' and '.join(missing)} in the environment")
+    return nodes, rank
+
+
+def launch_config(worker: Callable[..., None], config: Any) -> None:
+    """Run `worker(device, config)` in every process that the config asks for."""
+    launch(worker, config, config.launch, config.placement)
 
 
 def launch(
-    worker: Callable[..., None],
-    args: object,
-    *,
-    devices: list[torch.device],
-    nodes: int = 1,
-    node_rank: int = 0,
-    dist_url: str | None = None,
-    backend: str | None = None,
-    timeout_minutes: float = 30,
-    number: tuple[int, int, int] | None = None,
+    worker: Callable[..., None], args: object, options: Launch, placement: Placement | None = None
 ) -> None:
     """Run `worker(device, args)` once per process, with a process group when there are several.
 
     Four forms: in a process group that exists already, `worker` runs in this process, and the group
     is left as it is; under torchrun this process is one of those already started; otherwise one
-    process per entry of `devices` is started here, on this node of `nodes`; a single one runs in
-    place.
+    process per device is started here, on this node; a single one runs in place. A process that was
+    started here and fails has said why: this one exits with its status.
 
     Args:
-        devices: this node's devices, from `visible_devices`.
-        nodes, node_rank: upstream's --world-size and --rank.
-        dist_url: where rank 0 listens, tcp://HOST:PORT or env:// (MASTER_ADDR and MASTER_PORT);
-            None takes a free port on this machine, which several nodes cannot.
-        backend: None takes nccl on GPUs and gloo on CPUs.
-        timeout_minutes: how long a rank waits for the others before it gives up.
-        number: (rank, world, local rank) of this process, which a launcher has started as one of
-            several; None asks the environment, as torchrun sets it.
+        placement: None: by `options` and the environment (`place`).
     """
-    timeout = timedelta(minutes=timeout_minutes)
-    if number is None and (numbered := numbered_process(alone=True)):
-        number = numbered.place_among(len(devices))
-    if number is not None:
-        rank, world, local_rank = number
+    placement = placement or place(options)
+    devices = [torch.device(name) for name in placement.devices]
+    if placement.number is not None:
+        rank, world, local_rank = placement.number
         device = _own_device(devices, local_rank)
         if distributed.is_active():
-            distributed.set_timeout(timeout)
+            distributed.set_timeout(timedelta(minutes=options.timeout_minutes))
             _set_device(device)
             worker(device, args)
-            return
-        _run(rank, world, "env://", backend, timeout, worker, device, args)
+        else:
+            _run(rank, device, world, "env://", options, worker, args)
         return
-    world = len(devices) * nodes
+    world = placement.processes
     if world == 1:
         _set_device(devices[0])
         worker(devices[0], args)
         return
-    if dist_url is None:
-        if nodes > 1:
-            raise ValueError(f"{nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
-    first_rank = node_rank * len(devices)
+    first_rank = placement.node_rank * len(devices)
+    all_alike = world, options.dist_url or f"tcp://127.0.0.1:{_free_port()}", options, worker, args
     if len(devices) == 1:
-        _run(first_rank, world, dist_url, backend, timeout, worker, devices[0], args)
+        _run(first_rank, devices[0], *all_alike)
         return
     processes = torch.multiprocessing.spawn(
-        _spawned,
-        args=(first_rank, world, dist_url, backend, timeout, worker, devices, args),
-        nprocs=len(devices),
-        join=False,
+        _spawned, args=(first_rank, devices, *all_alike), nprocs=len(devices), join=False
     )
     # A request to stop is sent to this process; those that train have to hear of it.
     for number in (*STOP_SIGNALS, signal.SIGINT):
         signal.signal(number, lambda received, _: _send_to_all(processes.pids(), received))
-    while not processes.join(grace_period=60):
-        pass
+    try:
+        while not processes.join(grace_period=60):
+            pass
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code or 1)
 
 
 def _own_device(devices: list[torch.device], local_rank: int) -> torch.device:
@@ -293,44 +255,31 @@ def _own_device(devices: list[torch.device], local_rank: int) -> torch.device:
     return devices[local_rank]
 
 
-def launch_config(worker: Callable[..., None], config: Any) -> None:
-    """Run `worker(device, config)` in every process that the config asks for.
-
-    A process that was started here and fails has said why: this one exits with its status.
-    """
-    options, placement = config.launch, config.placement
-    try:
-        launch(
-            worker,
-            config,
-            devices=[torch.device(name) for name in placement.devices],
-            nodes=placement.nodes,
-            node_rank=placement.node_rank,
-            dist_url=options.dist_url,
-            backend=options.dist_backend,
-            timeout_minutes=options.timeout_minutes,
-            number=placement.number,
-        )
-    except ProcessExitedException as error:
-        sys.exit(error.exit_code or 1)
-
-
 def _send_to_all(pids: Sequence[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # it has ended already
             os.kill(pid, number)
 
 
-def _spawned(local_rank, first_rank, world, url, backend, timeout, worker, devices, args) -> None:
-    rank = first_rank + local_rank
-    _run(rank, world, url, backend, timeout, worker, devices[local_rank], args)
+def _spawned(local_rank: int, first_rank: int, devices: list[torch.device], *all_alike) -> None:
+    _run(first_rank + local_rank, devices[local_rank], *all_alike)
 
 
-def _run(rank, world, dist_url, backend, timeout, worker, device, args) -> None:
+def _run(
+    rank: int,
+    device: torch.device,
+    world: int,
+    dist_url: str,
+    options: Launch,
+    worker: Callable[..., None],
+    args: object,
+) -> None:
+    timeout = timedelta(minutes=options.timeout_minutes)
     distributed.set_timeout(timeout)
     _set_device(device)
+    backend = options.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     with report_user_errors(), _one_line_meeting(rank, world, dist_url, timeout):
-        _meet(rank, world, dist_url, backend, timeout, device)
+        _meet(rank, world, dist_url, backend, timeout)
     try:
         worker(device, args)
     except AgreedStop:
@@ -346,7 +295,7 @@ def _run(rank, world, dist_url, backend, timeout, worker, device, args) -> None:
     dist.destroy_process_group()
 
 
-def _meet(rank, world, dist_url, backend, timeout, device) -> None:
+def _meet(rank: int, world: int, dist_url: str, backend: str, timeout: timedelta) -> None:
     """Join the process group."""
     meeting = {"init_method": dist_url}
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
@@ -355,13 +304,7 @@ def _meet(rank, world, dist_url, backend, timeout, device) -> None:
         # a prefix of its own, gloo would try to reach those, until the time-out.
         store, _, _ = next(rendezvous(dist_url, rank, world, timeout=timeout))
         meeting = {"store": dist.PrefixStore(f"restart_{attempt}", store)}
-    dist.init_process_group(
-        backend or ("nccl" if device.type == "cuda" else "gloo"),
-        **meeting,
-        world_size=world,
-        rank=rank,
-        timeout=timeout,
-    )
+    dist.init_process_group(backend, **meeting, world_size=world, rank=rank, timeout=timeout)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 from moco import distributed
 from moco.errors import TrainingError
@@ -48,7 +47,7 @@ class FolderLock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "start": round(time.time(), 3),
-            "job": _job_id(),
+            "job": next((os.environ[name] for name in _JOB_IDS if os.environ.get(name)), None),
         }
         # Neither truncated nor closed before the lock is had: the holder's words stay readable.
         self.file = open(self.path, "a+", encoding="utf-8")
@@ -91,9 +90,7 @@ class FolderLock:
     def __enter__(self) -> FolderLock:
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def _write(self) -> None:
@@ -142,11 +139,6 @@ def hold_on_main(folder: Path, at_exit: contextlib.ExitStack) -> FolderLock | No
     return lock
 
 
-def _job_id() -> str | None:
-    found = [os.environ[name] for name in _JOB_IDS if os.environ.get(name)]
-    return found[0] if found else None
-
-
 def _read(path: Path) -> dict:
     """The holder's words; {} where there are none, or a process is about to write them."""
     try:
@@ -163,7 +155,7 @@ def _is_dead(holder: dict, path: Path) -> bool:
         except ProcessLookupError:
             return True
         except (PermissionError, OverflowError):
-            return False
+            pass
         return False
     return time.time() - path.stat().st_mtime > DEAD_AFTER
 
@@ -171,12 +163,9 @@ def _is_dead(holder: dict, path: Path) -> bool:
 def _refusal(folder: Path, holder: dict) -> str:
     who = "another process"
     if holder:
-        began = holder.get("start")
-        since = (
-            time.strftime(" since %Y-%m-%d %H:%M:%S", time.localtime(began))
-            if isinstance(began, (int, float))
-            else ""
-        )
+        began, since = holder.get("start"), ""
+        if isinstance(began, (int, float)):
+            since = time.strftime(" since %Y-%m-%d %H:%M:%S", time.localtime(began))
         job = f", job {holder['job']}" if holder.get("job") else ""
         who = f"process {holder.get('pid')} on {holder.get('host')}{since}{job}"
     return f"{folder} is in use by {who}; wait for it, end it, or choose another --save-dir"

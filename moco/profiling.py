@@ -7,7 +7,9 @@ so that the shares of a step, with the rest that has no label, are 100 %.
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,22 +25,17 @@ _REST = "other"
 _timeline: _Timeline | None = None  # the one that is being drawn
 
 
-class label:
-    """Context: the time within is that of part `name` of a step, but for labels further within."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.record = torch.profiler.record_function(self.name)
-        self.record.__enter__()
+@contextlib.contextmanager
+def label(name: str) -> Iterator[None]:
+    """The time within is that of part `name` of a step, but for labels further within."""
+    with torch.profiler.record_function(name):
         if _timeline is not None:
-            _timeline.enter(self.name)
-
-    def __exit__(self, *error: object) -> None:
-        if _timeline is not None:
-            _timeline.leave()
-        self.record.__exit__(*error)
+            _timeline.enter(name)
+        try:
+            yield
+        finally:
+            if _timeline is not None:
+                _timeline.leave()
 
 
 class _Timeline:

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from moco.launch import usable_cores
 from moco.run_files import write_json
 
 
@@ -173,9 +174,7 @@ def machine() -> dict:
     """Hardware, versions and date, for a reader who compares figures."""
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -48,11 +48,16 @@ def _nothing_outlives_a_test(tmp_path_factory):
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch) -> Path:
-    """An empty current folder, outside of torchrun."""
-    monkeypatch.chdir(tmp_path)
+def no_launcher(monkeypatch) -> None:
+    """Outside of torchrun."""
     for name in DISTRIBUTED:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch, no_launcher) -> Path:
+    """An empty current folder, outside of torchrun."""
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

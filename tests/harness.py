@@ -187,12 +187,13 @@ def on_ranks(worker: Callable, folder: Path, *, count: int) -> None:
     Python process that imports torch costs seconds. `worker` is a function of a test module."""
     file = sys.modules[worker.__module__].__file__
     code = f"""
-import importlib.util, torch
+import importlib.util
+from moco.config import Launch
 from moco.launch import launch
 spec = importlib.util.spec_from_file_location({worker.__module__!r}, {file!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
-launch(module.{worker.__name__}, {str(folder)!r}, devices=[torch.device("cpu")])
+launch(module.{worker.__name__}, {str(folder)!r}, Launch(device="cpu"))
 """
     ranks = Processes(folder / "out", count=count, code=code)
     assert ranks.wait() == [0] * count, ranks.output()

@@ -111,8 +111,7 @@ def write_labelled(root: Path, *, classes: int = 3, train: int = 10, val: int = 
 
 def parsed(argv: list[str], config: type = PretrainConfig) -> SimpleNamespace:
     """The flat values that a command line gives, without a look at the files that it names."""
-    parser = cli.pretrain_parser() if config is PretrainConfig else cli.lincls_parser()
-    parts = cli.make_parts(parser.parse_args(argv), config)
+    parts = cli.make_parts(cli.parser_of(config).parse_args(argv), config)
     values = {name: value for part in parts.values() for name, value in flat_values(part).items()}
     return SimpleNamespace(**values, objective=objective_formula(values))
 

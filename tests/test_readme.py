@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from moco import cli
+from moco.config import InBatchConfig, LinclsConfig, PretrainConfig, SentenceConfig
 from moco.log import QUICKLY_TESTED, TESTED
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -37,29 +37,21 @@ def commands(program: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("parser", "programs", "least"),
+    ("config", "programs", "least"),
     [
-        (cli.pretrain_parser(), ("main_moco.py", "own_task.py"), 9),
-        (cli.lincls_parser(), ("main_lincls.py",), 9),
-        (cli.in_batch_parser(), ("scripts/train_in_batch.py",), 4),
+        (PretrainConfig, ("main_moco.py", "own_task.py"), 9),
+        (LinclsConfig, ("main_lincls.py",), 9),
+        (InBatchConfig, ("scripts/train_in_batch.py",), 4),
+        (SentenceConfig, ("scripts/train_sentences.py",), 3),
     ],
 )
-def test_commands_parse(parser, programs: tuple[str, ...], least: int) -> None:
+def test_commands_parse(config: type, programs: tuple[str, ...], least: int) -> None:
     found = [(*command, program) for program in programs for command in commands(program)]
     assert len(found) >= least
     for page, command, program in found:
         words = shlex.split(command)
-        args = parser.parse_args(words[words.index(program) + 1 :])
-        assert args.data in DATA, f"{page}: {command}"
-
-
-def test_commands_of_sentences_parse() -> None:
-    program = "scripts/train_sentences.py"
-    found = commands(program)
-    assert len(found) >= 3
-    for _, command in found:
-        words = shlex.split(command)
-        cli.sentence_parser().parse_args(words[words.index(program) + 1 :])
+        args = cli.parser_of(config).parse_args(words[words.index(program) + 1 :])
+        assert args.data in DATA or config is SentenceConfig, f"{page}: {command}"
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -5,30 +5,9 @@ one line with exit status 2. Other commands use the parser and the argument type
 """
 
 from moco.cli.folders import check_run_folder, pretrained_file
-from moco.cli.in_batch import in_batch_config, in_batch_parser
-from moco.cli.lincls import lincls_config, lincls_parser
-from moco.cli.options import make_parts
+from moco.cli.in_batch import in_batch_config
+from moco.cli.lincls import lincls_config
+from moco.cli.options import make_parts, parser_of
 from moco.cli.parser import KINDS, Parser, folder, new_file, non_empty, numbers, seed
-from moco.cli.pretrain import pretrain_config, pretrain_parser
-from moco.cli.sentences import sentence_config, sentence_parser
-
-__all__ = [
-    "KINDS",
-    "Parser",
-    "check_run_folder",
-    "folder",
-    "in_batch_config",
-    "in_batch_parser",
-    "lincls_config",
-    "lincls_parser",
-    "make_parts",
-    "new_file",
-    "non_empty",
-    "numbers",
-    "pretrain_config",
-    "pretrain_parser",
-    "pretrained_file",
-    "seed",
-    "sentence_config",
-    "sentence_parser",
-]
+from moco.cli.pretrain import pretrain_config
+from moco.cli.sentences import sentence_config

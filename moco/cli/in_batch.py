@@ -7,34 +7,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moco.cli.folders import check_data_folder, training_folder
-from moco.cli.options import add_options, make_parts, refusals, settle
-from moco.cli.parser import Parser
+from moco.cli.options import make_parts, parser_of, refusals, settle
 from moco.cli.pretrain import checked
 from moco.cli.replay import replayed_config
-from moco.config import (
-    DATASET_DEFAULTS,
-    IN_BATCH_DEFAULTS,
-    InBatchConfig,
-    auto_rate,
-    objective_slug,
-)
-
-
-def in_batch_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        description="training within the batch: one encoder, both views, no queue",
-        allow_abbrev=False,
-    )
-    add_options(parser, InBatchConfig)
-    parser.set_defaults(**IN_BATCH_DEFAULTS)
-    return parser
+from moco.config import DATASET_DEFAULTS, InBatchConfig, auto_rate, objective_slug
 
 
 def in_batch_config(argv: Sequence[str] | None = None) -> InBatchConfig:
     """The config that a command line of train_in_batch.py describes; else exit status 2."""
     if config := replayed_config(argv, InBatchConfig, _check_data):
         return config
-    parser = in_batch_parser()
+    parser = parser_of(InBatchConfig)
     options = parser.parse_args(argv)
     parser.set_defaults(**DATASET_DEFAULTS.get(options.dataset, {}))
     options = parser.parse_args(argv)  # again, with the defaults of the data set

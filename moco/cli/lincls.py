@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from moco.checkpoint import is_url, without_secrets
 from moco.cli.folders import check_data_folder, check_run_folder, new_folder, pretrained_file
-from moco.cli.options import add_options, make_parts, refusals, settle
-from moco.cli.parser import Parser
-from moco.config import (
-    FINETUNE_DEFAULTS,
-    FINETUNE_RATES,
-    PROBE_DEFAULTS,
-    STL10_DEFAULTS,
-    Folder,
-    LinclsConfig,
-)
+from moco.cli.options import make_parts, parser_of, refusals, settle
+from moco.config import FINETUNE_DEFAULTS, FINETUNE_RATES, STL10_DEFAULTS, LinclsConfig
 from moco.run_files import LINCLS_LATEST
-
-
-def lincls_parser() -> argparse.ArgumentParser:
-    parser = Parser(description="linear evaluation of a frozen encoder", allow_abbrev=False)
-    add_options(parser, LinclsConfig)
-    parser.set_defaults(**PROBE_DEFAULTS)
-    return parser
 
 
 def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
     """The config that a command line of main_lincls.py describes; else exit status 2."""
-    parser = lincls_parser()
+    parser = parser_of(LinclsConfig)
     options = parser.parse_args(argv)
     if options.finetune:  # again, with the defaults of fine-tuning
         lr, lr_backbone = FINETUNE_RATES["1 %" if options.labels == 1 else "10 %"]
@@ -42,10 +26,12 @@ def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
         options = parser.parse_args(argv)
     with refusals(parser):
         parts = settle(make_parts(options, LinclsConfig))
-        parts["saving"] = _lincls_resume(parser, parts["saving"])
-        parts["source"] = replace(
-            parts["source"], pretrained=pretrained_file(parser, parts["source"].pretrained)
-        )
+        saving, source = parts["saving"], parts["source"]
+        check_run_folder(parser, saving.save_dir, saving.resume, "lincls")
+        if saving.resume == "auto":
+            latest = saving.save_dir / LINCLS_LATEST
+            parts["saving"] = replace(saving, resume=str(latest) if latest.is_file() else None)
+        parts["source"] = replace(source, pretrained=pretrained_file(parser, source.pretrained))
         config = LinclsConfig(**parts)
     source = config.source.pretrained or config.saving.resume
     if source is None:
@@ -63,11 +49,3 @@ def lincls_config(argv: Sequence[str] | None = None) -> LinclsConfig:
         run = new_folder(name, config.optim.seed)
         config = replace(config, saving=replace(config.saving, save_dir=run))
     return config
-
-
-def _lincls_resume(parser: argparse.ArgumentParser, saving: Folder) -> Folder:
-    check_run_folder(parser, saving.save_dir, saving.resume, "lincls")
-    if saving.resume != "auto":
-        return saving
-    latest = saving.save_dir / LINCLS_LATEST
-    return replace(saving, resume=str(latest) if latest.is_file() else None)

@@ -6,23 +6,50 @@ import argparse
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from moco.cli.parser import KINDS
-from moco.config import Part, help_of, parts_of
+from moco.cli.parser import KINDS, Parser
+from moco.config import (
+    IN_BATCH_DEFAULTS,
+    PROBE_DEFAULTS,
+    InBatchConfig,
+    LinclsConfig,
+    Part,
+    PretrainConfig,
+    SentenceConfig,
+    help_of,
+    parts_of,
+)
 from moco.launch import place, usable_cores
 
+# config of a command: its program, what it does, and its defaults where they are not the fields'
+COMMANDS: dict[type, tuple[str, str, dict[str, Any]]] = {
+    PretrainConfig: ("main_moco.py", "MoCo pretraining with alignment + uniformity", {}),
+    LinclsConfig: ("main_lincls.py", "linear evaluation of a frozen encoder", PROBE_DEFAULTS),
+    InBatchConfig: (
+        "scripts/train_in_batch.py",
+        "training within the batch: one encoder, both views, no queue",
+        IN_BATCH_DEFAULTS,
+    ),
+    SentenceConfig: ("scripts/train_sentences.py", "two sentence encoders by Quick-Thought", {}),
+}
 
-def add_options(
-    parser: argparse.ArgumentParser, config: type, only: Sequence[str] | None = None
-) -> None:
-    """Add the flags of all parts of a config, or of some by name, in a group for each part."""
-    for name, part in parts_of(config).items():
-        if only is not None and name not in only:
-            continue
+
+def parser_of(config: type) -> Parser:
+    """The parser of the command with this config."""
+    _, description, defaults = COMMANDS[config]
+    parser = Parser(description=description, allow_abbrev=False)
+    add_options(parser, config)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, config: type) -> None:
+    """Add the flags of all parts of a config, in a group for each part."""
+    for part in parts_of(config).values():
         title, _, description = part.__doc__.partition("\n\n")[0].partition(": ")
         hints, helps = get_type_hints(part), help_of(part)
         group = parser.add_argument_group(title.strip(), " ".join(description.split()) or None)
@@ -54,31 +81,23 @@ def _add_option(
     group.add_argument(*flags, **given)
 
 
-def make_parts(
-    options: argparse.Namespace, config: type, only: Sequence[str] | None = None
-) -> dict[str, Part]:
-    """The parts of a config, or some of them by name, from parsed options.
+def make_parts(options: argparse.Namespace, config: type) -> dict[str, Part]:
+    """The parts of a config from parsed options.
 
     Raises:
         ValueError: a part refuses its values.
     """
     parts = {}
     for name, part in parts_of(config).items():
-        if only is not None and name not in only:
-            continue
-        values = {
-            field.name: _frozen(getattr(options, field.name))
-            for field in dataclasses.fields(part)
-            if field.metadata["flags"]
-        }
-        if values:
-            make = getattr(part, "from_options", None)
-            parts[name] = make(values) if make else part(**values)
+        given = {}
+        for field in dataclasses.fields(part):
+            if field.metadata["flags"]:
+                value = getattr(options, field.name)
+                if value is not None or not field.metadata["unset"]:
+                    given[field.name] = tuple(value) if isinstance(value, list) else value
+        if given:
+            parts[name] = part.from_options(given)
     return parts
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def settle(parts: dict[str, Part]) -> dict[str, Part]:

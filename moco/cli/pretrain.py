@@ -14,16 +14,9 @@ import torch
 
 from moco import encoders
 from moco.cli.folders import check_data_folder, training_folder
-from moco.cli.options import add_options, make_parts, refusals, settle
-from moco.cli.parser import Parser
+from moco.cli.options import make_parts, parser_of, refusals, settle
 from moco.cli.replay import replayed_config
-from moco.config import (
-    CHOSEN,
-    InBatchConfig,
-    PretrainConfig,
-    objective_slug,
-    small_preset,
-)
+from moco.config import CHOSEN, InBatchConfig, PretrainConfig, objective_slug, small_preset
 from moco.data.images import open_images, typical_side
 from moco.errors import DataError
 from moco.precision import channels_last_helps
@@ -31,17 +24,11 @@ from moco.precision import channels_last_helps
 Config = TypeVar("Config", PretrainConfig, InBatchConfig)
 
 
-def pretrain_parser() -> argparse.ArgumentParser:
-    parser = Parser(description="MoCo pretraining with alignment + uniformity", allow_abbrev=False)
-    add_options(parser, PretrainConfig)
-    return parser
-
-
 def pretrain_config(argv: Sequence[str] | None = None) -> PretrainConfig:
     """The config that a command line of main_moco.py describes; else exit status 2."""
     if config := replayed_config(argv, PretrainConfig, _check_data):
         return config
-    parser = pretrain_parser()
+    parser = parser_of(PretrainConfig)
     options = parser.parse_args(argv)
     chosen = ""
     if options.preset:
@@ -70,7 +57,7 @@ def _with_preset(
     bare = vars(parser.parse_args(argv))
     given = {name: bare[name] for name in unset if bare[name] is not None}
     with refusals(parser):
-        data = make_parts(options, PretrainConfig, only=["data"])["data"]
+        data = make_parts(options, PretrainConfig)["data"]
         check_data_folder(parser, data, {"pretrain": 1})
         try:
             images = open_images(

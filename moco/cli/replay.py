@@ -7,13 +7,15 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from moco.checkpoint import read_checkpoint
-from moco.cli.options import add_options, make_parts, refusals
+from moco.cli.options import COMMANDS, add_options, make_parts, refusals
 from moco.cli.parser import Parser, folder, non_empty
 from moco.config import (
     InBatchConfig,
+    Launch,
     PretrainConfig,
     SentenceConfig,
     config_of,
@@ -26,11 +28,14 @@ from moco.run_files import FAILED_STATE
 
 Config = TypeVar("Config", PretrainConfig, InBatchConfig, SentenceConfig)
 
-_COMMANDS = {
-    PretrainConfig: "main_moco.py",
-    InBatchConfig: "scripts/train_in_batch.py",
-    SentenceConfig: "scripts/train_sentences.py",
-}
+
+@dataclass(frozen=True)
+class _Here:
+    """What the command line of a replay says anew of a config."""
+
+    launch: Launch
+
+
 # What a replay does without, whatever the run did.
 _LEFT_OUT = {"resume": None, "init_from": None, "knn_every": 0, "profile": False, "compile": False}
 
@@ -54,7 +59,7 @@ def replayed_config(
     parser.add_argument("--replay", required=True, type=folder, metavar="RUN/failed")
     parser.add_argument("data", nargs="?", type=non_empty, metavar="DIR", help="if it has moved")
     parser.add_argument("-j", "--workers", type=int, default=0, metavar="N")
-    add_options(parser, config_type, only=["launch"])
+    add_options(parser, _Here)
     options = parser.parse_args(argv)
     state = options.replay / FAILED_STATE
     try:
@@ -66,13 +71,14 @@ def replayed_config(
             f"--replay: expected RUN/failed, which a run leaves when a step fails: {reason}"
         )
     if config_of(flat) is not config_type:
-        parser.error(f"{options.replay} is of {_COMMANDS[config_of(flat)]}, which reruns its step")
+        program = COMMANDS[config_of(flat)][0]
+        parser.error(f"{options.replay} is of {program}, which reruns its step")
     flat = {**flat, **_LEFT_OUT, "workers": options.workers, "seed_given": True}
     flat |= {"data": options.data or flat["data"], "replay": str(options.replay)}
     flat |= {"checkpoint": str(state), "max_steps": about["step"] + 1}
     flat["save_dir"] = f"{tempfile.gettempdir()}/replay-{secrets.token_hex(4)}"
     with refusals(parser):
-        launch = make_parts(options, config_type, only=["launch"])["launch"]
+        launch = make_parts(options, _Here)["launch"]
         parts = {name: from_flat(part, flat) for name, part in parts_of(config_type).items()}
         config = config_type(**{**parts, "launch": launch, "placement": place(launch)})
     check_data(parser, config)

@@ -8,23 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from moco.cli.folders import training_folder
-from moco.cli.options import add_options, make_parts, refusals, settle
-from moco.cli.parser import Parser
+from moco.cli.options import make_parts, parser_of, refusals, settle
 from moco.cli.replay import replayed_config
 from moco.config import SentenceConfig
-
-
-def sentence_parser() -> argparse.ArgumentParser:
-    parser = Parser(description="two sentence encoders by Quick-Thought", allow_abbrev=False)
-    add_options(parser, SentenceConfig)
-    return parser
 
 
 def sentence_config(argv: Sequence[str] | None = None) -> SentenceConfig:
     """The config that a command line of train_sentences.py describes; else exit status 2."""
     if config := replayed_config(argv, SentenceConfig, _check_text):
         return config
-    parser = sentence_parser()
+    parser = parser_of(SentenceConfig)
     options = parser.parse_args(argv)
     with refusals(parser):
         config = SentenceConfig(**settle(make_parts(options, SentenceConfig)))

@@ -6,8 +6,9 @@ A field is declared once, with its default, flags and resume class, and its help
     ROUNDS  the same is learned, but sums run in another order: to resume is not bit for bit
     FREE    may change in mid-run: no part of what is learned, or its effect is kept elsewhere
 
-`moco.cli` makes the command line from these fields, and a config from the command line. Nothing
-writes to a config afterwards; `dataclasses.replace` makes another one. Functions take the part that
+`moco.cli` makes the command line from these fields, and a config from the command line. Values
+that do not fit raise ValueError, of one part by its flag. Nothing writes to a config afterwards;
+`dataclasses.replace` makes another one. Functions take the part that
 they need. `to_flat` gives the names under which args.json and checkpoints keep the values.
 """
 
@@ -21,7 +22,6 @@ from moco.config.in_batch import (
     InBatchOptim,
     InBatchViews,
     auto_rate,
-    in_batch_formula,
 )
 from moco.config.lincls import (
     FINETUNE_DEFAULTS,
@@ -39,7 +39,6 @@ from moco.config.option import (
     LEARNS,
     ROUNDS,
     Part,
-    flag_of,
     flat_values,
     from_flat,
     help_of,
@@ -76,7 +75,6 @@ from moco.config.pretrain import (
     objective_slug,
 )
 from moco.config.resume import (
-    LEARNED,
     SAMPLE_ORDER,
     config_of,
     learned_names,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moco.config.objective import check_terms, formula, number
 from moco.config.option import LEARNS, Part, flag_of, flat_values, option
 from moco.config.parts import (
     Launch,
     Placement,
     check_batch,
-    check_image_statistics,
-    check_weights,
+    check_views,
     check_whole_batch,
 )
 from moco.config.pretrain import (
@@ -79,11 +78,6 @@ class InBatchEncoder(Part):
     dim: int = option(128, "--dim", LEARNS, least=1)
 
 
-def _number(default: float, flag: str) -> Any:
-    """A number of the objective; the command line must know whether it was given."""
-    return option(default, flag, LEARNS, unset=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class InBatchObjective(Part):
     """objective: contr_w * InfoNCE(tau) + align_w * align(alpha) + unif_w * uniform(t), within the
@@ -98,31 +92,22 @@ class InBatchObjective(Part):
     supervised: in place of these, cross-entropy of a linear classifier on the unit output
     """
 
-    contr_w: float = _number(0.0, "--contr-w")
-    contr_tau: float = _number(0.5, "--contr-tau")
-    align_w: float = _number(1.0, "--align-w")
-    align_alpha: float = _number(2.0, "--align-alpha")
-    unif_w: float = _number(1.0, "--unif-w")
-    unif_t: float = _number(2.0, "--unif-t")
+    contr_w: float = number(0.0, "--contr-w")
+    contr_tau: float = number(0.5, "--contr-tau")
+    align_w: float = number(1.0, "--align-w")
+    align_alpha: float = number(2.0, "--align-alpha")
+    unif_w: float = number(1.0, "--unif-w")
+    unif_t: float = number(2.0, "--unif-t")
     supervised: bool = option(False, "--supervised", LEARNS, since=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, ", or --supervised", enough=self.supervised)
-        for name in ("contr_tau", "align_alpha", "unif_t"):
-            value = getattr(self, name)
-            if not 0 < value < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {value:g}")
-        if self.align_w and self.align_alpha < 1:
-            raise ValueError(
-                "--align-alpha must be at least 1 (the slope is infinite below), got "
-                f"{self.align_alpha:g}"
-            )
+        least = {"contr_tau": 0, "align_alpha": 1 if self.align_w else 0, "unif_t": 0}
+        check_terms(self, least, ", or --supervised", enough=self.supervised)
 
     @classmethod
-    def from_options(cls, values: dict) -> InBatchObjective:
-        """From parsed options, None where a flag was not given; --supervised has no weights."""
-        given = {name: value for name, value in values.items() if value is not None}
+    def from_options(cls, given: dict) -> InBatchObjective:
+        """From parsed options; --supervised has no weights."""
         if given["supervised"]:
             for field in dataclasses.fields(cls):
                 if field.name.endswith("_w") and given.get(field.name):
@@ -137,12 +122,12 @@ def in_batch_formula(values: Mapping[str, Any]) -> str:
     """The objective for people to read, from its numbers by their flat names."""
     if values["supervised"]:
         return SUPERVISED
-    terms = [
-        (values["contr_w"], f"InfoNCE(tau={values['contr_tau']:g}, in batch)"),
-        (values["align_w"], f"align(alpha={values['align_alpha']:g})"),
-        (values["unif_w"], f"uniform(t={values['unif_t']:g}, mean of both views)"),
-    ]
-    return " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
+    return formula(
+        values,
+        contr="InfoNCE(tau={:g}, in batch)",
+        align="align(alpha={:g})",
+        unif="uniform(t={:g}, mean of both views)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +150,7 @@ class InBatchViews(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least, most = self.crop_scale
-        if not 0 < least <= most <= 1:
-            raise ValueError(f"--crop-scale must be 0 < MIN <= MAX <= 1, got {least:g} {most:g}")
-        check_image_statistics(self.mean, self.std)
+        check_views(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,11 +171,7 @@ def auto_rate(batch_size: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class InBatchConfig:
-    """All of train_in_batch.py. The command line gives a learning rate of None that of `auto_rate`.
-
-    Raises:
-        ValueError: parts that do not fit each other; the parts check themselves.
-    """
+    """All of train_in_batch.py, where a learning rate of None becomes that of `auto_rate`."""
 
     data: InBatchData
     encoder: InBatchEncoder = InBatchEncoder()

@@ -147,11 +147,7 @@ FINETUNE_RATES = {"10 %": (0.2, 0.01), "1 %": (5.0, 0.02)}
 
 @dataclass(frozen=True, kw_only=True)
 class LinclsConfig:
-    """All of main_lincls.py.
-
-    Raises:
-        ValueError: parts that do not fit each other; the parts check themselves.
-    """
+    """All of main_lincls.py."""
 
     data: Data
     source: Pretrained = Pretrained()

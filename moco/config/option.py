@@ -67,6 +67,11 @@ class Part:
                         f"{flag_of(field)} must be {number_of}at least {least}, got {number}"
                     )
 
+    @classmethod
+    def from_options(cls, given: dict[str, Any]) -> Part:
+        """From parsed options; `unset` ones are there only where they were given."""
+        return cls(**given)
+
 
 def flag_of(field: dataclasses.Field) -> str:
     """The flag by which messages name a field: the one spelled as the field, or the first."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moco.config.option import FREE, LEARNS, REQUIRED, Part, flag_of, option
+from moco.config.option import FREE, LEARNS, REQUIRED, Part, option
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,12 +42,14 @@ class Optim(Part):
     """
 
     batch_size: int = option(256, "-b --batch-size", LEARNS, least=1)
-    momentum: float = option(0.9, "--momentum", LEARNS, least=0, kind="rate")
+    momentum: float = option(0.9, "--momentum", LEARNS, kind="rate")
     seed: int | None = option(None, "--seed", LEARNS, least=0)
     seed_given: bool = option(False, "", FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"--momentum must be in [0, 1), got {self.momentum:g}")
         if self.seed is not None and self.seed >= 2**63:
             raise ValueError(f"--seed must be below 2^63, got {self.seed}")
 
@@ -166,25 +167,6 @@ def check_batch(optim: Optim, placement: Placement) -> None:
         )
 
 
-def check_weights(objective: Part, also: str = "", *, enough: bool = False) -> None:
-    """Raise ValueError for weights that are negative or not finite, and for weights of 0 alone.
-
-    Args:
-        also: what else there would be to minimise, for the message.
-        enough: there is something else.
-    """
-    fields = [field for field in dataclasses.fields(objective) if field.name.endswith("_w")]
-    weights = {flag_of(field): getattr(objective, field.name) for field in fields}
-    for flag, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{flag} must be a number of at least 0, got {weight:g}")
-    if not any(weights.values()) and not enough:
-        raise ValueError(
-            "all loss weights are zero: there is nothing to minimise; give one of "
-            f"{', '.join(weights)}{also}"
-        )
-
-
 def check_whole_batch(accumulate: int) -> None:
     """Raise ValueError where a batch would go through in parts."""
     if accumulate != 1:
@@ -200,3 +182,11 @@ def check_image_statistics(mean: Sequence[float], std: Sequence[float]) -> None:
         raise ValueError(f"--mean must be three finite numbers, got {list(mean)}")
     if not all(0 < value < math.inf for value in std):
         raise ValueError(f"--std must be three positive numbers, got {list(std)}")
+
+
+def check_views(views: Part) -> None:
+    """Raise ValueError for a `crop_scale` that is no range of shares, and for image statistics."""
+    least, most = views.crop_scale
+    if not 0 < least <= most <= 1:
+        raise ValueError(f"--crop-scale must be 0 < MIN <= MAX <= 1, got {least:g} {most:g}")
+    check_image_statistics(views.mean, views.std)

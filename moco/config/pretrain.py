@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moco.config.objective import PARAMETERS, check_terms, formula, number, slug
 from moco.config.option import FREE, LEARNS, ROUNDS, Part, flag_of, flat_values, option
 from moco.config.parts import (
     IMAGENET_MEAN,
@@ -19,15 +20,9 @@ from moco.config.parts import (
     Placement,
     Schedule,
     check_batch,
-    check_image_statistics,
-    check_weights,
+    check_views,
 )
 from moco.config.preset import Preset
-
-
-def _weight(default: float, flag: str) -> Any:
-    """A number of the objective; the command line must know whether it was given."""
-    return option(default, flag, LEARNS, unset=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,36 +41,27 @@ class Objective(Part):
         views enter the queue
     """
 
-    contr_w: float = _weight(0.0, "--moco-contr-w")
-    contr_tau: float = _weight(0.07, "--moco-contr-tau")
-    align_w: float = _weight(3.0, "--moco-align-w")
-    align_alpha: float = _weight(2.0, "--moco-align-alpha")
-    unif_w: float = _weight(1.0, "--moco-unif-w")
-    unif_t: float = _weight(3.0, "--moco-unif-t")
+    contr_w: float = number(0.0, "--moco-contr-w")
+    contr_tau: float = number(0.07, "--moco-contr-tau")
+    align_w: float = number(3.0, "--moco-align-w")
+    align_alpha: float = number(2.0, "--moco-align-alpha")
+    unif_w: float = number(1.0, "--moco-unif-w")
+    unif_t: float = number(3.0, "--moco-unif-t")
     intra_batch: bool = option(True, "--moco-unif-no-intra-batch", LEARNS)
     moco_t: float | None = option(None, "--moco-t", FREE)
     symmetric: bool = option(False, "--symmetric", LEARNS, since=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self)
-        for name, weight, least in (
-            ("contr_tau", self.contr_w, 0),
-            ("align_alpha", self.align_w, 1),
-            ("unif_t", self.unif_w, 0),
-        ):
-            value = getattr(self, name)
-            if weight and not (0 < value < math.inf and value >= least):
-                wanted = "at least 1 (the slope is infinite below)" if least else "positive"
-                short = name == "contr_tau" and self.moco_t is not None
-                flag = "--moco-t" if short else f"--moco-{name.replace('_', '-')}"
-                raise ValueError(f"{flag} must be {wanted}, got {value:g}")
+        least = {"contr_tau": 0, "align_alpha": 1, "unif_t": 0}
+        counted = [p for name, p in PARAMETERS.items() if getattr(self, f"{name}_w")]
+        check_terms(self, {parameter: least[parameter] for parameter in counted})
 
     @classmethod
-    def from_options(cls, values: dict) -> Objective:
-        """From parsed options, None where a flag was not given: --moco-t is InfoNCE alone."""
-        given = {name: value for name, value in values.items() if value is not None}
-        if "moco_t" in given:
+    def from_options(cls, given: dict) -> Objective:
+        """From parsed options: --moco-t is InfoNCE alone."""
+        tau = given["moco_t"]
+        if tau is not None:
             numbers = [
                 field
                 for field in dataclasses.fields(cls)
@@ -87,7 +73,9 @@ class Objective(Part):
                     f"--moco-t (InfoNCE alone) cannot be combined with {flag}; give "
                     "--moco-contr-w, --moco-contr-tau and the other weights instead"
                 )
-            given |= {"contr_w": 1.0, "contr_tau": given["moco_t"], "align_w": 0.0, "unif_w": 0.0}
+            if not 0 < tau < math.inf:
+                raise ValueError(f"--moco-t must be positive, got {tau:g}")
+            given |= {"contr_w": 1.0, "contr_tau": tau, "align_w": 0.0, "unif_w": 0.0}
         return cls(**given)
 
 
@@ -97,24 +85,19 @@ def objective_formula(values: Mapping[str, Any]) -> str | None:
     if "intra_batch" not in values:  # of another task, or of a file without numbers
         return values.get("objective")
     pairs = "with intra-batch pairs" if values["intra_batch"] else "queue only"
-    terms = [
-        (values["contr_w"], f"InfoNCE(tau={values['contr_tau']:g})"),
-        (values["align_w"], f"align(alpha={values['align_alpha']:g})"),
-        (values["unif_w"], f"uniform(t={values['unif_t']:g}, {pairs})"),
-    ]
-    formula = " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
-    return f"{formula}, symmetric" if values.get("symmetric") else formula
+    text = formula(
+        values,
+        contr="InfoNCE(tau={:g})",
+        align="align(alpha={:g})",
+        unif=f"uniform(t={{:g}}, {pairs})",
+    )
+    return f"{text}, symmetric" if values.get("symmetric") else text
 
 
-def objective_slug(objective: Objective) -> str:
-    """The objective as part of a folder's name."""
-    terms = [
-        (objective.contr_w, f"nce{objective.contr_tau:g}"),
-        (objective.align_w, f"align{objective.align_alpha:g}"),
-        (objective.unif_w, f"unif{objective.unif_t:g}"),
-    ]
-    slug = "-".join(f"{weight:g}{term}" for weight, term in terms if weight)
-    return f"{slug}-sym" if getattr(objective, "symmetric", False) else slug
+def objective_slug(objective: Part) -> str:
+    """The objective as part of a folder's name, also of in-batch training."""
+    text = slug(vars(objective), contr="nce{:g}", align="align{:g}", unif="unif{:g}")
+    return f"{text}-sym" if getattr(objective, "symmetric", False) else text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +170,7 @@ class Views(Part):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        least, most = self.crop_scale
-        if not 0 < least <= most <= 1:
-            raise ValueError(f"--crop-scale must be 0 < MIN <= MAX <= 1, got {least:g} {most:g}")
-        check_image_statistics(self.mean, self.std)
+        check_views(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,11 +286,7 @@ class Watching(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """All of main_moco.py.
-
-    Raises:
-        ValueError: parts that do not fit each other; the parts check themselves.
-    """
+    """All of main_moco.py."""
 
     data: PretrainData
     preset: Preset = Preset()

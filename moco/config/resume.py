@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moco.config.in_batch import InBatchConfig
+from moco.config.objective import PARAMETERS
 from moco.config.option import LEARNS, ROUNDS, UNKNOWN, option_fields, plain
 from moco.config.pretrain import (
     Objective,
@@ -56,15 +57,11 @@ def learned_names(flat: Mapping[str, Any]) -> tuple[str, ...]:
     return (*kept, *_DERIVED, "objective")
 
 
-LEARNED = learned_names({})  # of MoCo
-
-
 def learned_values(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Of flat values those that decide what is learned, the objective as its formula."""
     names = learned_names(flat)
     values = {name: flat[name] for name in names if name in flat and name != "objective"}
-    is_moco = config_of(flat) is PretrainConfig
-    formula = objective_formula(flat) if is_moco else flat.get("objective")
+    formula = objective_formula(flat)
     return values if formula is None else {**values, "objective": formula}
 
 
@@ -90,31 +87,24 @@ def learning_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 def rounding_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is computed otherwise than before, so that the run goes on, but not bit for bit."""
     fields = _by_class(ROUNDS, config_of(now))
-    return _changed({**fields, **_only(saved, fields)}, now) if saved else []
+    before = {name: saved.get(name, since) for name, since in fields.items()}
+    return _changed(before, now) if saved else []
 
 
 def _objective_numbers(flat: Mapping[str, Any]) -> dict[str, Any] | None:
     """The weights, and the parameters of terms with a weight; None for a file without them."""
     if "align_w" not in flat:
         return None
-    numbers = {name: float(flat[name]) for name in ("contr_w", "align_w", "unif_w")}
-    for weight, name in (
-        ("contr_w", "contr_tau"),
-        ("align_w", "align_alpha"),
-        ("unif_w", "unif_t"),
-    ):
-        if numbers[weight]:
-            numbers[name] = float(flat[name])
+    numbers = {f"{name}_w": float(flat[f"{name}_w"]) for name in PARAMETERS}
+    for name, parameter in PARAMETERS.items():
+        if numbers[f"{name}_w"]:
+            numbers[parameter] = float(flat[parameter])
     if numbers["unif_w"]:
         numbers["intra_batch"] = bool(flat.get("intra_batch"))
     if numbers["align_w"]:
         numbers["align_pairs"] = flat.get("align_pairs")  # of sentences, as is the next
     numbers["normalize"] = flat.get("normalize")
     return {**numbers, "symmetric": bool(flat.get("symmetric", False))}
-
-
-def _only(values: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: values[name] for name in names if name in values}
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import codecs
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moco.config.objective import check_terms, formula, number, slug
 from moco.config.option import FREE, LEARNS, REQUIRED, ROUNDS, Part, flat_values, option
-from moco.config.parts import Launch, Placement, check_batch, check_weights, check_whole_batch
-from moco.config.pretrain import PretrainSchedule, Saving
+from moco.config.parts import Launch, Placement, check_batch, check_whole_batch
+from moco.config.pretrain import PretrainSchedule, Saving, Speed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,6 @@ class SentenceEncoders(Part):
     hidden: int = option(600, "--hidden", LEARNS, least=1)
 
 
-def _weight(default: float, flag: str) -> Any:
-    """A number of the objective; the command line must know whether it was given."""
-    return option(default, flag, LEARNS, unset=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class SentenceObjective(Part):
     """objective: contr_w * contrastive(tau) + align_w * align(alpha) + unif_w * uniform(t), over
@@ -87,57 +82,46 @@ class SentenceObjective(Part):
         original Quick-Thought loss
     """
 
-    contr_w: float = _weight(1.0, "--contr-w")
-    contr_tau: float = _weight(0.075, "--contr-tau")
-    align_w: float = _weight(0.0, "--align-w")
-    align_alpha: float = _weight(2.0, "--align-alpha")
+    contr_w: float = number(1.0, "--contr-w")
+    contr_tau: float = number(0.075, "--contr-tau")
+    align_w: float = number(0.0, "--align-w")
+    align_alpha: float = number(2.0, "--align-alpha")
     align_pairs: str = option("both", "--align-pairs", LEARNS, choices=("both", "forward"))
-    unif_w: float = _weight(0.0, "--unif-w")
-    unif_t: float = _weight(2.0, "--unif-t")
+    unif_w: float = number(0.0, "--unif-w")
+    unif_t: float = number(2.0, "--unif-t")
     normalize: bool = option(True, "--no-normalize", LEARNS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self)
+        check_terms(self, {"contr_tau": 0, "align_alpha": 1, "unif_t": 0})
         if not self.normalize and (self.align_w or self.unif_w):
             raise ValueError(
                 "--no-normalize has the contrastive loss only: alignment and uniformity are of "
                 "features of unit length"
             )
-        for name in ("contr_tau", "align_alpha", "unif_t"):
-            value, least = getattr(self, name), 1 if name == "align_alpha" else 0
-            if not (0 < value < math.inf and value >= least):
-                wanted = "at least 1 (the slope is infinite below)" if least else "positive"
-                raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, got {value:g}")
 
     @classmethod
-    def from_options(cls, values: dict) -> SentenceObjective:
-        """From parsed options, None where a flag was not given."""
-        given = {name: value for name, value in values.items() if value is not None}
+    def from_options(cls, given: dict) -> SentenceObjective:
         if not given["normalize"]:
             given.setdefault("contr_tau", 1.0)
         return cls(**given)
 
     def slug(self) -> str:
         """As part of a folder's name."""
-        terms = [
-            (self.contr_w, f"contr{self.contr_tau:g}" + ("" if self.normalize else "raw")),
-            (self.align_w, f"align{self.align_alpha:g}"),
-            (self.unif_w, f"unif{self.unif_t:g}"),
-        ]
-        return "-".join(f"{weight:g}{term}" for weight, term in terms if weight)
+        raw = "" if self.normalize else "raw"
+        return slug(vars(self), contr=f"contr{{:g}}{raw}", align="align{:g}", unif="unif{:g}")
 
 
 def sentence_formula(values: Mapping[str, Any]) -> str:
     """The objective as a formula for people to read, from its numbers by their flat names."""
     raw = "" if values["normalize"] else ", raw features, diagonal 0"
     pairs = "" if values["align_pairs"] == "both" else ", forward pairs"
-    terms = [
-        (values["contr_w"], f"contrastive(tau={values['contr_tau']:g}{raw})"),
-        (values["align_w"], f"align(alpha={values['align_alpha']:g}{pairs})"),
-        (values["unif_w"], f"uniform(t={values['unif_t']:g}, summed over f and g)"),
-    ]
-    return " + ".join(f"{weight:g} * {term}" for weight, term in terms if weight)
+    return formula(
+        values,
+        contr=f"contrastive(tau={{:g}}{raw})",
+        align=f"align(alpha={{:g}}{pairs})",
+        unif="uniform(t={:g}, summed over f and g)",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +164,11 @@ class SentenceSchedule(PretrainSchedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SentenceSpeed(Part):
-    """speed
-
-    deterministic: only kernels that give the same bits every time; slower on a GPU
-    profile: write a trace of ten steps and print where their time goes
-    """
+class SentenceSpeed(Speed):
+    """speed"""
 
     channels_last: bool = option(False, "", ROUNDS)
     compile: bool = option(False, "", ROUNDS)
-    deterministic: bool = option(False, "--deterministic", ROUNDS)
-    profile: bool = option(False, "--profile", FREE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,11 +189,7 @@ class SentenceWatching(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceConfig:
-    """All of scripts/train_sentences.py.
-
-    Raises:
-        ValueError: parts that do not fit each other; the parts check themselves.
-    """
+    """All of scripts/train_sentences.py."""
 
     data: SentenceData
     encoder: SentenceEncoders = SentenceEncoders()

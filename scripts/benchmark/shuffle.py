@@ -19,6 +19,7 @@ import baseline
 import torch
 
 from moco import distributed, timing
+from moco.config import Launch, Placement
 from moco.launch import launch, visible_devices
 
 
@@ -37,10 +38,11 @@ def main(argv: list[str] | None = None) -> None:
         devices = visible_devices(args.device, None)
     except ValueError as error:
         parser.error(str(error))
-    devices = (devices * args.ranks)[: args.ranks]
+    names = tuple(map(str, (devices * args.ranks)[: args.ranks]))
+    placement = Placement(devices=names, processes=args.ranks, local_processes=args.ranks)
     with tempfile.TemporaryDirectory() as folder:
         args.result = f"{folder}/seen.pt"
-        launch(measure, args, devices=devices)
+        launch(measure, args, Launch(), placement)
         seen = torch.load(args.result, weights_only=True)
 
     table = timing.Table(

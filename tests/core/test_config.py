@@ -10,19 +10,21 @@ import re
 import pytest
 from helpers import ROOT
 
+from moco import distributed, handshake
 from moco.config import (
     FREE,
-    LEARNED,
     LEARNS,
     ROUNDS,
     Data,
     InBatchConfig,
+    InBatchOptim,
     LinclsConfig,
     Objective,
     Part,
     PretrainConfig,
     PretrainData,
     PretrainOptim,
+    ProbeOptim,
     SentenceConfig,
     help_of,
     learning_changes,
@@ -31,6 +33,7 @@ from moco.config import (
     parts_of,
     rounding_changes,
 )
+from moco.errors import TrainingError
 
 CONFIGS = pytest.mark.parametrize(
     "config", [PretrainConfig, LinclsConfig, InBatchConfig, SentenceConfig]
@@ -43,31 +46,23 @@ def config() -> PretrainConfig:
 
 
 @CONFIGS
-def test_every_field_has_a_resume_class_and_every_flag_a_description(config) -> None:
-    undescribed = {"mean", "std"}  # their metavar says it: R G B
-    for name, part in parts_of(config).items():
-        assert issubclass(part, Part) and part.__doc__, name
-        helps = help_of(part)
-        for field in dataclasses.fields(part):
-            assert field.metadata["resume"] in (LEARNS, ROUNDS, FREE), field.name
-            if field.metadata["flags"] and field.name not in undescribed:
-                assert helps.get(field.name), f"{name}.{field.name} has no help"
+def test_fields_have_a_resume_class_a_name_of_their_own_and_flags_a_description(config) -> None:
+    described = {"mean", "std"}  # their metavar says it: R G B
+    fields = list(option_fields(config))
+    for part in parts_of(config).values():
+        assert issubclass(part, Part)
+        described |= help_of(part).keys()
+    assert {field.metadata["resume"] for field in fields} <= {LEARNS, ROUNDS, FREE}
+    assert {field.name for field in fields if field.metadata["flags"]} <= described
+    names = [field.name for field in fields]
+    flags = [flag for field in fields for flag in field.metadata["flags"]]
+    assert len(set(names)) == len(names) and len(set(flags)) == len(flags)
 
 
 def test_a_field_without_a_class_cannot_be_made() -> None:
-    with pytest.raises(TypeError):
-        option(1, "--flag")
-    with pytest.raises(
-        ValueError, match="resume must be 'learns', 'rounds' or 'free', got 'maybe'"
-    ):
+    message = "resume must be 'learns', 'rounds' or 'free', got 'maybe'"
+    with pytest.raises(ValueError, match=message):
         option(1, "--flag", "maybe")
-
-
-@CONFIGS
-def test_flat_names_and_flags_are_unique(config) -> None:
-    names = [field.name for field in option_fields(config)]
-    flags = [flag for field in option_fields(config) for flag in field.metadata["flags"]]
-    assert len(set(names)) == len(names) and len(set(flags)) == len(flags)
 
 
 def test_a_config_cannot_be_written_to(config) -> None:
@@ -112,15 +107,11 @@ def changed(config: PretrainConfig, **parts: dict) -> dict:
     return dataclasses.replace(config, **others).to_flat()
 
 
-def test_equal_configs_change_nothing(config) -> None:
-    flat = config.to_flat()
-    assert learning_changes(flat, flat) == [] == rounding_changes(flat, flat)
-    assert learning_changes({}, flat) == [] == rounding_changes({}, flat)
-
-
 def test_every_learning_field_is_compared(config) -> None:
     """By its name, whatever its type: a value that no command line gives is another one."""
     flat = config.to_flat()
+    assert learning_changes(flat, flat) == [] == rounding_changes(flat, flat)
+    assert learning_changes({}, flat) == [] == rounding_changes({}, flat)
     terms = {"contr_w", "contr_tau", "align_w", "align_alpha", "unif_w", "unif_t", "intra_batch"}
     for field in option_fields(PretrainConfig):
         name = field.name
@@ -157,6 +148,18 @@ def test_what_makes_another_run(config) -> None:
     assert fields >= set(LEARNING[config].split())
 
 
+def test_ranks_must_agree_in_all_that_is_learned(config, monkeypatch) -> None:
+    monkeypatch.setattr(handshake, "provenance", dict)
+    for field in option_fields(PretrainConfig):
+        if field.metadata["resume"] == LEARNS:
+            other = {field.name: "another"}
+            monkeypatch.setattr(
+                distributed, "gather_objects", lambda mine, other=other: [mine, {**mine, **other}]
+            )
+            with pytest.raises(TrainingError, match=f"rank 1 has {field.name} 'another'"):
+                handshake.refuse_other_arguments(config)
+
+
 def test_the_numbers_of_the_objective_decide_and_not_its_sentence(config) -> None:
     now = config.to_flat()
     assert learning_changes({**now, "objective": "as another version put it"}, now) == []
@@ -168,13 +171,8 @@ def test_the_numbers_of_the_objective_decide_and_not_its_sentence(config) -> Non
     # Parameters of terms without weight may be anything.
     assert learning_changes(changed(config, objective={"contr_tau": 9.0}), now) == []
     infonce = {"contr_w": 1.0, "align_w": 0.0, "unif_w": 0.0}
-    assert (
-        learning_changes(
-            changed(config, objective={**infonce, "unif_t": 9.0}),
-            changed(config, objective={**infonce, "intra_batch": False}),
-        )
-        == []
-    )
+    one, other = ({**infonce, **unused} for unused in ({"unif_t": 9.0}, {"intra_batch": False}))
+    assert learning_changes(*(changed(config, objective=o) for o in (one, other))) == []
 
 
 def test_files_from_before_a_field_existed_had_its_old_value(config) -> None:
@@ -203,10 +201,6 @@ def test_groups_of_files_from_before_group_size_are_worked_out(config) -> None:
     ]  # fmt: skip
 
 
-def test_what_is_learned_is_named_once() -> None:
-    assert len(set(LEARNED)) == len(LEARNED) and {"objective", "images_digest"} <= set(LEARNED)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -215,6 +209,10 @@ def test_what_is_learned_is_named_once() -> None:
         (lambda: PretrainOptim(accumulate=0), "--accumulate must be at least 1, got 0"),
         (lambda: Objective(align_alpha=0.5), "--moco-align-alpha must be at least 1"),
         (lambda: Objective(align_w=0, unif_w=0), "all loss weights are zero"),
+        (lambda: Objective(unif_w=float("inf")), "--moco-unif-w must be a number of at least 0"),
+        (lambda: InBatchOptim(momentum=1.5), "--momentum must be in [0, 1), got 1.5"),
+        (lambda: PretrainOptim(momentum=1), "--momentum must be in [0, 1), got 1"),
+        (lambda: ProbeOptim(momentum=-0.1), "--momentum must be in [0, 1), got -0.1"),
     ],
 )
 def test_parts_refuse_by_the_name_of_the_flag(make, message) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+from pathlib import Path
 
 import harness
 import pytest
 import torch
-from harness import differences, final_state
+from harness import differences, final_state, free_port
 from helpers import ROOT
 from torch.distributed.run import get_args_parser
 
 from moco import cli, distributed
-from moco.config import Launch
-from moco.launch import _LAUNCHERS, Numbered, _own_device, numbered_process, place
+from moco.config import Launch, Placement, PretrainConfig
+from moco.launch import _LAUNCHERS, _own_device, launch, place, visible_devices
 
 CPU = torch.device("cpu")
 MEETING = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -34,38 +36,43 @@ def environment(monkeypatch):
     return set_all
 
 
+def numbers(flag: int | None = None) -> tuple:
+    """Nodes, this node, processes, those of this node, and (rank, world, local rank)."""
+    placed = place(Launch(device="cpu", local_rank=flag))
+    nodes = placed.nodes, placed.node_rank
+    return *nodes, placed.processes, placed.local_processes, placed.number
+
+
+TORCHRUN = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "GROUP_WORLD_SIZE": 2, "GROUP_RANK": 1}
+
+
 @pytest.mark.parametrize(
-    ("variables", "expected"),
+    ("variables", "flag", "expected"),
     [
-        ({}, None),
-        ({"RANK": 0}, None),
-        ({"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1}, Numbered(1, 4, 1, None)),
-        (
-            {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4,
-             "GROUP_WORLD_SIZE": 2, "GROUP_RANK": 1},
-            Numbered(5, 8, 1, 4, 2, 1),
-        ),
-        ({"RANK": 1, "WORLD_SIZE": 2, **MEETING}, Numbered(1, 2, None, None)),
-        (
-            {"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, **MEETING},
-            Numbered(3, 4, 1, None),
-        ),
-        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 1}, None),
-        (
-            {"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2,
-             "OMPI_COMM_WORLD_LOCAL_RANK": 0, "OMPI_COMM_WORLD_LOCAL_SIZE": 1, **MEETING},
-            Numbered(1, 2, 0, 1),
-        ),
+        ({}, None, (1, 0, 1, 1, None)),
+        ({"RANK": 0}, None, (1, 0, 1, 1, None)),
+        ({"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1}, None, (1, 0, 4, 4, (1, 4, 1))),
+        (TORCHRUN, None, (2, 1, 8, 4, (5, 8, 1))),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": 3}, None, (2, 1, 8, 3, (5, 8, 1))),  # nodes may differ
+        # Without LOCAL_RANK not torchrun's: groups may be of a job around this one.
+        ({"RANK": 1, "WORLD_SIZE": 2, "GROUP_WORLD_SIZE": 4, "GROUP_RANK": 3, **MEETING}, None,
+         (1, 0, 2, 2, (1, 2, 0))),
+        # --local-rank of older launchers
+        ({"RANK": 1, "WORLD_SIZE": 2, **MEETING}, 1, (1, 0, 2, 2, (1, 2, 1))),
+        ({"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0}, 1, (1, 0, 2, 2, (1, 2, 0))),
+        ({"SLURM_PROCID": 3, "SLURM_NTASKS": 4, "SLURM_LOCALID": 1, **MEETING}, None,
+         (1, 0, 4, 4, (3, 4, 1))),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 1}, None, (1, 0, 1, 1, None)),
+        ({"OMPI_COMM_WORLD_RANK": 1, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_RANK": 0,
+          "OMPI_COMM_WORLD_LOCAL_SIZE": 1, **MEETING}, None, (1, 0, 2, 1, (1, 2, 0))),
         # torchrun within a SLURM task
-        (
-            {"SLURM_PROCID": 0, "SLURM_NTASKS": 2, "RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1},
-            Numbered(3, 4, 1, None),
-        ),
+        ({"SLURM_PROCID": 0, "SLURM_NTASKS": 2, "RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1}, None,
+         (1, 0, 4, 4, (3, 4, 1))),
     ],
 )  # fmt: skip
-def test_a_process_knows_its_number(variables, expected, environment) -> None:
+def test_a_process_knows_its_number(variables, flag, expected, environment) -> None:
     environment(**variables)
-    assert numbered_process() == expected
+    assert numbers(flag) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,28 +98,11 @@ def test_one_of_several_that_cannot_meet_the_others_is_refused(
         assert place(Launch(**said)).processes == 1
 
 
-@pytest.mark.parametrize(("flag", "local"), [(None, 0), (1, 1)])
-def test_the_local_rank_of_older_launchers_is_taken(flag, local, environment) -> None:
-    environment(RANK=1, WORLD_SIZE=2, **MEETING)
-    assert place(Launch(local_rank=flag)).number == (1, 2, local)
-
-
-def test_what_the_launcher_says_counts_more_than_the_flag(environment) -> None:
-    environment(RANK=1, WORLD_SIZE=2, LOCAL_RANK=0)
-    assert numbered_process(local_rank=1) == Numbered(1, 2, 0, None)
-
-
-def test_groups_are_torchruns_alone(environment) -> None:
-    """Without LOCAL_RANK these are not of torchrun; they may be of a job around this one."""
-    environment(RANK=1, WORLD_SIZE=2, GROUP_WORLD_SIZE=4, GROUP_RANK=3, **MEETING)
-    assert numbered_process() == Numbered(1, 2, None, None)
-
-
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, Numbered(5, 8, 1, None, 1, 0)),
-        ({"LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 3}, Numbered(5, 8, 2, 3, 3, 1)),
+        ({}, (1, 0, 8, 8, (5, 8, 1))),
+        ({"LOCAL_RANK": 2, "LOCAL_WORLD_SIZE": 3}, (3, 1, 8, 3, (5, 8, 2))),
     ],
 )
 def test_a_group_that_exists_has_the_first_word(
@@ -121,7 +111,7 @@ def test_a_group_that_exists_has_the_first_word(
     for name, value in {"is_active": True, "rank": 5, "world_size": 8}.items():
         monkeypatch.setattr(distributed, name, lambda value=value: value)
     environment(RANK=0, WORLD_SIZE=1, **variables)
-    assert numbered_process(local_rank=1) == expected
+    assert numbers(flag=1) == expected
 
 
 def test_env_without_an_address_is_refused(environment) -> None:
@@ -129,15 +119,6 @@ def test_env_without_an_address_is_refused(environment) -> None:
     environment(RANK=1, WORLD_SIZE=2)
     with pytest.raises(ValueError, match="env:// needs MASTER_ADDR and MASTER_PORT"):
         place(Launch(dist_url="env://"))
-
-
-def test_placement_is_of_this_node_and_of_all(environment) -> None:
-    environment(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, GROUP_WORLD_SIZE=2, GROUP_RANK=1)
-    placement = place(Launch(device="cpu"))
-    assert (placement.nodes, placement.node_rank, placement.processes) == (2, 1, 8)
-    assert (placement.local_processes, placement.number) == (4, (5, 8, 1))
-    environment(LOCAL_WORLD_SIZE=3)  # nodes need not have equally many
-    assert place(Launch(device="cpu")).local_processes == 3
 
 
 def test_each_process_has_a_device_of_its_own() -> None:
@@ -149,9 +130,77 @@ def test_each_process_has_a_device_of_its_own() -> None:
         _own_device(gpus, 2)
 
 
-# ------------------------------------------------------------------------------------------------
-# A process group that exists already
-# ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("count", "device", "gpus", "expected"),
+    [
+        (2, "cpu", None, ["cpu"]),
+        (2, "cpu", [], ["cpu"]),
+        (0, "auto", None, ["cpu"]),
+        (2, "auto", None, ["cuda:0", "cuda:1"]),
+        (2, "cuda", [1], ["cuda:1"]),
+        (0, "cuda", None, "no GPU is visible; use --device cpu"),
+        (0, "auto", [0], "GPU 0 does not exist: 0 visible on this machine; leave out --gpu/--gpus"),
+        (2, "auto", [2, 5], "GPU 2, 5 does not exist: 2 visible on this machine (0 to 1)"),
+        (2, "cuda", [-1], "GPU -1 does not exist"),
+        (2, "auto", [0, 0], "a GPU is named twice in [0, 0]"),
+        (2, "cpu", [0], "--device cpu was asked for together with --gpus [0]"),
+    ],
+)
+def test_devices_of_this_node(count, device, gpus, expected, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            visible_devices(device, gpus)
+    else:
+        assert list(map(str, visible_devices(device, gpus))) == expected
+
+
+def test_a_process_that_is_told_no_local_rank_takes_the_devices_in_turn(
+    environment, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    environment(RANK=3, WORLD_SIZE=4, **MEETING)
+    assert place(Launch()).number == (3, 4, 1)
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+def who(device: torch.device, folder: Path) -> None:
+    rank = distributed.rank()
+    about = [distributed.is_active(), rank, distributed.world_size(), distributed.is_main()]
+    torch.save([os.getpid(), *about, str(device)], folder / f"rank{rank}.pt")
+
+
+def test_one_device_runs_in_place_without_a_process_group(tmp_path) -> None:
+    launch(who, tmp_path, Launch(device="cpu"))
+    assert torch.load(tmp_path / "rank0.pt") == [os.getpid(), False, 0, 1, True, "cpu"]
+
+
+@pytest.mark.long
+def test_several_devices_have_a_spawned_process_with_a_rank_each(tmp_path) -> None:
+    two = Placement(devices=("cpu", "cpu"), processes=2, local_processes=2)
+    launch(who, tmp_path, Launch(), two)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert len({os.getpid(), first[0], second[0]}) == 3
+    assert first[1:] == [True, 0, 2, True, "cpu"]
+    assert second[1:] == [True, 1, 2, False, "cpu"]
+    assert not distributed.is_active()
+
+
+def test_under_torchrun_this_process_joins_its_group_and_leaves_it_after_an_error(
+    environment, tmp_path
+) -> None:
+    def worker(device: torch.device, folder: Path) -> None:
+        who(device, folder)
+        raise KeyError("from the worker")
+
+    environment(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, **{**MEETING, "MASTER_PORT": free_port()})
+    with pytest.raises(KeyError, match="from the worker"):
+        launch(worker, tmp_path, Launch(device="cpu"))
+    assert torch.load(tmp_path / "rank0.pt") == [os.getpid(), True, 0, 1, True, "cpu"]
+    assert not distributed.is_active()
+
 
 OWN_GROUP = """
 import os
@@ -185,9 +234,7 @@ def test_a_group_that_exists_is_trained_in_and_left(images, whole, tmp_path) -> 
     assert differences(final_state(run), final_state(whole[2])) == []
 
 
-# ------------------------------------------------------------------------------------------------
-# The lines of docs/training.md, and SkyPilot's file
-# ------------------------------------------------------------------------------------------------
+# ---- The lines of docs/training.md, and SkyPilot's file ------------------------------------------
 
 LINES = re.findall(
     r"^(?:.*)main_moco.py DIR", (ROOT / "docs" / "training.md").read_text(encoding="utf-8"), re.M
@@ -233,7 +280,7 @@ def test_skypilots_file() -> None:
     command = re.sub(r"\$\(.*?\)", "HOST", command)
     options = torchrun_line(command)
     assert (options.nnodes, options.nproc_per_node, options.node_rank) == ("2", "8", 1)
-    parsed = cli.pretrain_parser().parse_args(options.training_script_args)
+    parsed = cli.parser_of(PretrainConfig).parse_args(options.training_script_args)
     recipe = (ROOT / "scripts" / "imagenet_align_uniform.sh").read_text(encoding="utf-8")
     for flag in ("--epochs 200", "--batch-size 256", "--lr 0.03", "--aug-plus", "--mlp", "--cos"):
         assert flag in recipe and flag in command

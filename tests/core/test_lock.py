@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ HOLD = """
 import sys, time
 from moco.lock import FolderLock
 held = FolderLock(sys.argv[1])
+assert held.is_held()
 print("held", flush=True)
 time.sleep(600)
 """
@@ -36,6 +38,8 @@ def holder(tmp_path):
 
 
 def test_a_second_process_is_refused_and_told_who_holds_the_folder(holder, tmp_path) -> None:
+    """Also after looks at the lock, though closing any descriptor of a file drops a process's
+    locks of it."""
     for _ in range(2):  # the refusal itself lets go of nothing
         with pytest.raises(TrainingError) as refused:
             FolderLock(tmp_path / "run")
@@ -74,15 +78,6 @@ def test_a_holder_sees_that_its_file_is_gone_or_another_one(tmp_path) -> None:
         assert not mine.is_held()
 
 
-def test_looking_at_the_lock_does_not_let_go_of_it(tmp_path) -> None:
-    """Closing any descriptor of a file drops a process's locks of it."""
-    with FolderLock(tmp_path / "run") as mine:
-        assert mine.is_held()
-        second = Processes(tmp_path / "out", tmp_path / "run", code=HOLD)
-        assert second.wait() == [1]
-        assert "is in use by process" in second.output()
-
-
 @pytest.fixture
 def no_locks(monkeypatch):
     """As on a network file system without locks."""
@@ -95,36 +90,30 @@ def no_locks(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def claim_of(host: str, pid: int, job: str | None = None) -> str:
-    return json.dumps({"host": host, "pid": pid, "start": 0, "job": job})
+ME, DEAD = lock.socket.gethostname(), 2**22 + 1  # above any process number
 
 
-def test_without_locks_the_heartbeat_decides(tmp_path, no_locks) -> None:
-    path = tmp_path / lock.NAME
-    path.write_text(claim_of("another-host", 7))
-    with pytest.raises(TrainingError, match="process 7 on another-host"):
-        FolderLock(tmp_path)
-    old = time.time() - 2 * lock.DEAD_AFTER
-    os.utime(path, (old, old))
-    FolderLock(tmp_path).release()
-
-
-def test_without_locks_a_dead_process_of_this_host_is_taken_over(tmp_path, no_locks) -> None:
-    host = lock.socket.gethostname()
-    (tmp_path / lock.NAME).write_text(claim_of(host, os.getpid()))
-    with pytest.raises(TrainingError, match=f"process {os.getpid()} on"):
-        FolderLock(tmp_path)
-    (tmp_path / lock.NAME).write_text(claim_of(host, 2**22 + 1))  # above any process number
-    FolderLock(tmp_path).release()
-
-
-def test_without_locks_a_requeue_of_the_same_job_goes_on(tmp_path, no_locks, monkeypatch) -> None:
-    (tmp_path / lock.NAME).write_text(claim_of("another-host", 7, job="42"))
+@pytest.mark.parametrize(
+    ("host", "pid", "job", "age", "holds"),
+    [
+        ("another-host", 7, None, 0, True),
+        ("another-host", 7, None, 2 * lock.DEAD_AFTER, False),  # its heart has stopped
+        (ME, os.getpid(), None, 0, True),
+        (ME, DEAD, None, 0, False),
+        ("another-host", 7, "42", 0, True),
+        ("another-host", 7, "41", 0, False),  # a requeue of this job
+    ],
+)
+def test_without_locks_a_holder_that_lives_keeps_the_folder(
+    host, pid, job, age, holds, tmp_path, no_locks, monkeypatch
+) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "41")
-    with pytest.raises(TrainingError, match="job 42"):
-        FolderLock(tmp_path)
-    monkeypatch.setenv("SLURM_JOB_ID", "42")
-    FolderLock(tmp_path).release()
+    path = tmp_path / lock.NAME
+    path.write_text(json.dumps({"host": host, "pid": pid, "start": 0, "job": job}))
+    os.utime(path, (time.time() - age,) * 2)
+    said = f"process {pid} on {host}" + (".*, job 42" if job == "42" else "")
+    with pytest.raises(TrainingError, match=said) if holds else contextlib.nullcontext():
+        FolderLock(tmp_path).release()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\0", b"[1]", b"[" * 100_000, b'{"pid": "x"}'])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moco.errors import CheckpointError, DataError, TrainingError, report_user_errors
+from moco.errors import CheckpointError
 from moco.printable import markdown, markdown_code, printable
 
 # What a file may hold, and what is shown of it: terminal sequences, line breaks, reading direction,
@@ -66,15 +66,3 @@ def test_markdown_shows_the_text_itself(text, shown):
 
 def test_a_code_span_cannot_be_left():
     assert markdown_code("a` <b> | `c*_\n") == r"a' \x3cb> / 'c*_\n"
-
-
-@pytest.mark.parametrize("kind", [CheckpointError, DataError, TrainingError, OSError])
-@pytest.mark.parametrize(
-    "name", ["\x1b[2Jcleared", "a\nmain_moco.py: error: another", "\u202etxt", "caf\udce9"]
-)
-def test_an_error_is_one_line_that_a_terminal_only_shows(kind, name, capsys):
-    with pytest.raises(SystemExit) as stop, report_user_errors():
-        raise kind(f"{name} is no checkpoint")
-    err = capsys.readouterr().err
-    assert stop.value.code == 1 and err.endswith("is no checkpoint\n")
-    assert err[:-1].isprintable() and err.count("error:") == 1 + name.count("error:")

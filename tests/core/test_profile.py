@@ -15,6 +15,7 @@ import main_moco
 from moco import profiling
 from moco.profiling import LABELS, StepProfile, label
 
+CPU = torch.device("cpu")
 TINY = shlex.split(
     "-a resnet8 --image-size 32 --batch-size 4 --moco-k 64 -j 0 --device cpu --print-freq 1 "
     "--seed 1 --profile"
@@ -34,9 +35,11 @@ def spans(path: Path) -> list[str]:
 
 
 def test_a_run_is_profiled_in_its_second_half_and_goes_on(data, tmp_path, capsys) -> None:
-    """Seven steps: the fourth to the seventh are profiled, all are logged and the end is saved."""
+    """Seven steps: the fourth to the seventh are profiled, all are logged and the end is saved. A
+    resumed run profiles steps of its own."""
     run = tmp_path / "run"
-    main_moco.main([*TINY, "--max-steps", "7", "--save-dir", str(run), str(data)])
+    argv = [*TINY, "--resume", "auto", "--save-dir", str(run), str(data), "--max-steps"]
+    main_moco.main([*argv, "7"])
     said = capsys.readouterr().out
     assert "where the time of steps 4 to 7 went" in said and "on the CPU" in said
     found = shares(said)
@@ -48,21 +51,27 @@ def test_a_run_is_profiled_in_its_second_half_and_goes_on(data, tmp_path, capsys
         times = 2 if name == "communication" else 1  # images to the key encoder, keys from it
         assert names.count(name) == 4 * times, name
     assert [line["step"] for line in read_log(run)] == list(range(1, 8))
-    assert (run / "checkpoint_0000.pth.tar").exists()
+    main_moco.main([*argv, "9"])
+    assert "where the time of steps 9 to 9 went" in capsys.readouterr().out
 
 
-def test_ten_steps_after_ten_and_of_a_resumed_run_its_own(data, tmp_path, capsys) -> None:
-    run = tmp_path / "run"
-    flags = [*TINY, "--epochs", "4", "--save-dir", str(run), "--resume", "auto", str(data)]
-    main_moco.main([*flags, "--max-steps", "1"])
-    assert "where the time of steps 1 to 1 went" in capsys.readouterr().out
-    main_moco.main([*flags, "--max-steps", "23"])
-    assert "where the time of steps 12 to 21 went" in capsys.readouterr().out
-    assert spans(run / "profile_trace.json").count("backward") == 10
+@pytest.mark.parametrize(
+    ("done", "steps", "profiled", "count"), [(1, 22, "12 to 21", 10), (0, 1, "1 to 1", 1)]
+)
+def test_ten_steps_after_ten_or_the_second_half(
+    done, steps, profiled, count, tmp_path, capsys
+) -> None:
+    profile = StepProfile(tmp_path / "t.json", CPU, first_step=done, steps=steps)
+    for _ in range(steps):
+        with label("backward"):
+            torch.ones(1)
+        profile.step_done()
+    assert f"where the time of steps {profiled} went" in capsys.readouterr().out
+    assert spans(tmp_path / "t.json").count("backward") == count
 
 
 def test_time_within_a_label_within_another_counts_once(clock, tmp_path, capsys) -> None:
-    profile = StepProfile(tmp_path / "t.json", torch.device("cpu"), first_step=0, steps=1)
+    profile = StepProfile(tmp_path / "t.json", CPU, first_step=0, steps=1)
     with label("key forward"):
         clock.sleep(0.02)
         with label("communication"):

@@ -27,16 +27,11 @@ def test_steps_take_another_factor_and_any_order_of_milestones():
 
 def test_cosine_is_upstreams_half_wave():
     """base / 2 * (1 + cos(pi * epoch / epochs)): base at first, half in the middle, not yet 0."""
-    got = rates(200, cos=True)
+    got = rates(200, cos=True, milestones=[120, 160])  # --cos takes the place of --schedule
     assert got[0] == 0.03
     assert got[100] == pytest.approx(0.015)
     assert got[199] == pytest.approx(0.015 * (1 + math.cos(math.pi * 199 / 200)))
     assert got == sorted(got, reverse=True) and got[-1] > 0
-
-
-def test_cosine_ignores_milestones():
-    """As upstream does: --cos takes the place of --schedule, whose default is not empty."""
-    assert rates(200, cos=True, milestones=[120, 160]) == rates(200, cos=True)
 
 
 @pytest.mark.parametrize("options", [{"cos": True}, {"milestones": [1, 6]}], ids=str)

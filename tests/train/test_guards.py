@@ -193,6 +193,7 @@ DRIFT = """
 import torch
 from moco import distributed
 from moco.builder import MoCo
+from moco.config import Launch
 from moco.errors import TrainingError
 from moco.launch import launch
 from moco.train import guards
@@ -219,7 +220,7 @@ def work(device, args):
         guards.stop_if_ranks_differ(tensors, 6)
     except TrainingError as error:
         print("swapped", error, flush=True)
-launch(work, None, devices=[torch.device("cpu")])
+launch(work, None, Launch(device="cpu"))
 """
 
 

@@ -26,6 +26,7 @@ from helpers import (
 
 import main_moco
 from moco import cli
+from moco.config import PretrainConfig
 from moco.log import versions_tested
 from moco.tasks.moco import MoCoTask
 
@@ -133,7 +134,7 @@ def test_every_flag_of_the_ancestors_is_known():
         "--aug-plus --cos --moco-contr-w 1 --moco-contr-tau 0.2 --moco-align-w 2 "
         "--moco-align-alpha 1 --moco-unif-w 3 --moco-unif-t 4 --moco-unif-no-intra-batch DIR"
     )
-    args = cli.pretrain_parser().parse_args(words(line))
+    args = cli.parser_of(PretrainConfig).parse_args(words(line))
     assert (args.workers, args.batch_size, args.lr, args.weight_decay) == (5, 16, 2.0, 0.2)
     assert (args.print_freq, args.gpu, args.rank, args.schedule) == (6, 3, 1, ())
     assert args.intra_batch is False

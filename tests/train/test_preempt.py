@@ -176,8 +176,9 @@ def test_a_rank_that_hangs_is_named_after_the_time_out(images, tmp_path) -> None
 def test_the_barrier_names_the_ranks_that_do_not_come(tmp_path) -> None:
     """Gloo's monitored barrier, with the time-out that was asked for."""
     code = """
-import time, torch
+import time
 from moco import distributed
+from moco.config import Launch
 from moco.launch import launch
 def work(device, args):
     if distributed.rank() == 1:
@@ -186,7 +187,7 @@ def work(device, args):
         distributed.barrier()
     except RuntimeError as error:
         print(error, flush=True)
-launch(work, None, devices=[torch.device("cpu")], timeout_minutes=0.1)
+launch(work, None, Launch(device="cpu", timeout_minutes=0.1))
 """
     waiting = Processes(tmp_path / "out", count=3, code=code)
     until(lambda: waiting.pids[0] not in waiting.running(), waiting.output)
@@ -196,7 +197,8 @@ launch(work, None, devices=[torch.device("cpu")], timeout_minutes=0.1)
 def test_launch_hands_a_request_to_stop_to_the_processes_it_started(tmp_path) -> None:
     """As for several GPUs without torchrun: the signal goes to the process that was started."""
     code = """
-import sys, time, torch
+import sys, time
+from moco.config import Launch, Placement
 from moco.launch import launch
 from moco.stop import StopRequest
 def work(device, args):
@@ -206,10 +208,8 @@ def work(device, args):
         time.sleep(0.05)
     print(f"heard {stop.name}\\n", end="", flush=True)
     sys.exit(75)
-try:
-    launch(work, None, devices=[torch.device("cpu")] * 2)
-except torch.multiprocessing.ProcessExitedException as error:
-    sys.exit(error.exit_code)
+two = Placement(devices=("cpu", "cpu"), processes=2, local_processes=2)
+launch(work, None, Launch(), two)
 """
     started = Processes(tmp_path / "out", code=code, before=FORKING)
     started.wait_until(lambda: started.output().count("ready\n") == 2)
