@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import Counter
 from dataclasses import replace
 
@@ -40,7 +39,6 @@ from moco.evaluate.protocol import make_feed, train_classifiers
 from moco.handshake import refuse_other_arguments, refuse_other_data
 from moco.lock import hold_on_main
 from moco.log import RunLog, provenance
-from moco.progress import progress
 from moco.run_files import ARGS, LINCLS_RESULT, write_json
 from moco.stop import StopRequest
 
@@ -222,18 +220,10 @@ def run_knn(
 ) -> dict:
     """Weighted k-NN from the backbone's features or from the projection head's output."""
     knn, classes = config.knn, len(train.classes)
-    found = knn_accuracy(
-        subject.knn_encoder,
-        show.loader(train),
-        show.loader(val),
-        classes=classes,
-        device=show.device,
-        mean=show.mean,
-        std=show.std,
-        k=knn.knn_k,
-        temperature=knn.knn_t,
-        progress=functools.partial(progress, description="k-NN features"),
+    bank, queries = (
+        show.extracted(images, subject.knn_encoder, "k-NN features") for images in (train, val)
     )
+    found = knn_accuracy(queries, bank, classes=classes, k=knn.knn_k, temperature=knn.knn_t)
     distributed.print_main(
         f"k-NN top-1 {found['top1']:.2f}, top-{min(5, classes)} {found['top5']:.2f} "
         f"(k {found['k']}, temperature {knn.knn_t:g}, {knn.knn_layer}, {found['images']} images)"

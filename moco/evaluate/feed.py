@@ -16,6 +16,8 @@ from moco.data.loader import EpochBatches, RankShare, TrainLoader, eval_loader
 from moco.data.samples import AugmentedViews, PlainImages
 from moco.data.views import eval_transform, lincls_recipe, normalize
 from moco.evaluate.heads import FrozenEncoder
+from moco.evaluate.knn import extract_features
+from moco.progress import progress
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class Presentation:
     def pixels(self, batch: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> normalised float32 on the device."""
         return normalize(batch.to(self.device, non_blocking=True), self.mean, self.std)
+
+    def extracted(
+        self, images: Images, encoder: FrozenEncoder, what: str, *, unit: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """As `extract_features`, of centre crops; `what` is the name of the progress bar."""
+        batches = progress(self.loader(images), what)
+        show = {"device": self.device, "mean": self.mean, "std": self.std}
+        return extract_features(encoder, batches, **show, unit=unit)
 
     def features(
         self, batches: Iterable[tuple[Tensor, Tensor]], encoder: FrozenEncoder

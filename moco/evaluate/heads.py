@@ -61,7 +61,6 @@ class FrozenEncoder(nn.Module):
         self.amp = amp
         self.order = torch.channels_last if channels_last else torch.contiguous_format
         self.encoder = encoder.to(memory_format=self.order)
-        self.training = encoder.training
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.inference_mode(), autocast(images.device, self.amp):

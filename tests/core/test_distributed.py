@@ -198,21 +198,18 @@ class Pixels(torch.utils.data.Dataset):
 def knn() -> dict[str, float]:
     """k-NN accuracy of 7 images (an odd share) against a bank of 11 on however many ranks."""
     torch.manual_seed(0)
-    bank, val = Pixels(11, seed=1), Pixels(7, seed=2)
-    bank_loader, val_loader = (
-        torch.utils.data.DataLoader(data, batch_size=3, sampler=RankShare(len(data)))
-        for data in (bank, val)
+    net = plain_net(C)
+    bank, queries = (
+        evaluate.extract_features(
+            net,
+            torch.utils.data.DataLoader(data, batch_size=3, sampler=RankShare(len(data))),
+            device=CPU,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+        )
+        for data in (Pixels(11, seed=1), Pixels(7, seed=2))
     )
-    return evaluate.knn_accuracy(
-        plain_net(C),
-        bank_loader,
-        val_loader,
-        classes=2,
-        device=CPU,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        k=3,
-    )
+    return evaluate.knn_accuracy(queries, bank, classes=2, k=3)
 
 
 @pytest.fixture(scope="module")

@@ -101,16 +101,15 @@ def test_it_finds_what_the_saved_encoder_gives(data, whole) -> None:
     lines = knn_lines(whole)
     plain = eval_transform(16)
     splits = [open_images("folder", data, split) for split in ("train", "val")]
-    bank, val = (
+    batches = [
         loader.eval_loader(loader.PlainImages(s, plain), batch_size=16, workers=0, pin_memory=False)
         for s in splits
-    )
+    ]
     for line, path in zip(lines[1:], checkpoint.run_checkpoints(whole), strict=True):
         encoder, _ = checkpoint.load_encoder(path)
-        expected = evaluate.knn_accuracy(
-            encoder, bank, val, classes=2, device=CPU,
-            mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        )  # fmt: skip
+        show = {"device": CPU, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        bank, queries = (evaluate.extract_features(encoder, each, **show) for each in batches)
+        expected = evaluate.knn_accuracy(queries, bank, classes=2)
         assert {name: line[name] for name in expected} == expected
         assert (line["k"], line["bank"], line["images"]) == (96, 96, 41)
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 6), (2, 12), (3, 18)]
