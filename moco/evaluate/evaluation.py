@@ -91,13 +91,12 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
     if config.protocol.probe == "stl10":
         result["nearest"] = nearest_neighbours(subject, config, show, train, val)
     if saved is None and config.trains:
-        encoder, width = subject.encoder, subject.info["feature_dim"]
-        feed = make_feed(config, encoder, width, train, val, show)
+        feed = make_feed(config, subject, train, val, show)
         about = checkpoint_facts(subject, config)
         stop = StopRequest()
         at_exit.callback(stop.restore)
-        evaluation = LinearEvaluation(config, device, encoder, width, classes, about, log, stop)
-        result.update(train_classifiers(evaluation, feed, train.targets, before))
+        evaluation = LinearEvaluation(config, device, subject, classes, about, log, stop)
+        result.update(train_classifiers(evaluation, feed, train.targets))
     if distributed.is_main():
         path = config.saving.save_dir / LINCLS_RESULT
         write_json(path, result)

@@ -89,7 +89,7 @@ def warn_of_missing_classes(train: Images, val: Images) -> None:
 def checkpoint_facts(subject: Subject, config: LinclsConfig) -> dict:
     """What every checkpoint of a classifier holds beside tensors and accuracies."""
     info = subject.info
-    kept = {name: info["args"][name] for name in ("objective",) if name in info["args"]}
+    kept = {"objective": info["args"]["objective"]} if "objective" in info["args"] else {}
     digest = (subject.resume_from or {}).get("pretrained_digest")
     return {
         "version": checkpoint.FORMAT_VERSION,
