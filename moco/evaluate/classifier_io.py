@@ -161,7 +161,7 @@ def restore(
 
 
 def protocol_values(config: LinclsConfig) -> dict:
-    """What an accuracy depends on, by flat names; of options that were added later, those in use."""
+    """What an accuracy depends on, by flat names; of later options those in use."""
     flat, fields = config.to_flat(), _learning_fields(config)
     return {name: flat[name] for name, since in fields.items() if flat[name] not in (None, since)}
 

@@ -39,6 +39,7 @@ from moco.evaluate.protocol import make_feed, train_classifiers
 from moco.handshake import refuse_other_arguments, refuse_other_data
 from moco.lock import hold_on_main
 from moco.log import RunLog, provenance
+from moco.precision import kernels
 from moco.run_files import ARGS, LINCLS_RESULT, write_json
 from moco.stop import StopRequest
 
@@ -54,6 +55,7 @@ def evaluate(device: torch.device, config: LinclsConfig) -> None:
     with (
         report_user_errors(),
         distributed.failure_names_ranks(),
+        kernels(deterministic=False),
         contextlib.ExitStack() as at_exit,
     ):
         _evaluate(device, config, at_exit)
@@ -101,11 +103,6 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
         path = config.saving.save_dir / LINCLS_RESULT
         write_json(path, result)
         print(f"done: {path}")
-
-
-# ------------------------------------------------------------------------------------------------
-# What is evaluated
-# ------------------------------------------------------------------------------------------------
 
 
 def load_subject(device: torch.device, config: LinclsConfig) -> tuple[Subject, LinclsConfig]:
@@ -205,17 +202,8 @@ def open_splits(config: LinclsConfig) -> tuple[Images, Images, LinclsConfig]:
     return train, val, config
 
 
-# ------------------------------------------------------------------------------------------------
-# Without training
-# ------------------------------------------------------------------------------------------------
-
-
 def run_knn(
-    subject: Subject,
-    config: LinclsConfig,
-    show: Presentation,
-    train: Images,
-    val: Images,
+    subject: Subject, config: LinclsConfig, show: Presentation, train: Images, val: Images
 ) -> dict:
     """Weighted k-NN from the backbone's features or from the projection head's output."""
     knn, classes = config.knn, len(train.classes)

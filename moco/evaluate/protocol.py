@@ -121,11 +121,6 @@ def print_results(results: Sequence[HeadResult], fate: str, *, with_folds: bool)
         say(fate)
 
 
-# ------------------------------------------------------------------------------------------------
-# Cross-validation
-# ------------------------------------------------------------------------------------------------
-
-
 def cross_validate(
     evaluation: LinearEvaluation,
     feed: ImageFeed | CachedFeed,
