@@ -25,6 +25,7 @@ from moco.data.views import Recipe, eval_transform, in_batch_recipe, normalize, 
 from moco.errors import CheckpointError, DataError
 from moco.evaluate.feature_files import FeatureSet
 from moco.packages import import_optional
+from moco.precision import kernels
 from moco.progress import progress
 
 LAYERS = ("projection", "backbone")
@@ -189,6 +190,7 @@ class Loading:
     workers: int = 0
 
 
+@kernels(deterministic=False)
 def extract(
     encoder: ImageEncoder,
     images: Images,

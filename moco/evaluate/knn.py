@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.data.views import normalize
+from moco.memory import refuse_or_warn
 
 
 @torch.no_grad()
@@ -145,16 +146,24 @@ def knn_accuracy(
 
     Returns:
         {"top1", "top5" (top-min(5, classes)), "k" as used, "images", "bank" (its size)}.
+
+    Raises:
+        TrainingError: on all ranks, where the memory of one does not suffice.
     """
     known, known_labels = map(distributed.gather_uneven, bank)
     features, labels = queries
     counts = torch.zeros(3, dtype=torch.float64, device=known.device)  # top-1, top-5, images
-    if len(labels):
-        ranked = knn_predict(
-            features, known, known_labels, classes=classes, k=k, temperature=temperature
-        )
-        counts[:2] = count_correct(ranked, labels, (1, min(5, classes)))
-        counts[2] = len(labels)
+    lacking = None
+    try:
+        if len(labels):
+            ranked = knn_predict(
+                features, known, known_labels, classes=classes, k=k, temperature=temperature
+            )
+            counts[:2] = count_correct(ranked, labels, (1, min(5, classes)))
+            counts[2] = len(labels)
+    except torch.OutOfMemoryError as error:
+        lacking = True, f"out of memory for k-NN among {len(known)} images, take fewer: {error}"
+    refuse_or_warn(lacking)
     top1, top5, images = distributed.sum_over_ranks(counts).tolist()
     return {
         "top1": 100 * top1 / images,

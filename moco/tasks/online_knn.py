@@ -22,7 +22,7 @@ from moco.data import loader
 from moco.data.images import Images, Subset, first_per_class, open_images, split_folder
 from moco.data.shards import SUFFIXES, shard_paths
 from moco.data.views import eval_transform
-from moco.errors import DataError
+from moco.errors import DataError, TrainingError
 from moco.evaluate import knn as evaluate
 from moco.evaluate.neighbours import contact_sheet, neighbour_rows
 from moco.printable import printable
@@ -109,9 +109,13 @@ class OnlineKnn:
         if failed or stopping:
             return stopping
         bank, queries = found
-        scores = evaluate.knn_accuracy(
-            queries, bank, classes=self.classes, k=K, temperature=TEMPERATURE
-        )
+        try:
+            scores = evaluate.knn_accuracy(
+                queries, bank, classes=self.classes, k=K, temperature=TEMPERATURE
+            )
+        except TrainingError as error:  # of memory, on all ranks
+            self._leave_out(str(error) if distributed.is_main() else None, f" from step {step} on")
+            return False
         seconds = time.perf_counter() - started
         values = {"top1": scores.pop("top1"), "top5": scores.pop("top5"), "seconds": seconds}
         self.log.scalars("knn", step, values, epoch=epoch, **scores)
