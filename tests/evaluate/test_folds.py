@@ -132,16 +132,6 @@ def test_folds_are_of_the_labelled_subset(data, pretrained, capsys):
     assert out.count("evaluated once") == 1 and "flatters" not in out
 
 
-def test_the_papers_imagenet100_probe_runs(data, pretrained):
-    """B.2.1: 60 epochs, batch 256, lr 10, x0.2 at 30, 40, 50; here a twelfth of the epochs."""
-    line = "--epochs 5 --lr 10,30 --schedule 2 3 4 --schedule-factor 0.2 --folds 2 --cached"
-    evaluate(data, line, "--save-dir r --print-freq 100 --pretrained", pretrained)
-    factors = [line["lr_factor"] for line in read_log(Path("r"), "lincls") if line.get("fold") == 0]
-    assert factors[-1] == pytest.approx(0.2**3) and factors[0] == 1
-    last = [line["lr"] for line in read_log(Path("r"), "lincls") if "fold" not in line][-1]
-    assert last == pytest.approx(result("r")["folds"]["chosen"]["lr"] * 0.2**3)
-
-
 # ---- Cut off, and refused ------------------------------------------------------------------------
 
 
