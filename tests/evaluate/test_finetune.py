@@ -78,12 +78,6 @@ def test_training_is_that_of_a_loop_by_hand(data, pretrained, tuned):
     assert differences(mine, dict(load(tuned / LATEST)["state_dict"])) == []
 
 
-def test_all_of_the_network_has_changed(pretrained, tuned):
-    before, after = load(pretrained)["state_dict"], load(tuned / LATEST)["state_dict"]
-    for name, tensor in before.items():
-        assert not torch.equal(tensor, after[f"module.{name}"]), name
-
-
 def test_the_result_says_what_was_done_and_the_file_evaluates_as_it_was(data, pretrained, tuned):
     found = result(tuned)
     assert found["evaluation"] == "finetune" and found["pretrained_epochs"] == 7

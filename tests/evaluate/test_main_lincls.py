@@ -435,6 +435,7 @@ def test_a_probe_killed_before_its_result_was_written_is_finished(
         ("--amp bf16", ["amp: 'off' before, 'bf16' now"]),
         ("--mean 0 0 0", ["mean: [0.4, 0.5, 0.6] before, [0.0, 0.0, 0.0] now"]),
         ("--labels 50", ["labels_digest: None before"]),
+        ("--cached", ["cached: False before, True now"]),
         ("--images-per-class 5", ["images_per_class: None before, 5 now"]),
         ("--epochs 2", ["3 epochs done", "--epochs 2"]),
         ("--pretrained OTHER", ["another encoder", "other.pth.tar"]),
