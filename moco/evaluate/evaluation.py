@@ -84,7 +84,8 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
         contextlib.closing(RunLog(config.saving.save_dir, first_step=steps_done))
     )
 
-    show = Presentation.of(config, device)
+    share = config.optim.batch_size // config.placement.processes
+    show = Presentation(config.source, share, config.data.workers, device)
     if config.knn.knn:
         result["knn"] = run_knn(subject, config, show, train, val)
         log.scalars("knn", 0, {name: result["knn"][name] for name in ("top1", "top5")})

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader
 from moco import checkpoint, distributed
 from moco.data.images import FolderImages, Images, base_and_indices, image_names
 from moco.data.loader import TrainLoader
-from moco.data.samples import AugmentedViews, PlainImages
+from moco.data.samples import AugmentedViews
 from moco.data.shards import PackedImages, files_digest
-from moco.data.views import eval_transform, lincls_recipe
+from moco.data.views import lincls_recipe
 from moco.errors import CheckpointError, DataError
 from moco.evaluate.feed import Presentation
 from moco.evaluate.heads import FrozenEncoder
@@ -89,15 +89,15 @@ class FeatureCache:
             "pixels": pixels_digest(images),
             "views": views,
             "seed": seed if views else None,
-            "image_size": show.image_size,
-            "mean": list(show.mean),
-            "std": list(show.std),
+            "image_size": show.source.image_size,
+            "mean": list(show.source.mean),
+            "std": list(show.source.std),
             "amp": encoder.amp,
             "pillow": PIL.__version__,
             "torchvision": torchvision.__version__,
         }
-        if show.eval_resize is not None:
-            key["eval_resize"] = show.eval_resize
+        if show.source.eval_resize is not None:
+            key["eval_resize"] = show.source.eval_resize
         self.key, self.folder = key, Path(folder) / checkpoint.checksum(key)[:16]
         self.size = min(SHARD, -(-len(images) // 8))
         starts = range(0, len(images), self.size)
@@ -197,12 +197,12 @@ class FeatureCache:
             for first in range(start, end, each)
         ]
         if self.views:
-            recipe = lincls_recipe(show.image_size)
+            recipe = lincls_recipe(show.source.image_size)
             crops = AugmentedViews(self.images, recipe, seed=self.seed, num_views=1)
             loader = TrainLoader(crops, batches, workers=show.workers, device=show.device)
         else:
             loader = DataLoader(
-                PlainImages(self.images, eval_transform(show.image_size, show.eval_resize)),
+                show.centre_crops(self.images),
                 batch_sampler=batches,
                 num_workers=show.workers,
                 pin_memory=show.device.type == "cuda",
