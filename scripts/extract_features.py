@@ -9,17 +9,8 @@ DIR has val/ (taken when --split is not given) or train/, or is any folder of im
 whatever `load_encoder` reads, a URL too. The images come in sorted order, seen as in linear
 evaluation: centre crop, the checkpoint's size, mean and standard deviation; or, with --views 2, as
 two random views by the augmentation that the checkpoint was trained with (MoCo v2's where the file
-does not say), the same for the same --seed. OUT holds
-
-    features    (N, C) float32, with --views 2 of the first views
-    features_2  (N, C) float32, of the second views; not there otherwise
-    labels      (N,) int64, positions in `classes`; -1 where images lie in no class folder
-    paths       N names relative to DIR; of torchvision's data sets the positions
-    classes     names of the classes in the order of their labels
-    about       JSON: what the features are of
-
-as arrays in .npz (np.load reads it, nothing is pickled), or in .safetensors with the last three as
-JSON in the metadata. measure_align_uniform.py --features and plot_features.py read both.
+does not say), the same for the same --seed. moco/evaluate/feature_files.py says what OUT holds;
+measure_align_uniform.py --features and plot_features.py read it.
 """
 
 from __future__ import annotations

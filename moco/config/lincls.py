@@ -166,6 +166,8 @@ class LinclsConfig:
             raise ValueError("--epochs 0 leaves nothing to do without --knn or -e")
         if protocol.probe == "stl10" and protocol.finetune:
             raise ValueError("--protocol stl10 is of a frozen encoder: leave out --finetune")
+        if protocol.probe == "stl10" and self.optim.momentum != ProbeOptim.momentum:
+            raise ValueError("--protocol stl10 trains by Adam, which has no use for --momentum")
         if protocol.finetune and self.source.layer == "output":
             raise ValueError("--finetune trains the backbone: leave out --layer output")
         if protocol.finetune:

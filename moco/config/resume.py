@@ -24,7 +24,7 @@ from moco.config.sentences import SentenceConfig, SentenceObjective
 _CONFIGS = {"in-batch": InBatchConfig, "sentences": SentenceConfig}
 
 
-def _by_class(resume: str, config: type) -> dict[str, Any]:
+def fields_of_class(resume: str, config: type) -> dict[str, Any]:
     """Flat names of a config's fields of this class -> value before the field existed."""
     return {
         field.name: field.metadata["since"]
@@ -52,7 +52,7 @@ SAMPLE_ORDER = ("batch_size", "dataset", "images", "images_digest", "images_per_
 def learned_names(flat: Mapping[str, Any]) -> tuple[str, ...]:
     """Flat names of all that decides what a run with these flat values learns: runs that differ in
     one of them are other runs."""
-    names = _by_class(LEARNS, config_of(flat))
+    names = fields_of_class(LEARNS, config_of(flat))
     kept = (name for name in names if name not in _OBJECTIVE or name == "symmetric")
     return (*kept, *_DERIVED, "objective")
 
@@ -73,22 +73,22 @@ def learning_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """
     if not saved:
         return []
-    fields = _by_class(LEARNS, config_of(now))
+    fields = fields_of_class(LEARNS, config_of(now))
     since = {n: v for n, v in fields.items() if v is not UNKNOWN}
     before = learned_values({**since, **groups_of_old_files(saved), **saved})
     after = learned_values(now)
     numbers, others = _objective_numbers(saved), _objective_numbers(now)
     if numbers and others and before.get("objective") == after.get("objective"):
         # They may differ in digits that the formula leaves out.
-        return _changed({**before, **numbers}, {**after, **others})
-    return _changed(before, after)
+        return changed({**before, **numbers}, {**after, **others})
+    return changed(before, after)
 
 
 def rounding_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is computed otherwise than before, so that the run goes on, but not bit for bit."""
-    fields = _by_class(ROUNDS, config_of(now))
+    fields = fields_of_class(ROUNDS, config_of(now))
     before = {name: saved.get(name, since) for name, since in fields.items()}
-    return _changed(before, now) if saved else []
+    return changed(before, now) if saved else []
 
 
 def _objective_numbers(flat: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -107,7 +107,8 @@ def _objective_numbers(flat: Mapping[str, Any]) -> dict[str, Any] | None:
     return {**numbers, "symmetric": bool(flat.get("symmetric", False))}
 
 
-def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each value that is not as before."""
     return [
         f"{name}: {old!r} before, {plain(now[name])!r} now"
         for name, old in before.items()

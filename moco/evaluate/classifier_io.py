@@ -9,16 +9,13 @@ import torch
 from torch import nn
 
 from moco import checkpoint, distributed
-from moco.config import LEARNS, LinclsConfig, option_fields
+from moco.config import LEARNS, LinclsConfig
 from moco.config.option import UNKNOWN
+from moco.config.resume import changed, fields_of_class
 from moco.errors import CheckpointError
 from moco.evaluate.heads import HeadResult, HeadTraining, best_head
 from moco.evaluate.layers import load_layer, network_state, saved_classifier
 from moco.run_files import LINCLS_BEST, LINCLS_LATEST
-
-# ------------------------------------------------------------------------------------------------
-# Writing
-# ------------------------------------------------------------------------------------------------
 
 
 class ClassifierWriter:
@@ -69,31 +66,21 @@ class ClassifierWriter:
     def _content(self, epochs: int, steps: int, by: str) -> dict:
         results, heads = self.training.results, self.training.heads
         chosen, best = best_head(results, by), best_head(results, "best").best
-        classifier = heads.linear[results.index(chosen)]
-        state = network_state(self.encoder, classifier)
-        several = {}
-        if len(results) > 1:
-            several = {
-                "heads": heads.state_dict(),
-                "results": [head.to_flat() for head in results],
-            }
-        about = dict(self.about)
-        return {
-            **about,
+        state = network_state(self.encoder, heads.linear[results.index(chosen)])
+        content = {
+            **self.about,
             "epoch": epochs,
             "best": best,
             "last": chosen.last,
             "best_acc1": best["top1"],  # upstream's name
             "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
             "optimizer": self.training.optimizer.state_dict(),
-            "args": {**about["args"], "steps_done": steps},
-            **several,
+            "args": {**self.about["args"], "steps_done": steps},
         }
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading
-# ------------------------------------------------------------------------------------------------
+        if len(results) > 1:
+            content["heads"] = heads.state_dict()
+            content["results"] = [head.to_flat() for head in results]
+        return content
 
 
 def load_classifier(path: str, classes: int) -> nn.Linear:
@@ -145,11 +132,13 @@ def encoder_digest(encoder: nn.Module) -> str:
     return checkpoint.checksum(dict(encoder.state_dict()))
 
 
-def restore(training: HeadTraining, encoder: nn.Module, content: dict, config: LinclsConfig) -> int:
-    """Put a checkpoint's state into heads, optimizer and results; returns the first epoch.
+def restore(
+    training: HeadTraining, encoder: nn.Module, content: dict, config: LinclsConfig
+) -> tuple[int, int]:
+    """Put what `load_resumed` has given into heads, optimizer and results.
 
-    Args:
-        content: from `load_resumed`, of this training.
+    Returns:
+        The epoch to go on with, and how many of its steps are done.
     """
     path = config.saving.resume
     if len(training.results) > 1:
@@ -171,16 +160,8 @@ def restore(training: HeadTraining, encoder: nn.Module, content: dict, config: L
     return epoch, step
 
 
-# ------------------------------------------------------------------------------------------------
-# Protocol
-# ------------------------------------------------------------------------------------------------
-
-
 def protocol_values(config: LinclsConfig) -> dict:
-    """What an accuracy depends on, by flat names; of options that were added later, those in use.
-
-    These are the config's fields of resume class LEARNS.
-    """
+    """What an accuracy depends on, by flat names; of later options those in use."""
     flat, fields = config.to_flat(), _learning_fields(config)
     return {name: flat[name] for name, since in fields.items() if flat[name] not in (None, since)}
 
@@ -188,23 +169,15 @@ def protocol_values(config: LinclsConfig) -> dict:
 def refuse_changes(content: dict, config: LinclsConfig, classes: int) -> None:
     """A probe that goes on under another protocol would be no known protocol.
 
-    Args:
-        content: of the checkpoint to go on from.
-
     Raises:
         CheckpointError: names what has changed; other classes; more epochs than there shall be.
     """
-    path, epochs, now = config.saving.resume, config.schedule.epochs, config.to_flat()
+    path, epochs = config.saving.resume, config.schedule.epochs
     fields = _learning_fields(config)
     was = {name: since for name, since in fields.items() if since is not UNKNOWN}
     was |= content["args"]
-    changes = [
-        f"{name}: {was[name]!r} before, {now[name]!r} now"
-        for name in fields
-        if name != "epochs"  # more of them go on as the whole would have
-        and name in was
-        and was[name] != now[name]
-    ]
+    del fields["epochs"]  # more of them go on as the whole would have
+    changes = changed({name: was[name] for name in fields if name in was}, config.to_flat())
     if changes:
         raise CheckpointError(
             f"{path} was trained with other arguments ({'; '.join(changes)}); use those, or "
@@ -219,11 +192,6 @@ def refuse_changes(content: dict, config: LinclsConfig, classes: int) -> None:
 
 
 def _learning_fields(config: LinclsConfig) -> dict:
-    """Flat names of the fields that decide what is learned -> value before the field existed."""
-    fields = {
-        field.name: field.metadata["since"]
-        for field in option_fields(LinclsConfig)
-        if field.metadata["resume"] == LEARNS
-    }
+    fields = fields_of_class(LEARNS, LinclsConfig)
     # When fine-tuning, batch norm takes the statistics of each process's share of the batch.
     return {**fields, "processes": UNKNOWN} if config.protocol.finetune else fields

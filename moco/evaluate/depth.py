@@ -22,10 +22,12 @@ from moco.evaluate.extraction import ImageEncoder, Loading, load_image_encoder
 from moco.evaluate.layers import lacks_statistics
 from moco.lock import hold_on_main
 from moco.log import RunLog, provenance
+from moco.precision import kernels
 from moco.run_files import ARGS, DEPTH_RESULT, DEPTH_STATE, write_json
 from moco.stop import StopRequest
 
 
+@kernels(deterministic=False)
 def evaluate_depth(
     settings: DepthSettings, loading: Loading, say: Callable[[str], None] = print
 ) -> dict:

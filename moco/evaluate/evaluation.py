@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import Counter
 from dataclasses import replace
 
@@ -40,7 +39,7 @@ from moco.evaluate.protocol import make_feed, train_classifiers
 from moco.handshake import refuse_other_arguments, refuse_other_data
 from moco.lock import hold_on_main
 from moco.log import RunLog, provenance
-from moco.progress import progress
+from moco.precision import kernels
 from moco.run_files import ARGS, LINCLS_RESULT, write_json
 from moco.stop import StopRequest
 
@@ -56,6 +55,7 @@ def evaluate(device: torch.device, config: LinclsConfig) -> None:
     with (
         report_user_errors(),
         distributed.failure_names_ranks(),
+        kernels(deterministic=False),
         contextlib.ExitStack() as at_exit,
     ):
         _evaluate(device, config, at_exit)
@@ -84,7 +84,8 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
         contextlib.closing(RunLog(config.saving.save_dir, first_step=steps_done))
     )
 
-    show = Presentation.of(config, device)
+    share = config.optim.batch_size // config.placement.processes
+    show = Presentation(config.source, share, config.data.workers, device)
     if config.knn.knn:
         result["knn"] = run_knn(subject, config, show, train, val)
         log.scalars("knn", 0, {name: result["knn"][name] for name in ("top1", "top5")})
@@ -93,22 +94,16 @@ def _evaluate(device: torch.device, config: LinclsConfig, at_exit: contextlib.Ex
     if config.protocol.probe == "stl10":
         result["nearest"] = nearest_neighbours(subject, config, show, train, val)
     if saved is None and config.trains:
-        encoder, width = subject.encoder, subject.info["feature_dim"]
-        feed = make_feed(config, encoder, width, train, val, show)
+        feed = make_feed(config, subject, train, val, show)
         about = checkpoint_facts(subject, config)
         stop = StopRequest()
         at_exit.callback(stop.restore)
-        evaluation = LinearEvaluation(config, device, encoder, width, classes, about, log, stop)
-        result.update(train_classifiers(evaluation, feed, train.targets, before))
+        evaluation = LinearEvaluation(config, device, subject, classes, about, log, stop)
+        result.update(train_classifiers(evaluation, feed, train.targets))
     if distributed.is_main():
         path = config.saving.save_dir / LINCLS_RESULT
         write_json(path, result)
         print(f"done: {path}")
-
-
-# ------------------------------------------------------------------------------------------------
-# What is evaluated
-# ------------------------------------------------------------------------------------------------
 
 
 def load_subject(device: torch.device, config: LinclsConfig) -> tuple[Subject, LinclsConfig]:
@@ -208,32 +203,15 @@ def open_splits(config: LinclsConfig) -> tuple[Images, Images, LinclsConfig]:
     return train, val, config
 
 
-# ------------------------------------------------------------------------------------------------
-# Without training
-# ------------------------------------------------------------------------------------------------
-
-
 def run_knn(
-    subject: Subject,
-    config: LinclsConfig,
-    show: Presentation,
-    train: Images,
-    val: Images,
+    subject: Subject, config: LinclsConfig, show: Presentation, train: Images, val: Images
 ) -> dict:
     """Weighted k-NN from the backbone's features or from the projection head's output."""
     knn, classes = config.knn, len(train.classes)
-    found = knn_accuracy(
-        subject.knn_encoder,
-        show.loader(train),
-        show.loader(val),
-        classes=classes,
-        device=show.device,
-        mean=show.mean,
-        std=show.std,
-        k=knn.knn_k,
-        temperature=knn.knn_t,
-        progress=functools.partial(progress, description="k-NN features"),
+    bank, queries = (
+        show.extracted(images, subject.knn_encoder, "k-NN features") for images in (train, val)
     )
+    found = knn_accuracy(queries, bank, classes=classes, k=knn.knn_k, temperature=knn.knn_t)
     distributed.print_main(
         f"k-NN top-1 {found['top1']:.2f}, top-{min(5, classes)} {found['top5']:.2f} "
         f"(k {found['k']}, temperature {knn.knn_t:g}, {knn.knn_layer}, {found['images']} images)"

@@ -25,6 +25,7 @@ from moco.data.views import Recipe, eval_transform, in_batch_recipe, normalize, 
 from moco.errors import CheckpointError, DataError
 from moco.evaluate.feature_files import FeatureSet
 from moco.packages import import_optional
+from moco.precision import kernels
 from moco.progress import progress
 
 LAYERS = ("projection", "backbone")
@@ -32,18 +33,13 @@ LAYERS = ("projection", "backbone")
 AUGMENTATION = {"aug_plus": True, "crop_scale": (0.2, 1.0), "blur": True}
 
 
-# ------------------------------------------------------------------------------------------------
-# Encoders
-# ------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class ImageEncoder:
     """An encoder in eval mode and the images that it takes.
 
     Attributes:
-        module: normalised images -> (N, C).
-        head: the projection head at the module's end; None where it has a backbone only.
+        module: the backbone, normalised images -> (N, C).
+        head: the projection head that comes after it, where there is one.
         image_size, mean, std: of the images.
         trained: the arguments that it was trained with, as far as its file says.
         facts: arch, epoch and objective, None where its file does not say.
@@ -75,20 +71,10 @@ class ImageEncoder:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 images (N, 3, S, S) -> float32 features of each layer that the module has."""
-        layers: dict[str, Tensor] = {}
-
-        def keep_input(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            layers["backbone"] = inputs[0].float()
-
-        hook = self.head.register_forward_pre_hook(keep_input) if self.head else None
-        try:
-            out = self.module(normalize(images, self.mean, self.std))
-        finally:
-            if hook:
-                hook.remove()
-        layers["projection" if self.head else "backbone"] = out.float()
-        return layers
+        """uint8 images (N, 3, S, S) -> float32 features of each layer that there is."""
+        backbone = self.module(normalize(images, self.mean, self.std))
+        projection = {"projection": self.head(backbone).float()} if self.head else {}
+        return {"backbone": backbone.float(), **projection}
 
 
 def load_image_encoder(
@@ -136,9 +122,13 @@ def _load_checkpoint(path: str, layer: str | None) -> ImageEncoder:
         module, info = checkpoint.load_encoder(path)  # raises what is not of the head
         notes.append(f"no projection head in {path}: the backbone alone is measured")
     size, mean, std = image_settings(module, info)
+    head = None
+    if wanted == "projection":
+        head = encoders.get_head(module)
+        encoders.set_head(module, nn.Identity())
     return ImageEncoder(
         module=module,
-        head=None if wanted == "none" else encoders.get_head(module),
+        head=head,
         image_size=size,
         mean=mean,
         std=std,
@@ -191,11 +181,6 @@ def _load_timm(name: str, path: str) -> ImageEncoder:
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Extraction
-# ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Loading:
     """Where features are computed, and how many images at a time."""
@@ -205,6 +190,7 @@ class Loading:
     workers: int = 0
 
 
+@kernels(deterministic=False)
 def extract(
     encoder: ImageEncoder,
     images: Images,
@@ -219,7 +205,6 @@ def extract(
     """Features of all images, in their order, on the CPU.
 
     Args:
-        encoder: is moved to the device.
         views: 1 for centre crops, 2 for two random views of each image by the encoder's
             augmentation, the same for the same `seed`.
         unit: divide each row by its length.
@@ -232,7 +217,8 @@ def extract(
     Raises:
         DataError: an image cannot be read.
     """
-    encoder.module.to(loading.device)
+    for module in filter(None, (encoder.module, encoder.head)):
+        module.to(loading.device)
     if views == 1:
         dataset = samples.PlainImages(images, eval_transform(encoder.image_size))
         keys = range(len(images))
@@ -264,11 +250,6 @@ def extract(
     return found, labels
 
 
-# ------------------------------------------------------------------------------------------------
-# A folder's features, for a file
-# ------------------------------------------------------------------------------------------------
-
-
 def folder_features(
     encoder: ImageEncoder,
     data: str | os.PathLike,
@@ -285,11 +266,9 @@ def folder_features(
     """Features, labels and names of the images of a folder, in sorted order.
 
     Args:
-        encoder: as `load_image_encoder` gives it.
         data: has val/ or train/, or is any folder of images; or has torchvision's files.
         layer: "projection" or "backbone", whichever was loaded.
-        split: "train" or "val"; None for val where there is one, else train, else all of `data`.
-        per_class: the first so many of each class.
+        dataset, split, per_class: as in `choose_images`.
         views, seed, unit: as in `extract`.
 
     Returns:

@@ -89,7 +89,7 @@ def warn_of_missing_classes(train: Images, val: Images) -> None:
 def checkpoint_facts(subject: Subject, config: LinclsConfig) -> dict:
     """What every checkpoint of a classifier holds beside tensors and accuracies."""
     info = subject.info
-    kept = {name: info["args"][name] for name in ("objective",) if name in info["args"]}
+    kept = {"objective": info["args"]["objective"]} if "objective" in info["args"] else {}
     digest = (subject.resume_from or {}).get("pretrained_digest")
     return {
         "version": checkpoint.FORMAT_VERSION,
@@ -109,7 +109,7 @@ def print_start(subject: Subject, config: LinclsConfig, device: torch.device, fa
         f"{info['feature_dim']} features; all {info['matched']} tensors matched, "
         f"{len(info['ignored'])} of the file have no place in the backbone"
     )
-    if config.protocol.probe == "stl10" or info["layer"] == "output":
+    if protocol.probe == "stl10" or info["layer"] == "output":
         resized = f", centre crops of {config.source.eval_resize}" * bool(config.source.eval_resize)
         say(f"     layer: {info['layer']}{resized}")
     say(f"   trained: {info['objective'] or 'unknown objective'}, epoch {info['epoch']}")
@@ -162,8 +162,7 @@ def protocol_line(config: LinclsConfig) -> str:
             what = f"linear on cached {views} in place of the random crops"
         what += f" of Table 1 of arXiv:2005.10242: Adam, lr {rates}"
     elif protocol.cached:
-        views = protocol.cached_views
-        views = f"{views} random views" if views else "centre crops"
+        views = f"{protocol.cached_views} random views" if protocol.cached_views else "centre crops"
         what = f"linear on cached features of {views} (not the standard protocol), lr {rates}"
     else:
         what = f"linear, standard (random crops in every epoch), lr {rates}"

@@ -11,25 +11,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
 import torchvision
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed
 from moco.data.images import FolderImages, Images, base_and_indices, image_names
 from moco.data.loader import TrainLoader
-from moco.data.samples import AugmentedViews, PlainImages
+from moco.data.samples import AugmentedViews
 from moco.data.shards import PackedImages, files_digest
-from moco.data.views import eval_transform, lincls_recipe
+from moco.data.views import lincls_recipe
 from moco.errors import CheckpointError, DataError
 from moco.evaluate.feed import Presentation
 from moco.evaluate.heads import FrozenEncoder
@@ -88,25 +89,22 @@ class FeatureCache:
             "pixels": pixels_digest(images),
             "views": views,
             "seed": seed if views else None,
-            "image_size": show.image_size,
-            "mean": list(show.mean),
-            "std": list(show.std),
+            "image_size": show.source.image_size,
+            "mean": list(show.source.mean),
+            "std": list(show.source.std),
             "amp": encoder.amp,
             "pillow": PIL.__version__,
             "torchvision": torchvision.__version__,
         }
-        if show.eval_resize is not None:
-            key["eval_resize"] = show.eval_resize
+        if show.source.eval_resize is not None:
+            key["eval_resize"] = show.source.eval_resize
         self.key, self.folder = key, Path(folder) / checkpoint.checksum(key)[:16]
         self.size = min(SHARD, -(-len(images) // 8))
         starts = range(0, len(images), self.size)
         self.shards = [(view, start) for view in range(max(1, views)) for start in starts]
 
     def features(self, width: int) -> Tensor:
-        """All features, from the files as far as they are there already.
-
-        Args:
-            width: C.
+        """All features of `width` C, from the files as far as they are there already.
 
         Returns:
             (max(1, views), N, C) float16 on the CPU.
@@ -117,21 +115,16 @@ class FeatureCache:
         """
         whole = torch.empty(max(1, self.views), len(self.images), width, dtype=torch.float16)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._in_use():
-            self._fill_all(whole)
-        return whole
-
-    @contextlib.contextmanager
-    def _in_use(self) -> Iterator[None]:
-        """Hold the folder together with other processes that use it. One that finds it free clears
-        away what killed ones have left; on a file system without locks that stays."""
+        # Held together with other processes that use it. One that finds it free clears away what
+        # killed ones have left; on a file system without locks that stays.
         with open(self.folder / IN_USE, "a+") as file:
             with contextlib.suppress(OSError):
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 checkpoint.remove_unfinished(self.folder)
             with contextlib.suppress(OSError):
                 fcntl.lockf(file, fcntl.LOCK_SH)
-            yield
+            self._fill_all(whole)
+        return whole
 
     def _fill_all(self, whole: Tensor) -> None:
         if distributed.is_main():
@@ -179,19 +172,15 @@ class FeatureCache:
         """Write the files of some shards."""
         fast = without_batch_norm(self.encoder.encoder)
         extractor = FrozenEncoder(fast, amp=self.encoder.amp, channels_last=True)
-        todo = iter(shards)
-        shard, rows = next(todo), []
         done, started, told = 0, time.perf_counter(), time.perf_counter()
         with contextlib.closing(self._batches(shards)) as batches:
-            for pixels in batches:
-                rows.append(extractor(self.show.pixels(pixels)).half().cpu())
-                done += len(pixels)
-                if sum(map(len, rows)) < min(self.size, len(self.images) - shard[1]):
-                    continue
+            for shard in shards:
+                count = min(self.size, len(self.images) - shard[1])
+                own = itertools.islice(batches, -(-count // self.show.batch_size))
+                rows = [extractor(self.show.pixels(pixels)).half().cpu() for pixels in own]
                 self._write(shard, torch.cat(rows))
-                shard, rows = next(todo, None), []
-                now = time.perf_counter()
-                if now - told > 30 or shard is None:
+                done, now = done + count, time.perf_counter()
+                if now - told > 30 or shard == shards[-1]:
                     rate = done / (now - started)
                     distributed.print_main(
                         f"  features: {done} extracted here, {rate:.0f} images/s"
@@ -208,12 +197,12 @@ class FeatureCache:
             for first in range(start, end, each)
         ]
         if self.views:
-            recipe = lincls_recipe(show.image_size)
+            recipe = lincls_recipe(show.source.image_size)
             crops = AugmentedViews(self.images, recipe, seed=self.seed, num_views=1)
             loader = TrainLoader(crops, batches, workers=show.workers, device=show.device)
         else:
             loader = DataLoader(
-                PlainImages(self.images, eval_transform(show.image_size, show.eval_resize)),
+                show.centre_crops(self.images),
                 batch_sampler=batches,
                 num_workers=show.workers,
                 pin_memory=show.device.type == "cuda",
@@ -236,21 +225,8 @@ class FeatureCache:
 def without_batch_norm(encoder: nn.Module) -> nn.Module:
     """A copy for inference with each batch norm folded into the convolution before it: the same
     features to rounding, and fewer passes over memory. The encoder itself where it cannot be
-    traced, or where there is none."""
+    traced."""
     try:
-        traced = fx.symbolic_trace(encoder)
+        return fuse(encoder)
     except Exception:  # control flow that depends on the data: tracing can fail in any way
         return encoder
-    modules = dict(traced.named_modules())
-    for node in list(traced.graph.nodes):
-        norm = modules.get(node.target) if node.op == "call_module" else None
-        before = node.args[0] if type(norm) is nn.BatchNorm2d else None
-        conv = modules.get(before.target) if before is not None else None
-        if type(conv) is nn.Conv2d and len(before.users) == 1 and norm.track_running_stats:
-            parent, _, name = before.target.rpartition(".")
-            setattr(traced.get_submodule(parent), name, fuse_conv_bn_eval(conv, norm))
-            node.replace_all_uses_with(before)
-            traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced

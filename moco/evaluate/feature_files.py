@@ -32,21 +32,14 @@ from moco.packages import import_optional
 SUFFIXES = (".npz", ".safetensors")
 _SECOND_VIEW = ("positives", "features_2")  # the first that a file has
 _ARRAYS = ("features", *_SECOND_VIEW, "labels")
+_TEXTS = ("paths", "classes", "about")
 _UNIT_TOLERANCE = 1e-3
 
 
 @dataclass
 class FeatureSet:
-    """Features of an image set, rows in one order.
-
-    Attributes:
-        features: (N, C) float32; float64 where a file has that.
-        second_view: (N, C) features of other views of the same images, where there are.
-        labels: (N,) int64, -1 for an image of no class; None where no image has one.
-        classes: name of each label, where known.
-        paths: names of the images, where known.
-        about: what the features come from.
-    """
+    """What a file has: features (N, C) float32, or float64 where a file has that; labels (N,)
+    int64, None where no image has one; names where they are known."""
 
     features: Tensor
     second_view: Tensor | None = None
@@ -56,11 +49,6 @@ class FeatureSet:
     about: dict = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------------
-# Writing
-# ------------------------------------------------------------------------------------------------
-
-
 def write_features(path: str | os.PathLike, content: FeatureSet) -> None:
     """Write a file whole or not at all, in the format that its name ends in.
 
@@ -68,17 +56,12 @@ def write_features(path: str | os.PathLike, content: FeatureSet) -> None:
         ValueError: a name that does not end in one of `SUFFIXES`.
     """
     path = Path(path)
-    arrays = {"features": content.features, "features_2": content.second_view}
-    arrays = {name: rows for name, rows in arrays.items() if rows is not None}
-    labels = content.labels
-    if labels is None:
-        labels = torch.full((len(content.features),), -1)
-    arrays["labels"] = labels
-    texts = {
-        "paths": list(content.paths),
-        "classes": list(content.classes),
-        "about": content.about,
-    }
+    arrays = {"features": content.features, "labels": content.labels}
+    if content.labels is None:
+        arrays["labels"] = torch.full((len(content.features),), -1)
+    if content.second_view is not None:
+        arrays["features_2"] = content.second_view
+    texts = {"paths": list(content.paths), "classes": list(content.classes), "about": content.about}
     if path.suffix == ".npz":
         whole = {name: rows.numpy() for name, rows in arrays.items()}
         for name in ("paths", "classes"):
@@ -91,11 +74,6 @@ def write_features(path: str | os.PathLike, content: FeatureSet) -> None:
         checkpoint.write_atomically(path, lambda file: file.write(data))
     else:
         raise ValueError(f"a file of features must end in {' or '.join(SUFFIXES)}, got {path}")
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading
-# ------------------------------------------------------------------------------------------------
 
 
 def read_features(path: str | os.PathLike) -> FeatureSet:
@@ -121,15 +99,14 @@ def read_features(path: str | os.PathLike) -> FeatureSet:
     if "features" not in arrays:
         raise DataError(f"{path} has no array `features`")
     features = _checked_rows(arrays["features"], "features", path)
-    second_view = None
-    for name in _SECOND_VIEW:
-        if name in arrays and second_view is None:
-            second_view = _checked_rows(arrays[name], name, path)
-            if second_view.shape != features.shape:
-                raise DataError(
-                    f"{path}: {name} must pair up with features row by row, got shapes "
-                    f"{tuple(second_view.shape)} and {tuple(features.shape)}"
-                )
+    second_view, name = None, next((name for name in _SECOND_VIEW if name in arrays), None)
+    if name is not None:
+        second_view = _checked_rows(arrays[name], name, path)
+        if second_view.shape != features.shape:
+            raise DataError(
+                f"{path}: {name} must pair up with features row by row, got shapes "
+                f"{tuple(second_view.shape)} and {tuple(features.shape)}"
+            )
     return FeatureSet(features, second_view, _checked_labels(arrays, len(features), path), **texts)
 
 
@@ -156,11 +133,8 @@ def _read_npz(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError("it holds a single array; save them by name with np.savez")
     with found:
         arrays = {name: _tensor(found[name]) for name in _ARRAYS if name in found}
-        texts = {}
-        for name in ("classes", "paths"):
-            if _is_text(found, name):
-                texts[name] = found[name].tolist()
-        if _is_text(found, "about"):
+        texts = {name: found[name].tolist() for name in _TEXTS if _is_text(found, name)}
+        if "about" in texts:
             texts["about"] = json.loads(found["about"].item())
         return arrays, texts
 
@@ -185,11 +159,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         arrays = {name: file.get_tensor(name) for name in _ARRAYS if name in file.keys()}
-        return arrays, {
-            name: json.loads(metadata[name])
-            for name in ("classes", "paths", "about")
-            if name in metadata
-        }
+        return arrays, {name: json.loads(metadata[name]) for name in _TEXTS if name in metadata}
 
 
 def _checked_rows(rows: Tensor, name: str, path: Path) -> Tensor:

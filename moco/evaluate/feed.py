@@ -10,39 +10,33 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from moco import distributed
-from moco.config import LinclsConfig
+from moco.config import Pretrained
 from moco.data.images import Images, Subset
 from moco.data.loader import EpochBatches, RankShare, TrainLoader, eval_loader
 from moco.data.samples import AugmentedViews, PlainImages
 from moco.data.views import eval_transform, lincls_recipe, normalize
 from moco.evaluate.heads import FrozenEncoder
+from moco.evaluate.knn import extract_features
+from moco.progress import progress
 
 
 @dataclass(frozen=True)
 class Presentation:
-    """How images are presented to an encoder: size, normalisation, this rank's batches, device."""
+    """How images are presented to an encoder.
 
-    image_size: int
-    mean: Sequence[float]
-    std: Sequence[float]
-    batch_size: int  # of this rank, where nothing is trained
+    Args:
+        source: has their size, mean and standard deviation.
+        batch_size: of this rank, where nothing is trained.
+    """
+
+    source: Pretrained
+    batch_size: int
     workers: int
     device: torch.device
-    eval_resize: int | None = None  # as `eval_transform` takes it
 
-    @classmethod
-    def of(cls, config: LinclsConfig, device: torch.device) -> Presentation:
-        """As a config says that has image size, mean and standard deviation."""
-        source = config.source
-        return cls(
-            image_size=source.image_size,
-            mean=source.mean,
-            std=source.std,
-            batch_size=config.optim.batch_size // config.placement.processes,
-            workers=config.data.workers,
-            device=device,
-            eval_resize=source.eval_resize,
-        )
+    def centre_crops(self, images: Images) -> PlainImages:
+        transform = eval_transform(self.source.image_size, self.source.eval_resize)
+        return PlainImages(images, transform)
 
     def loader(self, images: Images, *, persistent: bool = False) -> DataLoader:
         """This rank's share of centre crops: (N, 3, S, S) uint8 and targets (N,).
@@ -50,7 +44,7 @@ class Presentation:
         Persistent workers live until the caller ends them, whatever signals arrive.
         """
         return eval_loader(
-            PlainImages(images, eval_transform(self.image_size, self.eval_resize)),
+            self.centre_crops(images),
             batch_size=self.batch_size,
             workers=self.workers,
             pin_memory=self.device.type == "cuda",
@@ -60,7 +54,16 @@ class Presentation:
 
     def pixels(self, batch: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 -> normalised float32 on the device."""
-        return normalize(batch.to(self.device, non_blocking=True), self.mean, self.std)
+        batch = batch.to(self.device, non_blocking=True)
+        return normalize(batch, self.source.mean, self.source.std)
+
+    def extracted(
+        self, images: Images, encoder: FrozenEncoder, what: str, *, unit: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """As `extract_features`, of centre crops; `what` is the name of the progress bar."""
+        batches = progress(self.loader(images), what)
+        show = {"device": self.device, "mean": self.source.mean, "std": self.source.std}
+        return extract_features(encoder, batches, **show, unit=unit)
 
     def features(
         self, batches: Iterable[tuple[Tensor, Tensor]], encoder: FrozenEncoder
@@ -94,7 +97,7 @@ class ImageFeed:
 
     def __post_init__(self) -> None:
         self.batches = EpochBatches(len(self.images), self.batch_size, seed=self.seed)
-        recipe = lincls_recipe(self.show.image_size)
+        recipe = lincls_recipe(self.show.source.image_size)
         views = AugmentedViews(self.images, recipe, seed=self.seed, num_views=1)
         self.loader = TrainLoader(
             views, self.batches, workers=self.show.workers, device=self.show.device
@@ -111,7 +114,7 @@ class ImageFeed:
 
     def inputs(self, batch: Sequence) -> tuple[Tensor, Tensor]:
         view, targets, _ = batch
-        view = normalize(view, self.show.mean, self.show.std)
+        view = self.show.pixels(view)
         inputs = view if self.finetune else self.encoder(view)
         return inputs, targets.to(self.show.device, non_blocking=True)
 

@@ -13,11 +13,7 @@ from torch import Tensor, nn
 
 from moco import distributed
 from moco.evaluate.knn import count_correct
-from moco.precision import autocast
-
-# ------------------------------------------------------------------------------------------------
-# Modules
-# ------------------------------------------------------------------------------------------------
+from moco.precision import autocast, memory_format
 
 
 class Heads(nn.Module):
@@ -59,9 +55,8 @@ class FrozenEncoder(nn.Module):
     def __init__(self, encoder: nn.Module, *, amp: str = "off", channels_last: bool = False):
         super().__init__()
         self.amp = amp
-        self.order = torch.channels_last if channels_last else torch.contiguous_format
+        self.order = memory_format(channels_last)
         self.encoder = encoder.to(memory_format=self.order)
-        self.training = encoder.training
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.inference_mode(), autocast(images.device, self.amp):
@@ -80,11 +75,6 @@ class EncoderWithHeads(nn.Module):
         with autocast(images.device, self.amp):
             features = self.encoder(images)
         return self.heads(features.float())
-
-
-# ------------------------------------------------------------------------------------------------
-# Settings and results of heads
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -141,11 +131,6 @@ def log_names(name: str, results: Sequence[HeadResult], values: Sequence[float])
         for head, value in zip(results, values, strict=True)
         if math.isfinite(value)
     }
-
-
-# ------------------------------------------------------------------------------------------------
-# Training and accuracy
-# ------------------------------------------------------------------------------------------------
 
 
 class HeadTraining:

@@ -2,47 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from moco import distributed
 from moco.data.views import normalize
+from moco.memory import refuse_or_warn
 
 
 @torch.no_grad()
 def extract_features(
     encoder: nn.Module,
-    loader: DataLoader,
+    batches: Iterable[tuple[Tensor, Tensor]],
     *,
     device: torch.device,
     mean: Sequence[float],
     std: Sequence[float],
-    progress: Callable = iter,
     unit: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels of this rank's share: (N, C) float32 and (N,), on the device; features
-    divided by their length unless `unit` is False.
+    divided by their length unless `unit` is False. Without any images: (0, 0) and (0,).
 
-    The encoder is put into eval mode and back. Without any images: (0, 0) and (0,).
+    Args:
+        encoder: in eval mode.
+        batches: (N, 3, S, S) uint8 images and (N,) labels.
     """
-    was_training = encoder.training
-    encoder.eval()
-    features, labels = [], []
-    try:
-        for images, targets in progress(loader):
-            images = normalize(images.to(device, non_blocking=True), mean, std)
-            found = encoder(images).float()
-            features.append(F.normalize(found, dim=1) if unit else found)
-            labels.append(targets.to(device, non_blocking=True))
-    finally:
-        encoder.train(was_training)
-    if not features:  # more ranks than images
-        return torch.zeros(0, 0, device=device), torch.zeros(0, dtype=torch.int64, device=device)
-    return torch.cat(features), torch.cat(labels)
+    # Empty ones first: there can be more ranks than images.
+    features, labels = [], [torch.zeros(0, dtype=torch.int64, device=device)]
+    for images, targets in batches:
+        images = normalize(images.to(device, non_blocking=True), mean, std)
+        found = encoder(images).float()
+        features.append(F.normalize(found, dim=1) if unit else found)
+        labels.append(targets.to(device, non_blocking=True))
+    return torch.cat(features or [torch.zeros(0, 0, device=device)]), torch.cat(labels)
 
 
 @torch.no_grad()
@@ -136,63 +131,44 @@ def count_correct(ranked: Tensor, targets: Tensor, topk: Sequence[int]) -> Tenso
     return torch.stack([hits[:, :k].any(dim=1).sum() for k in topk]).double()
 
 
-@torch.no_grad()
 def knn_accuracy(
-    encoder: nn.Module,
-    bank_loader: DataLoader,
-    val_loader: DataLoader,
+    queries: tuple[Tensor, Tensor],
+    bank: tuple[Tensor, Tensor],
     *,
     classes: int,
-    device: torch.device,
-    mean: Sequence[float],
-    std: Sequence[float],
     k: int = 200,
     temperature: float = 0.07,
-    progress: Callable = iter,
 ) -> dict[str, float]:
-    """Weighted k-NN accuracy in percent; loaders give this rank's share of bank and validation set.
+    """Weighted k-NN accuracy in percent; every rank classifies its queries by the banks of all.
+
+    Args:
+        queries, bank: features and labels as `extract_features` gives them on this rank.
 
     Returns:
         {"top1", "top5" (top-min(5, classes)), "k" as used, "images", "bank" (its size)}.
+
+    Raises:
+        TrainingError: on all ranks, where the memory of one does not suffice.
     """
-    inputs = {"device": device, "mean": mean, "std": std, "progress": progress}
-    bank, bank_labels = extract_features(encoder, bank_loader, **inputs)
-    features, labels = extract_features(encoder, val_loader, **inputs)
-    return knn_scores(
-        features, labels, bank, bank_labels, classes=classes, k=k, temperature=temperature
-    )
-
-
-def knn_scores(
-    features: Tensor,
-    labels: Tensor,
-    bank: Tensor,
-    bank_labels: Tensor,
-    *,
-    classes: int,
-    k: int = 200,
-    temperature: float = 0.07,
-) -> dict[str, float]:
-    """Weighted k-NN accuracy in percent, from what `extract_features` gives on this rank.
-
-    Every rank classifies its share of the features by the banks of all ranks.
-
-    Returns:
-        As `knn_accuracy`.
-    """
-    bank, bank_labels = distributed.gather_uneven(bank), distributed.gather_uneven(bank_labels)
-    counts = torch.zeros(3, dtype=torch.float64, device=bank.device)  # top-1, top-5, images
-    if len(labels):
-        ranked = knn_predict(
-            features, bank, bank_labels, classes=classes, k=k, temperature=temperature
-        )
-        counts[:2] = count_correct(ranked, labels, (1, min(5, classes)))
-        counts[2] = len(labels)
+    known, known_labels = map(distributed.gather_uneven, bank)
+    features, labels = queries
+    counts = torch.zeros(3, dtype=torch.float64, device=known.device)  # top-1, top-5, images
+    lacking = None
+    try:
+        if len(labels):
+            ranked = knn_predict(
+                features, known, known_labels, classes=classes, k=k, temperature=temperature
+            )
+            counts[:2] = count_correct(ranked, labels, (1, min(5, classes)))
+            counts[2] = len(labels)
+    except torch.OutOfMemoryError as error:
+        lacking = True, f"out of memory for k-NN among {len(known)} images, take fewer: {error}"
+    refuse_or_warn(lacking)
     top1, top5, images = distributed.sum_over_ranks(counts).tolist()
     return {
         "top1": 100 * top1 / images,
         "top5": 100 * top5 / images,
-        "k": min(k, len(bank)),
+        "k": min(k, len(known)),
         "images": int(images),
-        "bank": len(bank),
+        "bank": len(known),
     }

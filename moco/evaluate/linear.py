@@ -13,10 +13,10 @@ from moco import distributed
 from moco.config import LinclsConfig
 from moco.errors import TrainingError
 from moco.evaluate.classifier_io import ClassifierWriter, restore
+from moco.evaluate.facts import Subject
 from moco.evaluate.feed import CachedFeed, ImageFeed
 from moco.evaluate.heads import (
     EncoderWithHeads,
-    FrozenEncoder,
     HeadConfig,
     HeadResult,
     HeadTraining,
@@ -42,13 +42,11 @@ class LinearEvaluation:
     Args:
         config: with everything that the checkpoint tells.
         about: what every checkpoint holds beside tensors and accuracies.
-        stop: what is asked of this process.
     """
 
     config: LinclsConfig
     device: torch.device
-    encoder: FrozenEncoder
-    features: int
+    subject: Subject
     classes: int
     about: dict
     log: RunLog
@@ -72,25 +70,16 @@ class Stage:
 
 
 def train_heads(
-    evaluation: LinearEvaluation,
-    stage: Stage,
-    configs: Sequence[HeadConfig],
-    resume_from: dict | None,
+    evaluation: LinearEvaluation, stage: Stage, configs: Sequence[HeadConfig]
 ) -> list[HeadResult]:
-    """Train one head for each config, together; the encoder too with --finetune.
-
-    With --folds only the last epoch is evaluated. A request to stop ends the process, with its
-    exit status, once the step is done and saved.
-
-    Args:
-        resume_from: a checkpoint to go on from, if it is of this stage.
-    """
-    config = evaluation.config
+    """Train one head for each config, together; the encoder too with --finetune. With --folds only
+    the last epoch is evaluated."""
+    config, saved = evaluation.config, evaluation.subject.resume_from
     with contextlib.closing(stage.feed):
         loop = _HeadLoop(evaluation, stage, configs)
         first, done = config.schedule.start_epoch, 0
-        if resume_from is not None and resume_from.get("fold") == stage.fold:
-            first, done = restore(loop.training, loop.encoder, resume_from, config)
+        if saved is not None and saved.get("fold") == stage.fold:
+            first, done = restore(loop.training, loop.encoder, saved, config)
         loop.train(first, done)
     return loop.training.results
 
@@ -101,7 +90,8 @@ class _HeadLoop(EvaluationLoop):
     def __init__(
         self, evaluation: LinearEvaluation, stage: Stage, configs: Sequence[HeadConfig]
     ) -> None:
-        config, encoder = evaluation.config, evaluation.encoder.encoder
+        config, subject = evaluation.config, evaluation.subject
+        encoder = subject.encoder.encoder
         protocol, optim, folder = config.protocol, config.optim, config.saving.save_dir
         where = "" if stage.fold is None else f"fold {stage.fold + 1} of {protocol.folds}, "
         super().__init__(
@@ -109,13 +99,11 @@ class _HeadLoop(EvaluationLoop):
             device=evaluation.device, stop=evaluation.stop, folder=folder, where=where,
         )  # fmt: skip
         self.evaluation, self.stage, self.config, self.encoder = evaluation, stage, config, encoder
-        self.stops_at_the_end = stage.fold is not None
-        self.finetune, self.print_freq = protocol.finetune, config.saving.print_freq
+        self.stops_at_the_end, self.finetune = stage.fold is not None, protocol.finetune
         self.fold_line = {} if stage.fold is None else {"fold": stage.fold}  # for the log
         torch.manual_seed(optim.seed)
-        probe = {"probe": protocol.probe}
-        heads = new_heads(evaluation.features, evaluation.classes, len(configs), **probe)
-        heads = heads.to(self.device)
+        probe, width = {"probe": protocol.probe}, subject.info["feature_dim"]
+        heads = new_heads(width, evaluation.classes, len(configs), **probe).to(self.device)
         backbone = {"encoder": encoder, "lr_backbone": protocol.lr_backbone}
         self.training = HeadTraining(
             heads, configs, optim.momentum, **probe, **(backbone if self.finetune else {})
@@ -140,20 +128,15 @@ class _HeadLoop(EvaluationLoop):
         inputs, targets = self.stage.feed.inputs(batch)
         self.training.step(head_losses(self.model(inputs), targets))
 
-    def report(self, epoch: int, step: int) -> None:
-        if step % self.print_freq == 0 or step == self.steps:
-            self._report_losses(epoch, step, self.factor)
-
-    def check(self, epoch: int, step: int) -> None:
-        self._end_diverged(epoch, step)
-
     def save(self, epochs: int, step: int) -> None:
         done = self._steps_done(epochs, step)
         self.writer.write(epochs, done, improved=False, ended=True, step_in_epoch=step)
 
-    def _report_losses(self, epoch: int, step: int, factor: float) -> None:
-        training, results = self.training, self.training.results
-        means = self._end_diverged(epoch, step)
+    def report(self, epoch: int, step: int) -> None:
+        if step % self.config.saving.print_freq and step != self.steps:
+            return
+        training, results, factor = self.training, self.training.results, self.factor
+        means = self.check(epoch, step)
         training.start_means()
         values = {**log_names("loss", results, means), "lr_factor": factor}
         if len(results) == 1:
@@ -167,7 +150,7 @@ class _HeadLoop(EvaluationLoop):
         text += f"  lr {', '.join(f'{head.config.lr * factor:g}' for head in results)}"
         self.printer.line(f"{text}  {values['images_per_s']:.0f} images/s", short=text)
 
-    def _end_diverged(self, epoch: int, step: int) -> list[float]:
+    def check(self, epoch: int, step: int) -> list[float]:
         """Means of the losses. Heads with one that is not finite on any rank end; with the last of
         them the run stops, on all ranks together."""
         training = self.training
@@ -193,9 +176,7 @@ class _HeadLoop(EvaluationLoop):
         return losses
 
     def end_epoch(self, epoch: int) -> None:
-        """Evaluate and save, where that is due."""
-        ended, improved = epoch + 1 == self.epochs, False
-        protocol = self.config.protocol
+        ended, improved, protocol = epoch + 1 == self.epochs, False, self.config.protocol
         if ended or not (protocol.folds or protocol.probe == "stl10"):
             if self.finetune:  # rank 0's averages are the ones that are saved
                 distributed.broadcast_buffers(self.encoder)

@@ -35,6 +35,7 @@ from moco.errors import DataError
 from moco.evaluate.extraction import LAYERS, ImageEncoder, Loading, extract
 from moco.evaluate.feature_files import FeatureSet, read_features, unit_rows
 from moco.evaluate.knn import count_correct, knn_predict
+from moco.precision import kernels
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class HeldOut:
         return images
 
 
+@kernels(deterministic=False)
 def measure_encoder(
     encoder: ImageEncoder,
     name: str,
@@ -190,6 +192,7 @@ def _views_for_lidar(
     return {name: torch.stack([view[name] for view in found], dim=1) for name in found[0]}
 
 
+@kernels(deterministic=False)
 def measure_features(
     path: str | os.PathLike,
     bank_path: str | os.PathLike | None,

@@ -6,8 +6,6 @@ are this project's choice.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -18,8 +16,7 @@ from moco.data.loader import RankShare
 from moco.data.subsets import stratified_folds
 from moco.evaluate.facts import Subject
 from moco.evaluate.feed import Presentation
-from moco.evaluate.knn import extract_features, majority_vote
-from moco.progress import progress
+from moco.evaluate.knn import majority_vote
 
 K = 5
 
@@ -34,7 +31,14 @@ def nearest_neighbours(
         {"top1", "k", "layer", "bank", "images"}; with folds "folds": {"count", "top1", "mean"}.
     """
     say, layer, classes = distributed.print_main, config.source.layer, len(train.classes)
-    bank, bank_labels = _all_features(subject, show, train)
+
+    def extracted(images: Images) -> tuple[Tensor, Tensor]:
+        return show.extracted(images, subject.encoder, "5-NN features", unit=False)
+
+    # Of all ranks, in the order of the images.
+    mine = torch.tensor(list(RankShare(len(train))), dtype=torch.int64, device=show.device)
+    order = distributed.gather_uneven(mine).argsort()
+    bank, bank_labels = (distributed.gather_uneven(rows)[order] for rows in extracted(train))
     result: dict = {"k": K, "layer": layer, "bank": len(bank), "images": len(val)}
     count = config.protocol.folds
     if count:
@@ -47,7 +51,7 @@ def nearest_neighbours(
         mean = sum(accuracies) / count
         result["folds"] = {"count": count, "top1": accuracies, "mean": mean}
         say(f"{layer} + {K}-NN {mean:.1f} % on {count} folds of the training images")
-    features, labels = _features(subject, show, val)
+    features, labels = extracted(val)
     correct = torch.zeros((), dtype=torch.float64, device=bank.device)
     if len(labels):
         found = majority_vote(features, bank, bank_labels, classes=classes, k=K)
@@ -55,24 +59,3 @@ def nearest_neighbours(
     result["top1"] = 100 * distributed.sum_over_ranks(correct).item() / len(val)
     say(f"{layer} + {K}-NN {result['top1']:.1f} %")
     return result
-
-
-def _features(subject: Subject, show: Presentation, images: Images) -> tuple[Tensor, Tensor]:
-    """Of this rank's share."""
-    return extract_features(
-        subject.encoder,
-        show.loader(images),
-        device=show.device,
-        mean=show.mean,
-        std=show.std,
-        progress=functools.partial(progress, description="5-NN features"),
-        unit=False,
-    )
-
-
-def _all_features(subject: Subject, show: Presentation, images: Images) -> tuple[Tensor, Tensor]:
-    """Of all ranks' shares, in the order of the images."""
-    mine = torch.tensor(list(RankShare(len(images))), dtype=torch.int64, device=show.device)
-    features, labels = map(distributed.gather_uneven, _features(subject, show, images))
-    order = distributed.gather_uneven(mine).argsort()
-    return features[order], labels[order]

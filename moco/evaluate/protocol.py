@@ -17,22 +17,18 @@ from moco.data.images import Images
 from moco.data.subsets import stratified_folds
 from moco.errors import TrainingError
 from moco.evaluate.classifier_io import protocol_values
+from moco.evaluate.facts import Subject
 from moco.evaluate.feature_cache import FeatureCache
 from moco.evaluate.feed import CachedFeed, ImageFeed, Presentation, to_device_if_it_fits
-from moco.evaluate.heads import FrozenEncoder, HeadConfig, HeadResult, best_head
+from moco.evaluate.heads import HeadConfig, HeadResult, best_head
 from moco.evaluate.linear import LinearEvaluation, Stage, train_heads
 
 
 def make_feed(
-    config: LinclsConfig,
-    encoder: FrozenEncoder,
-    width: int,
-    images: Images,
-    val_images: Images,
-    show: Presentation,
+    config: LinclsConfig, subject: Subject, images: Images, val_images: Images, show: Presentation
 ) -> ImageFeed | CachedFeed:
-    """What the protocol trains on: random crops, or `width` features of each image."""
-    protocol, optim = config.protocol, config.optim
+    """What the protocol trains on: random crops, or features of each image."""
+    encoder, protocol, optim = subject.encoder, config.protocol, config.optim
     common = {"batch_size": optim.batch_size, "seed": optim.seed}
     if not protocol.cached:
         val = show.loader(val_images, persistent=True)
@@ -41,7 +37,7 @@ def make_feed(
     def features(images: Images, views: int) -> torch.Tensor:
         folder = protocol.cache_dir or config.saving.save_dir / "features"
         cache = FeatureCache(encoder, images, folder, show, views=views, seed=optim.seed)
-        return cache.features(width)
+        return cache.features(subject.info["feature_dim"])
 
     views = to_device_if_it_fits(features(images, protocol.cached_views), show.device)
     val = features(val_images, 0)[0]
@@ -61,18 +57,16 @@ def train_classifiers(
     evaluation: LinearEvaluation,
     feed: ImageFeed | CachedFeed,
     targets: Sequence[int],
-    resume_from: dict | None,
 ) -> dict:
     """Train heads with all learning rates and weight decays and choose; what lincls.json says.
 
     Args:
         targets: of the training images.
-        resume_from: a checkpoint to go on from.
 
     Raises:
         TrainingError: all heads have diverged, or the frozen encoder has changed.
     """
-    config, encoder = evaluation.config, evaluation.encoder.encoder
+    config, encoder = evaluation.config, evaluation.subject.encoder.encoder
     protocol, optim = config.protocol, config.optim
     originally = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     configs = [HeadConfig(lr, decay) for lr in optim.lr for decay in optim.weight_decay]
@@ -81,9 +75,9 @@ def train_classifiers(
     if protocol.finetune:
         result["evaluation"] = "finetune"
     if protocol.folds:
-        result["folds"], stage = cross_validate(evaluation, feed, configs, targets, resume_from)
+        result["folds"], stage = cross_validate(evaluation, feed, configs, targets)
         configs = [HeadConfig(**result["folds"]["chosen"])]
-    results = train_heads(evaluation, stage, configs, resume_from)
+    results = train_heads(evaluation, stage, configs)
     if not protocol.finetune:
         now = encoder.state_dict()
         changed = [name for name in originally if not torch.equal(originally[name], now[name])]
@@ -127,17 +121,11 @@ def print_results(results: Sequence[HeadResult], fate: str, *, with_folds: bool)
         say(fate)
 
 
-# ------------------------------------------------------------------------------------------------
-# Cross-validation
-# ------------------------------------------------------------------------------------------------
-
-
 def cross_validate(
     evaluation: LinearEvaluation,
     feed: ImageFeed | CachedFeed,
     configs: Sequence[HeadConfig],
     targets: Sequence[int],
-    resume_from: dict | None,
 ) -> tuple[dict, Stage]:
     """Accuracy of each setting on each fold of the training set that it was not trained on.
 
@@ -149,14 +137,14 @@ def cross_validate(
     config = evaluation.config
     folds, batch_size = config.protocol.folds, config.optim.batch_size
     # For each fold that is done the top-1 accuracy of each setting.
-    table = [list(row) for row in (resume_from or {}).get("folds", [])]
+    table = [list(row) for row in (evaluation.subject.resume_from or {}).get("folds", [])]
     steps = 0
     for number, held_out in enumerate(stratified_folds(targets, folds, config.optim.seed)):
         outside = set(held_out)
         rest = [index for index in range(len(targets)) if index not in outside]
         if number >= len(table):
             stage = Stage(feed.fold(rest, held_out), steps, number, table)
-            results = train_heads(evaluation, stage, configs, resume_from)
+            results = train_heads(evaluation, stage, configs)
             table.append([head.last.get("top1") for head in results])
             accuracies = ", ".join(
                 f"{top1:.2f} ({head})"

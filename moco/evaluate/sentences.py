@@ -16,6 +16,7 @@ from align_uniform.spectrum import alpha_req, wasserstein_uniformity
 from moco.checkpoint import load_sentence_encoders
 from moco.data.text import Sentences, Vocabulary, read_sentences
 from moco.evaluate.measure import Quantities
+from moco.precision import kernels
 from moco.sentence_encoders import QuickThought
 
 
@@ -66,6 +67,7 @@ def neighbour_metrics(
     }
 
 
+@kernels(deterministic=False)
 def measure_sentences(
     path: str | os.PathLike,
     text: str | os.PathLike,

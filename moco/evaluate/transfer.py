@@ -25,6 +25,7 @@ from moco.evaluate import logistic
 from moco.evaluate.extraction import ImageEncoder, Loading, extract, load_image_encoder
 from moco.evaluate.knn import knn_predict
 from moco.packages import import_optional
+from moco.precision import kernels
 
 SHOTS = (1, 2, 4, 8, 16)
 SHOT_PENALTY = 1e-4  # weak: there are no images to choose it by
@@ -78,6 +79,7 @@ def open_encoder(spec: str, image_size: int | None = None) -> ImageEncoder:
     return load_image_encoder(path, layer="backbone", timm=name, image_size=image_size)
 
 
+@kernels(deterministic=False)
 def transfer(
     encoders: Sequence[str],
     names: Sequence[str],

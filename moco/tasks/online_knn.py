@@ -22,7 +22,7 @@ from moco.data import loader
 from moco.data.images import Images, Subset, first_per_class, open_images, split_folder
 from moco.data.shards import SUFFIXES, shard_paths
 from moco.data.views import eval_transform
-from moco.errors import DataError
+from moco.errors import DataError, TrainingError
 from moco.evaluate import knn as evaluate
 from moco.evaluate.neighbours import contact_sheet, neighbour_rows
 from moco.printable import printable
@@ -94,10 +94,11 @@ class OnlineKnn:
         try:
             for images in (self.bank, self.val):
                 with self._batches(images) as batches:
-                    found += evaluate.extract_features(
+                    features = evaluate.extract_features(
                         encoder, batches,
                         device=self.device, mean=self.config.views.mean, std=self.config.views.std,
                     )  # fmt: skip
+                    found.append(features)
         except (DataError, torch.OutOfMemoryError) as error:
             reason = str(error)
         failed, stopping = distributed.any_rank(
@@ -107,17 +108,21 @@ class OnlineKnn:
             self._leave_out(reason, f" from step {step} on")
         if failed or stopping:
             return stopping
-        bank, bank_labels, features, labels = found
-        scores = evaluate.knn_scores(
-            features, labels, bank, bank_labels,
-            classes=self.classes, k=K, temperature=TEMPERATURE,
-        )  # fmt: skip
+        bank, queries = found
+        try:
+            scores = evaluate.knn_accuracy(
+                queries, bank, classes=self.classes, k=K, temperature=TEMPERATURE
+            )
+        except TrainingError as error:  # of memory, on all ranks
+            self._leave_out(str(error) if distributed.is_main() else None, f" from step {step} on")
+            return False
         seconds = time.perf_counter() - started
         values = {"top1": scores.pop("top1"), "top5": scores.pop("top5"), "seconds": seconds}
         self.log.scalars("knn", step, values, epoch=epoch, **scores)
         after = f"after {epoch} epoch(s)" if step else "before training"
-        if self.log.active and len(bank) > 1 and bank.isfinite().all():
-            self._show_neighbours(step, bank)
+        features, _ = bank
+        if self.log.active and len(features) > 1 and features.isfinite().all():
+            self._show_neighbours(step, features)
         self.printer.note(
             f"k-NN {after}: top-1 {values['top1']:.2f}, "
             f"top-{min(5, self.classes)} {values['top5']:.2f} (k {scores['k']}, bank of "

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import Processes
-from helpers import read_log, refusal, write_images
+from helpers import read_log, write_images
 from probes import BEST, LATEST, MAIN, TINY, classifier, evaluate, load, result, write_encoder
 from torch import nn
 
-import main_lincls
 from moco.checkpoint import load_encoder
 from moco.data import loader
 from moco.data.images import open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from moco.encoders import build_encoder
 from moco.evaluate.feature_cache import without_batch_norm
-from moco.evaluate.heads import FrozenEncoder, head_losses, new_heads
+from moco.evaluate.heads import FrozenEncoder
 
 
 @pytest.fixture(scope="module")
@@ -90,48 +87,19 @@ def test_a_head_that_diverges_leaves_the_others_as_they_are(data, pretrained, ca
     evaluate(data, *flags, "--lr 1,3 --save-dir two")
     assert [first, third] == result("two")["heads"]
     # Nothing that is saved is NaN, and it goes on.
-    evaluate(
-        data, "--lr 1,1e38,3 --epochs 4 --resume auto --pretrained", pretrained, "--save-dir r"
-    )
+    evaluate(data, "--lr 1,1e38,3 --save-dir r --resume auto", *flags, "--epochs 4")
     assert result("r")["heads"][1]["diverged"] == fallen["diverged"]
 
 
-def test_when_all_diverge_there_is_no_result(data, pretrained, capsys):
-    flags = ["--lr", "9e37,1e38", "--epochs", 5, "--save-dir", "r"]
-    argv = [*TINY, *flags, "--pretrained", pretrained, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "finite" in message and "9e+37 and 1e+38" in message
-    assert not Path("r/lincls.json").exists()
-
-
-def test_losses_are_those_of_each_head(pretrained):
-    torch.manual_seed(0)
-    heads = new_heads(5, 4, 3)
-    assert torch.equal(heads.linear[0].weight, heads.linear[2].weight)
-    for head in heads.linear:
-        nn.init.normal_(head.weight)
-    features, targets = torch.randn(6, 5), torch.randint(0, 4, (6,))
-    losses = head_losses(heads(features), targets)
-    losses.sum().backward()
-    for loss, head in zip(losses, heads.linear, strict=True):
-        alone = nn.Linear(5, 4)
-        alone.load_state_dict(head.state_dict())
-        expected = F.cross_entropy(alone(features), targets)
-        expected.backward()
-        assert torch.equal(loss, expected) and torch.equal(head.weight.grad, alone.weight.grad)
-
-
-@pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_frozen_features_enter_autograd(pretrained, amp):
+@pytest.mark.parametrize(("amp", "near"), [("off", 1e-4), ("bf16", 0.1)])
+def test_frozen_features_enter_autograd(pretrained, amp, near):
     encoder, _ = load_encoder(pretrained)
     images = torch.randn(4, 3, 32, 32)
     plain = encoder(images).detach()
-    frozen = FrozenEncoder(encoder, amp=amp, channels_last=True)
-    features = frozen(images)
+    features = FrozenEncoder(encoder, amp=amp, channels_last=True)(images)
     assert features.dtype == torch.float32 and not features.requires_grad
-    assert not features.is_inference()
-    near = {"rtol": 1e-4, "atol": 1e-5} if amp == "off" else {"rtol": 0.1, "atol": 0.1}
-    torch.testing.assert_close(features, plain, **near)
+    torch.testing.assert_close(features, plain, rtol=near, atol=near)
+    assert torch.allclose(features, plain, rtol=1e-4, atol=1e-4) == (amp == "off")
     head = nn.Linear(64, 3)
     head(features).sum().backward()
     assert head.weight.grad is not None
@@ -214,16 +182,6 @@ def test_with_a_view_for_each_epoch_it_is_the_standard_protocol(data, pretrained
     assert result("cached")["protocol"]["cached_views"] == 3
 
 
-def test_views_are_used_in_turn(data, pretrained, cache):
-    """Two views for four epochs: files of two passes, and other training than with one."""
-    flags = ["--lr 1 --epochs 4 --cached --pretrained", pretrained]
-    for views in (1, 2):
-        evaluate(data, *flags, f"--cached-views {views} --save-dir r{views}")
-    names = [Path(name).name for name in files("r2/features")]
-    assert sum(name.startswith("view_001") for name in names) == 8
-    assert not torch.equal(classifier(f"r1/{LATEST}"), classifier(f"r2/{LATEST}"))
-
-
 def test_files_are_half_precision_and_used_again(data, pretrained, cache, capsys):
     written = files(cache)
     for name in written:
@@ -256,57 +214,45 @@ def test_what_is_missing_or_damaged_is_made_again(data, pretrained, cache, capsy
         torch.testing.assert_close(load(f"mine/{name}")["features"], expected, rtol=2e-3, atol=1e-3)
 
 
-def start_extraction(folder: Path, pretrained: Path, cache: Path) -> Processes:
-    """A process that is to write 40 files of features; returns when three are there."""
-    write_images(folder / "data", {f"train/{c}": 32 for c in "ab"} | {"val/a": 2, "val/b": 2})
-    argv = [*TINY, *extraction(folder, pretrained, cache), "--save-dir", folder / "killed"]
-    process = Processes(folder / "first", *argv, code=MAIN)
-    while len(files(cache)) < 3:
-        assert process.running(), process.output()
-        time.sleep(0.005)
+VIEWS = "--cached --lr 1 --epochs 5 --cached-views 5 --pretrained"  # 40 files of features
+
+
+@pytest.fixture
+def first(pretrained, tmp_path) -> Processes:
+    """A process that is to write them into cache/, when three are there; one is half written."""
+    write_images(Path("data"), {f"train/{c}": 32 for c in "ab"} | {"val/a": 2, "val/b": 2})
+    argv = [*TINY, *VIEWS.split(), pretrained, "--cache-dir", tmp_path / "cache"]
+    argv += ["--save-dir", tmp_path / "first", tmp_path / "data"]
+    process = Processes(tmp_path / "out", *argv, code=MAIN)
+    process.wait_until(lambda: len(files("cache")) >= 3)
+    process.kill(signal.SIGSTOP)
+    (folder,) = Path("cache").iterdir()
+    (folder / ".view_004_from_00000056.pth.tar.0123abcd.tmp").write_bytes(b"half of it")
     return process
 
 
-def extraction(folder: Path, pretrained: Path, cache: Path) -> list:
-    flags = ["--cached", "--lr", 1, "--epochs", 5, "--cached-views", 5, "--cache-dir", cache]
-    return [*flags, "--pretrained", pretrained, folder / "data"]
-
-
 @pytest.mark.long
-def test_an_extraction_that_was_killed_goes_on(pretrained, tmp_path, capsys):
-    cache = tmp_path / "cache"
-    first = start_extraction(tmp_path, pretrained, cache)
+def test_an_extraction_that_was_killed_goes_on(first, pretrained, capsys):
     first.kill()
     first.wait()
-    kept = files(cache)
-    (left,) = cache.iterdir()
-    (left / ".view_004_from_00000056.pth.tar.0123abcd.tmp").write_bytes(b"half of it")
-    assert len(kept) < 40 and not (tmp_path / "killed" / "lincls.json").exists()
-    main_lincls.main(
-        [*map(str, [*TINY, *extraction(tmp_path, pretrained, cache)]), "--save-dir", "on"]
-    )
+    kept = files("cache")
+    assert len(kept) < 40 and not Path("first/lincls.json").exists()
+    evaluate(Path("data"), VIEWS, pretrained, "--cache-dir cache --save-dir on")
     assert f"{len(kept)} of 40 files are there" in capsys.readouterr().out
-    assert {name: files(cache)[name] for name in kept} == kept
-    assert not list(tmp_path.rglob("*.tmp"))
-    other = [*TINY, *extraction(tmp_path, pretrained, tmp_path / "other")]
-    main_lincls.main([*map(str, other), "--save-dir", "whole"])
+    assert {name: files("cache")[name] for name in kept} == kept
+    assert not list(Path().rglob("*.tmp"))
+    evaluate(Path("data"), VIEWS, pretrained, "--cache-dir other --save-dir whole")
     assert torch.equal(classifier(f"whole/{LATEST}"), classifier(f"on/{LATEST}"))
 
 
 @pytest.mark.long
-def test_what_a_living_process_writes_is_left_alone(pretrained, tmp_path):
-    cache = tmp_path / "cache"
-    first = start_extraction(tmp_path, pretrained, cache)
-    first.kill(signal.SIGSTOP)
-    (folder,) = cache.iterdir()
-    (folder / ".view.pth.tar.0123abcd.tmp").write_bytes(b"half of it")
-    argv = [*map(str, [*TINY, *extraction(tmp_path, pretrained, cache)]), "--save-dir"]
-    main_lincls.main([*argv, "beside"])
-    assert list(folder.glob(".view*.tmp"))
+def test_what_a_living_process_writes_is_left_alone(first, pretrained):
+    evaluate(Path("data"), VIEWS, pretrained, "--cache-dir cache --save-dir beside")
+    assert list(Path("cache").rglob(".view*.tmp"))
     first.kill(signal.SIGCONT)
     assert first.wait() == [0], first.output()
-    main_lincls.main([*argv, "after"])
-    assert not list(tmp_path.rglob("*.tmp"))
+    evaluate(Path("data"), VIEWS, pretrained, "--cache-dir cache --save-dir after")
+    assert not list(Path().rglob("*.tmp"))
 
 
 @pytest.mark.long
@@ -323,55 +269,55 @@ def test_two_probes_share_a_cache(data, pretrained, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def other_encoder(data: Path, pretrained: Path) -> tuple[Path, Path, str]:
-    return data, write_encoder(Path("other.pth.tar"), seed=1), ""
+def other_pixels(folder: Path) -> None:
+    """Of a file of the same size."""
+    paths = [folder / name / "003.png" for name in ("class_0", "class_1")]
+    small, large = sorted(paths, key=lambda path: path.stat().st_size)
+    large.write_bytes(small.read_bytes().ljust(large.stat().st_size, b"\0"))
 
 
-def other_pixels(data: Path, pretrained: Path) -> tuple[Path, Path, str]:
-    path = data / "train" / "class_0" / "003.png"
-    shutil.copy(data / "train" / "class_1" / "003.png", path)
-    os.utime(path)
-    return data, pretrained, ""
-
-
-def other_image(data: Path, pretrained: Path) -> tuple[Path, Path, str]:
-    (data / "train" / "class_0" / "003.png").rename(data / "train" / "class_0" / "new.png")
-    return data, pretrained, ""
+def other_name(folder: Path) -> None:
+    (folder / "class_0" / "003.png").rename(folder / "class_0" / "new.png")
 
 
 @pytest.mark.parametrize(
     "change",
-    [other_encoder, other_pixels, other_image, "--image-size 24", "--amp bf16", "--labels 50"],
+    [
+        other_pixels,
+        other_name,
+        "--pretrained other.pth.tar",
+        "--image-size 24",
+        "--amp bf16",
+        "--labels 50",
+    ],
 )
 def test_a_stale_cache_is_never_used(data, pretrained, tmp_path, change):
     shutil.copytree(data, mine := tmp_path / "data", copy_function=shutil.copy2)
-    flags = "--cached --lr 1 --epochs 1 --cache-dir cache"
-    evaluate(mine, flags, "--save-dir before --pretrained", pretrained)
-    old = files("cache")
-    more = change if isinstance(change, str) else ""
-    if not more:
-        mine, pretrained, _ = change(mine, pretrained)
-    evaluate(mine, flags, more, "--save-dir after --pretrained", pretrained)
-    fresh = "--cached --lr 1 --epochs 1 --save-dir fresh --pretrained"
-    evaluate(mine, fresh, pretrained, more)
+    write_encoder(Path("other.pth.tar"), seed=1)
+    flags = ["--cached --lr 1 --epochs 1 --pretrained", pretrained, "--save-dir"]
+    evaluate(mine, *flags, "before --cache-dir cache")
+    old, more = files("cache"), change
+    if callable(change):
+        change(mine / "train")
+        more = ""
+    evaluate(mine, *flags, "after --cache-dir cache", more)
+    evaluate(mine, *flags, "fresh", more)
     assert torch.equal(classifier(f"after/{LATEST}"), classifier(f"fresh/{LATEST}"))
     assert len(files("cache")) > len(old) and old.items() <= files("cache").items()
 
 
-def test_features_that_half_precision_cannot_hold(data, tmp_path, capsys):
-    large = write_encoder(tmp_path / "large.pth.tar", scale=1e6)
-    argv = [*TINY, "--cached", "--pretrained", large, "--save-dir", "r", data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "half precision" in message and "standard protocol" in message
+def test_features_that_half_precision_cannot_hold(data, refused):
+    large = write_encoder(Path("large.pth.tar"), scale=1e6)
+    message = refused(data, "--cached --save-dir r --pretrained", large)
+    assert "half precision" in message and "standard protocol" in message
     assert not files("r")
 
 
-def test_an_image_that_cannot_be_read_is_named(data, pretrained, tmp_path, capsys):
-    shutil.copytree(data, tmp_path / "data")
-    (tmp_path / "data" / "train" / "class_1" / "004.png").write_bytes(b"no image")
-    argv = [*TINY, "--cached", "--pretrained", pretrained, "--save-dir", "r", tmp_path / "data"]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "class_1/004.png" in message
+def test_an_image_that_cannot_be_read_is_named(data, pretrained, refused):
+    shutil.copytree(data, "data")
+    Path("data/train/class_1/004.png").write_bytes(b"no image")
+    message = refused("data", "--cached --save-dir r --pretrained", pretrained)
+    assert "class_1/004.png" in message
 
 
 @pytest.mark.long
@@ -386,17 +332,8 @@ def test_workers_and_two_processes_find_the_same_features(data, pretrained, cach
         torch.testing.assert_close(
             load(mine[Path(name)])["features"], load(cache / name)["features"], rtol=2e-3, atol=1e-3
         )
-    evaluate(data, "--cached --lr 1 --epochs 2 --cache-dir", cache,
-             "--save-dir one --pretrained", pretrained)  # fmt: skip
+    evaluate(data, *flags, "--cache-dir", cache, "--save-dir one")
     torch.testing.assert_close(
         classifier(f"two/{LATEST}"), classifier(f"one/{LATEST}"), rtol=1e-2, atol=1e-2
     )
     assert result("two")["val_images"] == 15
-
-
-def test_a_cached_probe_is_not_gone_on_with_as_a_standard_one(data, pretrained, capsys):
-    evaluate(data, "--cached --lr 1 --epochs 1 --save-dir r --pretrained", pretrained)
-    argv = [*TINY, "--lr", 1, "--epochs", 2, "--save-dir", "r", "--resume", "auto",
-            "--pretrained", pretrained, data]  # fmt: skip
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "cached: True before, False now" in message

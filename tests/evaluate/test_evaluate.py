@@ -10,13 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from moco.data.views import normalize
-from moco.evaluate.knn import (
-    count_correct,
-    extract_features,
-    knn_accuracy,
-    knn_predict,
-    knn_scores,
-)
+from moco.evaluate.knn import count_correct, extract_features, knn_accuracy, knn_predict
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
@@ -44,9 +38,10 @@ def loop_votes(features, bank, labels, classes: int, k: int, temperature: float)
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
-@pytest.mark.parametrize("k", [1, 5, 20])
+@pytest.mark.parametrize("k", [1, 5, 20, 200])
 def test_classes_are_ranked_by_the_papers_votes(k, temperature):
-    """The classes that neighbours have, in the order of their votes. In blocks as well."""
+    """The classes that neighbours have, in the order of their votes, k being capped at the size of
+    the bank. In blocks as well."""
     classes = 7
     features, bank = unit(30, 4), unit(50, 4, seed=1)
     labels = torch.randint(0, classes, (50,), generator=torch.Generator().manual_seed(2))
@@ -58,24 +53,6 @@ def test_classes_are_ranked_by_the_papers_votes(k, temperature):
         for row, votes in zip(ranked.tolist(), wanted, strict=True):
             with_votes = sorted((c for c in range(classes) if votes[c]), key=lambda c: -votes[c])
             assert row == with_votes + [-1] * (classes - len(with_votes))
-
-
-def test_weights_decide_and_not_the_number_of_neighbours():
-    """One near neighbour outweighs two far ones at a low temperature, not at a high one."""
-    bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
-    labels = torch.tensor([0, 1, 1])
-    query = torch.tensor([[1.0, 0.0]])
-    sharp = knn_predict(query, bank, labels, classes=2, k=3, temperature=0.1)
-    flat = knn_predict(query, bank, labels, classes=2, k=3, temperature=10)
-    assert sharp.tolist() == [[0, 1]] and flat.tolist() == [[1, 0]]
-    nearest = knn_predict(query, bank, labels, classes=2, k=1, temperature=10)
-    assert nearest[0, 0] == 0  # the far ones are not asked
-
-
-def test_k_is_capped_at_the_size_of_the_bank():
-    features, bank, labels = unit(6, 4), unit(5, 4, seed=1), torch.tensor([0, 1, 2, 0, 1])
-    capped = knn_predict(features, bank, labels, classes=3, k=200)
-    assert torch.equal(capped, knn_predict(features, bank, labels, classes=3, k=5))
 
 
 def test_ties_give_one_of_the_tied_classes():
@@ -110,8 +87,8 @@ def test_a_class_without_votes_is_in_no_top_5(temperature):
     queries = torch.tensor([[1.0, 0.0]]).expand(8, 2)
     ranked = knn_predict(queries, bank, labels, classes=8, k=3, temperature=temperature)
     assert ranked.tolist() == [[6, 2, -1, -1, -1, -1, -1, -1]] * 8
-    scores = knn_scores(
-        queries, torch.arange(8), bank, labels, classes=8, k=3, temperature=temperature
+    scores = knn_accuracy(
+        (queries, torch.arange(8)), (bank, labels), classes=8, k=3, temperature=temperature
     )
     assert (scores["top1"], scores["top5"]) == (100 / 8, 200 / 8)
     assert count_correct(ranked, torch.full((8,), -1), (1, 5)).tolist() == [0, 0]
@@ -133,45 +110,19 @@ def pixels(count: int, seed: int = 0) -> list[tuple[Tensor, int]]:
     return [(image, i % 3) for i, image in enumerate(images)]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_features_are_those_of_eval_mode_and_the_mode_is_given_back(training):
-    """Unit rows in the order of the loader, of normalised pixels; batch norm is not updated."""
+def test_features_are_unit_rows_of_normalised_pixels_in_the_order_of_the_loader():
     torch.manual_seed(0)
-    encoder = TinyNet(5).train(training)
-    with torch.no_grad():
-        encoder.bn1.running_mean.fill_(0.3)
-    before = {name: t.clone() for name, t in encoder.state_dict().items()}
+    encoder = TinyNet(5).eval()
     data = pixels(7)
-    loader = DataLoader(data, batch_size=3)
-    features, labels = extract_features(encoder, loader, device=CPU, mean=MEAN, std=STD)
-    assert encoder.training == encoder.bn1.training == training
-    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
+    features, labels = extract_features(
+        encoder, DataLoader(data, batch_size=3), device=CPU, mean=MEAN, std=STD
+    )
     assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert features.shape == (7, 5) and features.dtype == torch.float32
-    assert not features.requires_grad
+    assert features.dtype == torch.float32 and not features.requires_grad
     images = normalize(torch.stack([image for image, _ in data]), MEAN, STD)
-    torch.testing.assert_close(features, F.normalize(encoder.eval()(images), dim=1).detach())
-
-
-def test_the_loop_can_be_watched():
-    seen = []
-
-    def progress(loader):
-        for batch in loader:
-            seen.append(len(batch[0]))
-            yield batch
-
-    extract_features(TinyNet(5), DataLoader(pixels(7), batch_size=3), device=CPU, mean=MEAN,
-                     std=STD, progress=progress)  # fmt: skip
-    assert seen == [3, 3, 1]
-
-
-def test_the_mode_is_given_back_after_an_error():
-    encoder = TinyNet(5).train()
-    with pytest.raises(RuntimeError):
-        loader = DataLoader([(torch.zeros(4, 8, 8, dtype=torch.uint8), 0)])
-        extract_features(encoder, loader, device=CPU, mean=MEAN, std=STD)
-    assert encoder.training and encoder.bn1.training
+    torch.testing.assert_close(features, F.normalize(encoder(images), dim=1).detach())
+    nothing = extract_features(encoder, [], device=CPU, mean=MEAN, std=STD)
+    assert [len(rows) for rows in nothing] == [0, 0]
 
 
 class Colour(nn.Module):
@@ -191,5 +142,8 @@ def test_knn_accuracy_in_percent_of_a_case_worked_by_hand():
     red, green, blue = (250, 10, 10), (10, 250, 10), (10, 10, 250)
     bank = coloured([red, green, blue], [0, 1, 2])
     val = coloured([(200, 20, 20), (20, 200, 20), (20, 20, 200), (190, 30, 30)], [0, 1, 2, 2])
-    got = knn_accuracy(Colour(), bank, val, classes=3, device=CPU, mean=(0, 0, 0), std=(1, 1, 1))
+    show = {"device": CPU, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    got = knn_accuracy(
+        *(extract_features(Colour(), each, **show) for each in (val, bank)), classes=3
+    )
     assert got == {"top1": 75.0, "top5": 100.0, "k": 3, "images": 4, "bank": 3}

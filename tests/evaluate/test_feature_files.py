@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -152,16 +151,3 @@ def test_unit_rows_are_divided_by_their_length() -> None:
     x[4] = 0
     with pytest.raises(DataError, match="a.npz: row 4 of features is zero"):
         unit_rows(x, "features", "a.npz")
-
-
-def test_what_stands_in_the_file_is_plain(tmp_path: Path) -> None:
-    """For tools that know neither torch nor this project."""
-    content = FeatureSet(rows(2), None, torch.tensor([1, 0]), ["a", "b"], ["x", "y"], {"k": 1})
-    write_features(tmp_path / "a.npz", content)
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
-        assert sorted(found) == ["about", "classes", "features", "labels", "paths"]
-        assert json.loads(found["about"].item()) == {"k": 1}
-        assert found["paths"].tolist() == ["x", "y"] and found["labels"].dtype == np.int64
-    write_features(tmp_path / "a.safetensors", content)
-    with safetensors.safe_open(tmp_path / "a.safetensors", "np") as found:
-        assert json.loads(found.metadata()["classes"]) == ["a", "b"]

@@ -10,11 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Processes
-from helpers import differences, read_log, refusal
-from probes import BEST, LATEST, MAIN, TINY, evaluate, load, result, write_encoder
+from helpers import differences, read_log
+from probes import (
+    BEST,
+    LATEST,
+    MAIN,
+    TINY,
+    evaluate,
+    load,
+    result,
+    unequal_states,
+    write_encoder,
+)
 from torch import nn
 
-import main_lincls
 from moco.checkpoint import load_encoder
 from moco.cli import lincls_config
 from moco.data import loader
@@ -69,52 +78,17 @@ def test_training_is_that_of_a_loop_by_hand(data, pretrained, tuned):
     assert differences(mine, dict(load(tuned / LATEST)["state_dict"])) == []
 
 
-def test_all_of_the_network_has_changed(pretrained, tuned):
-    before, after = load(pretrained)["state_dict"], load(tuned / LATEST)["state_dict"]
-    for name, tensor in before.items():
-        assert not torch.equal(tensor, after[f"module.{name}"]), name
-
-
-def test_result_says_what_was_done(tuned, pretrained):
+def test_the_result_says_what_was_done_and_the_file_evaluates_as_it_was(data, pretrained, tuned):
     found = result(tuned)
     assert found["evaluation"] == "finetune" and found["pretrained_epochs"] == 7
     assert found["protocol"]["finetune"] is True
     assert found["protocol"]["lr"] == 0.2 and found["protocol"]["lr_backbone"] == 0.05
     assert found["checkpoint"] == str(pretrained)
-
-
-def test_the_saved_file_evaluates_as_it_was_and_loads(data, tuned):
     for name, key in ((LATEST, "last"), (BEST, "best")):
         evaluate(data, "-e --pretrained", tuned / name, "--save-dir", key)
-        assert result(key)["top1"] == result(tuned)[key]["top1"]
+        assert result(key)["top1"] == found[key]["top1"]
     network, info = load_encoder(tuned / LATEST, head="linear")
     assert network(torch.randn(2, 3, 32, 32)).shape == (2, 3) and info["epoch"] == 7
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("-e", "linear was asked for"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_there_is_a_run_folder(
-    flags, said, data, pretrained, capsys
-):
-    argv = [*flags.split(), *"--device cpu -j 0 --save-dir r --pretrained".split(), pretrained]
-    status, message = refusal(main_lincls.main, [*argv, data], capsys)
-    assert status == 1 and said in message and not Path("r").exists()
-
-
-def test_a_resumed_run_ends_like_one_that_was_not_cut_off(data, pretrained, tuned):
-    flags = ["--finetune", RATES, "--save-dir cut"]
-    evaluate(data, *flags, "--epochs 1 --pretrained", pretrained)
-    evaluate(data, *flags, "--epochs 3 --resume auto")
-    for name in (LATEST, BEST):
-        a, b = load(tuned / name), load(f"cut/{name}")
-        for content in (a, b):
-            content.pop("args")
-        assert differences(a, b) == []
-    assert result("cut")["last"] == result(tuned)["last"]
 
 
 def test_knn_is_of_the_encoder_before_and_leaves_the_training_as_it_is(data, pretrained, tuned):
@@ -122,9 +96,7 @@ def test_knn_is_of_the_encoder_before_and_leaves_the_training_as_it_is(data, pre
     flags = ["--finetune --epochs 3 --knn", RATES, "--pretrained", pretrained]
     evaluate(data, *flags, "--save-dir both")
     assert result("both")["knn"] == result("knn")["knn"]
-    assert (
-        differences(load(tuned / LATEST)["state_dict"], load(f"both/{LATEST}")["state_dict"]) == []
-    )
+    assert unequal_states(tuned / LATEST, f"both/{LATEST}") == []
 
 
 @pytest.mark.parametrize(
@@ -146,7 +118,7 @@ def test_defaults_are_swavs(data, pretrained, flags, expected):
 
 
 @pytest.mark.long
-def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path, capsys):
+def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path, capsys, refused):
     """Each normalises its own half of the batch; rank 0's averages are saved, and evaluated."""
     flags = ["--finetune", "--epochs", 1, "--lr-backbone", 0.05, "--pretrained", pretrained]
     argv = [*TINY, *flags, "--save-dir", tmp_path / "two", data]
@@ -158,72 +130,25 @@ def test_two_processes_save_what_was_evaluated(data, pretrained, tmp_path, capsy
     assert f"loss {loss:.4f}" in capsys.readouterr().out
     # One process would take other batch-norm statistics.
     assert result("two")["protocol"]["processes"] == 2
-    alone = [*TINY, *flags, "--epochs", 3, "--save-dir", "two", "--resume", "auto", data]
-    status, message = refusal(main_lincls.main, alone, capsys)
-    assert status == 1 and "processes: 2 before, 1 now" in message
-
-
-def test_a_fine_tuned_run_is_not_gone_on_with_as_another(data, pretrained, tuned, tmp_path, capsys):
-    shutil.copytree(tuned, "copy")
-    start = [*TINY, "--epochs", 4, "--pretrained", pretrained, "--save-dir", "copy"]
-    for flags, named in (
-        ("--finetune --lr 0.2 --lr-backbone 0.1", "lr_backbone: 0.05 before, 0.1 now"),
-        ("--finetune --lr 0.2 --lr-backbone 0.05 --labels 50", "labels_digest"),
-        ("--lr 0.2", "another encoder"),
-    ):
-        argv = [*start, *flags.split(), "--wd", "1e-3", "--schedule", "2", "--resume", "auto", data]
-        status, message = refusal(main_lincls.main, argv, capsys)
-        assert status == 1 and named in message, message
-    other = write_encoder(tmp_path / "other.pth.tar", seed=1)
-    argv = [*TINY, "--finetune", "--epochs", 4, "--pretrained", other, "--resume",
-            f"copy/{LATEST}", data]  # fmt: skip
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "another encoder" in message and str(other) in message
-
-
-def test_a_non_finite_loss_names_both_rates(data, pretrained, capsys):
-    argv = [*TINY, "--finetune", "--lr-backbone", "1e30", "--pretrained", pretrained, data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "--lr 0.2" in message and "--lr-backbone 1e+30" in message
+    message = refused(data, *flags, "--epochs 3 --save-dir two --resume auto")
+    assert "processes: 2 before, 1 now" in message
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ("--lr-backbone 0.1", ["--lr-backbone", "--finetune"]),
-        ("--finetune --lr-backbone -1", ["--lr-backbone", "-1"]),
-        ("--finetune --lr-backbone nan", ["--lr-backbone", "nan"]),
-        ("--finetune --lr 1,2", ["--lr", "once for each"]),
-        ("--finetune --wd 0,1", ["--wd", "once for each"]),
-        ("--finetune --cached", ["--cached"]),
-        ("--finetune --folds 3", ["--folds"]),
-        ("--finetune --batch-size 1", ["batch norm"]),
-        ("--labels 0", ["--labels", "0"]),
-        ("--labels 101", ["--labels", "101"]),
-        ("--labels nan", ["--labels", "nan"]),
-        ("--labels missing.txt", ["--labels", "missing.txt"]),
-        ("--labels 10 --images-per-class 3", ["--labels", "--images-per-class"]),
-        ("--labels list.txt --dataset cifar10", ["list.txt", "cifar10", "percent"]),
-        ("--lr 1,1", ["twice"]),
-        ("--lr 1,a", ["1,a"]),
-        ("--lr 1,-1", ["--lr", "-1"]),
-        ("--folds 1", ["--folds", "1"]),
-        ("--cached-views 2", ["--cached-views", "--cached"]),
-        ("--cached --cached-views -1", ["--cached-views", "-1"]),
-        ("--cached --cached-views 3 --epochs 2", ["--cached-views 3", "--epochs 2"]),
-        ("-e --cached", ["-e", "--cached"]),
-        ("-e --folds 3", ["-e", "--folds"]),
-        ("--cached --cache-dir list.txt", ["list.txt", "folder"]),
+        ("--finetune --lr 0.2 --lr-backbone 0.1", "lr_backbone: 0.05 before, 0.1 now"),
+        ("--finetune --lr 0.2 --lr-backbone 0.05 --labels 50", "labels_digest"),
+        ("--lr 0.2", "another encoder"),
+        ("--finetune --pretrained other.pth.tar", "another encoder"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused_at_parse_time(data, pretrained, capsys, flags, named):
-    Path("list.txt").write_text("000.png\n")
-    argv = [*TINY, "--pretrained", pretrained, *flags.split(), data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 2
-    for part in named:
-        assert part in message, message
-    assert not Path("results").exists()
+def test_a_fine_tuned_run_is_not_gone_on_with_as_another(
+    data, pretrained, tuned, refused, flags, named
+):
+    write_encoder(Path("other.pth.tar"), seed=1)
+    start = ["--epochs 4 --wd 1e-3 --schedule 2 --pretrained", pretrained]
+    assert named in refused(data, *start, f"--resume {tuned / LATEST} --save-dir r", flags)
 
 
 # ---- Part of the labels --------------------------------------------------------------------------
@@ -263,12 +188,9 @@ def test_percent_is_of_each_class_and_at_least_one(many):
 def test_percent_is_the_same_on_any_machine(many):
     """These names were found once; where the folder lies, and other classes, change nothing."""
     images = FolderImages(many)
-    names = labels.image_names(images)
-    chosen = [names[i] for i in labels.percent_of_labels(images, 1, 0)]
-    assert chosen == ONE_PERCENT
-    assert labels.subset_digest(Subset(images, labels.percent_of_labels(images, 1, 0))) == (
-        ONE_PERCENT_DIGEST
-    )
+    names, chosen = labels.image_names(images), labels.percent_of_labels(images, 1, 0)
+    assert [names[i] for i in chosen] == ONE_PERCENT
+    assert labels.subset_digest(Subset(images, chosen)) == ONE_PERCENT_DIGEST
 
 
 @pytest.mark.parametrize(
@@ -327,33 +249,28 @@ def test_labels_on_the_command_line(data, pretrained, capsys):
     Path("list.txt").write_text("\n".join(reversed(chosen)))
     evaluate(data, *flags, "--labels list.txt --save-dir l")
     assert result("l")["labels"] == {"of": "list.txt", "digest": digest}
-    assert differences(load(f"p/{LATEST}")["state_dict"], load(f"l/{LATEST}")["state_dict"]) == []
+    assert unequal_states(f"p/{LATEST}", f"l/{LATEST}") == []
     evaluate(data, *flags, "--labels 50 --seed 9 --labels-seed 1 --save-dir drawn")
     assert result("drawn")["labels"]["digest"] != digest
 
 
-def test_fewer_labelled_images_than_a_batch(data, pretrained, capsys):
-    argv = [*TINY, "--labels", 10, "--pretrained", pretrained, "--save-dir", "r", data]
-    status, message = refusal(main_lincls.main, argv, capsys)
-    assert status == 1 and "3 images" in message and "lower --batch-size" in message
-
-
-@pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("mode", [["--finetune", "--lr-backbone", 0.1], ["--knn"]])
-def test_images_that_memory_does_not_suffice_for(mode, data, pretrained, monkeypatch, capsys):
+@pytest.mark.parametrize("mode", ["--finetune --lr-backbone 0.1", "--knn"])
+def test_images_that_memory_does_not_suffice_for(
+    mode, data, pretrained, monkeypatch, capsys, refused
+):
     """Refused before anything is written; the flags that it names are taken."""
-    argv = [*TINY, *mode, "--lr", 1, "--epochs", 1, "--pretrained", pretrained, "--save-dir"]
+    flags = [mode, "--lr 1 --epochs 1 --pretrained", pretrained, "--save-dir"]
     seen = []
     take = feasible.memory_taken
     monkeypatch.setattr(feasible, "memory_taken", lambda *a: seen.append(take(*a)) or seen[-1])
     monkeypatch.setattr(feasible, "memory_of", lambda _: Memory(2**40, 2**40))
-    main_lincls.main([str(word) for word in [*argv, "whole", data]])
+    evaluate(data, *flags, "whole")
     assert "warning: a step" not in capsys.readouterr().out
     free = int(0.8 * seen[0])
     monkeypatch.setattr(feasible, "memory_of", lambda _: Memory(free, free // 2))
-    status, line = refusal(main_lincls.main, [*argv, "r", data], capsys)
-    assert status == 1 and not Path("r").exists()
+    line = refused(data, *flags, "r")
+    assert not Path("r").exists()
     assert re.search("a step takes about .* are free on this machine; with --batch-size 4 it", line)
     monkeypatch.setattr(feasible, "memory_of", lambda _: Memory(free, 10 * free))
-    main_lincls.main([str(word) for word in [*argv, "r", "--batch-size", 4, data]])
+    evaluate(data, *flags, "r --batch-size 4")
     assert "warning: a step" not in capsys.readouterr().out

@@ -107,20 +107,20 @@ def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path,
         assert (layer["lidar_images"], layer["lidar_views"]) == (15, 10) and layer["lidar"] > 1
         assert layer["intervals"] is None
 
-        knn = evaluate.knn_accuracy(
-            encoder,
-            *(
+        bank, queries = (
+            evaluate.extract_features(
+                encoder,
                 loader.eval_loader(
                     loader.PlainImages(
                         open_images("folder", data, split), eval_transform(16)
                     ),
                     batch_size=8, workers=0, pin_memory=False,
-                )
-                for split in ("train", "val")
-            ),
-            classes=3,
-            **inputs,
+                ),
+                **inputs,
+            )
+            for split in ("train", "val")
         )  # fmt: skip
+        knn = evaluate.knn_accuracy(queries, bank, classes=3)
         for key in ("top1", "top5", "k"):
             assert layer["knn"][key] == pytest.approx(knn[key])
         assert (layer["knn"]["bank"], layer["knn"]["queries"]) == (30, 15)

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from probes import TINY, write_encoder
+from probes import TINY, evaluate, write_encoder
 
-import main_lincls
 from moco import cli
 
 SECRETS = ("hunter2", "token123")
@@ -38,8 +37,7 @@ def address(tmp_path, monkeypatch) -> str:
 
 def test_nothing_that_an_evaluation_leaves_has_the_secret(address, data, tmp_path, capsys) -> None:
     run = tmp_path / "run"
-    flags = ["--epochs", "1", "--pretrained", address, "--save-dir", str(run)]
-    main_lincls.main([*TINY, *flags, str(data)])
+    evaluate(data, "--epochs 1 --pretrained", address, "--save-dir", run)
     written = [path for path in run.rglob("*") if path.is_file()]
     assert {"args.json", "lincls.json", "checkpoint.pth.tar"} <= {path.name for path in written}
     for path in written:

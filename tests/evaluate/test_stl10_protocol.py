@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 
+import probes
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import load_script, refusal
+from helpers import load_script
+from probes import BEST, LATEST, result, unequal_states, words
 
-import main_lincls
 from moco.checkpoint import load_encoder
 from moco.cli import lincls_config
 from moco.data.images import open_images
@@ -22,9 +22,7 @@ from moco.evaluate.knn import majority_vote
 from moco.runs.compare import Comparison
 from moco.runs.folder import read_runs
 
-FLAGS = shlex.split(
-    "--protocol stl10 --batch-size 8 --epochs 3 --schedule 2 -j 0 --device cpu --seed 1 -p 1"
-)
+FLAGS = "--protocol stl10 --epochs 3 --schedule 2"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +40,9 @@ def run(once, data) -> Path:
     return once("in_batch", make) / "run"
 
 
-def evaluate(out: Path, run: Path, data: Path, *flags: str) -> dict:
-    words = [*FLAGS, *flags, "--pretrained", str(run), "--save-dir", str(out), str(data)]
-    main_lincls.main(words)
-    return json.loads((out / "lincls.json").read_text())
+def evaluate(out: Path | str, run: Path, data: Path, *flags: str) -> dict:
+    probes.evaluate(data, FLAGS, *flags, "--pretrained", run, "--save-dir", out)
+    return result(out)
 
 
 def test_majority_vote() -> None:
@@ -71,9 +68,9 @@ def test_neighbours_are_the_nearest_where_features_share_a_large_part() -> None:
 
 
 @pytest.mark.parametrize("layer", ["fc7", "output"])
-def test_neighbours_are_those_of_the_layer(run, data, tmp_path, elsewhere, capsys, layer) -> None:
+def test_neighbours_are_those_of_the_layer(run, data, tmp_path, capsys, layer) -> None:
     """Centre crops of 70/64 of the size; the output of unit length, fc7 as it is."""
-    result = evaluate(tmp_path / "out", run, data, "--layer", layer, "--folds", "2")
+    found = evaluate(tmp_path / "out", run, data, "--folds 2 --layer", layer)
     out = capsys.readouterr().out
     file = run / "checkpoint_0001.pth.tar"
     head = {"fc7": "none", "output": "projection"}[layer]
@@ -84,16 +81,16 @@ def test_neighbours_are_those_of_the_layer(run, data, tmp_path, elsewhere, capsy
         show = eval_transform(16, 18)  # round(16 * 70 / 64)
         pixels = torch.stack([show(images.load(i)) for i in range(len(images))])
         mean, std = info["args"]["mean"], info["args"]["std"]
-        found = encoder(normalize(pixels, mean, std)).detach()
-        found = F.normalize(found, dim=1) if layer == "output" else found
-        return found, torch.tensor(images.targets)
+        rows = encoder(normalize(pixels, mean, std)).detach()
+        rows = F.normalize(rows, dim=1) if layer == "output" else rows
+        return rows, torch.tensor(images.targets)
 
     (bank, bank_labels), (queries, labels) = features("train"), features("val")
     right = majority_vote(queries, bank, bank_labels, classes=3) == labels
-    assert result["nearest"]["top1"] == pytest.approx(100 * right.double().mean().item())
-    assert (result["layer"], result["evaluation"]) == (layer, "stl10")
-    assert result["protocol"]["eval_resize"] == 18
-    top1, mean = result["last"]["top1"], result["nearest"]["folds"]["mean"]
+    assert found["nearest"]["top1"] == pytest.approx(100 * right.double().mean().item())
+    assert (found["layer"], found["evaluation"]) == (layer, "stl10")
+    assert found["protocol"]["eval_resize"] == 18
+    top1, mean = found["last"]["top1"], found["nearest"]["folds"]["mean"]
     for line in (
         f"{layer} + linear {top1:.1f} %",
         f"{layer} + 5-NN {right.double().mean().item() * 100:.1f} %",
@@ -101,53 +98,39 @@ def test_neighbours_are_those_of_the_layer(run, data, tmp_path, elsewhere, capsy
     ):
         assert line in out
     # compare_runs.py has a column for each.
-    (found, *_), left_out = read_runs([run, tmp_path / "out"])
-    names = {name for name, _ in found.final}
+    (read, *_), left_out = read_runs([run, tmp_path / "out"])
+    names = {name for name, _ in read.final}
     assert not left_out
     assert {f"{layer} + linear last, chosen by 2 folds", f"{layer} + 5-NN"} <= names
     assert {f"{layer} + linear folds", f"{layer} + 5-NN folds"} <= names
-    assert f"{layer} + 5-NN" in {column.title for column in Comparison([found]).columns}
+    assert f"{layer} + 5-NN" in {column.title for column in Comparison([read]).columns}
 
 
-@pytest.mark.parametrize("layer", ["fc7", "output"])
-def test_a_probe_goes_on_bit_for_bit(run, data, tmp_path, elsewhere, layer) -> None:
-    flags = ["--layer", layer]
-    whole = evaluate(tmp_path / "whole", run, data, *flags)
-    evaluate(tmp_path / "cut", run, data, *flags, "--epochs", "1", "--resume", "auto")
-    cut = evaluate(tmp_path / "cut", run, data, *flags, "--resume", "auto")
-    assert cut["last"] == whole["last"]
-    first, second = (
-        torch.load(tmp_path / name / "checkpoint.pth.tar", weights_only=True)["state_dict"]
-        for name in ("whole", "cut")
-    )
-    assert first.keys() == second.keys()
-    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
-    again = tmp_path / "again"
-    file = tmp_path / "whole" / "model_best.pth.tar"
-    main_lincls.main(
-        ["-e", "--pretrained", str(file), "--eval-resize", "18", "-j", "0", "--device", "cpu",
-         "--save-dir", str(again), str(data)]
-    )  # fmt: skip
-    found = json.loads((again / "lincls.json").read_text())
-    assert found["top1"] == pytest.approx(whole["last"]["top1"])
-
-
-def test_a_probe_of_one_layer_does_not_go_on_with_another(run, data, tmp_path, capsys) -> None:
-    out = tmp_path / "out"
-    for before, now, message in (
+@pytest.mark.parametrize(
+    ("layer", "other", "refusal"),
+    [
         ("fc7", "output", "is a probe of --layer fc7: its classifier stands in place of"),
         ("output", "fc7", "layer: 'output' before, 'fc7' now"),
-    ):
-        evaluate(out / before, run, data, "--layer", before, "--epochs", "1")
-        words = [*FLAGS, "--layer", now, "--save-dir", out / before, "--resume", "auto", data]
-        for argv in (words, ["--pretrained", run, *words]):
-            _, line = refusal(main_lincls.main, argv, capsys)
-            assert message in line
+    ],
+)
+def test_a_probe_goes_on_bit_for_bit_and_not_with_another_layer(
+    run, data, refused, layer, other, refusal
+) -> None:
+    whole = evaluate("whole", run, data, "--layer", layer)
+    evaluate("cut", run, data, f"--layer {layer} --epochs 1")
+    for source in ([], ["--pretrained", run]):
+        flags = f"--layer {other} --save-dir cut --resume auto"
+        assert refusal in refused(data, FLAGS, flags, *source)
+    cut = evaluate("cut", run, data, f"--layer {layer} --resume auto")
+    assert cut["last"] == whole["last"]
+    assert unequal_states(f"whole/{LATEST}", f"cut/{LATEST}") == []
+    probes.evaluate(data, f"-e --pretrained whole/{BEST} --eval-resize 18 --save-dir again")
+    assert result("again")["top1"] == pytest.approx(whole["last"]["top1"])
 
 
-def test_the_start_says_which_views_a_probe_has(run, data, tmp_path) -> None:
-    words = [*FLAGS, "--layer", "fc7", "--pretrained", str(run), "--save-dir", str(tmp_path)]
-    fresh, cached = (lincls_config([*words, *flags, str(data)]) for flags in ([], ["--cached"]))
+def test_the_start_says_which_views_a_probe_has(run, data) -> None:
+    argv = [*probes.TINY, *words(FLAGS, "--layer fc7 --pretrained", run), str(data)]
+    fresh, cached = (lincls_config([*flags, *argv]) for flags in ([], ["--cached"]))
     assert "linear on the random crops of Table 1" in protocol_line(fresh)
     assert "linear on cached centre crops in place of the random crops" in protocol_line(cached)
 
@@ -165,21 +148,16 @@ def test_the_probe_is_torchs_linear_layer_and_adam() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--layer", "conv5"], "has no --layer conv5 to evaluate; there are fc7 and output"),
-        (["--layer", "fc9"], "has no --layer fc9"),
-        (["--eval-resize", "15"], "--eval-resize 15 is smaller than the crop of 16 pixels"),
-        (["--image-size", "32"], "images of 32 pixels do not fit the encoder: it is made for 16"),
-        (["-e"], "a linear one is what main_lincls.py trains, without -e, and saves"),
-        (["--folds", "11"], "--folds 11 are more than the 10 images of the smallest class"),
+        ("--layer conv5", "has no --layer conv5 to evaluate; there are fc7 and output"),
+        ("--layer fc9", "has no --layer fc9"),
+        ("--eval-resize 15", "--eval-resize 15 is smaller than the crop of 16 pixels"),
+        ("--image-size 32", "images of 32 pixels do not fit the encoder: it is made for 16"),
+        ("-e", "a linear one is what main_lincls.py trains, without -e, and saves"),
+        ("--folds 11", "--folds 11 are more than the 10 images of the smallest class"),
+        ("--layer fc7 --pretrained RESNET",
+         "has no --layer fc7 to evaluate; there are backbone and output"),
     ],
-)
-def test_what_is_refused(run, data, elsewhere, capsys, flags, message) -> None:
-    words = [*FLAGS, *flags, "--pretrained", run, data]
-    status, line = refusal(main_lincls.main, words, capsys)
-    assert status == 1 and message in line
-
-
-def test_a_resnet_has_no_fc7(encoder_file, data, elsewhere, capsys) -> None:
-    words = [*FLAGS, "--layer", "fc7", "--image-size", "16", "--pretrained", encoder_file, data]
-    status, line = refusal(main_lincls.main, words, capsys)
-    assert status == 1 and "has no --layer fc7 to evaluate; there are backbone and output" in line
+)  # fmt: skip
+def test_what_is_refused(run, data, pretrained, refused, flags, message) -> None:
+    flags = flags.replace("RESNET", str(pretrained))
+    assert message in refused(data, FLAGS, "--pretrained", run, flags)

@@ -101,16 +101,15 @@ def test_it_finds_what_the_saved_encoder_gives(data, whole) -> None:
     lines = knn_lines(whole)
     plain = eval_transform(16)
     splits = [open_images("folder", data, split) for split in ("train", "val")]
-    bank, val = (
+    batches = [
         loader.eval_loader(loader.PlainImages(s, plain), batch_size=16, workers=0, pin_memory=False)
         for s in splits
-    )
+    ]
     for line, path in zip(lines[1:], checkpoint.run_checkpoints(whole), strict=True):
         encoder, _ = checkpoint.load_encoder(path)
-        expected = evaluate.knn_accuracy(
-            encoder, bank, val, classes=2, device=CPU,
-            mean=IMAGENET_MEAN, std=IMAGENET_STD,
-        )  # fmt: skip
+        show = {"device": CPU, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        bank, queries = (evaluate.extract_features(encoder, each, **show) for each in batches)
+        expected = evaluate.knn_accuracy(queries, bank, classes=2)
         assert {name: line[name] for name in expected} == expected
         assert (line["k"], line["bank"], line["images"]) == (96, 96, 41)
     assert [(line["epoch"], line["step"]) for line in lines] == [(0, 0), (1, 6), (2, 12), (3, 18)]
@@ -248,6 +247,17 @@ def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(data, tmp_path) ->
     assert len(lines) == 1 and "k-NN: left out from step 0 on: cannot read image" in lines[0]
     assert str(bad) in lines[0] and "Traceback" not in said
     assert read_log(run, "knn") == [] and read_log(run)[-1]["step"] == 18
+
+
+def test_memory_that_it_lacks_ends_it_but_not_the_run(labelled, tmp_path, monkeypatch, capsys):
+    def lacks(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("9 bytes")
+
+    monkeypatch.setattr(evaluate, "knn_predict", lacks)
+    train(labelled, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert "k-NN: left out from step 0 on: out of memory for k-NN among" in line
+    assert len(read_log(tmp_path / "run")) == 1
 
 
 def test_the_bank_is_balanced_and_capped(tmp_path) -> None:
