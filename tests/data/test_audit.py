@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,8 @@ def test_whole_folder(tmp_path: Path, capsys) -> None:
         "class of val not in train": {"val/only_val"},
         "class of train not in val": {"train/a"},
         "image outside the class folders": {"train/loose.jpg"},
+        "exact copy": {f"train/a/{name}" for name in ("good.jpg", "really_png.jpg")}
+        | {"train/b/1.jpg", "val/b/1.jpg", "val/only_val/1.jpg"},
     }
     assert {
         kind: {os.path.relpath(file["path"], folder) for file in entry["files"]}
@@ -114,6 +118,27 @@ def test_folder_without_train_is_taken_as_it_is(tmp_path: Path, capsys) -> None:
     assert "2 images" in capsys.readouterr().out
 
 
+def test_exact_copies_are_counted_across_names(tmp_path: Path, capsys) -> None:
+    """Of pictures in folders and in archives; another picture of equal size is none."""
+    good = FILES["good.png"][0]
+    contents = {
+        "1.png": good,
+        "2.jpg": good,
+        "3.bmp": good,
+        "4.png": good[:-1] + b"!",
+        "5.png": b"",
+    }
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    with tarfile.open(tmp_path / "train" / "0.tar", "w") as tar:
+        for name, content in {**contents, "5.png": b"", "6.png": b""}.items():
+            (tmp_path / "train" / "a" / name).write_bytes(content)
+            tar.add(tmp_path / "train" / "a" / name, f"a/{name}")
+    for dataset in ("folder", "tar"):
+        check_dataset.main([str(tmp_path), "-j", "1", "--dataset", dataset])
+        printed = capsys.readouterr().out
+        assert re.search(r"  exact copy +2  .*\n.*a/2.jpg.*  \(of .*a/1.png", printed), printed
+
+
 @pytest.mark.parametrize("arguments", [["missing"], ["."], [".", "-j", "0"]])
 def test_wrong_arguments(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,6 +147,11 @@ def test_wrong_arguments(
     with pytest.raises(SystemExit) as caught:
         check_dataset.main(arguments)
     assert caught.value.code == 2
+
+
+def start_processes_by(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = multiprocessing.get_context(method)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda: context)
 
 
 def deadly(path: str, source: None) -> list[tuple[str, str]]:
@@ -138,8 +168,8 @@ def test_a_file_that_kills_its_reader_does_not_stop_the_check(
     monkeypatch.setattr(audit, "check_file", deadly)
     paths = [f"{index}" for index in range(30)]
     paths[3], paths[20] = "deadly 1", "deadly 2"
-    context = multiprocessing.get_context("fork")
-    found = dict(audit.check_files([(path, None) for path in paths], 2, context))
+    start_processes_by("fork", monkeypatch)
+    found = dict(audit.check_files([(path, None) for path in paths], 2))
     assert set(found) == set(paths)
     kills = [path for path, findings in found.items() if findings]
     assert sorted(kills) == ["deadly 1", "deadly 2"]
@@ -147,11 +177,10 @@ def test_a_file_that_kills_its_reader_does_not_stop_the_check(
 
 
 @pytest.mark.long
-def test_spawned_processes(tmp_path: Path) -> None:
+def test_spawned_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("good.jpg", "grey.jpg"):
         (tmp_path / name).write_bytes(FILES[name][0])
     paths = [str(tmp_path / "good.jpg"), str(tmp_path / "grey.jpg")]
-    found = dict(
-        audit.check_files([(path, None) for path in paths], 1, multiprocessing.get_context("spawn"))
-    )
+    start_processes_by("spawn", monkeypatch)
+    found = dict(audit.check_files([(path, None) for path in paths], 1))
     assert found == {paths[0]: [], paths[1]: [("greyscale", "L")]}
