@@ -177,12 +177,16 @@ def audit(root: Path, workers: int, dataset: str = "folder", *, most: int | None
         looked_for = f"(looked for {', '.join(IMG_EXTENSIONS)})"
         raise DataError("; ".join([f"no images in {root} {looked_for}", *said]))
     paths = [paths[i] for i in _spread(len(paths), most)]
-    kinds = check_classes(root, by_split)
-    _decode_all(((path, None) for path in paths), len(paths), workers, kinds)
-    sizes = {path: os.path.getsize(path) for path in paths if os.path.isfile(path)}
-    _find_copies(sizes, lambda path: Path(path).read_bytes(), root, kinds)
+    kinds = _look_at_all(
+        ((path, None) for path in paths),
+        len(paths),
+        workers,
+        check_classes(root, by_split),
+        sizes={path: os.path.getsize(path) for path in paths if os.path.isfile(path)},
+        read=lambda path: Path(path).read_bytes(),
+    )
     ignored = sum(map(ignored_files, by_split), Counter())
-    return Audit(root, len(paths), ignored, said, dict(kinds))
+    return Audit(root, len(paths), ignored, said, kinds)
 
 
 def _audit_shards(root: Path, workers: int, dataset: str, most: int | None) -> Audit:
@@ -218,10 +222,9 @@ def _audit_shards(root: Path, workers: int, dataset: str, most: int | None) -> A
         return images.read(index)
 
     count = sum(len(_spread(len(images), most)) for images in splits.values())
-    _decode_all(contents(), count, workers, kinds)
-    _find_copies(sizes, read, root, kinds)
+    kinds = _look_at_all(contents(), count, workers, kinds, sizes=sizes, read=read)
     said = [str(images.left_out) for images in splits.values() if images.left_out.counts]
-    return Audit(root, count, Counter(), said, dict(kinds))
+    return Audit(root, count, Counter(), said, kinds)
 
 
 def _spread(count: int, most: int | None) -> range:
@@ -229,32 +232,35 @@ def _spread(count: int, most: int | None) -> range:
     return range(0, count, max(1, count // most) if most else 1)
 
 
-def _decode_all(
-    images: Iterable[tuple[str, Source]], count: int, workers: int, kinds: Kinds
-) -> None:
-    """Add what there is to say about each image to `kinds`, and sort them."""
+def _look_at_all(
+    images: Iterable[tuple[str, Source]],
+    count: int,
+    workers: int,
+    kinds: Kinds,
+    *,
+    sizes: dict[str, int],
+    read: Callable[[str], bytes],
+) -> Kinds:
+    """`kinds` and what there is to say about each image, sorted.
+
+    Args:
+        sizes: bytes of each, as far as known once all are decoded; only images of equal size are
+            read again to find copies.
+    """
     with tqdm(total=count, unit="image", disable=None) as bar:
         for name, findings in check_files(images, min(workers, count)):
             bar.update()
             for kind, details in findings:
                 kinds[kind].append((name, details))
-    for found in kinds.values():
-        found.sort()
-
-
-def _find_copies(
-    sizes: dict[str, int], read: Callable[[str], bytes], root: Path, kinds: Kinds
-) -> None:
-    """Add the images whose bytes an earlier one has; only images of equal size are read."""
     first: dict[bytes, str] = {}
-    counts = Counter(sizes.values())
+    of_size = Counter(sizes.values())
     for name, size in sizes.items():
-        if size and counts[size] > 1:
+        if size and of_size[size] > 1:
             with contextlib.suppress(OSError, DataError):  # it has been found unreadable
                 original = first.setdefault(hashlib.sha256(read(name)).digest(), name)
                 if original != name:
-                    of = os.path.relpath(original, root)
-                    kinds["exact copy"].append((name, f"of {of}"))
+                    kinds["exact copy"].append((name, f"of {original}"))
+    return {kind: sorted(found) for kind, found in kinds.items()}
 
 
 def check_file(name: str, source: Source = None) -> list[Finding]:

@@ -38,9 +38,6 @@ Array = np.ndarray
 Texture = Callable[[Array, Array, np.random.Generator], Array]
 
 
-# ---- Textures: plane coordinates, in units of one period, -> where there is ink -------------
-
-
 def centred(x: Array) -> Array:
     """Coordinate within a cell, counted from the cell's middle: -0.5 to 0.5."""
     return x % 1 - 0.5
@@ -111,9 +108,6 @@ TEXTURES: dict[str, Texture] = {
 }
 
 
-# ---- One image ------------------------------------------------------------------------------
-
-
 def ink_map(texture: Texture, size: int, rng: np.random.Generator) -> Array:
     """Share of ink in each pixel, (size, size), of a texture seen from a random viewpoint."""
     side = size * OVERSAMPLING
@@ -136,9 +130,6 @@ def make_image(name: str, size: int, seed: int, split: str, index: int) -> tuple
     noise = rng.normal(0, rng.uniform(*NOISE), (size, size, 3))
     pixels = (np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8)
     return Image.fromarray(pixels), int(rng.integers(*JPEG_QUALITY, endpoint=True))
-
-
-# ---- The folder -----------------------------------------------------------------------------
 
 
 def make_dataset(

@@ -14,7 +14,7 @@ from torch import Tensor
 from moco import distributed
 from moco.config import LinclsConfig
 from moco.data.images import Images
-from moco.data.loader import RankShare
+from moco.data.loader import rank_share
 from moco.data.subsets import stratified_folds
 from moco.evaluate.facts import Subject
 from moco.evaluate.feed import Presentation
@@ -72,7 +72,7 @@ def _features(subject: Subject, show: Presentation, images: Images) -> tuple[Ten
 
 def _all_features(subject: Subject, show: Presentation, images: Images) -> tuple[Tensor, Tensor]:
     """Of all ranks' shares, in the order of the images."""
-    mine = torch.tensor(list(RankShare(len(images))), dtype=torch.int64, device=show.device)
+    mine = torch.tensor(list(rank_share(len(images))), dtype=torch.int64, device=show.device)
     features, labels = map(distributed.gather_uneven, _features(subject, show, images))
     order = distributed.gather_uneven(mine).argsort()
     return features[order], labels[order]

@@ -21,7 +21,7 @@ from torch import nn
 from moco import distributed
 from moco.batch_norm import split_batch_norm
 from moco.builder import MoCo
-from moco.data.loader import EpochBatches, RankShare
+from moco.data.loader import EpochBatches, rank_share
 from moco.evaluate import knn as evaluate
 from moco.launch import launch, visible_devices
 
@@ -111,7 +111,7 @@ def in_process(device: torch.device, folder: str) -> None:
     batches = EpochBatches(21, W * N, seed=3)
     batches.set_epoch(1)
     seen["batches"] = list(batches)
-    seen["share"] = list(RankShare(7))
+    seen["share"] = list(rank_share(7))
     seen["knn"] = knn()
 
     seen["runs"] = {name: train(*run) for name, run in RUNS.items()}
@@ -200,7 +200,7 @@ def knn() -> dict[str, float]:
     torch.manual_seed(0)
     bank, val = Pixels(11, seed=1), Pixels(7, seed=2)
     bank_loader, val_loader = (
-        torch.utils.data.DataLoader(data, batch_size=3, sampler=RankShare(len(data)))
+        torch.utils.data.DataLoader(data, batch_size=3, sampler=rank_share(len(data)))
         for data in (bank, val)
     )
     return evaluate.knn_accuracy(

@@ -12,7 +12,7 @@ from torchvision import datasets
 from moco import distributed
 from moco.data import loader
 from moco.data.images import ArrayImages, FolderImages, Subset
-from moco.data.loader import EpochBatches, RankShare, TrainLoader
+from moco.data.loader import EpochBatches, TrainLoader, rank_share
 from moco.data.samples import AugmentedViews, PlainImages
 from moco.data.views import eval_transform, pretrain_recipe
 from moco.errors import DataError
@@ -296,7 +296,7 @@ def test_rank_shares_cover_every_index_exactly_once(monkeypatch, length, world):
     seen = []
     for rank in range(world):
         pretend(monkeypatch, rank, world)
-        share = RankShare(length)
+        share = rank_share(length)
         assert len(share) == len(list(share))
         assert list(share) == sorted(share)
         seen += share
