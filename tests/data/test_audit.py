@@ -145,11 +145,6 @@ def test_wrong_arguments(
     assert caught.value.code == 2
 
 
-def start_processes_by(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = multiprocessing.get_context(method)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda: context)
-
-
 def deadly(path: str, source: None) -> list[tuple[str, str]]:
     """Stands for a decoder that crashes or is killed for its memory."""
     if "deadly" in path:
@@ -164,19 +159,10 @@ def test_a_file_that_kills_its_reader_does_not_stop_the_check(
     monkeypatch.setattr(audit, "check_file", deadly)
     paths = [f"{index}" for index in range(30)]
     paths[3], paths[20] = "deadly 1", "deadly 2"
-    start_processes_by("fork", monkeypatch)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda: fork)
     found = dict(audit.check_files([(path, None) for path in paths], 2))
     assert set(found) == set(paths)
     kills = [path for path, findings in found.items() if findings]
     assert sorted(kills) == ["deadly 1", "deadly 2"]
     assert found["deadly 1"] == [("kills its reader", "")]
-
-
-@pytest.mark.long
-def test_spawned_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("good.jpg", "grey.jpg"):
-        (tmp_path / name).write_bytes(FILES[name][0])
-    paths = [str(tmp_path / "good.jpg"), str(tmp_path / "grey.jpg")]
-    start_processes_by("spawn", monkeypatch)
-    found = dict(audit.check_files([(path, None) for path in paths], 1))
-    assert found == {paths[0]: [], paths[1]: [("greyscale", "L")]}

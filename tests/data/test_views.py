@@ -207,16 +207,6 @@ def test_where_no_crop_fits_it_is_torchvisions_centre_crop(size):
     assert {tuple(box) for box in drawn(recipe, *size, count=50).box.tolist()} == theirs
 
 
-def test_images_of_one_batch_may_differ_in_size():
-    sizes = [(375, 500), (20, 30), (1000, 10), (64, 64)]
-    together = draw(V2, 1, 2, range(4), 1, *zip(*sizes, strict=True))
-    for i, (height, width) in enumerate(sizes):
-        alone = draw(V2, 1, 2, [i], 1, [height], [width])
-        for field in dataclasses.fields(ViewParams):
-            values = getattr(together, field.name)[i : i + 1], getattr(alone, field.name)
-            assert np.array_equal(*values), field.name
-
-
 @pytest.mark.parametrize("strengths", [V1.jitter, V2.jitter, (1.5, 1.5, 1.5, 0.5)], ids=str)
 def test_colour_jitter_is_distributed_as_torchvisions(strengths):
     """Factors, which end at 0, and the 24 orders, each as likely as the other."""
