@@ -1,7 +1,7 @@
 """Audit of a data set before a long run: each image decoded as training does, each class folder.
 
 `audit` finds files that training refuses, files that it reads with a decision that one should know
-of (CMYK, greyscale, EXIF rotation, ...), and class folders that do not fit.
+of (CMYK, greyscale, EXIF rotation, exact copies, ...), and class folders that do not fit.
 """
 
 from __future__ import annotations
@@ -244,8 +244,8 @@ def _look_at_all(
     """`kinds` and what there is to say about each image, sorted.
 
     Args:
-        sizes: bytes of each, as far as known once all are decoded; only images of equal size are
-            read again to find copies.
+        sizes: bytes of each that can be read, known once all are decoded; those of equal size are
+            read again, to find copies.
     """
     with tqdm(total=count, unit="image", disable=None) as bar:
         for name, findings in check_files(images, min(workers, count)):
