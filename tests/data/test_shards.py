@@ -309,6 +309,9 @@ def test_damaged_images_are_named_with_their_archive(plain, tmp_path, capsys) ->
     said = capsys.readouterr().out
     assert "20 images checked" in said and "ant/000.jpg in" in said and "1 would be" in said
     assert "left out" in said
+    os.truncate(images.files.paths[number], offset + 9)
+    with pytest.raises(DataError, match=r"part-.\.tar ends before byte .* it is cut off"):
+        images.load(4)
 
 
 SMALL_PAGES = {"data_page_size": 2000, "write_batch_size": 2}
@@ -349,6 +352,13 @@ def test_rows_without_an_image_and_damaged_ones_are_named(plain, tmp_path) -> No
         file.write(b"\xff" * 200)
     with pytest.raises(DataError, match="train.parquet"):
         open_images("parquet", tmp_path, "pretrain").load(4)
+    alone = pa.table({"image": [{"bytes": good}]})
+    pq.write_table(alone, path := tmp_path / "train.parquet", compression="none")
+    content = path.read_bytes()
+    at = content.index(good)
+    path.write_bytes(content[: at - 4] + (len(good) + 1).to_bytes(4, "little") + content[at:])
+    with pytest.raises(DataError, match="image 0 .*its page is damaged"):
+        open_images("parquet", tmp_path, "pretrain").read(0)
     (tmp_path / "train.parquet").write_bytes(b"nonsense" * 9)
     with pytest.raises(DataError, match="cannot read .*train.parquet as a Parquet file"):
         open_images("parquet", tmp_path, "pretrain")
