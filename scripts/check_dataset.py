@@ -7,8 +7,8 @@
 
 Lists files that training refuses (unreadable, truncated, empty, too large, ...), files that it
 reads with a decision that one should know of (CMYK, greyscale, transparency, animation, EXIF
-rotation, ...), and class folders that do not fit. Exit status: 1 when something would be refused,
-0 otherwise. `--out` writes all paths of each kind as JSON.
+rotation, exact copies, ...), and class folders that do not fit. Exit status: 1 when something would
+be refused, 0 otherwise. `--out` writes all paths of each kind as JSON.
 """
 
 from __future__ import annotations

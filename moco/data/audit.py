@@ -1,17 +1,18 @@
 """Audit of a data set before a long run: each image decoded as training does, each class folder.
 
 `audit` finds files that training refuses, files that it reads with a decision that one should know
-of (CMYK, greyscale, EXIF rotation, ...), and class folders that do not fit.
+of (CMYK, greyscale, EXIF rotation, exact copies, ...), and class folders that do not fit.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
-import multiprocessing
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from moco.data.folders import (
 )
 from moco.data.images import open_images
 from moco.data.rgb import MAX_PIXELS, load_rgb, rgb_of
-from moco.data.shards import shard_paths
+from moco.data.shards import PackedImages, shard_paths
 from moco.errors import DataError
 from moco.printable import printable
 
@@ -61,6 +62,7 @@ READ = {
     "animated": "the first frame or page",
     "EXIF-rotated": "not rotated: seen as it is stored",
     "wrong extension": "read as what it is, whatever its name says",
+    "exact copy": "an image like any other: the same bytes as another one have",
 }
 CLASSES = {
     "class without images": "not a class: classes are numbered without it",
@@ -85,11 +87,8 @@ _MODES = {
     "I": ["greyscale", "16-bit"],
 }
 Finding = tuple[str, str]  # kind, details
+Kinds = dict[str, list[tuple[str, str]]]  # kind: path, details
 Source = bytes | Finding | None  # content, why there is none, or None: a file of that name
-
-# ------------------------------------------------------------------------------------------------
-# The whole data set
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Audit:
     images: int
     ignored: Counter
     left_out: list[str]
-    kinds: dict[str, list[tuple[str, str]]]
+    kinds: Kinds
 
     @property
     def refused(self) -> int:
@@ -173,23 +172,27 @@ def audit(root: Path, workers: int, dataset: str = "folder", *, most: int | None
     left_out = {split: LeftOut(split) for split in splits_of(root)}
     by_split = {split: list(image_paths(split, found)) for split, found in left_out.items()}
     paths = [path for images in by_split.values() for path in images]
-    if not paths:
-        said = "".join(f"; {found}" for found in left_out.values() if found.counts)
-        raise DataError(f"no images in {root} (looked for {', '.join(IMG_EXTENSIONS)}){said}")
-    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for path, (kind, details) in check_classes(root, by_split):
-        kinds[kind].append((path, details))
-    paths = [paths[i] for i in _spread(len(paths), most)]
-    _decode_all(((path, None) for path in paths), len(paths), workers, kinds)
-    ignored = sum(map(ignored_files, by_split), Counter())
     said = [str(found) for found in left_out.values() if found.counts]
-    return Audit(root, len(paths), ignored, said, dict(kinds))
+    if not paths:
+        looked_for = f"(looked for {', '.join(IMG_EXTENSIONS)})"
+        raise DataError("; ".join([f"no images in {root} {looked_for}", *said]))
+    paths = [paths[i] for i in _spread(len(paths), most)]
+    kinds = _look_at_all(
+        ((path, None) for path in paths),
+        len(paths),
+        workers,
+        check_classes(root, by_split),
+        sizes={path: os.path.getsize(path) for path in paths if os.path.isfile(path)},
+        read=lambda path: Path(path).read_bytes(),
+    )
+    ignored = sum(map(ignored_files, by_split), Counter())
+    return Audit(root, len(paths), ignored, said, kinds)
 
 
 def _audit_shards(root: Path, workers: int, dataset: str, most: int | None) -> Audit:
     """The images in archives, which this process reads and the others decode."""
     splits = {"train": open_images(dataset, root, "pretrain")}
-    kinds: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    kinds: Kinds = defaultdict(list)
     try:
         shard_paths(root, "val", dataset)
     except DataError:
@@ -197,23 +200,31 @@ def _audit_shards(root: Path, workers: int, dataset: str, most: int | None) -> A
     else:
         splits["val"] = open_images(dataset, root, "val")
         train, val = (set(images.classes) for images in splits.values())
-        kinds["class of val not in train"] += [(name, "") for name in sorted(val - train)]
+        for name in val - train:
+            kinds["class of val not in train"].append((name, ""))
+    sizes: dict[str, int] = {}
+    places: dict[str, tuple[PackedImages, int]] = {}
 
     def contents() -> Iterator[tuple[str, bytes | Finding]]:
         for images in splits.values():
             for index in _spread(len(images), most):
                 title = images.title(index)
                 try:
-                    yield title, images.read(index)
+                    data = images.read(index)
                 except DataError as error:
                     yield title, ("unreadable", str(error))
+                else:
+                    sizes[title], places[title] = len(data), (images, index)
+                    yield title, data
+
+    def read(title: str) -> bytes:
+        images, index = places[title]
+        return images.read(index)
 
     count = sum(len(_spread(len(images), most)) for images in splits.values())
-    _decode_all(contents(), count, workers, kinds)
+    kinds = _look_at_all(contents(), count, workers, kinds, sizes=sizes, read=read)
     said = [str(images.left_out) for images in splits.values() if images.left_out.counts]
-    return Audit(
-        root, count, Counter(), said, {kind: found for kind, found in kinds.items() if found}
-    )
+    return Audit(root, count, Counter(), said, kinds)
 
 
 def _spread(count: int, most: int | None) -> range:
@@ -221,25 +232,35 @@ def _spread(count: int, most: int | None) -> range:
     return range(0, count, max(1, count // most) if most else 1)
 
 
-def _decode_all(
+def _look_at_all(
     images: Iterable[tuple[str, Source]],
     count: int,
     workers: int,
-    kinds: dict[str, list[tuple[str, str]]],
-) -> None:
-    """Add what there is to say about each image to `kinds`, and sort them."""
+    kinds: Kinds,
+    *,
+    sizes: dict[str, int],
+    read: Callable[[str], bytes],
+) -> Kinds:
+    """`kinds` and what there is to say about each image, sorted.
+
+    Args:
+        sizes: bytes of each that can be read, known once all are decoded; those of equal size are
+            read again, to find copies.
+    """
     with tqdm(total=count, unit="image", disable=None) as bar:
         for name, findings in check_files(images, min(workers, count)):
             bar.update()
             for kind, details in findings:
                 kinds[kind].append((name, details))
-    for found in kinds.values():
-        found.sort()
-
-
-# ------------------------------------------------------------------------------------------------
-# One file
-# ------------------------------------------------------------------------------------------------
+    first: dict[bytes, str] = {}
+    of_size = Counter(sizes.values())
+    for name, size in sizes.items():
+        if size and of_size[size] > 1:
+            with contextlib.suppress(OSError, DataError):  # it has been found unreadable
+                original = first.setdefault(hashlib.sha256(read(name)).digest(), name)
+                if original != name:
+                    kinds["exact copy"].append((name, f"of {original}"))
+    return {kind: sorted(found) for kind, found in kinds.items()}
 
 
 def check_file(name: str, source: Source = None) -> list[Finding]:
@@ -310,9 +331,7 @@ def _look_at_header(name: str, source: str | BinaryIO) -> list[Finding]:
 
 
 def check_files(
-    images: Iterable[tuple[str, Source]],
-    workers: int,
-    context: multiprocessing.context.BaseContext | None = None,
+    images: Iterable[tuple[str, Source]], workers: int
 ) -> Iterator[tuple[str, list[Finding]]]:
     """`check_file` of all images by several processes, in any order.
 
@@ -321,7 +340,7 @@ def check_files(
     """
     left = iter(images)
     while True:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        with ProcessPoolExecutor(workers) as pool:
             pending = {}
             try:
                 while True:
@@ -335,16 +354,11 @@ def check_files(
             except BrokenProcessPool:
                 suspects = list(pending.values())
         for image in suspects:
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
+            with ProcessPoolExecutor(1) as pool:
                 try:
                     yield image[0], pool.submit(check_file, *image).result()
                 except BrokenProcessPool:
                     yield image[0], [("kills its reader", "")]
-
-
-# ------------------------------------------------------------------------------------------------
-# Folders
-# ------------------------------------------------------------------------------------------------
 
 
 def splits_of(root: Path) -> list[Path]:
@@ -354,30 +368,34 @@ def splits_of(root: Path) -> list[Path]:
     return [root / name for name in ("train", "val") if (root / name).is_dir()]
 
 
-def check_classes(root: Path, paths: dict[Path, list[str]]) -> list[tuple[str, Finding]]:
+def check_classes(root: Path, paths: dict[Path, list[str]]) -> Kinds:
     """What does not fit between class folders and images, and between train and val.
 
     Args:
         root: the data folder.
         paths: of the images in each of its splits.
     """
-    found = []
+    kinds: Kinds = defaultdict(list)
     classes: list[dict[str, Path]] = []  # of train and val
+
+    def add(kind: str, found: Iterable[Path]) -> None:
+        for path in found:
+            kinds[kind].append((str(path), ""))
+
     for split, images in paths.items():
         inside = [os.path.relpath(path, split).split(os.sep) for path in images]
         with_images = {parts[0] for parts in inside if len(parts) > 1}
         classes.append({name: split / name for name in with_images})
-        for entry in split.iterdir():
-            if entry.is_dir() and not is_tool_made(entry.name) and entry.name not in with_images:
-                found.append((entry, "class without images"))
+        others = (e for e in split.iterdir() if e.name not in with_images)
+        add("class without images", (e for e in others if e.is_dir() and not is_tool_made(e.name)))
         if with_images and split != root:
-            loose = [split / parts[0] for parts in inside if len(parts) == 1]
-            found += [(path, "image outside the class folders") for path in loose]
+            loose = (split / parts[0] for parts in inside if len(parts) == 1)
+            add("image outside the class folders", loose)
     if len(classes) == 2:
         train, val = classes
-        found += [(val[name], "class of val not in train") for name in val.keys() - train.keys()]
-        found += [(train[name], "class of train not in val") for name in train.keys() - val.keys()]
-    return [(str(path), (kind, "")) for path, kind in found]
+        add("class of val not in train", (val[name] for name in val.keys() - train.keys()))
+        add("class of train not in val", (train[name] for name in train.keys() - val.keys()))
+    return kinds
 
 
 def ignored_files(folder: Path) -> Counter:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class Names(Sequence[str]):
         buffer, count = bytearray(), 0
         for names in groups:
             count += len(names)
-            buffer += "\0".join([*names, ""]).encode("utf-8", "surrogateescape")
+            buffer += packed(names)
         self._bytes = torch.frombuffer(buffer or bytearray(1), dtype=torch.uint8)[: len(buffer)]
         self._ends = (self._bytes == 0).nonzero().flatten()
         if len(self._ends) != count:
@@ -68,7 +69,7 @@ class Names(Sequence[str]):
         end = self._ends[index].item()
         index += len(self) if index < 0 else 0
         start = self._ends[index - 1].item() + 1 if index else 0
-        return self.prefix + _text(self._bytes[start:end])
+        return self.prefix + _text(self._bytes[start:end].numpy())
 
     def __iter__(self) -> Iterator[str]:
         return (self.prefix + name for name in self.without_prefix())
@@ -78,8 +79,18 @@ class Names(Sequence[str]):
 
     def without_prefix(self) -> list[str]:
         """All of them, as `groups` gave them."""
-        return _text(self._bytes).split("\0")[:-1]
+        return unpacked(self._bytes.numpy())
 
 
-def _text(data: Tensor) -> str:
-    return data.numpy().tobytes().decode("utf-8", "surrogateescape")
+def packed(names: Sequence[str]) -> bytes:
+    """Names that have no NUL, each with one behind it."""
+    return "\0".join([*names, ""]).encode("utf-8", "surrogateescape")
+
+
+def unpacked(data: np.ndarray) -> list[str]:
+    """The names that are `packed` in an array of uint8."""
+    return _text(data).split("\0")[:-1]
+
+
+def _text(data: np.ndarray) -> str:
+    return data.tobytes().decode("utf-8", "surrogateescape")

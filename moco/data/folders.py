@@ -177,11 +177,6 @@ def _holds(question: Callable[[], bool]) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------
-# train/ and val/
-# ------------------------------------------------------------------------------------------------
-
-
 def data_folder(root: Path) -> Path:
     """The folder of train/ and val/: `root`, or its parent where `root` is such a train/."""
     here = Path(os.path.abspath(root))

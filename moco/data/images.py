@@ -30,10 +30,6 @@ from moco.data.tars import TarImages
 from moco.errors import DataError
 from moco.printable import printable
 
-# ------------------------------------------------------------------------------------------------
-# Data sets: load(index) -> RGB image, targets (class indices, or None without labels), classes
-# ------------------------------------------------------------------------------------------------
-
 
 class FolderImages:
     """Image files below a folder; the class of a file is the first folder on its way.
@@ -76,8 +72,8 @@ class FolderImages:
             class_of = [folder.partition(os.sep)[0] for folder in counts]
             index = {name: i for i, name in enumerate(sorted(set(class_of)))}
             labels = torch.tensor([index[name] for name in class_of])
-            self.classes, labels = number_classes(labels, list(index), classes, self.root)
-            self.targets = Numbers(labels.repeat_interleave(torch.tensor([*counts.values()])))
+            labels = labels.repeat_interleave(torch.tensor([*counts.values()]))
+            self.classes, self.targets = number_classes(labels, list(index), classes, self.root)
 
     @property
     def names(self) -> list[str]:
@@ -261,25 +257,29 @@ def _image_outside_classes(images: Images) -> str:
     return ""
 
 
+_TORCHVISION = {
+    "stl10": datasets.STL10,
+    "cifar10": datasets.CIFAR10,
+    "cifar100": datasets.CIFAR100,
+}
+
+
 def _open_torchvision(dataset: str, root: Path, split: str) -> ArrayImages:
+    kind = _TORCHVISION[dataset]
     try:
-        if dataset == "stl10":
-            name = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
-            data = datasets.STL10(str(root), split=name)
-            if len(data.labels) != len(data.data) or data.labels.max() >= len(data.classes):
-                raise ValueError("labels do not belong to the images")
-            return ArrayImages(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
-        kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[dataset]
-        data = kind(str(root), train=split != "val")
-        return ArrayImages(data.data, data.targets, data.classes)
+        if dataset != "stl10":
+            data = kind(str(root), train=split != "val")
+            return ArrayImages(data.data, data.targets, data.classes)
+        name = {"pretrain": "train+unlabeled", "train": "train", "val": "test"}[split]
+        data = kind(str(root), split=name)
+        if len(data.labels) != len(data.data) or data.labels.max() >= len(data.classes):
+            raise ValueError("labels do not belong to the images")
+        return ArrayImages(data.data.transpose(0, 2, 3, 1), data.labels, data.classes)
     # STL-10 without its list of class names; files of another size.
     except (RuntimeError, AttributeError, OSError, ValueError) as error:
-        kind = {"stl10": datasets.STL10, "cifar10": datasets.CIFAR10}.get(
-            dataset, datasets.CIFAR100
-        )
         raise DataError(
             f"no complete {dataset} in {root}; put torchvision's files there first, as "
-            f"{Path(root) / kind.base_folder}, nothing is downloaded here"
+            f"{root / kind.base_folder}, nothing is downloaded here"
         ) from error
 
 

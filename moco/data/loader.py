@@ -83,17 +83,9 @@ def _order_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, 0, 0)).generate_state(1, np.uint64)[0])
 
 
-class RankShare(Sampler):
+def rank_share(length: int) -> range:
     """Every index on exactly one rank, in order and without padding: rank, rank + W, ..."""
-
-    def __init__(self, length: int) -> None:
-        self.indices = range(distributed.rank(), length, distributed.world_size())
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
+    return range(distributed.rank(), length, distributed.world_size())
 
 
 class _Lasting(DataLoader):
@@ -255,7 +247,7 @@ def eval_loader(
     return kind(
         dataset,
         batch_size=batch_size,
-        sampler=RankShare(len(dataset)),
+        sampler=rank_share(len(dataset)),
         num_workers=workers,
         generator=torch.Generator(),
         pin_memory=pin_memory,

@@ -8,6 +8,7 @@ image is read, of a compressed one (about 1 MB) all. Format: github.com/apache/p
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,9 +16,8 @@ from typing import Any
 
 import torch
 
-from moco.data.file_list import Names, Numbers
-from moco.data.folders import LeftOut
-from moco.data.shards import OpenFiles, PackedImages, number_classes
+from moco.data.file_list import Names
+from moco.data.shards import PackedImages, number_classes
 from moco.errors import DataError
 from moco.packages import import_optional
 from moco.progress import progress
@@ -44,8 +44,7 @@ class ParquetImages(PackedImages):
     def __init__(
         self, root: str | Path, paths: Sequence[str], classes: Sequence[str] | None = None
     ) -> None:
-        self.root, self.left_out = Path(root), LeftOut(root)
-        self.files = OpenFiles(paths)
+        super().__init__(root, paths)
         self.codecs: list[str] = []
         names, labels, pages, own = [], [], [], None
         for number, path in enumerate(progress(paths, "index of Parquet files")):
@@ -68,13 +67,11 @@ class ParquetImages(PackedImages):
             raise DataError(f"no images in {paths[0]} and {len(paths) - 1} more Parquet files")
         self._pages = torch.tensor(pages, dtype=torch.int64)
         self._firsts = self._pages[:, _FIRST].contiguous()
-        self.targets, self.classes = None, []
         if None not in labels and (found := torch.cat(labels)).min() >= 0:
             own = own or [str(i) for i in range(int(found.max()) + 1)]
             if found.max() >= len(own):
                 raise DataError(f"{root} has the label {int(found.max())} of {len(own)} classes")
-            self.classes, found = number_classes(found, own, classes, root)
-            self.targets = Numbers(found)
+            self.classes, self.targets = number_classes(found, own, classes, root)
 
     def title(self, index: int) -> str:
         page = self._page_of(index)
@@ -99,11 +96,11 @@ class ParquetImages(PackedImages):
             column = schema.column(columns[image])
             if column.max_repetition_level:
                 raise DataError(f"{path}: a row of its column {image} is a list, expected an image")
-            for group in range(meta.num_row_groups):
-                chunk = meta.row_group(group).column(columns[image])
-                rows = meta.row_group(group).num_rows
-                start = first + sum(meta.row_group(g).num_rows for g in range(group))
-                self._add_pages(number, chunk, (start, rows), column.max_definition_level, pages)
+            row = first
+            for group in map(meta.row_group, range(meta.num_row_groups)):
+                chunk, last = group.column(columns[image]), row + group.num_rows
+                self._add_pages(number, chunk, row, last, column.max_definition_level, pages)
+                row = last
             about = image.removesuffix("bytes") + "path"
             paths = [None] * meta.num_rows
             if about in columns:
@@ -121,13 +118,14 @@ class ParquetImages(PackedImages):
         return named, labels, names
 
     def _add_pages(
-        self, number: int, chunk: Any, rows: tuple[int, int], most: int, pages: list[list[int]]
+        self, number: int, chunk: Any, row: int, last: int, most: int, pages: list[list[int]]
     ) -> None:
-        """The pages of a row group's column; `most` is the definition level of a value."""
+        """The pages of a row group's column, of rows up to `last`; `most` is the definition level
+        of a value."""
         codec = {"LZ4": "lz4_raw"}.get(chunk.compression, chunk.compression.lower())
         if codec not in self.codecs:
             self.codecs.append(codec)
-        book, row, last = -1, rows[0], sum(rows)
+        book = -1
         offset = min(o for o in (chunk.dictionary_page_offset, chunk.data_page_offset) if o)
         end = offset + chunk.total_compressed_size
         while row < last and offset < end:
@@ -186,55 +184,48 @@ class ParquetImages(PackedImages):
 
     def _value(self, page: list[int], row: int) -> bytes:
         """Value of a row of a page."""
-        take, values = self._opened(page)
+        take, values = self._opened(page), 0
         if most := page[_MOST]:
             if page[_LEVELS] < 0:
                 length = int.from_bytes(take(0, 4), "little")
                 levels, values = take(4, length), 4 + length
             else:
                 levels, values = take(0, page[_LEVELS]), page[_LEVELS]
-            present = [n == most for n in hybrid(levels, most.bit_length(), row + 1)]
+            defined = itertools.islice(hybrid(levels, most.bit_length()), row + 1)
+            present = [level == most for level in defined]
             if not present[row]:
                 raise DataError("there is none in this row")
             row = sum(present[:row])
         if page[_KIND]:
             data = take(values, page[_UNPACKED] - values)
-            row = next(hybrid_from(data[1:], data[0], row)) if data[0] else 0
-            take, values = self._opened(self._pages[page[_BOOK]].tolist())
+            row = next(hybrid(data[1:], data[0], row)) if data[0] else 0
+            take, values = self._opened(self._pages[page[_BOOK]].tolist()), 0
         for _ in range(row):
             values += 4 + int.from_bytes(take(values, 4), "little")
         return take(values + 4, int.from_bytes(take(values, 4), "little"))
 
-    def _opened(self, page: list[int]) -> tuple[Take, int]:
-        """Access to an uncompressed page, or to one that has been unpacked; 0."""
+    def _opened(self, page: list[int]) -> Take:
+        """Access to a page: to its place in the file, or, of a compressed one, unpacked."""
         number, offset, size = page[_FILE], page[_OFFSET], page[_SIZE]
-        if page[_CODEC] < 0:
+        whole = None
+        if page[_CODEC] >= 0:
+            pyarrow = import_optional("pyarrow", "--dataset parquet")
+            levels = max(0, page[_LEVELS])  # are never compressed
+            data = self.files.read(number, offset, size)
+            unpacked = pyarrow.decompress(
+                data[levels:], page[_UNPACKED] - levels, self.codecs[page[_CODEC]], asbytes=True
+            )
+            whole = data[:levels] + unpacked
+            size = len(whole)
 
-            def take(start: int, length: int) -> bytes:
-                if start + length > size:
-                    raise DataError("its page is damaged")
-                return self.files.read(number, offset + start, length)
-
-            return take, 0
-        pyarrow = import_optional("pyarrow", "--dataset parquet")
-        levels = max(0, page[_LEVELS])  # are never compressed
-        data = self.files.read(number, offset, size)
-        unpacked = pyarrow.decompress(
-            data[levels:], page[_UNPACKED] - levels, self.codecs[page[_CODEC]], asbytes=True
-        )
-        whole = data[:levels] + unpacked
-
-        def cut(start: int, length: int) -> bytes:
-            if start + length > len(whole):
+        def take(start: int, length: int) -> bytes:
+            if start + length > size:
                 raise DataError("its page is damaged")
+            if whole is None:
+                return self.files.read(number, offset + start, length)
             return whole[start : start + length]
 
-        return cut, 0
-
-
-# ------------------------------------------------------------------------------------------------
-# Numbers as Parquet packs them
-# ------------------------------------------------------------------------------------------------
+        return take
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
@@ -282,14 +273,9 @@ def thrift_struct(data: bytes, at: int) -> tuple[dict[int, Any], int]:
     return fields, at + 1
 
 
-def hybrid(data: bytes, width: int, count: int) -> list[int]:
-    """The first `count` numbers of so many bits each, in runs of one value and packed ones."""
-    numbers = hybrid_from(data, width, 0)
-    return [next(numbers) for _ in range(count)]
-
-
-def hybrid_from(data: bytes, width: int, start: int) -> Iterator[int]:
-    """The numbers of `hybrid` from number `start` on; IndexError behind the data."""
+def hybrid(data: bytes, width: int, start: int = 0) -> Iterator[int]:
+    """Numbers of so many bits each, in runs of one value and packed ones, from number `start` on;
+    IndexError behind the data."""
     at, whole = 0, (width + 7) // 8
     while True:
         header, at = varint(data, at)

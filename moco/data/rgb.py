@@ -7,7 +7,6 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -36,19 +35,17 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
     """
     if not os.path.isfile(path):  # to open a pipe would wait for ever
         raise DataError(f"cannot read image {path}: there is no such file")
-    return _read(path, path)
+    return rgb_of(path, path)
 
 
-def rgb_of(data: bytes, name: str) -> Image.Image:
-    """`load_rgb` of what would be in the file.
+def rgb_of(source: bytes | str | os.PathLike, name: str | os.PathLike) -> Image.Image:
+    """`load_rgb` of a file's content.
 
     Args:
+        source: the content, or the path of a file that is there.
         name: of the image, for the error.
     """
-    return _read(io.BytesIO(data), name)
-
-
-def _read(source: str | os.PathLike | BinaryIO, name: str | os.PathLike) -> Image.Image:
+    source = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         with _refusing_truncated(), Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -72,10 +72,8 @@ class AugmentedViews(Dataset):
             loaded.append(self._load(index))
             height, width = _size(loaded[-1][0])
             pixels += height * width
-            if (
-                len(loaded) == self.DRAWN_TOGETHER or pixels >= self.PIXELS_HELD
-                or i + 1 == len(keys)
-            ):  # fmt: skip
+            full = len(loaded) == self.DRAWN_TOGETHER or pixels >= self.PIXELS_HELD
+            if full or i + 1 == len(keys):
                 samples += self._samples(keys[i + 1 - len(loaded) : i + 1], loaded)
                 loaded, pixels = [], 0
         return samples

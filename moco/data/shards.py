@@ -134,12 +134,13 @@ class PackedImages(ABC):
         targets, classes, left_out: as of `FolderImages`.
     """
 
-    root: Path
-    files: OpenFiles
     names: Names
-    targets: Numbers | None
-    classes: list[str]
-    left_out: LeftOut
+
+    def __init__(self, root: str | os.PathLike, paths: Sequence[str]) -> None:
+        self.root, self.left_out = Path(root), LeftOut(root)
+        self.files = OpenFiles(paths)
+        self.targets: Numbers | None = None
+        self.classes: list[str] = []
 
     def __len__(self) -> int:
         return len(self.names)
@@ -158,7 +159,7 @@ class PackedImages(ABC):
 
 def number_classes(
     labels: Tensor, names: Sequence[str], known: Sequence[str] | None, root: str | os.PathLike
-) -> tuple[list[str], Tensor]:
+) -> tuple[list[str], Numbers]:
     """Class names and targets.
 
     Args:
@@ -170,11 +171,11 @@ def number_classes(
         DataError: a class that `known` lacks.
     """
     if not known:
-        return list(names), labels
+        return list(names), Numbers(labels)
     index = {name: i for i, name in enumerate(known)}
     unknown = [names[i] for i in labels.unique().tolist() if names[i] not in index]
     if unknown:
         raise DataError(
             f"{root} has classes that the training set lacks: {', '.join(sorted(unknown)[:5])}"
         )
-    return list(known), torch.tensor([index.get(name, -1) for name in names])[labels]
+    return list(known), Numbers(torch.tensor([index.get(name, -1) for name in names])[labels])

@@ -27,8 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from moco.data.file_list import Names, Numbers
-from moco.data.folders import FILES, LeftOut, is_image, is_tool_made
+from moco.data.file_list import Names, packed, unpacked
+from moco.data.folders import FILES, is_image, is_tool_made
 from moco.data.shards import WORDS, OpenFiles, PackedImages, files_digest, number_classes
 from moco.errors import DataError
 from moco.progress import progress
@@ -49,18 +49,15 @@ class TarImages(PackedImages):
     def __init__(
         self, root: str | os.PathLike, paths: Sequence[str], classes: Sequence[str] | None = None
     ) -> None:
-        self.root, self.left_out = Path(root), LeftOut(root)
-        self.files = OpenFiles(paths)
+        super().__init__(root, paths)
         index = _index(paths)
         self.names = Names([index["names"]])
         self._place = torch.from_numpy(index["place"])  # (N, 3): archive, offset, size
         for reason, path in zip(index["reasons"], index["left_out"], strict=True):
             self.left_out.add(reason, os.path.join(root, path))
-        self.targets, self.classes = None, []
         if len(index["labels"]):
             labels = torch.from_numpy(index["labels"])
-            self.classes, labels = number_classes(labels, index["classes"], classes, root)
-            self.targets = Numbers(labels)
+            self.classes, self.targets = number_classes(labels, index["classes"], classes, root)
 
     def read(self, index: int) -> bytes:
         return self.files.read(*self._place[index].tolist())
@@ -80,9 +77,15 @@ def _index(paths: Sequence[str]) -> dict:
                 index = dict(file)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile):
             index = _make_index(paths)
-            _keep(cached, index)
+            whole = {n: _bytes(v) if isinstance(v, list) else v for n, v in index.items()}
+            with contextlib.suppress(OSError), written_beside(cached) as file:
+                np.savez(file, **whole)  # where it cannot be, it is made again next time
             return index
-    return {n: _unpacked(v) if v.dtype == np.uint8 else v for n, v in index.items()}
+    return {n: unpacked(v) if v.dtype == np.uint8 else v for n, v in index.items()}
+
+
+def _bytes(names: list[str]) -> np.ndarray:
+    return np.frombuffer(packed(names), dtype=np.uint8)
 
 
 @contextlib.contextmanager
@@ -96,21 +99,6 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
             at_exit.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-
-
-def _keep(cached: Path, index: dict) -> None:
-    packed = {name: _packed(v) if isinstance(v, list) else v for name, v in index.items()}
-    with contextlib.suppress(OSError), written_beside(cached) as file:
-        np.savez(file, **packed)  # where it cannot be, it is made again next time
-
-
-def _packed(names: list[str]) -> np.ndarray:
-    text = "\0".join([*names, ""]).encode("utf-8", "surrogateescape")
-    return np.frombuffer(text, dtype=np.uint8)
-
-
-def _unpacked(text: np.ndarray) -> list[str]:
-    return text.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
 
 
 def _make_index(paths: Sequence[str]) -> dict:

@@ -16,7 +16,7 @@ import re
 import zlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -153,16 +153,12 @@ def read_text(
         FileNotFoundError: no such file.
     """
     numbers: defaultdict[str, int] = defaultdict(itertools.count().__next__)
-    words, ends, documents = array("i"), array("q", [0]), array("i")
-    for document, sentence in _sentences(Path(path), encoding):
-        found = tokenize(sentence, lower=lower)[:length]
-        words.extend(map(numbers.__getitem__, found))
-        ends.append(len(words))
-        documents.append(document)
-    _check_count(path, len(documents), val_sentences, batch)
 
-    # Views of the arrays: no second copy.
-    found = Sentences(*map(np.asarray, (words, ends, documents)))
+    def numbered(sentence: str) -> Iterable[int]:
+        return map(numbers.__getitem__, tokenize(sentence, lower=lower)[:length])
+
+    found = _read(path, encoding, numbered)
+    _check_count(path, len(found), val_sentences, batch)
     counts = np.bincount(found.words[found.ends[val_sentences] :], minlength=len(numbers))
     kept = np.argsort(-counts, kind="stable")[: vocabulary - 1]
     kept = kept[counts[kept] > 0]
@@ -188,16 +184,24 @@ def read_sentences(
         DataError: as `read_text`; fewer than two sentences.
         FileNotFoundError: no such file.
     """
+    found = _read(path, encoding, vocabulary.numbers, most)
+    if len(found) < 2:
+        raise DataError(f"{path} has {len(found)} sentence(s), one per line; expected at least 2")
+    return found
+
+
+def _read(
+    path: str | os.PathLike,
+    encoding: str,
+    numbered: Callable[[str], Iterable[int]],
+    most: int | None = None,
+) -> Sentences:
     words, ends, documents = array("i"), array("q", [0]), array("i")
     for document, sentence in itertools.islice(_sentences(Path(path), encoding), most):
-        words.extend(vocabulary.numbers(sentence))
+        words.extend(numbered(sentence))
         ends.append(len(words))
         documents.append(document)
-    if len(documents) < 2:
-        raise DataError(
-            f"{path} has {len(documents)} sentence(s), one per line; expected at least 2"
-        )
-    return Sentences(*map(np.asarray, (words, ends, documents)))
+    return Sentences(*map(np.asarray, (words, ends, documents)))  # no second copy
 
 
 def _check_count(path: str | os.PathLike, found: int, held_out: int, batch: int) -> None:

@@ -25,11 +25,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-# ------------------------------------------------------------------------------------------------
-# Recipes
-# ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Recipe:
     """Distribution of a view's parameters; operations run in the order of the fields."""
@@ -126,11 +121,6 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(3, 1, 1)
 
 
-# ------------------------------------------------------------------------------------------------
-# Random numbers
-# ------------------------------------------------------------------------------------------------
-
-
 def uniforms(seed: int, epoch: int, indices: Sequence[int], view: int, count: int) -> np.ndarray:
     """(N, count) float64, uniform in [0, 1): number j of row i is a function of (seed, epoch,
     indices[i], view, j) alone. SplitMix64 (Steele et al., OOPSLA 2014), started where the four
@@ -155,10 +145,6 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
-
-# ------------------------------------------------------------------------------------------------
-# Parameters of views
-# ------------------------------------------------------------------------------------------------
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # as torchvision numbers them
 ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.float32)
@@ -267,10 +253,6 @@ def _draw_boxes(recipe: Recipe, u: np.ndarray, height: np.ndarray, width: np.nda
     left = np.where(found, u[:, _LEFT] * (width - w + 1), (width - w) // 2).astype(np.int64)
     return np.stack([top, left, h, w], axis=1)
 
-
-# ------------------------------------------------------------------------------------------------
-# Views made by Pillow, in a loader process
-# ------------------------------------------------------------------------------------------------
 
 _ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from moco import distributed
 from moco.config import Pretrained
 from moco.data.images import Images, Subset
-from moco.data.loader import EpochBatches, RankShare, TrainLoader, eval_loader
+from moco.data.loader import EpochBatches, TrainLoader, eval_loader, rank_share
 from moco.data.samples import AugmentedViews, PlainImages
 from moco.data.views import eval_transform, lincls_recipe, normalize
 from moco.evaluate.heads import FrozenEncoder
@@ -169,7 +169,7 @@ class CachedFeed:
         return features, distributed.to_device(self.targets[chosen], self.device)
 
     def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = torch.tensor(list(RankShare(len(self.val))), dtype=torch.int64)
+        mine = torch.tensor(list(rank_share(len(self.val))), dtype=torch.int64)
         for part in mine.split(4096):
             features = self.val[part.to(self.val.device)].to(self.device).float()
             yield features, self.val_targets[part].to(self.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from moco import distributed
 from moco.config import LinclsConfig
 from moco.data.images import Images
-from moco.data.loader import RankShare
+from moco.data.loader import rank_share
 from moco.data.subsets import stratified_folds
 from moco.evaluate.facts import Subject
 from moco.evaluate.feed import Presentation
@@ -36,7 +36,7 @@ def nearest_neighbours(
         return show.extracted(images, subject.encoder, "5-NN features", unit=False)
 
     # Of all ranks, in the order of the images.
-    mine = torch.tensor(list(RankShare(len(train))), dtype=torch.int64, device=show.device)
+    mine = torch.tensor(list(rank_share(len(train))), dtype=torch.int64, device=show.device)
     order = distributed.gather_uneven(mine).argsort()
     bank, bank_labels = (distributed.gather_uneven(rows)[order] for rows in extracted(train))
     result: dict = {"k": K, "layer": layer, "bank": len(bank), "images": len(val)}

@@ -14,6 +14,7 @@ from moco.data import loader
 from moco.data.images import Images, names_digest, open_images
 from moco.data.samples import AugmentedViews
 from moco.data.views import Recipe, normalize, pretrain_recipe
+from moco.errors import DataError
 from moco.log import RunLog
 from moco.precision import memory_format
 from moco.tasks import monitor
@@ -35,7 +36,7 @@ class ImagePairs:
         with_targets: give the class of each image as well, (N,) int64.
 
     Raises:
-        DataError: no images, or fewer than one batch.
+        DataError: no images, or fewer than one batch; later, an image that cannot be read.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ImagePairs:
             images = open_images(
                 data.dataset, data.data, "pretrain", per_class=data.images_per_class
             )
-        self.images = images
+        self.config, self.images = config, images
         self.facts = {"images": len(self.images), "images_digest": names_digest(self.images)}
         self._batches = loader.EpochBatches(
             len(self.images), config.optim.batch_size, seed=seed, keep_last=keep_last
@@ -88,12 +89,17 @@ class ImagePairs:
         self._batches.set_epoch(epoch, start)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        for im_q, im_k, targets, replaced in self._loader:
-            self._bad.note(replaced)
-            if self.with_targets:
-                yield im_q, im_k, targets.to(im_q.device, non_blocking=True)
-            else:
-                yield im_q, im_k
+        try:
+            for im_q, im_k, targets, replaced in self._loader:
+                self._bad.note(replaced)
+                if self.with_targets:
+                    yield im_q, im_k, targets.to(im_q.device, non_blocking=True)
+                else:
+                    yield im_q, im_k
+        except DataError as error:  # of an image that cannot be read
+            if self.config.data.skip_bad_images:
+                raise
+            raise DataError(f"{str(error).rstrip()}, or give --skip-bad-images") from error
 
     def end(self) -> None:
         self._loader.end()

@@ -228,7 +228,7 @@ class BadImages:
         if len(self.seen) > self.most * self.images:
             raise TrainingError(
                 f"{len(self.seen)} of {self.images} images cannot be read, more than "
-                f"--max-bad-share {self.most:g}; see {self.path}"
+                f"--max-bad-share {self.most:g} lets --skip-bad-images replace; see {self.path}"
             )
 
     def _listed(self) -> set[str]:

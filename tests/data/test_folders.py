@@ -25,10 +25,6 @@ def data(tmp_path) -> Path:
     return root
 
 
-def names(root: Path) -> list[str]:
-    return image_names(FolderImages(root))
-
-
 NAMES = ["a/000.png", "a/001.png", "a/002.png", "b/000.png", "b/001.png"]
 
 
@@ -84,10 +80,11 @@ def test_photos_in_formats_that_are_not_read_are_counted(data, tmp_path, capsys)
     line = capsys.readouterr().out
     assert "pictures in formats that are not read (convert them to JPEG or PNG): 2 (" in line
     assert "(a/IMG_1.HEIC, a/cat.gif)" in line and audit(data, 1).left_out == [line.strip()]
-    (tmp_path / "phone").mkdir()
+    write_images(tmp_path, {"phone/@eaDir": 2})
     (tmp_path / "phone" / "1.heic").write_bytes(b"no image")
     for look in (lambda root: open_images("folder", root, "pretrain"), lambda root: audit(root, 1)):
-        with pytest.raises(DataError, match=r"no images in .*not read \(convert .*\(1.heic\)"):
+        message = r"no images in .*not read \(convert .*\(1.heic\); .*folders: 1 \(@eaDir\)"
+        with pytest.raises(DataError, match=message):
             look(tmp_path / "phone")
 
 
@@ -96,12 +93,6 @@ def test_names_that_look_alike_are_classes(tmp_path, capsys):
     write_images(tmp_path, {f"train/{name}": 1 for name in folders})
     assert open_images("folder", tmp_path, "train").classes == sorted(folders)
     assert capsys.readouterr().out == ""
-
-
-def test_where_all_is_left_out_the_error_says_so(tmp_path):
-    write_images(tmp_path, {"train/@eaDir": 2})
-    with pytest.raises(DataError, match=r"no images in .*tool-made folders: 1 \(@eaDir\)"):
-        open_images("folder", tmp_path, "train")
 
 
 # ---- Links ---------------------------------------------------------------------------------------
@@ -137,7 +128,12 @@ def test_folders_elsewhere_are_read_once_under_the_first_link(tmp_path):
     for link, target in (("b", "elsewhere"), ("c", "elsewhere"), ("d", "elsewhere/sub")):
         (tmp_path / "data" / link).symlink_to(tmp_path / target)
     (tmp_path / "data" / "e").symlink_to(".store")  # which is not read by itself
-    assert names(tmp_path / "data") == ["a/000.png", "b/000.png", "b/sub/000.png", "e/000.png"]
+    assert image_names(FolderImages(tmp_path / "data")) == [
+        "a/000.png",
+        "b/000.png",
+        "b/sub/000.png",
+        "e/000.png",
+    ]
 
 
 def test_a_folder_of_links_is_a_data_set(tmp_path):
@@ -149,8 +145,8 @@ def test_a_folder_of_links_is_a_data_set(tmp_path):
     for name in ("1.png", "2.png"):  # equal images share one file in such stores
         (tmp_path / "files" / "c" / name).symlink_to(tmp_path / "full" / "b" / "000.png")
     (tmp_path / "files" / "c" / "gone.png").symlink_to("nowhere.png")  # an error later, not here
-    assert names(tmp_path / "subset") == ["a/000.png", "a/001.png"]
-    assert names(tmp_path / "files") == ["c/1.png", "c/2.png", "c/gone.png"]
+    assert image_names(FolderImages(tmp_path / "subset")) == ["a/000.png", "a/001.png"]
+    assert image_names(FolderImages(tmp_path / "files")) == ["c/1.png", "c/2.png", "c/gone.png"]
 
 
 def test_links_to_images_that_are_read_are_left_out(data, capsys):
@@ -159,7 +155,7 @@ def test_links_to_images_that_are_read_are_left_out(data, capsys):
     (train_ / "a" / "chain.png").symlink_to("again.png")
     (train_ / "b" / "other.png").symlink_to(train_ / "a" / "001.png")
     (train_ / "b" / "self.png").symlink_to("self.png")  # leads nowhere: an error when it is read
-    assert names(train_) == [*NAMES, "b/self.png"]
+    assert image_names(FolderImages(train_)) == [*NAMES, "b/self.png"]
     open_images("folder", data, "train")
     assert "links to images that are read: 3 (a/again.png, " in capsys.readouterr().out
 
@@ -245,24 +241,20 @@ def test_train_given_as_the_data_folder_is_read_as_that_folders_train(
     assert audit(Path(given), 1).images == 7
 
 
-def test_a_folder_named_train_without_val_beside_it_is_any_folder(tmp_path, capsys):
-    write_images(tmp_path, {"train/a": 1})
-    assert names_digest(open_images("folder", tmp_path / "train", "pretrain"))
-    with pytest.raises(DataError, match=f"no folder {tmp_path}/train/train: expected"):
-        open_images("folder", tmp_path / "train", "train")
+@pytest.mark.parametrize(
+    ("counts", "root"),
+    [({"train/a": 2}, "train"), ({"train/a": 1, "val/a": 2}, "val")],
+    ids=["train/ alone", "val/"],
+)
+def test_other_splits_given_as_the_data_folder_are_any_folder(counts, root, tmp_path, capsys):
+    """Their images can be pretrained on; there is no evaluation on them alone."""
+    write_images(tmp_path, counts)
+    assert len(open_images("folder", tmp_path / root, "pretrain")) == 2
+    with pytest.raises(DataError, match=f"no folder {tmp_path}/{root}/train: expected"):
+        open_images("folder", tmp_path / root, "train")
     assert capsys.readouterr().out == ""
-
-
-def test_val_given_as_the_data_folder_is_any_folder(data):
-    """Its images can be pretrained on; there is no evaluation on them alone."""
-    assert len(open_images("folder", data / "val", "pretrain")) == 2
-    with pytest.raises(DataError, match=f"no folder {data}/val/train: expected"):
-        open_images("folder", data / "val", "train")
-
-
-def test_a_train_that_has_a_train_is_a_data_folder(tmp_path):
-    write_images(tmp_path, {"train/train/a": 1, "train/val/a": 2, "val": 1})
-    assert len(open_images("folder", tmp_path / "train", "val")) == 2
+    write_images(tmp_path, {"train/train/a": 1, "train/val/a": 3, "val": 1})  # a data folder
+    assert len(open_images("folder", tmp_path / "train", "val")) == 3
 
 
 @pytest.mark.parametrize("per_class", [None, 1])

@@ -1,6 +1,5 @@
 """Images: what is read from disk, in which order, with which labels, and what is refused."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,100 +22,71 @@ from moco.errors import DataError
 # ---- Folders of images ---------------------------------------------------------------------------
 
 
-def relative(images: FolderImages) -> list[str]:
-    return [os.path.relpath(path, images.root) for path in images.paths]
-
-
 def test_class_folders_are_as_image_folder_has_them(tmp_path):
-    """Paths, labels and classes equal torchvision.datasets.ImageFolder's."""
+    """Paths, labels and classes equal torchvision.datasets.ImageFolder's, which sorts whole paths:
+    "b-x" lies before what is in "b/c"."""
     write_images(tmp_path, {"dog": 3, "Cat": 2, "ant/small": 2, "ant/big": 1, "ant": 1, "a-x": 1})
     write_images(tmp_path, {"dog/more": 1}, suffix=".JPEG")
+    write_images(tmp_path, {"a/b": 1, "a/b-x": 1, "a/b/c": 1, "a/10": 1, "a/9": 1})
     wanted = datasets.ImageFolder(tmp_path)
     images = FolderImages(tmp_path)
     assert images.paths == [path for path, _ in wanted.samples]
     assert images.targets == wanted.targets
-    assert images.classes == wanted.classes == ["Cat", "a-x", "ant", "dog"]
+    assert images.classes == wanted.classes == ["Cat", "a", "a-x", "ant", "dog"]
     for index in range(len(images)):
         assert np.array_equal(images.load(index), wanted[index][0])
-
-
-def test_folders_within_a_class_are_in_image_folders_order_too(tmp_path):
-    """It sorts whole paths: "b-x" lies before what is in "b/c"."""
-    write_images(tmp_path, {"a/b": 1, "a/b-x": 1, "a/b/c": 1, "a/10": 1, "a/9": 1})
-    wanted = [path for path, _ in datasets.ImageFolder(tmp_path).samples]
-    assert FolderImages(tmp_path).paths == wanted
 
 
 def test_images_directly_in_the_folder_have_no_labels(tmp_path):
     write_images(tmp_path, {".": 3})
     images = open_images("folder", tmp_path, "pretrain")
-    assert relative(images) == ["000.png", "001.png", "002.png"]
+    assert image_names(images) == ["000.png", "001.png", "002.png"]
     assert images.targets is None and images.classes == []
     with pytest.raises(DataError, match="because of .*000.png: pretrain images must lie"):
         open_images("folder", tmp_path, "pretrain", per_class=2)
 
 
 def test_train_and_val_are_found_in_the_folder(tmp_path):
-    write_images(tmp_path, {"train/a": 2, "train/b": 1, "val/a": 1, "val/b": 1})
-    pretrain, train, val = (
-        open_images("folder", tmp_path, s) for s in ("pretrain", "train", "val")
-    )
-    assert pretrain.paths == train.paths and len(train) == 3 and len(val) == 2
+    """The classes of val are those of train, though one may be missing there; no other may be."""
+    write_images(tmp_path, {"train/a": 2, "train/b": 1, "val/b": 2})
+    pretrain, train = (open_images("folder", tmp_path, split) for split in ("pretrain", "train"))
+    val = open_images("folder", tmp_path, "val", classes=train.classes)
+    assert pretrain.paths == train.paths and train.targets == [0, 0, 1] and val.targets == [1, 1]
     assert all(str(tmp_path / "train") in path for path in train.paths)
     assert all(str(tmp_path / "val") in path for path in val.paths)
-    assert train.targets == [0, 0, 1]
+    write_images(tmp_path, {"val/zebra": 1})
+    with pytest.raises(DataError, match="val has classes that the training set lacks: zebra"):
+        open_images("folder", tmp_path, "val", classes=train.classes)
+
+
+@pytest.mark.parametrize(
+    ("counts", "root", "splits", "message"),
+    [
+        ({}, "nowhere", ["pretrain"], "no such data folder: .*nowhere"),
+        ({".": 1}, "000.png", ["pretrain"], "no such data folder: .*000.png"),
+        ({".": 0}, ".", ["pretrain"], "no images in ROOT .*looked for .jpg"),
+        ({"train/a": 0}, ".", ["pretrain", "train"], "no images in ROOT/train"),
+        ({"a": 1}, ".", ["train", "val"], "no folder ROOT/SPLIT: expected"),
+        (
+            {"train": 2, "val": 2},
+            ".",
+            ["train", "val"],
+            "no labels because of .*SPLIT/000.png: SPLIT images must lie .*SPLIT/CLASS/IMAGE",
+        ),
+    ],
+)
+def test_folders_that_do_not_do_are_refused(counts, root, splits, message, tmp_path):
+    write_images(tmp_path, counts)
+    for split in splits:
+        wanted = message.replace("ROOT", str(tmp_path)).replace("SPLIT", split)
+        with pytest.raises(DataError, match=wanted):
+            open_images("folder", tmp_path / root, split)
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".PNG", ".webp", ".bmp", ".tif", ".ppm"])
 def test_image_formats_are_known_by_suffix_whatever_its_case(tmp_path, suffix):
     write_images(tmp_path, {"a": 1}, suffix=suffix)
     assert FolderImages(tmp_path).load(0).mode == "RGB"
-
-
-def test_a_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=f"no such data folder: {tmp_path}/nowhere"):
-        open_images("folder", tmp_path / "nowhere", "pretrain")
-    (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="no such data folder"):
-        open_images("folder", tmp_path / "file", "pretrain")
-
-
-def test_a_folder_without_images_is_an_error(tmp_path):
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(DataError, match=f"no images in {tmp_path} .*looked for .jpg"):
-        open_images("folder", tmp_path, "pretrain")
-    (tmp_path / "train" / "a").mkdir(parents=True)
-    with pytest.raises(DataError, match=f"no images in {tmp_path}/train"):
-        open_images("folder", tmp_path, "pretrain")
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_evaluation_needs_its_split_as_a_folder(tmp_path, split):
-    write_images(tmp_path, {"a": 1})
-    with pytest.raises(DataError, match=f"no folder {tmp_path}/{split}: expected"):
-        open_images("folder", tmp_path, split)
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_evaluation_needs_labels(tmp_path, split):
-    write_images(tmp_path, {"train": 2, "val": 2})
-    with pytest.raises(
-        DataError, match=f"no labels because of .*{split} images must lie .*{split}/CLASS/IMAGE"
-    ):
-        open_images("folder", tmp_path, split)
-
-
-def test_a_class_that_the_training_set_lacks_is_an_error(tmp_path):
-    write_images(tmp_path, {"train/a": 1, "train/b": 1, "val/b": 1, "val/zebra": 1})
-    train = open_images("folder", tmp_path, "train")
-    with pytest.raises(DataError, match="val has classes that the training set lacks: zebra"):
-        open_images("folder", tmp_path, "val", classes=train.classes)
-
-
-def test_validation_labels_are_the_training_sets_even_if_a_class_is_missing(tmp_path):
-    write_images(tmp_path, {"train/a": 1, "train/b": 1, "val/b": 2})
-    train = open_images("folder", tmp_path, "train")
-    assert open_images("folder", tmp_path, "val", classes=train.classes).targets == [1, 1]
 
 
 def test_per_class_keeps_the_first_images_of_each_class(tmp_path):
@@ -158,18 +128,20 @@ def test_torchvisions_data_that_are_not_there_are_not_downloaded(tmp_path, datas
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_cifar_is_read_through_torchvision(tmp_path, monkeypatch, dataset):
-    if dataset == "cifar10":
-        kind, train, test = datasets.CIFAR10, ["data_batch_1", "data_batch_2"], ["test_batch"]
-        write_cifar(tmp_path, monkeypatch, kind, train, test, "labels")
-    else:
-        kind, train, test = datasets.CIFAR100, ["train"], ["test"]
-        write_cifar(tmp_path, monkeypatch, kind, train, test, "fine_labels")
-    for split, is_train in (("pretrain", True), ("train", True), ("val", False)):
+@pytest.mark.parametrize(
+    ("kind", "train", "test", "key"),
+    [
+        (datasets.CIFAR10, ["data_batch_1", "data_batch_2"], ["test_batch"], "labels"),
+        (datasets.CIFAR100, ["train"], ["test"], "fine_labels"),
+    ],
+)
+def test_cifar_is_read_through_torchvision(kind, train, test, key, tmp_path, monkeypatch):
+    write_cifar(tmp_path, monkeypatch, kind, train, test, key)
+    dataset = kind.__name__.lower()
+    for split, files in (("pretrain", train), ("train", train), ("val", test)):
         images = open_images(dataset, tmp_path, split)
-        wanted = kind(str(tmp_path), train=is_train)
-        assert len(images) == len(wanted) == 4 * len(train if is_train else test)
+        wanted = kind(str(tmp_path), train=split != "val")
+        assert len(images) == len(wanted) == 4 * len(files)
         assert images.targets == wanted.targets
         assert images.classes == [f"class {i}" for i in range(10)]
         for i in range(len(images)):
@@ -211,13 +183,6 @@ def test_stl10_is_pretrained_on_with_its_unlabelled_images(tmp_path, monkeypatch
     assert np.array_equal(in_memory(pretrain)[1], train.load(1))
 
 
-def test_stl10_without_its_class_names_is_an_error_that_says_so(tmp_path, monkeypatch):
-    """Torchvision has no checksum for that file and goes on without it."""
-    (write_stl10(tmp_path, monkeypatch) / "class_names.txt").unlink()
-    with pytest.raises(DataError, match="stl10"):
-        open_images("stl10", tmp_path, "train")
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -226,8 +191,9 @@ def test_stl10_without_its_class_names_is_an_error_that_says_so(tmp_path, monkey
         ("train_y.bin", bytes([1, 2, 0, 1])),  # labels begin at 1
         ("train_y.bin", bytes([1, 2, 11, 1])),
         ("unlabeled_X.bin", None),
+        ("class_names.txt", None),  # for which torchvision has no checksum
     ],
-    ids=["another number", "cut", "label 0", "label 11", "missing"],
+    ids=["another number", "cut", "label 0", "label 11", "missing", "no names"],
 )
 def test_stl10_of_files_that_do_not_belong_together_is_refused(
     tmp_path, monkeypatch, name, content

@@ -12,7 +12,7 @@ from torchvision import datasets
 from moco import distributed
 from moco.data import loader
 from moco.data.images import ArrayImages, FolderImages, Subset
-from moco.data.loader import EpochBatches, RankShare, TrainLoader
+from moco.data.loader import EpochBatches, TrainLoader, rank_share
 from moco.data.samples import AugmentedViews, PlainImages
 from moco.data.views import eval_transform, pretrain_recipe
 from moco.errors import DataError
@@ -62,33 +62,12 @@ def test_a_request_to_stop_does_not_reach_a_process_that_has_just_started(kind, 
 ON_DEVICE = pytest.mark.parametrize("on_device", [False, True], ids=["cpu", "device"])
 
 
-def views_of(
-    key=(0, 0), *, seed: int = 0, views: int = 2, images=None, on_device: bool = False
-) -> tuple[torch.Tensor, ...]:
-    data = AugmentedViews(
-        images or small_images(), V2, seed=seed, num_views=views, augment_on_device=on_device
-    )
-    return data[key][:views]
-
-
-@ON_DEVICE
-def test_views_are_uint8_of_the_asked_size(on_device):
-    for view in views_of(on_device=on_device):
-        assert view.dtype == torch.uint8 and view.shape == (3, 16, 16)
-
-
-@ON_DEVICE
-@pytest.mark.parametrize("recipe", [V1, V2], ids=["v1", "v2"])
-def test_the_two_views_of_an_image_differ(recipe, on_device):
-    data = AugmentedViews(small_images(), recipe, seed=0, num_views=2, augment_on_device=on_device)
-    for index in range(6):
-        one, other = data[0, index][:2]
-        assert not torch.equal(one, other)
-
-
 def test_views_are_independent_of_how_many_there_are():
     """View 1 is the same with one, two or three views, so no view shifts another's numbers."""
-    one, two, three = (views_of(views=count) for count in (1, 2, 3))
+    one, two, three = (
+        AugmentedViews(small_images(), V2, seed=0, num_views=count)[0, 0][:-2]
+        for count in (1, 2, 3)
+    )
     assert [len(views) for views in (one, two, three)] == [1, 2, 3]
     assert torch.equal(one[0], two[0]) and torch.equal(two[0], three[0])
     assert torch.equal(two[1], three[1])
@@ -98,14 +77,12 @@ def test_another_seed_epoch_index_or_view_gives_other_pixels():
     """The same picture stands at every index, so that only the random numbers can differ."""
     images = small_images()
     images.array[:] = images.array[0]
-    seen = [
-        views_of((epoch, index), seed=seed, images=images)[view]
-        for seed in (0, 1)
-        for epoch in (0, 1)
-        for index in (0, 1)
-        for view in (0, 1)
-    ]
-    assert len({tensor.numpy().tobytes() for tensor in seen}) == len(seen)
+    seen = set()
+    for seed in (0, 1):
+        data = AugmentedViews(images, V2, seed=seed, num_views=2)
+        for key in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            seen |= {view.numpy().tobytes() for view in data[key][:2]}
+    assert len(seen) == 16
 
 
 @ON_DEVICE
@@ -115,7 +92,8 @@ def test_global_random_state_neither_matters_nor_changes(on_device):
     for seed in (1, 2):
         torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
         before = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()
-        seen.append(views_of((3, 4), on_device=on_device))
+        data = AugmentedViews(small_images(), V2, seed=0, num_views=2, augment_on_device=on_device)
+        seen.append(data[3, 4][:2])
         after = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()
         assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
@@ -285,31 +263,25 @@ def test_a_run_on_the_devices_views_is_resumed_bit_for_bit(kind, tmp_path, monke
 # ---- Who sees which sample when ------------------------------------------------------------------
 
 
-def indices(batches: EpochBatches) -> list[list[int]]:
-    seen = list(batches)
-    assert {epoch for batch in seen for epoch, _ in batch} <= {batches.epoch}
-    return [[index for _, index in batch] for batch in seen]
-
-
 @pytest.mark.parametrize(("length", "batch"), [(20, 4), (23, 4), (4, 4), (7, 4)])
 def test_an_epoch_has_every_sample_at_most_once_and_no_ragged_batch(length, batch):
+    """And can be entered at any batch."""
     batches = EpochBatches(length, batch, seed=0)
-    seen = indices(batches)
-    assert len(seen) == len(batches) == batches.batches_per_epoch() == length // batch
-    assert all(len(one) == batch for one in seen)
-    flat = sum(seen, [])
-    assert len(set(flat)) == len(flat) and set(flat) <= set(range(length))
-
-
-def test_a_start_within_the_epoch_continues_exactly():
-    whole, rest = EpochBatches(23, 4, seed=0), EpochBatches(23, 4, seed=0)
-    whole.set_epoch(2)
-    for start in range(6):
-        rest.set_epoch(2, start)
-        assert list(rest) == list(whole)[start:]
-        assert len(rest) == 5 - start
-    rest.set_epoch(3)
-    assert len(rest) == 5
+    whole = list(batches)
+    assert len(whole) == len(batches) == batches.batches_per_epoch() == length // batch
+    assert all(len(one) == batch for one in whole)
+    flat = [index for one in whole for epoch, index in one if epoch == 0]
+    assert len(set(flat)) == len(flat) == length // batch * batch
+    assert set(flat) <= set(range(length))
+    for start in range(len(whole) + 1):
+        batches.set_epoch(0, start)
+        assert list(batches) == whole[start:] and len(batches) == len(whole) - start
+    batches.set_epoch(1)
+    assert len(list(batches)) == len(whole)
+    with pytest.raises(
+        DataError, match=f"{length} images are fewer than one batch of {length + 1}"
+    ):
+        EpochBatches(length, length + 1, seed=0)
 
 
 def pretend(monkeypatch, rank: int, world: int) -> None:
@@ -318,20 +290,13 @@ def pretend(monkeypatch, rank: int, world: int) -> None:
     monkeypatch.setattr(distributed, "world_size", lambda: world)
 
 
-def test_fewer_images_than_a_batch_are_refused():
-    message = "7 images are fewer than one batch of 8; lower --batch-size"
-    with pytest.raises(DataError, match=message):
-        EpochBatches(7, 8, seed=0)
-    EpochBatches(8, 8, seed=0)
-
-
 @pytest.mark.parametrize("length", [0, 1, 5, 6, 7])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_rank_shares_cover_every_index_exactly_once(monkeypatch, length, world):
     seen = []
     for rank in range(world):
         pretend(monkeypatch, rank, world)
-        share = RankShare(length)
+        share = rank_share(length)
         assert len(share) == len(list(share))
         assert list(share) == sorted(share)
         seen += share
@@ -343,12 +308,8 @@ def test_eval_loader_gives_images_in_order():
     for workers in (0, 1):
         made = loader.eval_loader(data, batch_size=2, workers=workers, pin_memory=False)
         images, targets = zip(*made, strict=True)
-        assert torch.equal(torch.cat(images), torch.stack([image for image, _ in data_of(data)]))
+        assert torch.equal(torch.cat(images), torch.stack([data[i][0] for i in range(5)]))
         assert torch.cat(targets).tolist() == [0, 1, 2, 0, 1]
-
-
-def data_of(data: PlainImages) -> list[tuple[torch.Tensor, int]]:
-    return [data[i] for i in range(len(data))]
 
 
 # ---- Batches on their way to a GPU --------------------------------------------------------------

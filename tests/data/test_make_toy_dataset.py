@@ -26,11 +26,6 @@ def made(tmp_path_factory) -> Path:
     return out
 
 
-def test_two_runs_give_the_same_bytes(made, tmp_path):
-    toy.make_dataset(tmp_path, **SMALL)
-    assert files(tmp_path) == files(made)
-
-
 def test_asking_for_more_keeps_the_first_images(made, tmp_path):
     toy.make_dataset(tmp_path, **SMALL | {"train_per_class": 4, "val_per_class": 1})
     few, more = files(made), files(tmp_path)
@@ -68,14 +63,11 @@ def test_a_finished_folder_is_used_again(made, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("reusing 12 classes x (3 train + 2 val)")
 
 
-def test_other_settings_are_refused(made):
+def test_other_folders_are_refused(made, tmp_path):
     before = files(made)
     with pytest.raises(FileExistsError, match="other settings"):
         toy.make_dataset(made, **SMALL | {"seed": 1})
     assert files(made) == before
-
-
-def test_a_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "mine.jpg").write_bytes(b"mine")
     with pytest.raises(SystemExit, match="not empty"):
@@ -84,6 +76,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
 
 
 def test_a_cut_off_run_is_started_over(made, tmp_path, monkeypatch):
+    """And gives the same bytes as another run."""
     make_image, calls = toy.make_image, []
 
     def interrupted(*args):
