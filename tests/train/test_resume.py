@@ -373,12 +373,12 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call(error, tmp_path, monk
     writer = writer_of(tmp_path)
     writer.write(checkpoint.step_path(tmp_path, 1), {"a": 1})
     writer.finish()
-    assert not writer.failed()
+    assert writer.error is None
     monkeypatch.setattr(checkpoint, "write_checkpoint", fail)
     monkeypatch.setattr(BackgroundWriter, "pauses", (0.01,))  # it tries again, for minutes
     writer.write(checkpoint.step_path(tmp_path, 2), {"a": 1})
     writer.thread.join()
-    assert writer.failed()
+    assert writer.error is error
     for call in (writer.finish, lambda: writer.write(tmp_path / "x", {})):
         with pytest.raises(CheckpointError, match="last good checkpoint is step_0+1"):
             call()
