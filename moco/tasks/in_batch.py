@@ -32,7 +32,6 @@ from moco.tasks import monitor
 from moco.tasks.collapse import collapse_warning
 from moco.tasks.images import ImagePairs, ImageTask
 from moco.tasks.online_knn import OnlineKnn
-from moco.tasks.start import start_encoder
 from moco.train.losses import Losses
 from moco.train.task import Needs
 from moco.train.trainer import Trainer
@@ -139,9 +138,6 @@ class InBatchTask(ImageTask):
 
     def compiled(self, module: TwoViews) -> list[nn.Module]:
         return [module.encoder_q]
-
-    def start_from(self, module: TwoViews, path: str) -> str:
-        return start_encoder(module.encoder_q, path, self.config.encoder.arch)
 
     def settle_untrained(self, module: TwoViews, data: ImagePairs) -> None:
         """Batch norm's statistics, without which features of an untrained encoder mean nothing."""
