@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,24 +166,6 @@ def test_a_file_that_could_not_be_written_ends_the_run_at_the_next_look(tmp_path
     writer.wait()
     with pytest.raises(CheckpointError, match="could not save in .*last good checkpoint is none"):
         one_step(guarded, 1.0)
-
-
-def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path, monkeypatch) -> None:
-    """Though training goes on, in the same memory, while the file is written."""
-    goes_on, write = threading.Event(), checkpoint.write_checkpoint
-
-    def slow(path: Path, content: dict) -> None:
-        assert goes_on.wait(60)
-        write(path, content)
-
-    monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
-    writer = BackgroundWriter(tmp_path, keep_last=1, keep_every=0)
-    weight, path = torch.zeros(3), checkpoint.step_path(tmp_path, 1)
-    writer.write(path, {"step": 1, "state_dict": {"weight": weight}})
-    weight.fill_(1)
-    goes_on.set()
-    writer.leave(None)
-    assert checkpoint.read_checkpoint(path)["state_dict"]["weight"].tolist() == [0, 0, 0]
 
 
 # ---- Ranks that differ ---------------------------------------------------------------------------
