@@ -44,6 +44,8 @@ def test_a_step_that_is_not_finite_is_rerun_and_its_first_tensor_named(data, run
         main_moco.main, [*FLAGS, "--lr", "1e30", "--save-dir", run, data], capsys
     )
     assert status == 1 and f"--replay {run / 'failed'} reruns that step" in line
+    assert "not finite in epoch 0, step 1: " in line and "last checkpoint is none yet" in line
+    assert not list(run.glob("*.pth.tar"))
     about = json.loads((run / "failed" / "failed.json").read_text())
     assert about["kind"] == "not finite" and about["text"] in line
     assert about["kept_at_step"] == about["step"], "a CPU looks after every step"

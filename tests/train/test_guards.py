@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import Processes, differences, final_state, finish, start
+from harness import Processes, differences, final_state, finish, poison, start
+from helpers import read_log
 
 from moco import checkpoint
 from moco.builder import MoCoLosses, _Batch
@@ -23,28 +23,15 @@ from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
 from moco.train.step import apply_gradients
 
-# In its eighth step rank 1 sees a uniformity loss of NaN; rank 0 sees nothing unusual.
-POISON = """
-import os
-from moco.builder import MoCo
-losses_of = MoCo._losses
-def poisoned(self, q, k):
-    losses = losses_of(self, q, k)
-    if os.environ.get("RANK", "1") == "1" and self._steps == 7:
-        losses.loss_unif = losses.loss_unif * float("nan")
-    return losses
-MoCo._losses = poisoned
-"""
-
 
 @pytest.mark.long
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_optimizer(
     images, whole, tmp_path
 ) -> None:
-    """All name the term, the rank and the step; what is on disk is good: the run goes on from it
-    and ends bit for bit as one that had no such loss."""
+    """Rank 1's, in the eighth step. All name the term, the rank and the step; what is on disk is
+    good: the run goes on from it and ends bit for bit as one that had no such loss."""
     run = tmp_path / "run"
-    stopped = start(run, images, "--save-steps", 7, processes=2, before=POISON)
+    stopped = start(run, images, "--save-steps", 7, processes=2, before=poison(7))
     assert stopped.wait() == [1, 1]
     for rank in range(2):
         said = stopped.output(rank)
@@ -239,10 +226,8 @@ def test_the_collapse_alarm_warns_after_as_many_steps(tmp_path, capsys) -> None:
         features = spread if step in (10, 50) else collapsed
         alarm.check(features.feature_std().item(), step, log)
     log.close()
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    warned = [
-        (line["step"], line["collapsed_since"]) for line in lines if "warning" in line["kind"]
-    ]
+    lines = read_log(tmp_path, "warning")
+    warned = [(line["step"], line["collapsed_since"]) for line in lines]
     assert warned == [(110, 60), (160, 110), (210, 160), (260, 210)]
     said = capsys.readouterr().out
     assert said.count("warning: features have collapsed") == 4 and "--moco-unif-w" in said

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import final_state, finish, start
+from harness import final_state, finish, poison, start
 from helpers import TinyNet, read_log, two_views
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -45,15 +45,7 @@ def train(data: Path, run: Path, *flags: object) -> dict:
 
 
 def assert_close(a: dict, b: dict, tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(
-            a[name],
-            b[name],
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    torch.testing.assert_close(dict(a), dict(b), rtol=tolerance, atol=tolerance)
 
 
 # ---- Optimizer -----------------------------------------------------------------------------------
@@ -239,17 +231,6 @@ LATE = """
 from moco.looks import Looks
 Looks.steps_ahead = lambda self, step: 5
 """
-POISON = """
-import os
-from moco.builder import MoCo
-losses_of = MoCo._losses
-def poisoned(self, q, k):
-    losses = losses_of(self, q, k)
-    if os.environ.get("RANK", "1") == "1" and self._steps == 6:
-        losses.loss_unif = losses.loss_unif * float("nan")
-    return losses
-MoCo._losses = poisoned
-"""
 # Prints a digest of the query encoder's weights after each optimizer step.
 DIGESTS = """
 from moco.train import step
@@ -270,7 +251,7 @@ def test_a_bad_step_between_checks_changes_nothing_and_is_named(images, tmp_path
     is in test_guards.py."""
     run = tmp_path / "run"
     flags = ["-p", 5, "--save-steps", 5]
-    stopped = start(run, images, *flags, processes=2, before=LATE + POISON + DIGESTS)
+    stopped = start(run, images, *flags, processes=2, before=LATE + poison(6) + DIGESTS)
     assert stopped.wait() == [1, 1], stopped.output()
     for rank in range(2):
         said = stopped.output(rank)
@@ -313,7 +294,7 @@ def test_both_memory_formats_learn_the_same_and_go_on_from_each_other(
 @pytest.mark.parametrize(
     ("flags", "on"),
     [("", True), ("--bn-splits 2", True), ("--no-channels-last", False)],
-)  # fmt: skip
+)
 def test_channels_last_where_it_was_measured_to_help(flags, on, data) -> None:
     config = cli.pretrain_config([*TINY, *flags.split(), str(data)])
     assert config.speed.channels_last is on
