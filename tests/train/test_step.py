@@ -4,7 +4,6 @@ moments at which the host looks."""
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,11 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from harness import final_state, finish, poison, start
-from helpers import TinyNet, read_log, two_views
+from helpers import TINY, TinyNet, pretrain, read_log, two_views
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import main_moco
 from moco import checkpoint, cli
 from moco.builder import MoCo
 from moco.checkpoint import load_encoder
@@ -32,15 +30,10 @@ from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
 from moco.train.step import train_step
 
-TINY = shlex.split(
-    "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu --print-freq 1 "
-    "--check-every 1 --seed 1"
-)
-
 
 def train(data: Path, run: Path, *flags: object) -> dict:
     """The state dict that a run ends with."""
-    main_moco.main([*TINY, *map(str, flags), "--save-dir", str(run), str(data)])
+    pretrain(data, run, "--check-every", 1, *flags)
     return torch.load(checkpoint.run_checkpoints(run)[-1], weights_only=True)["state_dict"]
 
 
