@@ -267,6 +267,8 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
         ("--print-freq 0", ["--print-freq", "got 0"]),
         ("--keep-last 0", ["--keep-last", "got 0"]),
         ("--keep-every -1", ["--keep-every", "-1"]),
+        ("--knn-every -1", ["--knn-every must be at least 0, got -1"]),
+        ("--knn-bank 0", ["--knn-bank must be at least 1, got 0"]),
         ("--images-per-class 0", ["--images-per-class", "got 0"]),
         ("-j -1", ["--workers", "-1"]),
         ("--seed -1", ["--seed", "-1"]),

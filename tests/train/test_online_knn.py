@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from harness import EPOCHS, differences, final_state, finish, start
-from helpers import TINY, pretrain, read_log, refusal, write_images
+from helpers import pretrain, read_log, write_images
 
-import main_moco
 from moco import checkpoint, encoders
 from moco.config import Data
 from moco.data import loader
@@ -243,12 +242,6 @@ def test_the_bank_is_balanced_and_capped(tmp_path) -> None:
         bank, val, classes = open_splits(images, Data(data=str(folder)), size)
         assert [bank.targets.count(label) for label in range(3)] == expected
         assert val.targets == [0, 2, 2, 2] and classes == 3
-
-
-@pytest.mark.parametrize("flags", [["--knn-every", -1], ["--knn-bank", 0]])
-def test_impossible_numbers_are_refused(flags, data, capsys) -> None:
-    status, said = refusal(main_moco.main, [*TINY, *flags, data], capsys)
-    assert status == 2 and f"{flags[0]} must be at least {flags[1] + 1}, got {flags[1]}" in said
 
 
 def test_the_copy_is_of_the_plain_backbone_and_leaves_the_encoder_alone() -> None:

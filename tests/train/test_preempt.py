@@ -143,22 +143,6 @@ def test_torchrun_restarts_after_a_rank_is_killed_and_has_saved_when_asked_to_st
 # ---- Ranks that are killed or hang ---------------------------------------------------------------
 
 
-def test_a_rank_that_is_killed_is_named_by_the_other(images, whole, tmp_path) -> None:
-    """No hang, one line with rank, epoch and step; then --resume auto, bit for bit."""
-    run, victim = tmp_path / "run", 0
-    killed = start(run, images, "--save-steps", 2, processes=2, hold_at=8)
-    wait_for_step(run, 8, killed)
-    killed.send(victim, signal.SIGKILL)
-    go_on(run)
-    statuses = killed.wait()
-    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] == 1
-    said = killed.output(1 - victim)
-    assert re.search(r"could not talk to the others in epoch [12], step \d+", said), said
-    assert f"no answer from rank {victim}" in said and "Traceback" not in said
-    finish(run, images, "--save-steps", 2, processes=2)
-    assert_same_end(run, whole[2])
-
-
 def test_a_rank_that_hangs_is_named_after_the_time_out(images, tmp_path) -> None:
     """SIGSTOP: the connection stays open, so only the time-out can tell."""
     run, victim = tmp_path / "run", 1
