@@ -17,10 +17,6 @@ from torch import Tensor, nn
 
 from moco import distributed
 
-# ------------------------------------------------------------------------------------------------
-# A layer
-# ------------------------------------------------------------------------------------------------
-
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose training statistics are those of groups of the batch, each its own.
@@ -186,9 +182,7 @@ class _SpannedNorm(torch.autograd.Function):
         return gradient.to(x.dtype), own[1], own[0], None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------
-# All layers of an encoder
-# ------------------------------------------------------------------------------------------------
+# ---- All layers of an encoder
 
 
 @dataclass
@@ -243,7 +237,7 @@ class EncoderNorms:
 
     @torch.compiler.disable
     def _before(self, encoder: nn.Module, inputs: tuple) -> tuple | None:
-        if not self._trains():
+        if not self.layers[0].training:
             return None
         (images,) = inputs
         if len(images) % self.splits:
@@ -262,9 +256,6 @@ class EncoderNorms:
             features = _interleave(features, len(features) // self.splits)
         self.end()
         return features
-
-    def _trains(self) -> bool:
-        return self.layers[0].training
 
     @property
     def _interleaved(self) -> bool:
@@ -380,9 +371,7 @@ def _is_contiguous(encoder: nn.Module, images: Tensor) -> bool:
     return images.is_contiguous() and (weights is None or weights.is_contiguous())
 
 
-# ------------------------------------------------------------------------------------------------
-# Networks
-# ------------------------------------------------------------------------------------------------
+# ---- Networks
 
 
 def split_batch_norm(encoder: nn.Module, splits: int, span: int = 1) -> None:
@@ -394,40 +383,24 @@ def split_batch_norm(encoder: nn.Module, splits: int, span: int = 1) -> None:
     Raises:
         ValueError: a batch norm without running averages.
     """
-    layers = _replace(encoder, splits, span)
+    layers = []
+    for name, norm in list(encoder.named_modules()):
+        if type(norm) is not nn.BatchNorm2d:
+            continue
+        if norm.momentum is None or not norm.track_running_stats:
+            raise ValueError(f"batch norm without running averages cannot be split: {norm}")
+        own = {n: getattr(norm, n) for n in ("eps", "momentum", "affine")}
+        split = SplitBatchNorm2d(norm.num_features, splits, span, **own)
+        split.load_state_dict(norm.state_dict())
+        encoder.set_submodule(name, split)
+        layers.append(split)
     if layers:
         EncoderNorms(layers).attach(encoder)
-
-
-def _replace(module: nn.Module, splits: int, span: int) -> list[SplitBatchNorm2d]:
-    layers = []
-    for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
-            if child.momentum is None or not child.track_running_stats:
-                raise ValueError(f"batch norm without running averages cannot be split: {child}")
-            split = SplitBatchNorm2d(
-                child.num_features,
-                splits,
-                span,
-                eps=child.eps,
-                momentum=child.momentum,
-                affine=child.affine,
-            )
-            split.load_state_dict(child.state_dict())
-            setattr(module, name, split)
-            layers.append(split)
-        else:
-            layers += _replace(child, splits, span)
-    return layers
 
 
 def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(child, nn.BatchNorm2d) for child in module.modules())
 
-
-# ------------------------------------------------------------------------------------------------
-# Without training
-# ------------------------------------------------------------------------------------------------
 
 CALIBRATION_BATCHES = 10  # for an encoder that has seen no image
 

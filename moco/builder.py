@@ -112,15 +112,16 @@ class MoCo(nn.Module):
         self.register_buffer("queue", keys.t().contiguous().t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
-        # Applied to images right before an encoder sees them. Keys are shuffled before it, so that
-        # ranks exchange the bytes of pixels rather than normalised floats.
-        self.prepare: Callable[[Tensor], Tensor] = _as_they_are
-
         self.shuffle_generator = torch.Generator().manual_seed(0)
         self._keys: list[Tensor] = []  # of this step, not yet in the queue; one for each direction
         self._parts_done = 0
         self._overwritten: tuple[Tensor, Tensor] | None = None  # by the keys of the last step
         self._steps = 0  # tells MoCoLosses when the queue it looks at has moved on
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images as an encoder sees them; a task puts another function here. Keys are shuffled
+        before it, so that ranks exchange the bytes of pixels rather than normalised floats."""
+        return images
 
     def forward(
         self,
@@ -294,10 +295,6 @@ class MoCo(nn.Module):
         return losses
 
 
-def _as_they_are(images: Tensor) -> Tensor:
-    return images
-
-
 def _normalize(features: Tensor) -> Tensor:
     """Unit rows, in float32 at least: normalised in bf16 they would be 0.4 % off."""
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=1)
@@ -322,7 +319,13 @@ class MoCoLosses:
         """
         if self.loss_contr is None:
             return None
-        return torch.cat([batch.logits() for batch in self._batches])
+        with torch.no_grad():
+            of_passes = [
+                torch.cat([(b.q * b.k).sum(dim=1, keepdim=True), b.q @ b.queue], dim=1)
+                / b.moco.contr_tau
+                for b in self._batches
+            ]
+            return torch.cat(of_passes)
 
     def contr_rank(self) -> Tensor | None:
         """(N,) number of queue keys nearer to the query than its own key, of the rows of
@@ -330,7 +333,7 @@ class MoCoLosses:
         and 5; until the next step only."""
         if self.loss_contr is None:
             return None
-        return torch.cat([batch.rank() for batch in self._batches])
+        return torch.cat([contrastive_rank(b.q, b.k, b.queue) for b in self._batches])
 
     @property
     def passes(self) -> int:
@@ -343,16 +346,14 @@ class MoCoLosses:
         those of `passes` passes through the encoders, one after another."""
         queries = torch.cat([batch.q for batch in self._batches])
         keys = torch.cat([batch.k for batch in self._batches])
-        return queries, keys, self._batches[0].queue()
+        return queries, keys, self._batches[0].queue
 
     @classmethod
     def sum(cls, parts: list[MoCoLosses]) -> MoCoLosses:
         """Each loss summed over `parts`, which have the same terms."""
-        total = cls(_batches=[batch for part in parts for batch in part._batches])
-        for name, _ in parts[0].items():
-            losses = [getattr(part, f"loss_{name}") for part in parts]
-            setattr(total, f"loss_{name}", torch.stack(losses).sum())
-        return total
+        terms = [dict(part.items()) for part in parts]
+        sums = {f"loss_{n}": torch.stack([each[n] for each in terms]).sum() for n in terms[0]}
+        return cls(**sums, _batches=[batch for part in parts for batch in part._batches])
 
     @classmethod
     def mean(cls, parts: list[MoCoLosses]) -> MoCoLosses:
@@ -374,22 +375,18 @@ class MoCoLosses:
         Raises:
             ValueError: a non-zero weight for a term that is off, or no non-zero weight at all.
         """
-        terms = [
-            ("contr", contr_w, self.loss_contr),
-            ("align", align_w, self.loss_align),
-            ("unif", unif_w, self.loss_unif),
-        ]
-        for name, weight, loss in terms:
-            if weight != 0 and loss is None:
+        weights, terms = {"contr": contr_w, "align": align_w, "unif": unif_w}, dict(self.items())
+        # A zero weight skips its term: zero times a loss that overflowed is NaN.
+        weights = {name: weight for name, weight in weights.items() if weight != 0}
+        for name, weight in weights.items():
+            if name not in terms:
                 raise ValueError(
                     f"{name}_w={weight!r}, but this term is off; give MoCo its parameter or pass "
                     f"{name}_w=0"
                 )
-        # A zero weight skips its term: zero times a loss that overflowed is NaN.
-        weighted = [weight * loss for _, weight, loss in terms if weight != 0]
-        if not weighted:
+        if not weights:
             raise ValueError("all weights are zero: there is nothing to minimise")
-        return torch.stack(weighted).sum()
+        return torch.stack([weight * terms[name] for name, weight in weights.items()]).sum()
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(name, loss) of the terms that are on."""
@@ -401,21 +398,14 @@ class MoCoLosses:
 
 @dataclass
 class _Batch:
-    """The features of one pass, and what is computed of them when asked for."""
+    """The features of one pass."""
 
     moco: MoCo
     step: int
     q: Tensor
     k: Tensor
 
+    @property
     def queue(self) -> Tensor:
+        """That which they met."""
         return self.moco.queue_at(self.step)
-
-    def logits(self) -> Tensor:
-        with torch.no_grad():
-            positive = (self.q * self.k).sum(dim=1, keepdim=True)  # (N, 1)
-            negatives = self.q @ self.queue()  # (N, K)
-            return torch.cat([positive, negatives], dim=1) / self.moco.contr_tau
-
-    def rank(self) -> Tensor:
-        return contrastive_rank(self.q, self.k, self.queue())

@@ -17,10 +17,6 @@ from torchvision.models.resnet import BasicBlock
 from moco.alexnet import CHAINS, Chain, build_chain, parse_chain
 from moco.batch_norm import split_batch_norm
 
-# ------------------------------------------------------------------------------------------------
-# Building
-# ------------------------------------------------------------------------------------------------
-
 
 def arch_names() -> list[str]:
     """Names that `build_encoder` takes; those of `CHAINS` also with a width, small_alexnetx0.25."""
@@ -110,9 +106,7 @@ def check_image_size(encoder: nn.Module, image_size: int) -> None:
         raise ValueError(f"the encoder must return one (N, C) tensor, got {type(out).__name__}")
 
 
-# ------------------------------------------------------------------------------------------------
-# Heads
-# ------------------------------------------------------------------------------------------------
+# ---- Heads
 
 
 def head_name(encoder: nn.Module) -> str:
@@ -125,12 +119,11 @@ def head_name(encoder: nn.Module) -> str:
     """
     for name in ("fc", "fc8", "classifier", "heads", "head"):
         head = getattr(encoder, name, None)
-        if isinstance(head, (nn.Linear, nn.Identity)) or isinstance(head, ProjectionHead):
+        if isinstance(head, nn.Sequential) and not isinstance(head, ProjectionHead) and len(head):
+            last, head = list(head.named_children())[-1]
+            name = f"{name}.{last}"
+        if isinstance(head, (nn.Linear, nn.Identity, ProjectionHead)):
             return name
-        if isinstance(head, nn.Sequential) and len(head):
-            last_name, last = list(head.named_children())[-1]
-            if isinstance(last, (nn.Linear, nn.Identity, ProjectionHead)):
-                return f"{name}.{last_name}"
     raise ValueError(
         f"{type(encoder).__name__} does not end in a linear layer named fc, classifier, heads or "
         "head, so it cannot carry a projection head or a linear classifier; choose another arch"
@@ -143,8 +136,7 @@ def get_head(encoder: nn.Module) -> nn.Module:
 
 def set_head(encoder: nn.Module, head: nn.Module) -> None:
     """Replace the last layer, so that a state dict keeps its name."""
-    parent, _, last = head_name(encoder).rpartition(".")
-    setattr(encoder.get_submodule(parent), last, head)
+    encoder.set_submodule(head_name(encoder), head)
 
 
 def feature_dim(encoder: nn.Module) -> int:
@@ -205,9 +197,7 @@ def _build_layer(state: dict[str, Tensor], name: str, width: int) -> nn.Module:
     return nn.Linear(width, shape[0], bias="bias" in state)
 
 
-# ------------------------------------------------------------------------------------------------
-# Small ResNets for 32-pixel images
-# ------------------------------------------------------------------------------------------------
+# ---- Small ResNets for 32-pixel images
 
 
 class CifarResNet(nn.Module):

@@ -17,10 +17,6 @@ from moco.errors import TrainingError
 
 META = torch.device("meta")
 
-# ------------------------------------------------------------------------------------------------
-# What a step takes
-# ------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -53,20 +49,17 @@ class _Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.operations.add(func._schema.name)
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+            # Another storage than that of a tensor before it: no view, nor changed in place.
+            if isinstance(tensor, Tensor) and tensor.untyped_storage() not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(storage)
+                self._change(storage.nbytes())
+                weakref.finalize(storage, self._change, -storage.nbytes())
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:  # a view of another tensor, or changed in place
-            return
-        self._known.add(storage)
-        self.alive += storage.nbytes()
+    def _change(self, size: int) -> None:
+        self.alive += size
         self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._gone, storage.nbytes())
-
-    def _gone(self, size: int) -> None:
-        self.alive -= size
 
 
 class _OnMeta(TorchFunctionMode):
@@ -112,21 +105,21 @@ def rehearse(
         for tensors in (encoder.parameters(), encoder.buffers())
     )
     encoder.to(dtype)
+
+    def features() -> Tensor:
+        return encoder(torch.empty(images, dtype=dtype, device=META))
+
     with _Watch(encoder) as watch:
-        outputs = []
-        for _ in range(directions):
-            outputs.append(loss(encoder(torch.empty(images, dtype=dtype, device=META))))
+        outputs = [loss(features()) for _ in range(directions)]
         if keys:
             with torch.no_grad():
-                encoder(torch.empty(images, dtype=dtype, device=META))
+                features()
         if outputs:
             torch.stack(outputs).sum().backward()
     return Rehearsal(watch.peak, weights, buffers, frozenset(watch.operations))
 
 
-# ------------------------------------------------------------------------------------------------
-# Whether the machine has it
-# ------------------------------------------------------------------------------------------------
+# ---- Whether the machine has it
 
 # Estimates were up to 15 % off where they were held against runs.
 ROOM, _DOUBT = 0.9, 1.2
@@ -165,9 +158,7 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-# ------------------------------------------------------------------------------------------------
-# What the machine has
-# ------------------------------------------------------------------------------------------------
+# ---- What the machine has
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,22 @@ def write_images(folder: Path) -> None:
         Image.fromarray(draw.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
 
 
+def poison(step: int) -> str:
+    """For `before`: in that step (number of those done) rank 1, or the only process, sees a
+    uniformity loss of NaN; rank 0 sees nothing unusual."""
+    return f"""
+import os
+from moco.builder import MoCo
+losses_of = MoCo._losses
+def poisoned(self, q, k):
+    losses = losses_of(self, q, k)
+    if os.environ.get("RANK", "1") == "1" and self._steps == {step}:
+        losses.loss_unif = losses.loss_unif * float("nan")
+    return losses
+MoCo._losses = poisoned
+"""
+
+
 def start(
     run: Path, data: Path, *flags: object, processes: int = 1, workers: int = 0, before: str = "",
     hold_at: int | None = None,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from harness import free_port as free_port
 from PIL import Image
 from torch import Tensor, nn
 
+import main_moco
 from moco import cli
 from moco.config import PretrainConfig, flat_values, objective_formula
 
@@ -107,6 +109,17 @@ def write_labelled(root: Path, *, classes: int = 3, train: int = 10, val: int = 
                 image = Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST)
                 image.save(folder / f"{i:03d}.png")
     return root
+
+
+# 30 images in batches of 8 are three steps an epoch; six images are left out of each.
+TINY = shlex.split(
+    "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu -p 1 --seed 1"
+)
+
+
+def pretrain(data: Path, run: Path | str, *flags: object) -> None:
+    """A tiny run of main_moco.py in this process."""
+    main_moco.main([*TINY, *map(str, flags), "--save-dir", str(run), str(data)])
 
 
 def parsed(argv: list[str], config: type = PretrainConfig) -> SimpleNamespace:

@@ -19,6 +19,7 @@ from moco.log import RunLog
 from moco.precision import memory_format
 from moco.tasks import monitor
 from moco.tasks.online_knn import OnlineKnn
+from moco.tasks.start import start_encoder
 from moco.train.guards import BadImages
 from moco.train.task import Task
 from moco.train.trainer import Trainer
@@ -124,6 +125,9 @@ class ImageTask(Task):
         module.prepare = functools.partial(
             normalize, mean=views.mean, std=views.std, memory_format=order
         )
+
+    def start_from(self, module: nn.Module, path: str) -> str:
+        return start_encoder(module.encoder_q, path, self.config.encoder.arch)
 
     def begin_log(self, log: RunLog, data: ImagePairs) -> None:
         monitor.lay_out(log, self.config, data.facts)

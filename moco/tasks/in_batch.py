@@ -32,7 +32,6 @@ from moco.tasks import monitor
 from moco.tasks.collapse import collapse_warning
 from moco.tasks.images import ImagePairs, ImageTask
 from moco.tasks.online_knn import OnlineKnn
-from moco.tasks.start import start_encoder
 from moco.train.losses import Losses
 from moco.train.task import Needs
 from moco.train.trainer import Trainer
@@ -51,7 +50,10 @@ class TwoViews(nn.Module):
         super().__init__()
         self.encoder_q = encoder  # the name by which load_encoder finds it
         self.classifier = nn.Linear(dim, classes) if classes else None
-        self.prepare = _as_they_are  # uint8 to float32
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images as the encoder sees them; the task puts another function here."""
+        return images
 
     def forward(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Unit features (N, C) of both views, float32, and logits (2N, classes): of two (N, 3, S,
@@ -62,16 +64,16 @@ class TwoViews(nn.Module):
         return (*features.chunk(2), logits)
 
 
-def _as_they_are(images: Tensor) -> Tensor:
-    return images
-
-
 class InBatchLosses(Losses):
     """Terms by name, and the unit features of both views of the whole batch, (N, C) each."""
 
     def __init__(self, terms: Mapping[str, Tensor], x: Tensor, y: Tensor) -> None:
         super().__init__(terms)
         self.x, self.y = x.detach(), y.detach()
+
+
+def mean_uniform_loss(x: Tensor, y: Tensor, t: float) -> Tensor:
+    return (uniform_loss(x, t) + uniform_loss(y, t)) / 2
 
 
 class InBatchTask(ImageTask):
@@ -137,9 +139,6 @@ class InBatchTask(ImageTask):
     def compiled(self, module: TwoViews) -> list[nn.Module]:
         return [module.encoder_q]
 
-    def start_from(self, module: TwoViews, path: str) -> str:
-        return start_encoder(module.encoder_q, path, self.config.encoder.arch)
-
     def settle_untrained(self, module: TwoViews, data: ImagePairs) -> None:
         """Batch norm's statistics, without which features of an untrained encoder mean nothing."""
         if not has_batch_norm(module.encoder_q):
@@ -153,8 +152,6 @@ class InBatchTask(ImageTask):
             f"{sum(map(len, pixels))} views, by forward passes in training mode"
         )
 
-    # ---- losses
-
     def losses(
         self, model: nn.Module, batch: tuple[Tensor, ...], part: int, parts: int
     ) -> InBatchLosses:
@@ -162,46 +159,29 @@ class InBatchTask(ImageTask):
         x, y, logits = model(*batch[:2])
         x, y = distributed.gather_with_gradient(x), distributed.gather_with_gradient(y)
         terms = {}
-        for name, weight, loss in (
-            ("contr", objective.contr_w, self._contrastive),
-            ("align", objective.align_w, self._alignment),
-            ("unif", objective.unif_w, self._uniformity),
+        for name, loss in (
+            ("contr", lambda: in_batch_contrastive_loss(x, y, objective.contr_tau)),
+            ("align", lambda: align_loss(x, y, objective.align_alpha)),
+            ("unif", lambda: mean_uniform_loss(x, y, objective.unif_t)),
         ):
-            with torch.set_grad_enabled(weight != 0 and torch.is_grad_enabled()):
-                terms[name] = loss(x, y)
+            weighted = getattr(objective, f"{name}_w") != 0
+            with torch.set_grad_enabled(weighted and torch.is_grad_enabled()):
+                terms[name] = loss()
         if logits is not None:
             terms["cross_entropy"] = F.cross_entropy(logits, batch[2].repeat(2))
         return InBatchLosses(terms, x, y)
 
-    def _contrastive(self, x: Tensor, y: Tensor) -> Tensor:
-        return in_batch_contrastive_loss(x, y, self.config.objective.contr_tau)
-
-    def _alignment(self, x: Tensor, y: Tensor) -> Tensor:
-        return align_loss(x, y, self.config.objective.align_alpha)
-
-    def _uniformity(self, x: Tensor, y: Tensor) -> Tensor:
-        t = self.config.objective.unif_t
-        return (uniform_loss(x, t) + uniform_loss(y, t)) / 2
-
     def total(self, losses: InBatchLosses) -> Tensor:
         objective = self.config.objective
-        return losses.weighted(
-            {
-                "contr": objective.contr_w,
-                "align": objective.align_w,
-                "unif": objective.unif_w,
-                "cross_entropy": 1.0,
-            }
-        )
-
-    # ---- what a run shows of itself
+        # Cross-entropy has none.
+        return losses.weighted({n: getattr(objective, f"{n}_w", 1.0) for n, _ in losses.items()})
 
     @torch.no_grad()
     def metrics(self, losses: InBatchLosses) -> dict[str, float]:
         x, y, t = losses.x, losses.y, monitor.T
         found = {
             "alignment": align_loss(x, y, monitor.ALPHA).item(),
-            "uniformity": ((uniform_loss(x, t) + uniform_loss(y, t)) / 2).item(),
+            "uniformity": mean_uniform_loss(x, y, t).item(),
         }
         if x.shape[1] > 1:
             found["uniformity_infimum"] = uniformity_infimum(x.shape[1], t)

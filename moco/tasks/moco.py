@@ -16,7 +16,6 @@ from moco.precision import half_precision
 from moco.tasks import monitor
 from moco.tasks.collapse import collapse_warning
 from moco.tasks.images import ImagePairs, ImageTask
-from moco.tasks.start import start_encoder
 from moco.train.task import Needs
 
 
@@ -24,6 +23,8 @@ class MoCoTask(ImageTask):
     """Two views of each image; `moco.builder.MoCo`; k-NN of the query encoder's backbone."""
 
     evaluates_untrained = True
+    metrics = staticmethod(monitor.batch_metrics)
+    histograms = staticmethod(monitor.distributions)
 
     def build_data(self, device: torch.device) -> ImagePairs:
         return ImagePairs(self.config, device)
@@ -89,7 +90,10 @@ class MoCoTask(ImageTask):
         return losses.combine(objective.contr_w, objective.align_w, objective.unif_w)
 
     def start_from(self, module: MoCo, path: str) -> str:
-        return start_from(module, path, self.config.encoder.arch)
+        """The key encoder becomes a copy. Queue, optimizer and epoch are those of a new run."""
+        found = super().start_from(module, path)
+        module.encoder_k.load_state_dict(module.encoder_q.state_dict())
+        return found
 
     def on_device(self, module: MoCo, device: torch.device) -> None:
         super().on_device(module, device)
@@ -113,25 +117,21 @@ class MoCoTask(ImageTask):
             return {}
         return {f"contr_top{k}": 100 * (rank < k).float().mean() for k in (1, 5)}
 
-    def metrics(self, losses: MoCoLosses) -> dict[str, float]:
-        return monitor.batch_metrics(losses)
-
     def feature_std(self, losses: MoCoLosses) -> Tensor:
         return losses.feature_std()
-
-    def histograms(self, losses: MoCoLosses) -> dict[str, tuple[Tensor, float, float]]:
-        return monitor.distributions(losses)
 
     def queue_filled(self) -> int:
         passes = 2 if self.config.objective.symmetric else 1
         return -(-self.config.encoder.moco_k // (passes * self.config.optim.batch_size))
 
     def facts(self, module: MoCo, data: ImagePairs) -> dict[str, str]:
-        config, encoder = self.config, self.config.encoder
+        config, encoder, objective = self.config, self.config.encoder, self.config.objective
         parameters = sum(p.numel() for p in module.encoder_q.parameters())
+        paired = config.part_size // config.bn_groups  # images of a group
+        push = queue_push(paired, encoder.moco_k, intra_batch=objective.intra_batch)
         return {
             "objective": config.to_flat()["objective"],
-            **self._collapse_fact(),
+            **collapse_warning(objective, push),
             **({"preset": config.preset.chosen} if config.preset.chosen else {}),
             "data": f"{len(data.images)} images, {data.steps_per_epoch} steps per epoch, "
             f"{config.schedule.epochs} epochs",
@@ -142,13 +142,6 @@ class MoCoTask(ImageTask):
             "queue": f"{encoder.moco_k} x {encoder.moco_dim}, "
             f"{module.queue.numel() * 4 / 2**20:.1f} MiB",
         }
-
-    def _collapse_fact(self) -> dict[str, str]:
-        """A warning where the weights do not exclude a collapse."""
-        config, objective = self.config, self.config.objective
-        images = config.part_size // config.bn_groups  # that are paired with each other
-        push = queue_push(images, config.encoder.moco_k, intra_batch=objective.intra_batch)
-        return collapse_warning(objective, push)
 
     def _batch_fact(self) -> str:
         batch, processes = self.config.optim.batch_size, self.config.placement.processes
@@ -162,23 +155,21 @@ class MoCoTask(ImageTask):
 
     def _groups_fact(self, module: MoCo) -> str:
         config, size, count = self.config, self.config.group_size, self.config.groups
+        fact = f"{count} of {size} images"
         if config.group_span > 1:
-            where = f", each over {config.group_span} devices"
+            fact += f", each over {config.group_span} devices"
         elif config.optim.accumulate > 1:
-            where = f", {config.bn_groups} in each part"
+            fact += f", {config.bn_groups} in each part"
         elif config.placement.processes > 1:
-            where = f", {config.bn_groups} on each device"
-        else:
-            where = ""
+            fact += f", {config.bn_groups} on each device"
         normed = has_batch_norm(module.encoder_q)
         norm = "batch norm" if normed else "no batch norm in this arch"
-        fact = (
-            f"{count} of {size} images{where}; {norm}, intra-batch pairs and the loss's log in each"
-        )
-        if config.loss_group_size != size:
-            fact = (
-                f"{count} of {size} images{where} for batch norm; intra-batch pairs and the loss's "
-                f"log over {config.loss_group_size}, as this run began before --group-size"
+        if config.loss_group_size == size:
+            fact += f"; {norm}, intra-batch pairs and the loss's log in each"
+        else:
+            fact += (
+                " for batch norm; intra-batch pairs and the loss's log over "
+                f"{config.loss_group_size}, as this run began before --group-size"
             )
         if count > 1 or not normed:
             return fact
@@ -187,18 +178,3 @@ class MoCoTask(ImageTask):
             "statistics give away which query it belongs to; give a --batch-size that splits into "
             "groups of at least two images, or --group-size"
         )
-
-
-def start_from(moco: MoCo, path: str, arch: str) -> str:
-    """Start both encoders from the weights in a file; what was found, for people to read.
-
-    Of a MoCo file the query encoder is taken, with its projection head where that fits; of others
-    the backbone. The key encoder becomes a copy. Queue, optimizer and epoch are those of a new run.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: it holds no encoder, or another one than `arch`.
-    """
-    found = start_encoder(moco.encoder_q, path, arch)
-    moco.encoder_k.load_state_dict(moco.encoder_q.state_dict())
-    return found

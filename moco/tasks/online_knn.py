@@ -52,15 +52,13 @@ class OnlineKnn:
         self.config: PretrainConfig = trainer.config
         self.module, self.data, self.device = trainer.state.module, trainer.data, trainer.device
         self.log, self.printer, self.stop = trainer.log, trainer.printer, trainer.stop
-        config, images = self.config, trainer.data.images
-        every = config.watching.knn_every
-        self.enabled = every > 0
+        watching, reason = self.config.watching, None
+        self.enabled = watching.knn_every > 0
         if not self.enabled:
             return
-        reason = None
         try:
             self.bank, self.val, self.classes = open_splits(
-                images, config.data, config.watching.knn_bank
+                self.data.images, self.config.data, watching.knn_bank
             )
         except (DataError, OSError) as error:
             reason = str(error)
@@ -68,20 +66,13 @@ class OnlineKnn:
             self._leave_out(reason, "")
             return
         distributed.print_main(
-            f"{'k-NN':>10}: every {every} epoch(s) and at the end, a bank of "
+            f"{'k-NN':>10}: every {watching.knn_every} epoch(s) and at the end, a bank of "
             f"{len(self.bank)} training images, {len(self.val)} to classify, "
             f"{self.classes} classes"
         )
 
     def measure(self, epoch: int, step: int) -> bool:
-        """Measure and log, on all ranks together; given up when any is asked to stop.
-
-        Args:
-            epoch, step: finished epochs and steps.
-
-        Returns:
-            Whether any rank was asked to stop.
-        """
+        """See `moco.train.task.Evaluation`; given up when any rank is asked to stop."""
         with self.printer.paused():
             return self._measure(epoch, step)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
-from moco.config import Saving, Watching
-
 
 @dataclass(frozen=True)
 class Due:
@@ -48,26 +46,6 @@ class Rhythm:
     compare_ranks: int
     evaluate: int
     evaluate_steps: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        saving: Saving,
-        watching: Watching,
-        *,
-        evaluate: tuple[int, int],
-        steps_per_epoch: int,
-        total_steps: int,
-    ) -> Rhythm:
-        return cls(
-            steps_per_epoch=steps_per_epoch,
-            total_steps=total_steps,
-            log=saving.print_freq,
-            save=saving.save_steps,
-            compare_ranks=watching.check_every,
-            evaluate=evaluate[0],
-            evaluate_steps=evaluate[1],
-        )
 
 
 def due(step: int, step_in_epoch: int, epoch: int, rhythm: Rhythm, look_at: int) -> Due:

@@ -69,14 +69,13 @@ def fit(images: list[int], seconds: list[float]) -> tuple[float, float]:
     return (0.0, np.mean(y / x)) if a < 0 else (a, b) if b > 0 else (np.mean(y), 0.0)
 
 
-def sent_bytes(
-    world: int, n: int, *, gradient_bytes: int, image_size: int, dim: int
-) -> dict[str, float]:
-    """Bytes that a process sends in a step with n images, by collective."""
+def sent_bytes(m: Measured, world: int) -> dict[str, float]:
+    """Bytes that one of `world` processes sends in a step, by collective."""
+    n = m.batch // world
     return {
-        "all_reduce": 2 * (world - 1) / world * gradient_bytes,
-        "shuffle": n * (world - 1) / world * 3 * image_size**2,
-        "gather": (world - 1) * n * dim * 4.0,
+        "all_reduce": 2 * (world - 1) / world * m.gradient_bytes,
+        "shuffle": n * (world - 1) / world * 3 * m.image_size**2,
+        "gather": (world - 1) * n * m.dim * 4.0,
     }
 
 
@@ -85,11 +84,7 @@ def network_seconds(m: Measured, world: int, compute: float) -> float:
     not known."""
     if world == 1 or m.bandwidth is None:
         return 0.0
-    sent = sent_bytes(
-        world, m.batch // world,
-        gradient_bytes=m.gradient_bytes, image_size=m.image_size, dim=m.dim,
-    )  # fmt: skip
-    travel = {name: size / m.bandwidth for name, size in sent.items()}
+    travel = {name: size / m.bandwidth for name, size in sent_bytes(m, world).items()}
     hidden = min(travel["all_reduce"], compute / 2) if m.device == "cuda" else 0.0
     return sum(travel.values()) - hidden
 

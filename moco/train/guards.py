@@ -85,7 +85,7 @@ class StepGuard:
         bad = [not all(map(math.isfinite, losses)) for _, *losses in rows]
         high = [not off and self.spikes.rings(row[1]) for off, row in zip(bad, rows, strict=True)]
         *seen, unsaved, stopping, save_now = self.looks.together(
-            self.state.step, *bad, *high, self.writer.failed(), stopping, save_now,
+            self.state.step, *bad, *high, self.writer.error is not None, stopping, save_now,
             device=self.state.device,
         )  # fmt: skip
         bad_losses, spikes = seen[: len(rows)], seen[len(rows) :]
@@ -134,15 +134,19 @@ class StepGuard:
         text = f"not finite in epoch {epoch}, step {step}: {'; '.join(guilty)}"
         folder = self.box.write("not finite", epoch, step, text) if self.box is not None else None
         self.writer.finish()
-        left = checkpoint.run_checkpoints(self.writer.folder)
         raise TrainingError(
             text
             + (f" ({state.skipped_in_a_row} steps in a row)" if state.skipped_in_a_row else "")
-            + f". The last checkpoint is {left[-1] if left else 'none yet'}. "
-            "Lower --lr or add --warmup-epochs"
+            + f". {_last_checkpoint(self.writer)}"
             + (", or use --amp bf16 instead of fp16" if state.scaler.is_enabled() else "")
             + (f"; --replay {folder} reruns that step" if folder else "")
         )
+
+
+def _last_checkpoint(writer: BackgroundWriter) -> str:
+    left = checkpoint.run_checkpoints(writer.folder)
+    last = left[-1] if left else "none yet"
+    return f"The last checkpoint is {last}. Lower --lr or add --warmup-epochs"
 
 
 def stop_if_ranks_differ(tensors: Sequence[Tensor], step: int) -> None:
@@ -173,10 +177,9 @@ def stop_if_weights_left_all_bounds(state: TrainState, writer: BackgroundWriter)
     text = distributed.broadcast_object(text)
     if text:
         writer.wait()
-        left = checkpoint.run_checkpoints(writer.folder)
         raise TrainingError(
-            f"after step {state.step} {text}, where no training that works leads. The last "
-            f"checkpoint is {left[-1] if left else 'none yet'}. Lower --lr or add --warmup-epochs"
+            f"after step {state.step} {text}, where no training that works leads. "
+            f"{_last_checkpoint(writer)}"
         )
 
 

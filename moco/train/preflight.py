@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -83,33 +84,26 @@ def _phases(config: Any, task: type[Task], main: bool) -> list[Line]:
         status = _in_processes(1, functools.partial(measure, task=task, out=found), config)
         if status != 0 or not found.is_file():
             failed = f"the processes ended with status {status}, see above"
-            return [
-                *lines,
-                Line("a full step", failed, False, "less --batch-size, or what it says"),
-            ]
+            advice = "less --batch-size, or what it says"
+            return [*lines, Line("a full step", failed, False, advice)]
         facts = json.loads(found.read_text(encoding="utf-8"))
     # A function of what all ranks know: each starts the same run.
     steps = max(4, min(STEPS, facts["total_steps"], int(60 / facts["running"])))
-    short = _short(config, steps, config.saving.save_dir / "killed")
+    folder = config.saving.save_dir / "killed"
+    saving = replace(config.saving, save_dir=folder, save_steps=steps // 2)
+    short = replace(config, saving=saving, schedule=replace(config.schedule, max_steps=steps))
     killed = _in_processes(2, functools.partial(train_until_killed, task=task), short)
-    log = short.saving.save_dir / LOG
-    before = logged_losses(log) if main else {}
-    resumed = replace(short, saving=replace(short.saving, checkpoint="auto", resume="auto"))
+    before = logged_losses(folder / LOG) if main else {}
+    resumed = replace(short, saving=replace(saving, checkpoint="auto", resume="auto"))
     again = _in_processes(3, functools.partial(train, task=task), resumed)
     if not main:
         return []
     return [
         *lines,
         *measured_lines(config, facts),
-        resume_line(before, logged_losses(log), (killed, again), steps),
+        resume_line(before, logged_losses(folder / LOG), (killed, again), steps),
         *forecast_lines(config, facts),
     ]
-
-
-def _short(config: Any, steps: int, folder: Path) -> Any:
-    """The run of a few steps that is killed."""
-    saving = replace(config.saving, save_dir=folder, save_steps=steps // 2)
-    return replace(config, saving=saving, schedule=replace(config.schedule, max_steps=steps))
 
 
 def _in_processes(number: int, worker: Callable[..., None], config: Any) -> int:
@@ -129,9 +123,7 @@ def _in_processes(number: int, worker: Callable[..., None], config: Any) -> int:
     return process.exitcode
 
 
-# ------------------------------------------------------------------------------------------------
-# In the processes of the run
-# ------------------------------------------------------------------------------------------------
+# ---- In the processes of the run
 
 
 def measure(device: torch.device, config: Any, *, task: type[Task], out: Path) -> None:
@@ -175,14 +167,12 @@ def measure(device: torch.device, config: Any, *, task: type[Task], out: Path) -
 
 def _endless(t: Trainer) -> Iterator[Any]:
     """Batches of one epoch after another."""
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         t.data.set_epoch(epoch, 0)
         yield from t.data
-        epoch += 1
 
 
-def _agreed(seconds: float, device: torch.device) -> float:
+def _agreed(seconds: float) -> float:
     """The longest of all ranks' seconds, so that all do as many steps."""
     return max(distributed.gather_objects(seconds))
 
@@ -209,10 +199,10 @@ def _step_seconds(t: Trainer, batch: Any) -> tuple[float, float]:
     def step() -> None:
         losses[:] = [train_step(t.task, t.model, t.state, t.guard, batch)]
 
-    first = _agreed(timing.seconds(step, t.device), t.device)
+    first = _agreed(timing.seconds(step, t.device))
     count = max(2, min(20, int(SECONDS / first)))
     times = [timing.seconds(step, t.device) for _ in range(count)]
-    return _agreed(statistics.median(times), t.device), float(t.task.total(losses[0]).detach())
+    return _agreed(statistics.median(times)), float(t.task.total(losses[0]).detach())
 
 
 def _reduce_seconds(size: int, device: torch.device) -> float | None:
@@ -231,11 +221,11 @@ def _running_seconds(t: Trainer) -> float:
     def step() -> None:
         train_step(t.task, t.model, t.state, t.guard, next(batches))
 
-    first = _agreed(timing.seconds(step, t.device), t.device)
+    first = _agreed(timing.seconds(step, t.device))
     ready = 2 * t.config.data.workers
     count = max(3, min(30 + ready, int(2 * SECONDS / first)))
     times = [timing.seconds(step, t.device) for _ in range(count)]
-    return _agreed(statistics.mean(times[min(ready, count // 2) :]), t.device)
+    return _agreed(statistics.mean(times[min(ready, count // 2) :]))
 
 
 def _device_facts(device: torch.device) -> dict:

@@ -8,9 +8,9 @@ weights and gradient, the latter of each term; the first tensor that is not fini
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +70,20 @@ class _Watched(Task):
         t = self.trainer
         if t.state.step != self.about["step"]:
             return super().losses(model, batch, part, parts)
-        with _outputs(t.state.module) as outputs:
+        with contextlib.closing(_Outputs(t.state.module)) as outputs:
             losses = super().losses(model, batch, part, parts)
         scale = t.state.scaler.get_scale()  # under which gradients can overflow in fp16
-        total = self.total(losses)
+        total, spread = self.total(losses), self.feature_std(losses)
+        bad_term = next((f"loss term {n}" for n, x in losses.items() if not x.isfinite()), None)
         found = {
             "layers": outputs.layers,
             "terms": {name: value.item() for name, value in losses.items()},
             "total": total.item(),
-            "feature_std": None,
-            "first_not_finite": outputs.first or _first_of_losses(losses),
+            "feature_std": None if spread is None else spread.item(),
+            "first_not_finite": outputs.first or bad_term,
         }
-        spread = self.feature_std(losses)
-        found["feature_std"] = None if spread is None else spread.item()
         for name, value in [*losses.items(), ("total", total)]:
-            first = _gradients(t.state.module, outputs, name, value * scale, scale)
+            first = outputs.gradients(name, value * scale, scale)
             found["first_not_finite"] = found["first_not_finite"] or first
         self.parts.append(found)
         if part == parts - 1:
@@ -102,99 +101,80 @@ class _Watched(Task):
         path = self.folder / f"replay{suffix}.json"
         write_json(path, _printable({**self.about, "rank": rank, "parts": self.parts}))
         shown = f", {pictures.count} picture(s) of {images} images" if pictures.count else ""
-        said = "\n".join([*_lines(self.parts[-1]), self._verdict(), f"written: {path}{shown}"])
+        names = [part["first_not_finite"] for part in self.parts]
+        first = next(filter(None, names), None)
+        verdict = f"first not finite: {first}" if first else "all of it is finite"
+        said = "\n".join([*_lines(self.parts[-1]), verdict, f"written: {path}{shown}"])
         said = said if distributed.world_size() == 1 else f"rank {rank}\n{said}"
         distributed.print_main("\n".join(distributed.gather_objects(said)))
 
-    def _verdict(self) -> str:
-        names = [found["first_not_finite"] for found in self.parts]
-        first = next((name for name in names if name), None)
-        return f"first not finite: {first}" if first else "all of it is finite"
-
 
 class _Outputs:
-    """Norms of what layers put out, in the order of the forward pass."""
+    """Norms of what layers without layers of their own put out, in the order of the forward pass,
+    and of gradients."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.layers: dict[str, dict[str, Any]] = {}
         self.first: str | None = None
         self.slopes: str | None = None  # first gradient of an output that is not finite
-        for kind, named in (
-            ("weight", module.named_parameters()),
-            ("buffer", module.named_buffers()),
-        ):
-            for name, tensor in named:
-                self.note(f"{kind} {name}", tensor)
+        for name, tensor in module.named_parameters():
+            self.note(f"weight {name}", tensor)
+        for name, tensor in module.named_buffers():
+            self.note(f"buffer {name}", tensor)
+        self.hooks = [
+            layer.register_forward_hook(functools.partial(self.seen, name))
+            for name, layer in module.named_modules()
+            if name and not list(layer.children())
+        ]
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     def note(self, name: str, tensor: Tensor) -> None:
         if self.first is None and not tensor.isfinite().all():
             self.first = name
 
-    def seen(self, name: str, layer: nn.Module, output: Any) -> None:
+    def seen(self, name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
         """A forward hook."""
         while isinstance(output, tuple):  # of a recurrent layer, packed: outputs come first
             output = output[0]
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         self.note(f"output of {name}", output)
-        weights = [p for p in layer.parameters(recurse=False)]
+        weights = list(layer.parameters(recurse=False))
         row = self.layers.setdefault(name, {"output": 0.0})
         row["output"] = math.hypot(row["output"], norm_of([output]))
         row["weight"] = norm_of(weights) if weights else None
         if output.requires_grad:
-            output.register_hook(lambda slope: self.back(name, slope))
+            output.register_hook(functools.partial(self.back, name))
 
     def back(self, name: str, slope: Tensor) -> None:
         if self.slopes is None and not slope.isfinite().all():
             self.slopes = f"gradient of the output of {name}"
 
-
-@contextlib.contextmanager
-def _outputs(module: nn.Module) -> Iterator[_Outputs]:
-    """Watch all layers without layers of their own."""
-    outputs = _Outputs(module)
-    hooks = [
-        layer.register_forward_hook(
-            lambda layer, _, output, name=name: outputs.seen(name, layer, output)
+    def gradients(self, term: str, value: Tensor, scale: float) -> str | None:
+        """Add the norm of each layer's gradient under `term`; the first that is not finite."""
+        if not value.requires_grad:
+            return None
+        self.slopes = None
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        slopes = torch.autograd.grad(
+            value, list(trained.values()), retain_graph=True, allow_unused=True
         )
-        for name, layer in module.named_modules()
-        if name and not any(True for _ in layer.children())
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _first_of_losses(losses: Losses) -> str | None:
-    return next((f"loss term {n}" for n, value in losses.items() if not value.isfinite()), None)
-
-
-def _gradients(
-    module: nn.Module, outputs: _Outputs, term: str, value: Tensor, scale: float
-) -> str | None:
-    """Add the norm of each layer's gradient under `term`; the first that is not finite."""
-    if not value.requires_grad:
-        return None
-    outputs.slopes = None
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    slopes = torch.autograd.grad(
-        value, list(trained.values()), retain_graph=True, allow_unused=True
-    )
-    by_layer: dict[str, list[Tensor]] = {}
-    first = outputs.slopes
-    for name, slope in zip(trained, slopes, strict=True):
-        if slope is None:
-            continue
-        by_layer.setdefault(name.rpartition(".")[0], []).append(slope)
-        if first is None and not slope.isfinite().all():
-            first = f"gradient of {name}"
-    for layer, of_layer in by_layer.items():
-        row = outputs.layers.setdefault(layer, {"output": None, "weight": None})
-        row.setdefault("gradient", {})[term] = norm_of(of_layer) / scale
-    return f"{first} (of {term})" if first else None
+        by_layer: dict[str, list[Tensor]] = {}
+        first = self.slopes
+        for name, slope in zip(trained, slopes, strict=True):
+            if slope is None:
+                continue
+            by_layer.setdefault(name.rpartition(".")[0], []).append(slope)
+            if first is None and not slope.isfinite().all():
+                first = f"gradient of {name}"
+        for layer, of_layer in by_layer.items():
+            row = self.layers.setdefault(layer, {"output": None, "weight": None})
+            row.setdefault("gradient", {})[term] = norm_of(of_layer) / scale
+        return f"{first} (of {term})" if first else None
 
 
 def norm_of(tensors: list[Tensor]) -> float:

@@ -37,6 +37,7 @@ class BackgroundWriter:
     Attributes:
         retention: which files are deleted after a save.
         lock: of the folder; once another process has taken it, nothing is deleted.
+        error: why the file being written, or the last one, could not be written.
     """
 
     pauses = (1, 2, 5, 10, 20, 40, 60, 60, 60)  # seconds, before each new try
@@ -59,10 +60,6 @@ class BackgroundWriter:
         self.thread.start()
         self.waited += time.perf_counter() - started
 
-    def failed(self) -> bool:
-        """Whether the file being written, or the last one, could not be written."""
-        return self.error is not None
-
     def finish(self) -> None:
         """Wait for the file being written.
 
@@ -73,15 +70,12 @@ class BackgroundWriter:
         self.wait()
         if self.error is not None:
             left = checkpoint.run_checkpoints(self.folder)
-            kind = CheckpointError if self._lasting() else PassingError
+            passes = isinstance(self.error, OSError) and self.error.errno not in _LASTING
+            kind = PassingError if passes else CheckpointError
             raise kind(
                 f"could not save in {self.folder}: {self.error}; training stops, the last good "
                 f"checkpoint is {left[-1].name if left else 'none'}"
             ) from self.error
-
-    def _lasting(self) -> bool:
-        """Whether the error is not of a kind that passes."""
-        return not isinstance(self.error, OSError) or self.error.errno in _LASTING
 
     def wait(self) -> None:
         """Until the file being written is on disk, or has failed."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moco import checkpoint, distributed
 from moco.errors import CheckpointError
@@ -56,19 +56,14 @@ class TrainState:
             args: flat values of the config and of the data.
         """
         device = self.device
-        rng = distributed.all_gather(torch.get_rng_state().unsqueeze(0).to(device)).cpu()
-        cuda_rng = None
-        if device.type == "cuda":
-            mine = torch.cuda.get_rng_state(device).unsqueeze(0).to(device)
-            cuda_rng = distributed.all_gather(mine).cpu()
+        rng, cuda_rng = (
+            mine if mine is None else distributed.all_gather(mine.unsqueeze(0).to(device)).cpu()
+            for mine in self._random_states()
+        )
         return {
             "version": checkpoint.FORMAT_VERSION,
             "arch": args["arch"],
-            "epoch": self.epoch,
-            "step": self.step,
-            "step_in_epoch": self.step_in_epoch,
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            **self._numbers(),
             "state_dict": {f"module.{name}": t for name, t in self.module.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
@@ -81,14 +76,11 @@ class TrainState:
 
     def position(self) -> dict[str, Any]:
         """All that changes beside the tensors of module and optimizer, on this rank, as a copy."""
-        device = self.device
-        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return {
-            "numbers": {name: getattr(self, name) for name in _NUMBERS},
+            "numbers": self._numbers(),
             "scaler": self.scaler.state_dict(),
             "means": self.means.state(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": cuda,
+            "random": self._random_states(),
             "extra": self.task.extra_state(self.module),
         }
 
@@ -99,10 +91,22 @@ class TrainState:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(position["scaler"])
         self.means.load(position["means"])
-        torch.set_rng_state(position["rng"])
-        if position["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(position["cuda_rng"], self.device)
+        self._set_random_states(*position["random"])
         self.task.load_extra_state(self.module, position["extra"])
+
+    def _numbers(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in _NUMBERS}
+
+    def _random_states(self) -> tuple[Tensor, Tensor | None]:
+        """Of torch's generators: the CPU's, and that of a GPU."""
+        device = self.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return torch.get_rng_state(), cuda
+
+    def _set_random_states(self, cpu: Tensor, cuda: Tensor | None) -> None:
+        torch.set_rng_state(cpu)
+        if cuda is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda, self.device)
 
     def restore(self, content: dict, path: str, steps_per_epoch: int) -> None:
         """Restore a checkpoint, this project's or upstream MoCo's; prints what upstream's lacks.
@@ -121,8 +125,8 @@ class TrainState:
                 f"from its encoder give --init-from {path}, to go on with the evaluation give it "
                 "to main_lincls.py --resume"
             )
-        state = {name.removeprefix("module."): t for name, t in content["state_dict"].items()}
-        state = OrderedDict(state)
+        saved = content["state_dict"].items()
+        state = OrderedDict((name.removeprefix("module."), t) for name, t in saved)
         state._metadata = self.module.state_dict()._metadata  # versions of modules, for some archs
         state.pop("scalar_label", None)  # of moco_align_uniform's InfoNCE runs; always 0
         chosen = [
@@ -137,11 +141,9 @@ class TrainState:
             fill_moments(self.optimizer)
             if self.scaler.is_enabled() and content.get("scaler"):
                 self.scaler.load_state_dict(content["scaler"])
-            self.epoch = int(content["epoch"])
-            self.step_in_epoch = int(content.get("step_in_epoch", 0))
+            for name in set(_NUMBERS) - {"step"}:  # which another batch size counts anew
+                setattr(self, name, int(content.get(name, 0)))
             self.step = self.epoch * steps_per_epoch + self.step_in_epoch
-            self.skipped = int(content.get("skipped", 0))
-            self.skipped_in_a_row = int(content.get("skipped_in_a_row", 0))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{path} does not fit these arguments: {reason[:400]}") from error
@@ -169,7 +171,6 @@ class TrainState:
             )
             return
         # Copies: set_rng_state crashes on a view of the gathered matrix (torch 2.15).
-        torch.set_rng_state(content["rng"][distributed.rank()].clone())
-        device = self.device
-        if device.type == "cuda" and content["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(content["cuda_rng"][distributed.rank()].clone(), device)
+        of_ranks = content["rng"], content["cuda_rng"]
+        mine = (x if x is None else x[distributed.rank()].clone() for x in of_ranks)
+        self._set_random_states(*mine)

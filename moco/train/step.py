@@ -49,7 +49,9 @@ def apply_gradients(state: TrainState, guard: StepGuard, longest: float | None =
     returns their norm as it was."""
     with label("optimizer"):
         state.scaler.unscale_(state.optimizer)
-        norm = gradient_norm(state.module)
+        # On the device; the same on all ranks after averaging.
+        slopes = [p.grad for p in state.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(slopes)
         if longest is not None:
             nn.utils.clip_grads_with_norm_(state.module.parameters(), longest, norm)
         if not state.scaler.is_enabled():  # which would find out by itself, and adapt its scale
@@ -57,8 +59,3 @@ def apply_gradients(state: TrainState, guard: StepGuard, longest: float | None =
         state.scaler.step(state.optimizer)
         state.scaler.update()
     return norm
-
-
-def gradient_norm(module: nn.Module) -> Tensor:
-    """Euclidean norm of all gradients, on the device; the same on all ranks after averaging."""
-    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])

@@ -110,6 +110,7 @@ def build_trainer(
     if saving.checkpoint:  # until it is older than all that is kept, it may be the last good one
         writer.retention.keep.add(Path(saving.checkpoint))
     box = BlackBox(state, flat, saving.save_dir)
+    every_epochs, every_steps = task.evaluation_rhythm()
     trainer = Trainer(
         task=task,
         device=device,
@@ -117,12 +118,14 @@ def build_trainer(
         data=data,
         state=state,
         model=model,
-        rhythm=Rhythm.of(
-            saving,
-            config.watching,
-            evaluate=task.evaluation_rhythm(),
+        rhythm=Rhythm(
             steps_per_epoch=data.steps_per_epoch,
             total_steps=total_steps,
+            log=saving.print_freq,
+            save=saving.save_steps,
+            compare_ranks=config.watching.check_every,
+            evaluate=every_epochs,
+            evaluate_steps=every_steps,
         ),
         stopwatch=Stopwatch(saving.save_minutes),
         stop=stop,

@@ -68,57 +68,38 @@ def measured_lines(config: Any, facts: dict) -> list[Line]:
     (images, step), *_ = facts["steps"]
     finite = all(abs(rank["loss"]) < float("inf") for rank in ranks)
     m = measured_of(config, facts)
-    lines = [
-        Line(
-            "memory",
-            f"{len(ranks)} x {', '.join(sorted(names))}: {peak / 2**30:.1f} GiB of "
-            f"{memory / 2**30:.1f} at most, batch {config.optim.batch_size}",
-            used < 0.95 * memory,
-            "--accumulate or --amp bf16",
-        ),
-        Line(
-            "a full step",
-            f"{1e3 * step:.1f} ms, {config.optim.batch_size / step:.1f} images/s, loss "
-            + ("finite" if finite else "not finite"),
-            finite,
-            "lower --lr",
-        ),
-    ]
-    if m.bandwidth:
-        lines.append(
-            Line(
-                "collectives",
-                f"all-reduce of {facts['gradients'] / 1e6:.1f} MB: {1e3 * facts['reduce']:.1f} ms, "
-                f"{m.bandwidth / 1e9:.2f} GB/s",
-                facts["reduce"] < step,
-                "longer than a step: look at the network between the processes",
-            )
-        )
     need = m.batch / step
-    lines.append(
-        Line(
-            "loading",
-            f"{m.load_rate:.1f} images/s by {config.data.workers} process(es) for each rank, "
-            f"the steps take {need:.1f}",
-            m.load_rate >= 0.95 * need or not m.overlaps,
-            "more -j, --views device, or faster storage",
-        )
+    text = (
+        f"{len(ranks)} x {', '.join(sorted(names))}: {peak / 2**30:.1f} GiB of "
+        f"{memory / 2**30:.1f} at most, batch {m.batch}"
     )
+    lines = [Line("memory", text, used < 0.95 * memory, "--accumulate or --amp bf16")]
+    text = f"{1e3 * step:.1f} ms, {need:.1f} images/s, loss {'' if finite else 'not '}finite"
+    lines.append(Line("a full step", text, finite, "lower --lr"))
+    if m.bandwidth:
+        text = (
+            f"all-reduce of {facts['gradients'] / 1e6:.1f} MB: {1e3 * facts['reduce']:.1f} ms, "
+            f"{m.bandwidth / 1e9:.2f} GB/s"
+        )
+        advice = "longer than a step: look at the network between the processes"
+        lines.append(Line("collectives", text, facts["reduce"] < step, advice))
+    text = (
+        f"{m.load_rate:.1f} images/s by {config.data.workers} process(es) for each rank, "
+        f"the steps take {need:.1f}"
+    )
+    enough = m.load_rate >= 0.95 * need or not m.overlaps
+    lines.append(Line("loading", text, enough, "more -j, --views device, or faster storage"))
     kept = config.saving.keep_last + 1
     if config.saving.keep_every:
         kept += config.schedule.epochs // config.saving.keep_every
     folder = config.saving.save_dir
     free = shutil.disk_usage(folder).free
-    lines.append(
-        Line(
-            "saving",
-            f"{facts['saved'] / 2**20:.1f} MiB in {facts['written']:.1f} s, training waits "
-            f"{facts['copied']:.2f} s; {kept} files of {free / 2**30:.0f} GiB free",
-            kept * facts["saved"] < free,
-            f"make room in {folder.parent}, or keep fewer (--keep-last, --keep-every)",
-        )
+    text = (
+        f"{facts['saved'] / 2**20:.1f} MiB in {facts['written']:.1f} s, training waits "
+        f"{facts['copied']:.2f} s; {kept} files of {free / 2**30:.0f} GiB free"
     )
-    return lines
+    advice = f"make room in {folder.parent}, or keep fewer (--keep-last, --keep-every)"
+    return [*lines, Line("saving", text, kept * facts["saved"] < free, advice)]
 
 
 def resume_line(before: Losses, after: Losses, statuses: tuple[int, int], steps: int) -> Line:
@@ -165,21 +146,18 @@ def forecast_lines(config: Any, facts: dict) -> list[Line]:
     hours = (steps * now.seconds + saves) / 3600
     error = now.seconds / facts["running"] - 1
     unknown = "" if m.bandwidth else ", were their network for nothing"
+    whole = (
+        f"{hours:.4g} hours for {steps} steps of {1e3 * now.seconds:.1f} ms, without k-NN; "
+        f"limited by {now.limit}"
+    )
+    more = (
+        f"{2 * m.world} instead of {m.world}: {now.seconds / twice.seconds:.2f} times as fast, "
+        f"limited by {twice.limit}{unknown}"
+    )
+    held = f"a short run: {1e3 * facts['running']:.1f} ms a step, forecast {error:+.0%} off"
+    advice = "other work on this machine? try again; do not trust the hours"
     return [
-        Line(
-            "forecast",
-            f"{hours:.4g} hours for {steps} steps of {1e3 * now.seconds:.1f} ms, without k-NN; "
-            f"limited by {now.limit}",
-        ),
-        Line(
-            "more devices",
-            f"{2 * m.world} instead of {m.world}: {now.seconds / twice.seconds:.2f} times as fast, "
-            f"limited by {twice.limit}{unknown}",
-        ),
-        Line(
-            "forecast held",
-            f"a short run: {1e3 * facts['running']:.1f} ms a step, forecast {error:+.0%} off",
-            abs(error) < _NEAR,
-            "other work on this machine? try again; do not trust the hours",
-        ),
+        Line("forecast", whole),
+        Line("more devices", more),
+        Line("forecast held", held, abs(error) < _NEAR, advice),
     ]

@@ -49,21 +49,6 @@ def test_initial_weights() -> None:
             assert module.bias is None or not module.bias.any()
 
 
-@pytest.mark.parametrize(
-    ("arch", "size", "message"),
-    [
-        ("small_alexnet", 14, "at least 15 pixels, got 14"),
-        ("small_alexnetx0.001", 32, "leaves conv1 without channels"),
-        ("small_alexnetx", 32, "unknown arch"),
-        ("small_alexnetx0", 32, "unknown arch"),
-        ("small_alexnetx1e9", 32, "unknown arch"),
-    ],
-)
-def test_what_cannot_be_built_is_refused(arch, size, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_encoder(arch, 8, image_size=size)
-
-
 def test_smallest_image() -> None:
     assert build_encoder("small_alexnetx0.05", 4, image_size=15).eval()(
         torch.ones(1, 3, 15, 15)

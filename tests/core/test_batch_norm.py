@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import differences
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -62,12 +63,17 @@ def test_a_network_in_groups_is_the_network_on_each_group(layout, arch):
     """Features in the order of the images, gradients of all weights, and running statistics: by one
     batch norm of interleaved groups, or by slices."""
     torch.manual_seed(0)
-    plain = build_encoder(arch, 7).double()
+    plain = build_encoder(arch, 7)
     for module in plain.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (*module.parameters(), module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 2)
     split = copy.deepcopy(plain)
     split_batch_norm(split, 4)
+    assert differences(dict(plain.state_dict()), dict(split.state_dict())) == []
+    plain.double()
     split.to(memory_format=layout).double()
     images = torch.randn(12, 3, 32, 32).double().to(memory_format=layout)
     slope = torch.randn(12, 7).double()
@@ -89,18 +95,7 @@ def test_a_network_in_groups_is_the_network_on_each_group(layout, arch):
         torch.testing.assert_close(split(images), features)
 
 
-VIEWS = (
-    "detach",
-    "view",
-    "t",
-    "expand",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "unbind",
-    "transpose",
-    "_unsafe_view",
-)
+VIEWS = "detach view t expand slice split split_with_sizes unbind transpose _unsafe_view".split()
 
 
 class Operations(TorchDispatchMode):
@@ -142,49 +137,12 @@ def test_in_eval_mode_split_batch_norm_is_plain_batch_norm(layout):
     assert all(torch.equal(t, before[name]) for name, t in split.state_dict().items())
 
 
-def test_state_dict_loads_into_plain_batch_norm_and_back():
-    """Names and shapes are those of torchvision's networks, before and after training."""
-    split = build_encoder("resnet8", 7, bn_splits=2)
-    plain = build_encoder("resnet8", 7)
-    split(torch.randn(4, 3, 8, 8))
-    plain.load_state_dict(split.state_dict())
-    x = torch.randn(3, 3, 8, 8)
-    torch.testing.assert_close(plain.eval()(x), split.eval()(x))
-    again = build_encoder("resnet8", 7, bn_splits=2)
-    again.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(again.eval()(x), plain(x))
-
-
 @pytest.mark.parametrize("batch", [6, 1, 9])
 def test_a_batch_that_does_not_split_is_refused_in_training(batch):
     _, split = same_norm(4)
     message = f"a batch of {batch} cannot be split into 4 equal batch-norm groups"
     with pytest.raises(ValueError, match=message):
         split(torch.randn(batch, 5, 3, 3).double())
-
-
-def test_every_batch_norm_of_a_network_is_split_and_keeps_its_state():
-    encoder = build_encoder("resnet18", 7)
-    with torch.no_grad():
-        encoder.bn1.weight.fill_(3)
-        encoder.layer2[0].downsample[1].running_var.fill_(5)
-    count = sum(type(m) is nn.BatchNorm2d for m in encoder.modules())
-    before = copy.deepcopy(encoder.state_dict())
-    split_batch_norm(encoder, 4)
-    assert not any(type(m) is nn.BatchNorm2d for m in encoder.modules())
-    splits = [m for m in encoder.modules() if isinstance(m, SplitBatchNorm2d)]
-    assert len(splits) == count == 20
-    assert {m.splits for m in splits} == {4}
-    assert encoder.state_dict().keys() == before.keys()
-    assert all(torch.equal(t, before[name]) for name, t in encoder.state_dict().items())
-
-
-def test_split_keeps_eps_and_momentum():
-    """MobileNet's batch norm has its own."""
-    with torch.device("meta"):
-        encoder = build_encoder("mobilenet_v3_small", 7, bn_splits=2)
-    norms = [m for m in encoder.modules() if isinstance(m, SplitBatchNorm2d)]
-    assert {(m.eps, m.momentum) for m in norms} == {(0.001, 0.01)}
 
 
 def test_batch_norm_without_running_averages_cannot_be_split():

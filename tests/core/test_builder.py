@@ -1,6 +1,5 @@
 """MoCo in one process: step for step the reference's, and what users rely on around it."""
 
-import contextlib
 import copy
 
 import pytest
@@ -27,20 +26,8 @@ def make_moco(base=TinyNet, dim: int = C, k: int = K, m: float = 0.9, **options)
 
 
 def make_reference(moco: MoCo, terms: dict, weights: dict) -> ReferenceMoCo:
-    slow = ReferenceMoCo(
-        moco.encoder_q,
-        moco.encoder_k,
-        moco.queue,
-        int(moco.queue_ptr),
-        m=moco.m,
-        **SGD,
-        **terms,
-        **weights,
-    )
-    for encoder in (slow.encoder_q, slow.encoder_k):
-        if hasattr(encoder, "batch_norms"):
-            encoder.batch_norms.fold_each_pass = True  # nobody else does
-    return slow
+    encoders, place = (moco.encoder_q, moco.encoder_k), (moco.queue, int(moco.queue_ptr))
+    return ReferenceMoCo(*encoders, *place, m=moco.m, **SGD, **terms, **weights)
 
 
 def one_step(moco: MoCo, optimizer: torch.optim.Optimizer, seed: int, weights: dict) -> MoCoLosses:
@@ -64,14 +51,10 @@ def assert_close(got, wanted, what: str) -> None:
 
 def assert_equal_states(moco: MoCo, wanted: ReferenceMoCo, what: str = "") -> None:
     """Weights, batch-norm statistics, queue and pointer."""
-    for ours, theirs in (
-        (moco.encoder_q, wanted.encoder_q),
-        (moco.encoder_k, wanted.encoder_k),
-    ):
-        for (name, tensor), value in zip(
-            ours.state_dict().items(), theirs.state_dict().values(), strict=True
-        ):
-            assert_close(tensor, value, f"{what} {name}")
+    for encoder in ("encoder_q", "encoder_k"):
+        theirs = getattr(wanted, encoder).state_dict()
+        for name, tensor in getattr(moco, encoder).state_dict().items():
+            assert_close(tensor, theirs[name], f"{what} {encoder}.{name}")
     assert_close(moco.queue, wanted.queue, f"{what} queue")
     assert moco.queue_ptr.tolist() == [wanted.queue_ptr]
 
@@ -107,34 +90,6 @@ def test_steps_equal_the_reference(objective, mlp):
     assert moco.queue_ptr.item() == STEPS * N % K
 
 
-@pytest.mark.parametrize("objective", ["all terms", "3 align + uniform t=3"])
-def test_steps_with_batch_norm_groups_equal_the_reference(objective):
-    """With groups the shuffle shows in the keys: they follow the permutation that the generator
-    draws anew in every step, and return to their queries in order."""
-    terms, weights = OBJECTIVES[objective]
-
-    def base(num_classes):
-        encoder = TinyNet(num_classes)
-        split_batch_norm(encoder, 4)
-        return encoder
-
-    moco = make_moco(base, **terms)
-    slow = make_reference(moco, terms, weights)
-    unshuffled = make_reference(moco, terms, weights)
-    optimizer = torch.optim.SGD(moco.parameters(), **SGD)
-    moco.shuffle_generator.manual_seed(7)
-    generator = torch.Generator().manual_seed(7)
-    for step in range(STEPS):
-        losses = one_step(moco, optimizer, step, weights)
-        order = torch.randperm(N, generator=generator)
-        wanted = slow.step(*two_views(step, N), order)
-        assert_equal_losses(losses, wanted, terms, f"step {step}")
-        assert_equal_states(moco, slow, f"after step {step}")
-        unshuffled.step(*two_views(step, N))
-    # The comparison above can fail: keys in their own groups give another queue.
-    assert (moco.queue.double() - unshuffled.queue).abs().max() > 0.01
-
-
 @pytest.mark.parametrize("m", [0.0, 0.25, 1.0])
 def test_key_encoder_keeps_the_share_m_of_itself(m):
     """m = 0 copies the query encoder, m = 1 stands still, and 0.25 is not 0.75."""
@@ -155,20 +110,6 @@ def test_no_gradient_reaches_the_key_encoder_or_the_queue():
     assert all(p.grad is None and not p.requires_grad for p in moco.encoder_k.parameters())
     assert all(p.grad.abs().sum() > 0 for p in moco.encoder_q.fc.parameters())
     assert not moco.queue.requires_grad
-
-
-def test_enqueue_overwrites_the_oldest_keys_and_wraps_around():
-    """K need not be a multiple of the batch: the rest of a batch goes to the queue's start."""
-    moco = make_moco(k=10)
-    old = moco.queue.clone()
-    first, second = torch.randn(8, C), torch.randn(8, C)
-    moco.enqueue(first)
-    assert torch.equal(moco.queue, torch.cat([first.t(), old[:, 8:]], dim=1))
-    assert moco.queue_ptr.tolist() == [8]
-    moco.enqueue(second)
-    wanted = torch.cat([second[2:], first[6:], second[:2]]).t()  # columns 8 and 9, then 0 to 5
-    assert torch.equal(moco.queue, wanted)
-    assert moco.queue_ptr.tolist() == [6]
 
 
 # ---- Steps in parts, symmetric steps, images as bytes --------------------------------------------
@@ -204,7 +145,11 @@ def test_parts_of_a_step_relate_as_ranks_do(objective, parts):
 
 
 def test_logits_of_every_part_can_be_read_until_the_next_step():
+    """So can ranks and features."""
     moco = make_moco(plain_net, contr_tau=0.2)
+    with torch.no_grad():  # another key encoder, so that positives are not the nearest
+        for p in moco.encoder_k.parameters():
+            p.copy_(torch.randn_like(p))
     queue = moco.queue.clone()
     views = two_views(0, N)
     seen = [moco(*views, part=i, parts=2) for i in range(2)]
@@ -213,21 +158,14 @@ def test_logits_of_every_part_can_be_read_until_the_next_step():
         q = F.normalize(moco.encoder_q(im_q), dim=1)
         torch.testing.assert_close(losses.logits_contr[:, 1:], (q @ queue / 0.2).detach())
         wanted = (losses.logits_contr[:, 1:] > losses.logits_contr[:, :1]).sum(dim=1)
-        assert torch.equal(losses.contr_rank(), wanted)
+        assert torch.equal(losses.contr_rank(), wanted) and len(wanted.unique()) > 2
+        assert torch.equal(losses.features()[2], queue)
     moco(*views, part=0, parts=2)  # the next step has begun, its keys are not in
     assert seen[0].logits_contr is not None
     moco(*views, part=1, parts=2)
-    with pytest.raises(RuntimeError, match="before the next step"):
-        seen[1].contr_rank()
-
-
-@pytest.mark.parametrize(("part", "parts"), [(1, 2), (2, 2), (-1, 1), (0, 0), (1, 1)], ids=str)
-def test_parts_out_of_turn_are_refused_before_anything_changes(part, parts):
-    moco = make_moco()
-    before = copy.deepcopy(moco.state_dict())
-    with pytest.raises(ValueError, match=f"parts of a step come in turn.* got part={part} of"):
-        moco(*two_views(0, N), part=part, parts=parts)
-    assert_untouched(moco, before)
+    for read in (lambda: seen[0].logits_contr, seen[1].contr_rank, seen[1].features):
+        with pytest.raises(RuntimeError, match="before the next step"):
+            read()
 
 
 def test_a_step_that_was_broken_off_leaves_no_keys_behind():
@@ -248,19 +186,6 @@ def test_a_step_that_was_broken_off_leaves_no_keys_behind():
     assert moco.queue_ptr.tolist() == other.queue_ptr.tolist() == [8]
     for name, buffer in moco.named_buffers():  # nor statistics of batch norm
         assert torch.equal(buffer, other.get_buffer(name)), name
-
-
-@pytest.mark.parametrize(("parts", "symmetric", "k"), [(1, False, 7), (1, True, 15), (2, True, 15)])
-def test_the_queue_must_hold_all_keys_of_a_step(parts, symmetric, k):
-    too_small, large_enough = make_moco(k=k), make_moco(k=k + 1)
-    for moco in (too_small, large_enough):
-        with (
-            pytest.raises(ValueError, match="use a larger K")
-            if moco is too_small
-            else (contextlib.nullcontext())
-        ):
-            for part in range(parts):
-                moco(*two_views(0, N), part=part, parts=parts, symmetric=symmetric)
 
 
 @pytest.mark.parametrize("base", [TinyNet, plain_net], ids=["batch norm", "plain"])
@@ -352,21 +277,13 @@ def test_state_dict_has_upstreams_names_and_shapes_and_nothing_else(mlp):
     assert state["queue"].dtype == torch.float32
 
 
-def test_encoders_start_equal_and_the_queue_starts_with_unit_columns():
-    moco = make_moco(mlp=True, **TERMS)
-    for query, key in zip(
-        moco.encoder_q.state_dict().values(), moco.encoder_k.state_dict().values(), strict=True
-    ):
-        assert torch.equal(query, key)
-    torch.testing.assert_close(moco.queue.norm(dim=0), torch.ones(K))
-    assert moco.queue_ptr.tolist() == [0]
-
-
 @pytest.mark.parametrize("mlp", [False, True], ids=["linear", "mlp"])
 def test_a_seed_gives_the_weights_that_it_gives_upstream(mlp):
     """The random numbers are drawn in upstream's order: query encoder, key encoder, the new linear
     layer of each head, queue of shape (C, K)."""
     moco = make_moco(mlp=mlp, **TERMS)
+    for query, key in zip(moco.encoder_q.parameters(), moco.encoder_k.parameters(), strict=True):
+        assert torch.equal(query, key)
     torch.manual_seed(0)
     encoder, _ = TinyNet(C), TinyNet(C)
     if mlp:
@@ -403,60 +320,23 @@ def test_queue_is_stored_key_by_key_and_stays_so():
     assert is_stored_by_rows(moco)
 
 
-def test_a_saved_state_continues_with_the_same_losses():
-    """Weights, queue and pointer are all that a step depends on, beside the shuffle generator."""
-    one, other = make_moco(), make_moco()
-    one(*two_views(0, N))
-    other.load_state_dict(copy.deepcopy(one.state_dict()))
-    losses = [m(*two_views(1, N)).combine() for m in (one, other)]
-    assert torch.equal(losses[0], losses[1])
-    assert torch.equal(one.queue, other.queue)
-
-
-def test_double_precision_module_works():
-    """With float64 weights and images; the losses then agree with the float32 module's."""
-    single, double = make_moco(), make_moco().double()
-    im_q, im_k = two_views(0, N)
-    wanted, losses = single(im_q, im_k), double(im_q.double(), im_k.double())
-    loss = losses.combine()
-    assert_close(loss, wanted.combine(), "loss")
-    loss.backward()
-    assert double.encoder_q.fc.weight.grad.dtype == torch.float64
-    assert double.queue.dtype == torch.float64
-    assert_close(double.queue, single.queue, "queue")
-
-
-def test_losses_under_bf16_autocast_are_finite_float32():
-    """The encoders compute in bf16, the losses do not; they stay near the float32 ones."""
-    moco, plain = make_moco(), make_moco()
-    seen = []
-    moco.encoder_q.fc.register_forward_hook(lambda *arguments: seen.append(arguments[2].dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        losses = moco(*two_views(0, N))
-        combined = losses.combine()
-    assert seen == [torch.bfloat16]
-    wanted = dict(plain(*two_views(0, N)).items())
-    for name, loss in losses.items():
-        assert loss.dtype == torch.float32 and loss.isfinite(), name
-        torch.testing.assert_close(loss, wanted[name], rtol=0.05, atol=0.05)
-    assert combined.dtype == torch.float32
-    combined.backward()
-    assert all(p.grad.isfinite().all() for p in moco.encoder_q.parameters())
-    assert moco.queue.dtype == torch.float32
-    torch.testing.assert_close(moco.queue.norm(dim=0), torch.ones(K))
-
-
-def test_features_are_normalised_in_float32_under_autocast():
-    """The loss is that of the encoder's bf16 outputs, without further rounding."""
-    moco = make_moco(unif_t=2.0)
+def test_losses_under_autocast_are_those_of_the_encoders_outputs_in_float32():
+    """The encoders compute in bf16; features are normalised without further rounding."""
+    moco = make_moco()
     outputs = []
     moco.encoder_q.register_forward_hook(lambda *arguments: outputs.append(arguments[2]))
     queue = moco.queue.clone()
     with torch.autocast("cpu", torch.bfloat16):
         losses = moco(*two_views(0, N))
+        combined = losses.combine()
     assert outputs[0].dtype == torch.bfloat16
     q = F.normalize(outputs[0].detach().double(), dim=1)
     assert_close(losses.loss_unif, reference.uniform_with_queue(q, queue, 2.0), "loss")
+    assert {loss.dtype for _, loss in losses.items()} == {combined.dtype} == {torch.float32}
+    combined.backward()
+    assert all(p.grad.isfinite().all() for p in moco.encoder_q.parameters())
+    assert moco.queue.dtype == torch.float32
+    torch.testing.assert_close(moco.queue.norm(dim=0), torch.ones(K))
 
 
 # ---- MoCoLosses ----------------------------------------------------------------------------------
@@ -491,40 +371,6 @@ def test_logits_are_those_against_the_queue_from_before_the_batch(pointer):
     # InfoNCE is the cross-entropy of these logits with the positive at 0.
     target = torch.zeros(N, dtype=torch.int64)
     torch.testing.assert_close(F.cross_entropy(logits, target), losses.loss_contr.detach())
-
-
-def test_rank_counts_the_queue_keys_nearer_than_the_positive():
-    moco = make_moco(contr_tau=0.2)
-    with torch.no_grad():  # another key encoder, so that positives are not the nearest
-        for p in moco.encoder_k.parameters():
-            p.copy_(torch.randn_like(p))
-    losses = moco(*two_views(0, N))
-    logits = losses.logits_contr
-    wanted = (logits[:, 1:] > logits[:, :1]).sum(dim=1)
-    assert len(wanted.unique()) > 2
-    assert torch.equal(losses.contr_rank(), wanted)
-
-
-def test_logits_are_refused_after_the_next_step():
-    """The queue that they were computed against is gone by then."""
-    moco = make_moco()
-    losses = moco(*two_views(0, N))
-    _ = losses.logits_contr, losses.contr_rank()
-    newer = moco(*two_views(1, N))
-    with pytest.raises(RuntimeError, match="before the next step"):
-        _ = losses.logits_contr
-    with pytest.raises(RuntimeError, match="before the next step"):
-        losses.contr_rank()
-    assert newer.logits_contr is not None
-
-
-def test_terms_that_are_off_are_none():
-    losses = make_moco(align_alpha=2.0)(*two_views(0, N))
-    assert losses.loss_contr is None and losses.loss_unif is None
-    assert losses.logits_contr is None and losses.contr_rank() is None
-    assert [name for name, _ in losses.items()] == ["align"]
-    everything = make_moco()(*two_views(0, N))
-    assert [name for name, _ in everything.items()] == ["contr", "align", "unif"]
 
 
 def test_combine_is_the_weighted_sum():
@@ -589,24 +435,31 @@ def test_terms_are_keyword_only():
         MoCo(TinyNet, C, K, 0.999, 0.07)
 
 
-def assert_untouched(moco: MoCo, before: dict) -> None:
+@pytest.mark.parametrize(
+    ("k", "step", "message"),
+    [
+        (N - 1, {}, rf"queue \(K={N - 1}\).*1 x {N} images; use a larger K"),
+        (2 * N - 1, {"symmetric": True}, "images x 2; use a larger K"),
+        (2 * N - 1, {"symmetric": True, "parts": 2}, "images x 2; use a larger K"),
+        *((K, {"part": part, "parts": parts}, f"parts of a step come in turn.* got part={part} of")
+          for part, parts in [(1, 2), (2, 2), (-1, 1), (0, 0), (1, 1)]),
+        (K, {"im_k": two_views(0, N)[1][:-1]}, r"one shape, got \(8, 3, 8, 8\), \("),
+        (K, {"im_k": two_views(0, N)[1][..., :-1]}, r"one shape, got \(8, 3, 8, 8\), \("),
+        (K, {"parts": 3}, "does not split into 3 equal parts"),
+    ],
+)  # fmt: skip
+def test_a_step_that_cannot_be_is_refused_before_anything_changes(k, step, message):
+    moco = make_moco(k=k)
+    before = copy.deepcopy(moco.state_dict())
+    im_q, im_k = two_views(0, N)
+    with pytest.raises(ValueError, match=message):
+        moco(**{"im_q": im_q, "im_k": im_k, **step})
     for name, tensor in moco.state_dict().items():
         assert torch.equal(tensor, before[name]), name
 
 
-def test_a_queue_smaller_than_the_batch_is_refused_before_anything_changes():
-    moco = make_moco(k=N - 1)
-    before = copy.deepcopy(moco.state_dict())
-    with pytest.raises(ValueError, match=rf"queue \(K={N - 1}\).*1 x {N} images; use a larger K"):
-        moco(*two_views(0, N))
-    assert_untouched(moco, before)
-
-
-def test_views_of_different_shapes_are_refused_before_anything_changes():
-    moco = make_moco()
-    before = copy.deepcopy(moco.state_dict())
-    im_q, im_k = two_views(0, N)
-    for wrong in (im_k[:-1], im_k[..., :-1]):
-        with pytest.raises(ValueError, match=r"one shape, got \(8, 3, 8, 8\), \("):
-            moco(im_q, wrong)
-    assert_untouched(moco, before)
+@pytest.mark.parametrize(("k", "symmetric"), [(N, False), (2 * N, True)])
+def test_a_queue_of_one_steps_keys_is_large_enough(k, symmetric):
+    moco = make_moco(k=k)
+    moco(*two_views(0, N), symmetric=symmetric)
+    assert moco.queue_ptr.item() == 0

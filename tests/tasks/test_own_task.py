@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 import sys
-from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from helpers import ROOT, read_log, write_images
 
 from moco.checkpoint import load_encoder
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_example_trains_saves_and_resumes(elsewhere, tmp_path, monkeypatch, capsys) -> None:
     page = (ROOT / "docs" / "own_task.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(code.splitlines()) <= 60
-    program, images, run = tmp_path / "own_task.py", tmp_path / "images", tmp_path / "run"
+    program, run = tmp_path / "own_task.py", tmp_path / "run"
     program.write_text(code, encoding="utf-8")
-    images.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(24):
-        pixels = rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(images / f"{number}.png")
+    write_images(tmp_path, {"images": 24}, size=20)
 
     def train(steps: int) -> str:
         command = [
             *(program, "-a", "resnet8", "--image-size", "16", "-j", "0"),
             *("--batch-size", "8", "--moco-dim", "8", "--epochs", "2", "--lr", "0.01"),
             *("--seed", "1", "-p", "1", "--max-steps", str(steps), "--device", "cpu"),
-            *("--save-dir", run, "--resume", "auto", images),
+            *("--save-dir", run, "--resume", "auto", tmp_path / "images"),
         ]
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
@@ -41,8 +32,7 @@ def test_the_example_trains_saves_and_resumes(elsewhere, tmp_path, monkeypatch, 
         return capsys.readouterr().out
 
     def logged() -> dict[int, dict]:
-        lines = map(json.loads, (run / "log.jsonl").read_text().splitlines())
-        return {line["step"]: line for line in lines if line["kind"] == "train"}
+        return {line["step"]: line for line in read_log(run)}
 
     train(4)
     first = logged()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moco.train.clock import Due, Rhythm, Stopwatch, due, evaluation_due
@@ -12,63 +14,45 @@ RHYTHM = Rhythm(steps_per_epoch=6, total_steps=30, log=4, save=5, compare_ranks=
 NAMES = ("log", "agree", "compare_ranks", "epoch_end", "save", "evaluate", "ended")
 
 
+# Ends within an epoch; evaluates every 4 steps.
+SHORT = Rhythm(
+    steps_per_epoch=6, total_steps=8, log=100, save=0, compare_ranks=0, evaluate=0, evaluate_steps=4
+)
 LATER = 1000  # no look is due by time
 
 
-def names(found: Due) -> set[str]:
-    return {name for name in NAMES if getattr(found, name)}
-
-
 @pytest.mark.parametrize(
-    ("step", "step_in_epoch", "epoch", "expected"),
+    ("rhythm", "step", "step_in_epoch", "epoch", "expected"),
     [
-        (1, 1, 0, ""),
-        (3, 3, 0, ""),
-        (4, 4, 0, "log agree"),
-        (5, 5, 0, "save agree"),
-        (6, 6, 0, "epoch_end save agree"),
-        (7, 1, 1, "compare_ranks"),
-        (12, 6, 1, "epoch_end save log agree evaluate"),
-        (18, 6, 2, "epoch_end save agree"),
-        (20, 2, 3, "log save agree"),
-        (29, 5, 4, ""),
-        (30, 6, 4, "epoch_end save log agree evaluate ended"),
+        (RHYTHM, 1, 1, 0, ""),
+        (RHYTHM, 3, 3, 0, ""),
+        (RHYTHM, 4, 4, 0, "log agree"),
+        (RHYTHM, 5, 5, 0, "save agree"),
+        (RHYTHM, 6, 6, 0, "epoch_end save agree"),
+        (RHYTHM, 7, 1, 1, "compare_ranks"),
+        (RHYTHM, 12, 6, 1, "epoch_end save log agree evaluate"),
+        (RHYTHM, 18, 6, 2, "epoch_end save agree"),
+        (RHYTHM, 20, 2, 3, "log save agree"),
+        (RHYTHM, 29, 5, 4, ""),
+        (RHYTHM, 30, 6, 4, "epoch_end save log agree evaluate ended"),
+        (SHORT, 3, 3, 0, ""),
+        (SHORT, 4, 4, 0, "agree save evaluate"),
+        (SHORT, 6, 6, 0, "agree save epoch_end"),
+        (SHORT, 7, 1, 1, ""),
+        (SHORT, 8, 2, 1, "log agree save evaluate ended"),
+        (replace(SHORT, evaluate_steps=0), 8, 2, 1, "log agree save ended"),
     ],
 )
-def test_what_is_due(step, step_in_epoch, epoch, expected) -> None:
-    assert names(due(step, step_in_epoch, epoch, RHYTHM, LATER)) == set(expected.split())
-
-
-def test_the_end_may_come_within_an_epoch() -> None:
-    short = Rhythm(steps_per_epoch=6, total_steps=8, log=100, save=0, compare_ranks=0, evaluate=9)
-    assert names(due(7, 1, 1, short, LATER)) == set()
-    assert names(due(8, 2, 1, short, LATER)) == {"log", "agree", "save", "evaluate", "ended"}
-
-
-def test_evaluations_every_few_steps_are_of_saved_encoders() -> None:
-    rhythm = Rhythm(
-        steps_per_epoch=6, total_steps=8, log=100, save=0, compare_ranks=0, evaluate=0,
-        evaluate_steps=4,
-    )  # fmt: skip
-    assert names(due(3, 3, 0, rhythm, LATER)) == set()
-    assert names(due(4, 4, 0, rhythm, LATER)) == {"agree", "save", "evaluate"}
-    assert names(due(6, 6, 0, rhythm, LATER)) == {"agree", "save", "epoch_end"}
-    assert names(due(8, 2, 1, rhythm, LATER)) == {"log", "agree", "save", "evaluate", "ended"}
-    assert not evaluation_due(0, None, rhythm)
+def test_what_is_due(rhythm, step, step_in_epoch, epoch, expected) -> None:
+    found = due(step, step_in_epoch, epoch, rhythm, LATER)
+    assert {name for name in NAMES if getattr(found, name)} == set(expected.split())
 
 
 def test_a_saved_step_is_always_one_that_was_agreed_on() -> None:
     """What is written has been checked for NaN first, whatever the rhythm."""
     for save in range(4):
         for look_at in range(1, 21, 4):
-            rhythm = Rhythm(
-                steps_per_epoch=7,
-                total_steps=20,
-                log=6,
-                save=save,
-                compare_ranks=0,
-                evaluate=1,
-            )
+            rhythm = Rhythm(7, 20, log=6, save=save, compare_ranks=0, evaluate=1)
             for step in range(1, 21):
                 found = due(step, (step - 1) % 7 + 1, (step - 1) // 7, rhythm, look_at)
                 assert found.agree or not (found.save or found.log)
@@ -92,11 +76,18 @@ def test_what_ranks_agree_on_extends_it(before, stop, save, expected) -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "epochs", "expected"),
-    [(0, 0, False), (12, 2, True), (13, None, False), (18, 3, False), (30, 5, True)],
+    ("rhythm", "step", "epochs", "expected"),
+    [
+        (RHYTHM, 0, 0, False),
+        (RHYTHM, 12, 2, True),
+        (RHYTHM, 13, None, False),
+        (RHYTHM, 18, 3, False),
+        (RHYTHM, 30, 5, True),
+        (SHORT, 0, None, False),
+    ],
 )
-def test_an_evaluation_that_a_run_was_cut_off_before(step, epochs, expected) -> None:
-    assert evaluation_due(step, epochs, RHYTHM) is expected
+def test_an_evaluation_that_a_run_was_cut_off_before(rhythm, step, epochs, expected) -> None:
+    assert evaluation_due(step, epochs, rhythm) is expected
 
 
 def test_the_stopwatch_rings_after_its_minutes_and_never_without_any() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -38,6 +39,18 @@ FLAGS = shlex.split(
 )
 
 
+def config_of(batch: int = 24, size: int = 64, **parts: object) -> PretrainConfig:
+    return PretrainConfig(
+        data=PretrainData(data="unused"),
+        **{
+            "encoder": Encoder(arch="resnet8", moco_k=64),
+            "views": Views(image_size=size),
+            "optim": PretrainOptim(batch_size=batch, seed=0),
+            **parts,
+        },
+    )
+
+
 def of_the_step(argv: list) -> int:
     config = cli.pretrain_config([str(word) for word in argv])
     return MoCoTask(config).rehearse().memory(CPU)
@@ -70,22 +83,14 @@ def test_a_step_that_memory_does_not_suffice_for(data, monkeypatch, capsys) -> N
     [
         ({}, "with --accumulate 2 "),
         # A batch of 23 has no equal parts and no half.
-        ({"optim": PretrainOptim(batch_size=23, seed=0)}, "with --image-size 32 "),
+        ({"batch": 23}, "with --image-size 32 "),
         # Groups of batch norm that were asked for.
         ({"encoder": Encoder(arch="resnet8", moco_k=64, bn_splits="3")}, "with --accumulate 2 "),
         ({"encoder": Encoder(arch="resnet8", moco_k=10**7)}, "choose a smaller -a"),
     ],
 )
 def test_the_flags_that_would_fit(changes, expected, monkeypatch) -> None:
-    config = PretrainConfig(
-        data=PretrainData(data="unused"),
-        **{
-            "encoder": Encoder(arch="resnet8", moco_k=64),
-            "views": Views(image_size=64),
-            "optim": PretrainOptim(batch_size=24, seed=0),
-            **changes,
-        },
-    )
+    config = config_of(**changes)
     taken = MoCoTask(config).rehearse().memory(CPU)
     free = int(0.7 * taken)
     monkeypatch.setattr(feasible, "memory_of", lambda device: Memory(free, free))
@@ -95,13 +100,8 @@ def test_the_flags_that_would_fit(changes, expected, monkeypatch) -> None:
 
 def test_flags_that_fit_one_process_fit_all_of_this_machine(monkeypatch) -> None:
     def config(accumulate: int) -> PretrainConfig:
-        return PretrainConfig(
-            data=PretrainData(data="unused"),
-            encoder=Encoder(arch="resnet8", moco_k=64),
-            views=Views(image_size=64),
-            optim=PretrainOptim(batch_size=48, seed=0, accumulate=accumulate),
-            placement=Placement(processes=2, local_processes=2),
-        )
+        optim = PretrainOptim(batch_size=48, seed=0, accumulate=accumulate)
+        return config_of(optim=optim, placement=Placement(processes=2, local_processes=2))
 
     def taken(accumulate: int) -> int:
         return 2 * MoCoTask(config(accumulate)).rehearse().memory(CPU)
@@ -122,19 +122,14 @@ def test_what_cannot_be_rehearsed_is_tried(error, monkeypatch, capsys) -> None:
             raise error("no shape")
 
     monkeypatch.setattr(feasible, "memory_of", lambda device: Memory(1, 1))
-    config = PretrainConfig(data=PretrainData(data="unused"), optim=PretrainOptim(seed=0))
+    config = config_of()
     feasible.check_step(Unknown, config, CPU)
     assert capsys.readouterr().out == ""
 
 
 def test_each_process_of_this_machine_takes_as_much(monkeypatch) -> None:
     """On a CPU they share its memory; a GPU is one process's own, without the copy being saved."""
-    config = PretrainConfig(
-        data=PretrainData(data="unused"),
-        encoder=Encoder(arch="resnet8", moco_k=64),
-        optim=PretrainOptim(batch_size=8, seed=0),
-        placement=Placement(processes=4, local_processes=2),
-    )
+    config = config_of(8, 224, placement=Placement(processes=4, local_processes=2))
     needs = MoCoTask(config).rehearse()
     seen = []
     monkeypatch.setattr(feasible, "memory_of", lambda device: seen.append(device) or Memory(1, 1))
@@ -162,16 +157,9 @@ def test_deterministic_without_a_kernel_is_refused_at_the_start(
     arch, deterministic, device, refused, monkeypatch
 ) -> None:
     monkeypatch.setattr(feasible, "memory_of", lambda device: None)
-    config = PretrainConfig(
-        data=PretrainData(data="unused"),
-        encoder=Encoder(arch=arch),
-        optim=PretrainOptim(batch_size=4, seed=0),
-        speed=Speed(deterministic=deterministic),
-    )
-    if not refused:
-        feasible.check_step(MoCoTask, config, device)
-        return
-    with pytest.raises(TrainingError, match="_adaptive_avg_pool2d_backward, and torch has no"):
+    config = config_of(4, 224, encoder=Encoder(arch=arch), speed=Speed(deterministic=deterministic))
+    said = "_adaptive_avg_pool2d_backward, and torch has no"
+    with pytest.raises(TrainingError, match=said) if refused else contextlib.nullcontext():
         feasible.check_step(MoCoTask, config, device)
 
 
@@ -228,8 +216,6 @@ def test_the_estimate_is_what_a_process_takes(tmp_path) -> None:
     for arch in ("resnet18", "mobilenet_v2"):
         argv = ["-a", arch, "--image-size", 96, "--batch-size", 32, "--knn-every", 0, "-j", 0]
         argv += ["--device", "cpu", "--max-steps", 2, "--save-dir", tmp_path / arch, data]
-        expected, measured = (
-            before + of_the_step(argv),
-            peak(tmp_path / "peak", "main_moco.py", *argv),
-        )
+        expected = before + of_the_step(argv)
+        measured = peak(tmp_path / "peak", "main_moco.py", *argv)
         assert 0.75 < expected / measured < 1.25, (arch, expected, measured)

@@ -37,7 +37,7 @@ def test_a_step_by_hand() -> None:
 
 
 def test_the_network_by_hand() -> None:
-    sent = sent_bytes(4, 32, gradient_bytes=100_000_000, image_size=100, dim=128)
+    sent = sent_bytes(replace(ONE, batch=128), 4)
     assert sent["all_reduce"] == 150e6  # 2 * 3/4 of the gradients
     assert sent["shuffle"] == 24 * 30_000  # 3/4 of 32 images of 3 * 100 * 100 bytes
     assert sent["gather"] == 96 * 512  # 32 keys of three others, 128 floats each
@@ -96,7 +96,7 @@ def test_the_bytes_are_those_of_a_run_on_two_processes(images, tmp_path) -> None
         seen[kind] += int(size)
     # resnet8 with an MLP head of 32 outputs: stem, three stages with their shortcuts, two layers.
     size = 4 * (464 + 4672 + 14528 + 57728 + 64 * 65 + 65 * 32)
-    expected = sent_bytes(2, 8, gradient_bytes=size, image_size=16, dim=32)
+    expected = sent_bytes(replace(ONE, batch=16, gradient_bytes=size, image_size=16, dim=32), 2)
     assert seen["all_reduce"] == STEPS * expected["all_reduce"]
     assert seen["gather"] == STEPS * expected["gather"]
     # Which rows change rank is drawn: 4 of 8 on average.

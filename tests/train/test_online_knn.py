@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from harness import EPOCHS, differences, final_state, finish, start
-from helpers import read_log, refusal, write_images, write_labelled
+from helpers import pretrain, read_log, write_images
 
-import main_moco
 from moco import checkpoint, encoders
 from moco.config import Data
 from moco.data import loader
@@ -21,14 +19,10 @@ from moco.evaluate import knn as evaluate
 from moco.tasks.online_knn import frozen_backbone, open_splits
 
 CPU = torch.device("cpu")
-# 30 images in batches of 8 are three steps an epoch.
-TINY = shlex.split(
-    "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu -p 1 --seed 1"
-)
 
 
 @pytest.fixture(scope="module")
-def data(images, tmp_path_factory) -> Path:
+def odd(images, tmp_path_factory) -> Path:
     """What the runs of tests/harness.py train on, and 41 images to classify: an odd share."""
     folder = Path(shutil.copytree(images, tmp_path_factory.mktemp("images") / "data"))
     write_images(folder / "val", {"class_0": 20, "class_1": 21}, size=24, seed=5)
@@ -36,20 +30,11 @@ def data(images, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory) -> Path:
+def whole(odd, tmp_path_factory) -> Path:
     """A run of two processes with k-NN after each epoch."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(folder, data, "--knn-every", 1, processes=2, workers=1)
+    finish(folder, odd, "--knn-every", 1, processes=2, workers=1)
     return folder
-
-
-@pytest.fixture(scope="module")
-def labelled(once) -> Path:
-    return once("labelled", write_labelled)
-
-
-def train(data: Path, run: Path, *flags: object) -> None:
-    main_moco.main([*TINY, *map(str, flags), "--save-dir", str(run), str(data)])
 
 
 def without_knn(run: Path) -> dict:
@@ -68,9 +53,7 @@ def knn_lines(run: Path) -> list[dict]:
 # ---- What it finds, and what it leaves alone -----------------------------------------------------
 
 
-def test_before_training_it_sees_batch_norm_with_statistics(
-    labelled, tmp_path, monkeypatch
-) -> None:
+def test_before_training_it_sees_batch_norm_with_statistics(data, tmp_path, monkeypatch) -> None:
     """Of views that are trained on, in a copy: with means of 0 accuracy is another one."""
     means, extract = [], evaluate.extract_features
 
@@ -79,7 +62,7 @@ def test_before_training_it_sees_batch_norm_with_statistics(
         return extract(encoder, *args, **kwargs)
 
     monkeypatch.setattr(evaluate, "extract_features", spy)
-    train(labelled, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
+    pretrain(data, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
     assert [line["step"] for line in knn_lines(tmp_path / "run")] == [0, 1]
     before, after = means[0], means[-1]
     # The copy has means over batches; one step moves the run's own a tenth of the way from 0.
@@ -87,20 +70,20 @@ def test_before_training_it_sees_batch_norm_with_statistics(
 
 
 @pytest.mark.long
-def test_a_run_is_bit_equal_with_and_without_it(data, whole, tmp_path) -> None:
+def test_a_run_is_bit_equal_with_and_without_it(odd, whole, tmp_path) -> None:
     """Weights, queue, optimizer, generators of all ranks, and all that is logged but times."""
-    said = finish(tmp_path / "run", data, "--knn-every", 0, processes=2)
+    said = finish(tmp_path / "run", odd, "--knn-every", 0, processes=2)
     assert "k-NN" not in said and read_log(tmp_path / "run", "knn") == []
     assert len(read_log(whole, "knn")) == 1 + EPOCHS
     assert differences(without_knn(whole), without_knn(tmp_path / "run")) == []
 
 
 @pytest.mark.long
-def test_it_finds_what_the_saved_encoder_gives(data, whole) -> None:
+def test_it_finds_what_the_saved_encoder_gives(odd, whole) -> None:
     """Of two ranks as well, whose batch-norm statistics differ: those of rank 0 are saved."""
     lines = knn_lines(whole)
     plain = eval_transform(16)
-    splits = [open_images("folder", data, split) for split in ("train", "val")]
+    splits = [open_images("folder", odd, split) for split in ("train", "val")]
     batches = [
         loader.eval_loader(loader.PlainImages(s, plain), batch_size=16, workers=0, pin_memory=False)
         for s in splits
@@ -127,14 +110,14 @@ def test_it_finds_what_the_saved_encoder_gives(data, whole) -> None:
     ],
 )
 def test_it_comes_before_training_every_so_many_epochs_and_at_the_end(
-    flags, steps, labelled, tmp_path
+    flags, steps, data, tmp_path
 ) -> None:
-    train(labelled, tmp_path / "run", *flags.split())
+    pretrain(data, tmp_path / "run", *flags.split())
     assert [line["step"] for line in read_log(tmp_path / "run", "knn")] == steps
 
 
 @pytest.mark.long
-def test_a_run_that_is_killed_in_it_does_it_again(data, whole, tmp_path) -> None:
+def test_a_run_that_is_killed_in_it_does_it_again(odd, whole, tmp_path) -> None:
     killed_in_the_second = """
 import os, time
 from moco.tasks.online_knn import OnlineKnn
@@ -147,18 +130,18 @@ def dies(self, epoch, step):
 OnlineKnn.measure = dies
 """
     run = tmp_path / "run"
-    killed = start(run, data, "--knn-every", 1, processes=2, before=killed_in_the_second)
+    killed = start(run, odd, "--knn-every", 1, processes=2, before=killed_in_the_second)
     assert killed.wait() == [9, 9], killed.output()
     assert [line["epoch"] for line in read_log(run, "knn")] == [0, 1]
-    finish(run, data, "--knn-every", 1, processes=2)
+    finish(run, odd, "--knn-every", 1, processes=2)
     assert knn_lines(run) == knn_lines(whole)
     assert differences(without_knn(whole), without_knn(run)) == []
-    said = finish(run, data, "--knn-every", 1, processes=2)  # nothing is left to do
+    said = finish(run, odd, "--knn-every", 1, processes=2)  # nothing is left to do
     assert said.count("k-NN after") == EPOCHS == len(knn_lines(run)) - 1
 
 
 @pytest.mark.long
-def test_a_request_to_stop_within_it_is_heard_at_once(data, whole, tmp_path) -> None:
+def test_a_request_to_stop_within_it_is_heard_at_once(odd, whole, tmp_path) -> None:
     """It reaches all processes of the job, loader workers too, while the second k-NN runs; of two
     ranks one is at its bank, the other at its end."""
     stops_in_the_second = """
@@ -178,11 +161,11 @@ def stopping(encoder, batches, **more):
 evaluate.extract_features = stopping
 """
     run = tmp_path / "run"
-    stopped = start(run, data, "--knn-every", 1, processes=2, workers=1, before=stops_in_the_second)
+    stopped = start(run, odd, "--knn-every", 1, processes=2, workers=1, before=stops_in_the_second)
     assert stopped.wait() == [75, 75], stopped.output()
     assert "after step 12; go on with" in stopped.output(0)
     assert [line["epoch"] for line in read_log(run, "knn")] == [0, 1]
-    finish(run, data, "--knn-every", 1, processes=2)
+    finish(run, odd, "--knn-every", 1, processes=2)
     assert knn_lines(run) == knn_lines(whole)
 
 
@@ -225,20 +208,20 @@ def empty_val(folder: Path) -> str:
     ids=lambda f: f.__name__,
 )
 def test_without_labels_one_line_says_why_and_training_goes_on(
-    spoil, labelled, tmp_path, capsys
+    spoil, data, tmp_path, capsys
 ) -> None:
-    folder = Path(shutil.copytree(labelled, tmp_path / "data"))
+    folder = Path(shutil.copytree(data, tmp_path / "data"))
     reason = spoil(folder)
-    train(folder, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
+    pretrain(folder, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
     lines = [line for line in capsys.readouterr().out.splitlines() if "k-NN" in line]
     assert len(lines) == 1 and "k-NN: left out: " in lines[0] and reason in lines[0]
     assert read_log(tmp_path / "run", "knn") == [] and len(read_log(tmp_path / "run")) == 1
 
 
 @pytest.mark.long
-def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(data, tmp_path) -> None:
+def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(odd, tmp_path) -> None:
     """One rank comes upon it, in a loader process."""
-    folder = Path(shutil.copytree(data, tmp_path / "data"))
+    folder = Path(shutil.copytree(odd, tmp_path / "data"))
     bad = sorted((folder / "val" / "class_0").iterdir())[1]
     bad.write_bytes(b"no image")
     run = tmp_path / "run"
@@ -269,12 +252,6 @@ def test_the_bank_is_balanced_and_capped(tmp_path) -> None:
         bank, val, classes = open_splits(images, Data(data=str(folder)), size)
         assert [bank.targets.count(label) for label in range(3)] == expected
         assert val.targets == [0, 2, 2, 2] and classes == 3
-
-
-@pytest.mark.parametrize("flags", [["--knn-every", -1], ["--knn-bank", 0]])
-def test_impossible_numbers_are_refused(flags, labelled, capsys) -> None:
-    status, said = refusal(main_moco.main, [*TINY, *flags, labelled], capsys)
-    assert status == 2 and f"{flags[0]} must be at least {flags[1] + 1}, got {flags[1]}" in said
 
 
 def test_the_copy_is_of_the_plain_backbone_and_leaves_the_encoder_alone() -> None:

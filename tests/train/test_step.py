@@ -4,7 +4,6 @@ moments at which the host looks."""
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -12,12 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import final_state, finish, start
-from helpers import TinyNet, read_log, two_views
+from harness import final_state, finish, poison, start
+from helpers import TINY, TinyNet, pretrain, read_log, two_views
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import main_moco
 from moco import checkpoint, cli
 from moco.builder import MoCo
 from moco.checkpoint import load_encoder
@@ -32,28 +30,15 @@ from moco.train.saver import BackgroundWriter
 from moco.train.state import TrainState
 from moco.train.step import train_step
 
-TINY = shlex.split(
-    "-a resnet8 --image-size 32 --batch-size 8 --moco-k 64 -j 0 --device cpu --print-freq 1 "
-    "--check-every 1 --seed 1"
-)
-
 
 def train(data: Path, run: Path, *flags: object) -> dict:
     """The state dict that a run ends with."""
-    main_moco.main([*TINY, *map(str, flags), "--save-dir", str(run), str(data)])
+    pretrain(data, run, "--check-every", 1, *flags)
     return torch.load(checkpoint.run_checkpoints(run)[-1], weights_only=True)["state_dict"]
 
 
 def assert_close(a: dict, b: dict, tolerance: float) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(
-            a[name],
-            b[name],
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+    torch.testing.assert_close(dict(a), dict(b), rtol=tolerance, atol=tolerance)
 
 
 # ---- Optimizer -----------------------------------------------------------------------------------
@@ -239,17 +224,6 @@ LATE = """
 from moco.looks import Looks
 Looks.steps_ahead = lambda self, step: 5
 """
-POISON = """
-import os
-from moco.builder import MoCo
-losses_of = MoCo._losses
-def poisoned(self, q, k):
-    losses = losses_of(self, q, k)
-    if os.environ.get("RANK", "1") == "1" and self._steps == 6:
-        losses.loss_unif = losses.loss_unif * float("nan")
-    return losses
-MoCo._losses = poisoned
-"""
 # Prints a digest of the query encoder's weights after each optimizer step.
 DIGESTS = """
 from moco.train import step
@@ -270,7 +244,7 @@ def test_a_bad_step_between_checks_changes_nothing_and_is_named(images, tmp_path
     is in test_guards.py."""
     run = tmp_path / "run"
     flags = ["-p", 5, "--save-steps", 5]
-    stopped = start(run, images, *flags, processes=2, before=LATE + POISON + DIGESTS)
+    stopped = start(run, images, *flags, processes=2, before=LATE + poison(6) + DIGESTS)
     assert stopped.wait() == [1, 1], stopped.output()
     for rank in range(2):
         said = stopped.output(rank)
@@ -313,7 +287,7 @@ def test_both_memory_formats_learn_the_same_and_go_on_from_each_other(
 @pytest.mark.parametrize(
     ("flags", "on"),
     [("", True), ("--bn-splits 2", True), ("--no-channels-last", False)],
-)  # fmt: skip
+)
 def test_channels_last_where_it_was_measured_to_help(flags, on, data) -> None:
     config = cli.pretrain_config([*TINY, *flags.split(), str(data)])
     assert config.speed.channels_last is on
