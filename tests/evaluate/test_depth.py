@@ -330,7 +330,11 @@ def test_folders_of_other_runs_and_other_data_are_refused(
     train = load_script("train_in_batch").main
     for main, argv, message in (
         (script.main, [*again, nyu], "already holds a run (predictor.pth.tar): go on with"),
-        (script.main, [*again, "--resume", "auto", own], "depth; choose another --save-dir"),
+        (
+            script.main,
+            [*again, "--resume", "auto", own],
+            "values of batch_size, schedule, depth; choose",
+        ),
         (script.main, [*words, tmp_path, nyu], "already holds a run (checkpoint_0000.pth.tar)"),
         (
             train,
