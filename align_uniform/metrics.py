@@ -264,9 +264,7 @@ def uniformity_interval(
     Args:
         second_view: (N, C) unit rows of the same images: the interval is that of the mean of both
             uniformities.
-        confidence: share of resamples inside, in (0, 1).
-        resamples: >= 2.
-        seed: of the draws; the interval is a function of features and seed.
+        confidence, resamples, seed: as in `alignment_interval`.
 
     Returns:
         (low, high).

@@ -1,12 +1,10 @@
 """What is measured of an encoder or of features: alignment, uniformity, k-NN accuracy; effective
 rank, deviation, alpha-ReQ, Wasserstein uniformity and LiDAR.
 
-`measure_encoder` takes held-out images: positive pairs are two random views of each image under a
-fixed seed; uniformity, rank and deviation are those of the first views, each image once, but
-uniformity of encoders of train_in_batch.py is the mean over both views, as in their training
-(arXiv:2005.10242, appendix B.1); k-NN classifies centre crops of DIR/val by those of DIR/train.
-`measure_features` takes files of features. Both give one report, a dict that can be written as
-JSON.
+Of held-out images, positive pairs are two random views of each under a fixed seed; uniformity, rank
+and deviation are those of the first views, but uniformity of encoders of train_in_batch.py is the
+mean over both, as in their training (arXiv:2005.10242, appendix B.1). A report can be written as
+JSON; `moco.evaluate.measure_table` prints it.
 """
 
 from __future__ import annotations
