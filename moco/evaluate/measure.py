@@ -98,9 +98,14 @@ class HeldOut:
             if images.targets is None:
                 raise DataError(f"--images-per-class needs labels, and {self.data} has none")
             images = Subset(images, first_per_class(images.targets, self.per_class))
-        if len(images) > self.most:
-            images = Subset(images, [i * len(images) // self.most for i in range(self.most)])
+        return _thinned(images, self.most)
+
+
+def _thinned(images: Images, most: int) -> Images:
+    """At most so many, evenly spread."""
+    if len(images) <= most:
         return images
+    return Subset(images, [i * len(images) // most for i in range(most)])
 
 
 def measure_encoder(
@@ -178,12 +183,9 @@ def _views_for_lidar(
     """Unit features (n, views, C) of some images, evenly spread, by layer."""
     if not quantities.lidar_views:
         return {}
-    most = quantities.lidar_images
-    if len(images) > most:
-        images = Subset(images, [i * len(images) // most for i in range(most)])
     found, _ = extract(
-        encoder, images, loading, views=quantities.lidar_views, seed=seed, what="LiDAR",
-        unit=True, layer=layer,
+        encoder, _thinned(images, quantities.lidar_images), loading, seed=seed, what="LiDAR",
+        views=quantities.lidar_views, unit=True, layer=layer,
     )  # fmt: skip
     return {name: torch.stack([view[name] for view in found], dim=1) for name in found[0]}
 

@@ -223,7 +223,7 @@ def test_the_command(encoder, nyu, tmp_path, elsewhere, capsys) -> None:
         f"{result['pixel_mean']:.3f}; 6 images"
     )
     assert line in out and "on 2 folds of the training images" in out
-    assert len(result["folds"]["mse"]) == 2 and result["unknown_pixels"] > 0
+    assert len(set(result["folds"]["mse"])) == 2 and result["unknown_pixels"] > 0
 
 
 def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:

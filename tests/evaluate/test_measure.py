@@ -331,7 +331,7 @@ def test_features_from_a_file(suffix: str, tmp_path: Path, capsys) -> None:
 def test_knn_of_a_class_that_the_bank_lacks_is_wrong(tmp_path: Path, capsys) -> None:
     x = unit_rows(4, 6, 0).numpy()
     np.savez(tmp_path / "q.npz", features=x, labels=[0, 5, 9, 1])
-    np.savez(tmp_path / "b.npz", features=x, labels=[0, 5, 0, 8])
+    np.savez(tmp_path / "b.npz", features=x, labels=[0, 5, 8, 5])
     flags = ["--features", tmp_path / "q.npz", "--bank", tmp_path / "b.npz", "--knn-k", 1]
     knn = run(capsys, *flags)["layers"]["features"]["knn"]
     # Nor is it among the classes that the one neighbour has not.

@@ -87,6 +87,16 @@ def test_accuracy_has_wilsons_interval_and_a_mean_per_class() -> None:
     assert transfer.mean_per_class(right, torch.tensor([0] * 9 + [1])) == pytest.approx(800 / 18)
 
 
+def test_the_regression_does_not_feel_where_features_lie_nor_their_scale() -> None:
+    x, y = blobs(90, 3, 4, spread=1.5)
+    found = []
+    for scale, shift in ((1, 0), (1e-3, 5)):
+        parts = (scale * x + shift).split(45)
+        split = transfer.Split(parts[0], y[:45], parts[1], y[45:])
+        found.append(transfer.evaluate(split, transfer.Protocol(shots=(2,)))[0])
+    assert found[0]["logistic"] == found[1]["logistic"] and found[0]["shots"] == found[1]["shots"]
+
+
 def test_shots_are_so_many_of_each_class_and_a_function_of_the_seed() -> None:
     labels = torch.tensor([0, 1, 2] * 5)
     drawn = transfer.shots(labels, 2, seed=3)
