@@ -25,6 +25,17 @@ def check_positive(value: float, name: str) -> None:
         raise ValueError(f"{name} must be a positive finite number, got {value!r}")
 
 
+def check_alpha(alpha: float, x: Tensor, y: Tensor, distance: str = "||x - y||") -> None:
+    """Raise ValueError unless an alignment loss of x and y has this exponent, and a slope where one
+    is asked for."""
+    check_positive(alpha, "alpha")
+    if alpha < 1 and torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        raise ValueError(
+            f"alpha={alpha:g} cannot be trained with: the slope of {distance}^alpha is infinite at "
+            "coincident points for alpha < 1; use alpha >= 1"
+        )
+
+
 def unit_rows(x: Tensor, name: str, normalize: bool) -> Tensor:
     """The rows checked and, if asked for, divided by their length (then at least float32)."""
     if not isinstance(x, Tensor) or x.dtype not in UNIT_TOLERANCE:

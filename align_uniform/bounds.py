@@ -38,8 +38,7 @@ def uniformity_infimum(dim: int, t: float = 2) -> float:
     Raises:
         ValueError: for another dim or t.
     """
-    if not dim >= 2 or dim % 1 != 0:  # NaN and infinity are no whole numbers either
-        raise ValueError(f"dim must be a whole number of at least 2, got {dim!r}")
+    _check_count(dim, "dim")
     check_positive(t, "t")
     return -2 * t + log_hyp0f1(dim / 2, torch.tensor(t * t, dtype=torch.float64)).item()
 
@@ -91,7 +90,7 @@ def uniformity_sample_bound(n: int, dim: int, t: float = 2, *, self_pairs: bool 
         ValueError: for another n, dim or t.
     """
     infimum = uniformity_infimum(dim, t)
-    _check_count(n)
+    _check_count(n, "n")
     bound = -2 * t * n / (n - 1)
     if infimum > -math.log(n):
         bound = max(bound, remove_self_pairs(infimum, n))
@@ -106,7 +105,7 @@ def add_self_pairs(value: float, n: int) -> float:
     Raises:
         ValueError: n below 2.
     """
-    _check_count(n)
+    _check_count(n, "n")
     return math.log1p((n - 1) / n * math.expm1(value))
 
 
@@ -118,7 +117,7 @@ def remove_self_pairs(value: float, n: int) -> float:
     Raises:
         ValueError: n below 2, or a value that self-pairs alone exceed: not above -log n.
     """
-    _check_count(n)
+    _check_count(n, "n")
     if not value > -math.log(n):
         raise ValueError(
             f"{value!r} is no uniformity with self-pairs of {n} points, which is above -log n = "
@@ -173,6 +172,6 @@ def queue_push(n: int, k: int, *, intra_batch: bool = True) -> float:
     return (k + n - 1) / (k + (n - 1) / 2) if intra_batch else 1.0
 
 
-def _check_count(n: int) -> None:
-    if not n >= 2 or n % 1 != 0:
-        raise ValueError(f"n must be a whole number of at least 2, got {n!r}")
+def _check_count(value: int, name: str) -> None:
+    if not value >= 2 or value % 1 != 0:  # NaN and infinity are no whole numbers either
+        raise ValueError(f"{name} must be a whole number of at least 2, got {value!r}")

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_uniform._checks import UnitLengthWarning, check_positive
+from align_uniform._checks import UnitLengthWarning, check_alpha, check_positive
 
 # Keys per block of a sweep: few enough for a block of scores (N x 2048) to be still in the cache
 # when its exponentials are taken and when it is multiplied back onto the keys, many enough for what
@@ -78,14 +78,9 @@ def align_loss(x: Tensor, y: Tensor, alpha: float = 2) -> Tensor:
     """
     _check_features(x, "x")
     _check_features(y, "y", like=x)
-    check_positive(alpha, "alpha")
+    check_alpha(alpha, x, y)
     _unit_length.look_at(x, "x of align_loss")
     _unit_length.look_at(y, "y of align_loss")
-    if alpha < 1 and torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        raise ValueError(
-            f"alpha={alpha:g} cannot be trained with: the slope of ||x - y||^alpha is infinite at "
-            "coincident points for alpha < 1; use alpha >= 1"
-        )
     return torch.linalg.vector_norm(x - y, dim=1).pow(alpha).mean()
 
 

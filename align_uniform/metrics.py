@@ -27,14 +27,11 @@ from torch import Tensor
 from align_uniform._checks import check_positive, row_lengths, unit_rows
 from align_uniform.bounds import add_self_pairs, uniformity_infimum
 
+# Rows and columns of a block of distances: on a CPU it stays in the cache.
+BLOCK_SIZE, GPU_BLOCK_SIZE = 512, 4096
 _FLOAT64_ROWS, _FLOAT32_T = 4096, 8.0  # see above
 _LARGEST_INTERVAL_T = 170  # exp(-4t) is a normal float64
 _WEIGHTS_AT_A_TIME = 256  # resamples whose weights, N x 256, are in memory
-
-
-# ------------------------------------------------------------------------------------------------
-# Alignment
-# ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -124,11 +121,6 @@ def _pair_powers(x: Tensor, y: Tensor, alpha: float, normalize: bool) -> Tensor:
     return torch.cat(distances).pow(alpha)
 
 
-# ------------------------------------------------------------------------------------------------
-# Uniformity
-# ------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def uniformity(
     x: Tensor,
@@ -136,7 +128,6 @@ def uniformity(
     *,
     self_pairs: bool = False,
     normalize: bool = False,
-    block_size: int | None = None,
 ) -> float:
     """Log of the mean Gaussian potential over all N(N-1)/2 unordered pairs, without self-pairs.
 
@@ -147,8 +138,6 @@ def uniformity(
         t: inverse temperature of the potential, > 0.
         self_pairs: the mean over all N^2 pairs (i, j) instead, with i = j among them.
         normalize: divide rows by their length first.
-        block_size: rows per block; changes time and memory, not the result. By default 512 on the
-            CPU, where a block then stays in the cache, and 4096 elsewhere.
 
     Returns:
         A float in [-4t, 0]; lower is more uniform, 0 is collapsed. Without self-pairs it estimates
@@ -159,10 +148,7 @@ def uniformity(
         ValueError: rows not of unit length (or of length 0 with `normalize`), NaN, fewer than two
             rows, t not positive.
     """
-    (value,) = uniformity_curve(
-        x, [t], self_pairs=self_pairs, normalize=normalize, block_size=block_size
-    )
-    return value
+    return uniformity_curve(x, [t], self_pairs=self_pairs, normalize=normalize)[0]
 
 
 @torch.no_grad()
@@ -172,19 +158,16 @@ def uniformity_curve(
     *,
     self_pairs: bool = False,
     normalize: bool = False,
-    block_size: int | None = None,
 ) -> list[float]:
     """`uniformity` for several t, with one computation of the distances."""
     x = unit_rows(x, "x", normalize)
     pairs = len(x) * (len(x) - 1) / 2
-    values = _log_mean_potential(x, None, t, pairs, block_size)
+    values = _log_mean_potential(x, None, t, pairs)
     return [add_self_pairs(value, len(x)) for value in values] if self_pairs else values
 
 
 @torch.no_grad()
-def uniformity_excess(
-    x: Tensor, t: float = 2, *, normalize: bool = False, block_size: int | None = None
-) -> float:
+def uniformity_excess(x: Tensor, t: float = 2, *, normalize: bool = False) -> float:
     """How far uniformity is from the best, as a number >= 0 that features of any dimension share.
 
         uniformity(x, t, self_pairs=True) - uniformity_infimum(C, t)
@@ -195,7 +178,7 @@ def uniformity_excess(
     Raises:
         ValueError: as `uniformity`; features of one dimension.
     """
-    value = uniformity(x, t, self_pairs=True, normalize=normalize, block_size=block_size)
+    value = uniformity(x, t, self_pairs=True, normalize=normalize)
     # Points around a circle are at the infimum within rounding.
     return max(0.0, value - uniformity_infimum(x.shape[1], t))
 
@@ -207,7 +190,6 @@ def uniformity_by_class(
     t: float = 2,
     *,
     normalize: bool = False,
-    block_size: int | None = None,
 ) -> dict[int, float]:
     """`uniformity` of the images of each class: {label: value}, by ascending label.
 
@@ -226,13 +208,11 @@ def uniformity_by_class(
             f"class {alone} has one row, its uniformity needs 2; leave it out: "
             f"x[labels != {alone}], labels[labels != {alone}]"
         )
-    return {int(c): uniformity(x[labels == c], t, block_size=block_size) for c in found}
+    return {int(c): uniformity(x[labels == c], t) for c in found}
 
 
 @torch.no_grad()
-def uniformity_between(
-    x: Tensor, y: Tensor, t: float = 2, *, normalize: bool = False, block_size: int | None = None
-) -> float:
+def uniformity_between(x: Tensor, y: Tensor, t: float = 2, *, normalize: bool = False) -> float:
     """Log of the mean Gaussian potential over all pairs of one row of x and one of y.
 
         log( 1/(NM) * sum_ij exp(-t ||x_i - y_j||^2) )
@@ -255,7 +235,7 @@ def uniformity_between(
             f"x and y must have rows of one dimension on one device, got {tuple(x.shape)} on "
             f"{x.device} and {tuple(y.shape)} on {y.device}"
         )
-    return _log_mean_potential(x, y, [t], len(x) * len(y), block_size)[0]
+    return _log_mean_potential(x, y, [t], len(x) * len(y))[0]
 
 
 @torch.no_grad()
@@ -268,7 +248,6 @@ def uniformity_interval(
     resamples: int = 1000,
     seed: int = 0,
     normalize: bool = False,
-    block_size: int | None = None,
 ) -> tuple[float, float]:
     """Bootstrap confidence interval of `uniformity` over images: percentiles of its value on
     `resamples` sets of N images drawn from the N with replacement.
@@ -285,9 +264,7 @@ def uniformity_interval(
     Args:
         second_view: (N, C) unit rows of the same images: the interval is that of the mean of both
             uniformities.
-        confidence: share of resamples inside, in (0, 1).
-        resamples: >= 2.
-        seed: of the draws; the interval is a function of features and seed.
+        confidence, resamples, seed: as in `alignment_interval`.
 
     Returns:
         (low, high).
@@ -313,7 +290,7 @@ def uniformity_interval(
     values = []
     for weights in _resampled(count, resamples, seed, views[0].dtype, device):  # (N, R)
         pairs = (count**2 - weights.square().sum(dim=0, dtype=torch.float64)) / 2
-        logs = [(_weighted(view, weights, t, block_size) / pairs).log() for view in views]
+        logs = [(_weighted(view, weights, t) / pairs).log() for view in views]
         # A resample of a few images may be of a single one, which has no pair and no value.
         values.append(torch.stack(logs).mean(dim=0)[pairs > 0])
     values = torch.cat(values)
@@ -322,10 +299,10 @@ def uniformity_interval(
     return _percentiles(values, confidence)
 
 
-def _weighted(x: Tensor, weights: Tensor, t: float, block_size: int | None) -> Tensor:
+def _weighted(x: Tensor, weights: Tensor, t: float) -> Tensor:
     """sum_{i<j} w_i w_j exp(-t ||x_i - x_j||^2) of each column of the weights (N, R): (R,)."""
     total = torch.zeros(weights.shape[1], dtype=torch.float64, device=x.device)
-    for rows, columns, scores in _negated_squared_distances(x, None, block_size):
+    for rows, columns, scores in _negated_squared_distances(x, None):
         with _exact_products(x.device):
             sums = scores.mul_(t).exp_() @ weights[columns]  # (B, R)
         total += (sums * weights[rows]).sum(dim=0, dtype=torch.float64)
@@ -333,7 +310,7 @@ def _weighted(x: Tensor, weights: Tensor, t: float, block_size: int | None) -> T
 
 
 def _log_mean_potential(
-    x: Tensor, y: Tensor | None, ts: Sequence[float], pairs: float, block_size: int | None
+    x: Tensor, y: Tensor | None, ts: Sequence[float], pairs: float
 ) -> list[float]:
     """log( 1/pairs * sum exp(-t d^2) ) for each t: over all of x times y, or i > j in x alone."""
     for t in ts:
@@ -342,7 +319,7 @@ def _log_mean_potential(
     # Sums of exp(t (nearest - d^2)), with the least squared distance so far taken out: for large t
     # the plain exponentials are all zero.
     nearest, totals = -math.inf, [0.0] * len(ts)
-    for _, _, scores in _negated_squared_distances(x, y, block_size):
+    for _, _, scores in _negated_squared_distances(x, y):
         highest = scores.max().item()
         if highest == -math.inf:  # a block of one row has no pair with itself
             continue
@@ -377,23 +354,20 @@ def _prepared(x: Tensor, y: Tensor | None, ts: Sequence[float]) -> tuple[Tensor,
 
 
 def _negated_squared_distances(
-    x: Tensor, y: Tensor | None, block_size: int | None
+    x: Tensor, y: Tensor | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, -||x_i - y_j||^2 of them) block by block, at most 0.
 
     Without y: of x with itself, each pair once (i > j), -inf for the other half of blocks on the
     diagonal.
     """
-    if block_size is None:
-        block_size = 512 if x.device.type == "cpu" else 4096
-    elif block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size!r}")
+    size = BLOCK_SIZE if x.device.type == "cpu" else GPU_BLOCK_SIZE
     others = x if y is None else y
     norms, other_norms = _squared_norms(x), _squared_norms(others)
-    for i in range(0, len(x), block_size):
-        rows = slice(i, min(i + block_size, len(x)))
-        for j in range(0, rows.stop if y is None else len(others), block_size):
-            columns = slice(j, min(j + block_size, len(others)))
+    for i in range(0, len(x), size):
+        rows = slice(i, min(i + size, len(x)))
+        for j in range(0, rows.stop if y is None else len(others), size):
+            columns = slice(j, min(j + size, len(others)))
             with _exact_products(x.device):
                 scores = torch.addmm(
                     other_norms[columns], x[rows], others[columns].t(), beta=-1, alpha=2
@@ -435,11 +409,6 @@ def _exact_products(device: torch.device) -> Iterator[None]:
                 torch.set_float32_matmul_precision(precision)
 
 
-# ------------------------------------------------------------------------------------------------
-# How many dimensions are used
-# ------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def effective_rank(x: Tensor, *, normalize: bool = False) -> float:
     """exp of the entropy of the singular values (Roy & Vetterli, EUSIPCO 2007, Eq. 1 to 3).
@@ -462,17 +431,24 @@ def effective_rank(x: Tensor, *, normalize: bool = False) -> float:
     """
     x = unit_rows(x, "x", normalize)
     small = x if x.shape[0] >= x.shape[1] else x.t()  # (longer side, shorter side)
-    gram = torch.zeros(small.shape[1], small.shape[1], dtype=torch.float64, device=x.device)
-    for block in small.split(4096):
-        block = block.double()
-        with torch.autocast(x.device.type, enabled=False):
-            gram.addmm_(block.t(), block)
-    squares = torch.linalg.eigvalsh(gram)
+    squares = torch.linalg.eigvalsh(outer_sum(small))
     # What is left of zeros by rounding would count: its square root is 1e-8 of the largest.
     squares[squares < squares.max() * max(x.shape) * torch.finfo(torch.float64).eps] = 0
     singular = squares.sqrt()
     p = singular / singular.sum()
     return torch.special.entr(p).sum().exp().item()
+
+
+def outer_sum(x: Tensor, centres: Tensor | None = None) -> Tensor:
+    """sum_i (x_i - c_i)(x_i - c_i)^T in float64, (C, C)."""
+    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), 4096):
+        block = x[start : start + 4096].double()
+        if centres is not None:
+            block = block - centres[start : start + 4096]
+        with torch.autocast(x.device.type, enabled=False):
+            total.addmm_(block.t(), block)
+    return total
 
 
 @torch.no_grad()
@@ -498,11 +474,6 @@ def dimension_deviation(x: Tensor, *, normalize: bool = False) -> Tensor:
     return (squares / len(x)).sqrt()
 
 
-# ------------------------------------------------------------------------------------------------
-# Bootstrap
-# ------------------------------------------------------------------------------------------------
-
-
 def _resampled(
     n: int, resamples: int, seed: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Tensor]:
@@ -523,11 +494,6 @@ def _percentiles(values: Tensor, confidence: float) -> tuple[float, float]:
     ends = values.new_tensor([(1 - confidence) / 2, (1 + confidence) / 2])
     low, high = values.quantile(ends).tolist()
     return low, high
-
-
-# ------------------------------------------------------------------------------------------------
-# Checks
-# ------------------------------------------------------------------------------------------------
 
 
 def _check_labels(labels: Tensor | Sequence[int], x: Tensor) -> Tensor:

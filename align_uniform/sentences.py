@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_uniform._checks import check_positive
+from align_uniform._checks import check_alpha, check_positive
 from align_uniform.losses import _check_features, _in_full_precision, _unit_length, uniform_loss
 
 PAIRS = ("both", "forward")
@@ -103,16 +103,11 @@ def adjacent_align_loss(
         ValueError: for shapes, dtypes, pairs or an alpha other than the above.
     """
     _check(u, v, documents)
-    check_positive(alpha, "alpha")
+    check_alpha(alpha, u, v, "||u - v||")
     if pairs not in PAIRS:
         raise ValueError(f"pairs must be one of {', '.join(PAIRS)}, got {pairs!r}")
     _unit_length.look_at(u, "u of adjacent_align_loss")
     _unit_length.look_at(v, "v of adjacent_align_loss")
-    if alpha < 1 and torch.is_grad_enabled() and (u.requires_grad or v.requires_grad):
-        raise ValueError(
-            f"alpha={alpha:g} cannot be trained with: the slope of ||u - v||^alpha is infinite at "
-            "coincident points for alpha < 1; use alpha >= 1"
-        )
     after, before = _weights(u, documents)
     forward = torch.linalg.vector_norm(u[:-1] - v[1:], dim=1).pow(alpha)
     if pairs == "forward":

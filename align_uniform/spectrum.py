@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from align_uniform._checks import unit_rows
+from align_uniform.metrics import outer_sum
 
 LIDAR_DELTA, LIDAR_EPSILON = 1e-4, 1e-7  # as published
 
@@ -117,8 +118,8 @@ def lidar(views: Tensor, *, normalize: bool = False) -> float:
     n, q, dim = views.shape
     rows = unit_rows(views.reshape(n * q, dim), "views", normalize)
     means = rows.view(n, q, dim).double().mean(dim=1)  # (n, C)
-    between = _outer_sum(means - means.mean(dim=0)) / (n - 1)
-    within = _outer_sum(rows, means.repeat_interleave(q, dim=0)) / (n * (q - 1))
+    between = outer_sum(means - means.mean(dim=0)) / (n - 1)
+    within = outer_sum(rows, means.repeat_interleave(q, dim=0)) / (n * (q - 1))
     within.diagonal().add_(LIDAR_DELTA)
     # Eigenvalues of S_w^(-1/2) S_b S_w^(-1/2) are those of L^(-1) S_b L^(-T), S_w = L L^T.
     root = torch.linalg.cholesky(within)
@@ -195,16 +196,4 @@ def _student_quantile(p: float, degrees: int) -> float:
 def _eigenvalues(x: Tensor) -> Tensor:
     """Of the rows' covariance (over N), ascending, (C,) float64."""
     mean = x.mean(dim=0, dtype=torch.float64)
-    return torch.linalg.eigvalsh(_outer_sum(x, mean.expand(len(x), -1)) / len(x))
-
-
-def _outer_sum(x: Tensor, centres: Tensor | None = None) -> Tensor:
-    """sum_i (x_i - c_i)(x_i - c_i)^T in float64, (C, C)."""
-    total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-    for start in range(0, len(x), 4096):
-        block = x[start : start + 4096].double()
-        if centres is not None:
-            block = block - centres[start : start + 4096]
-        with torch.autocast(x.device.type, enabled=False):
-            total.addmm_(block.t(), block)
-    return total
+    return torch.linalg.eigvalsh(outer_sum(x, mean.expand(len(x), -1)) / len(x))

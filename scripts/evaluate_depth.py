@@ -21,11 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
+from moco.cli.shared import check_least, chosen_device
 from moco.errors import report_user_errors
 from moco.evaluate.depth import evaluate_depth
 from moco.evaluate.depth_predictor import DepthSettings
 from moco.evaluate.extraction import Loading
-from moco.launch import visible_devices
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,11 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name, least in (("epochs", 1), ("batch_size", 2), ("folds", 2), ("depth_size", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least {least}, got {value}")
+    check_least(parser, args, epochs=1, batch_size=2, folds=2, depth_size=1)
     if any(epoch < 0 for epoch in args.schedule):
         parser.error(f"--schedule must be epochs of at least 0, got {min(args.schedule)}")
     if not 0 < args.lr < float("inf"):
@@ -70,10 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--resume auto looks into the run folder: give --save-dir")
     cli.check_run_folder(parser, args.save_dir, args.resume, "depth")
     pretrained = cli.pretrained_file(parser, args.pretrained)
-    try:
-        device = visible_devices(args.device, None)[0]
-    except ValueError as error:
-        parser.error(str(error))
+    device = chosen_device(parser, args)
     folder = args.save_dir or Path("results") / f"depth-{time.strftime('%Y%m%d-%H%M%S')}"
     settings = DepthSettings(
         args.data, pretrained, args.layer, folder, unit=args.depth_unit,

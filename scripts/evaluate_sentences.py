@@ -21,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
+from moco.cli.shared import check_least, chosen_device
 from moco.errors import report_user_errors
 from moco.evaluate.sentiment import evaluate_checkpoint, summary
-from moco.launch import visible_devices
 from moco.run_files import write_json
 
 
@@ -33,16 +33,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("checkpoint", metavar="RUN", type=cli.non_empty)
     add("--mr", metavar="DIR", type=cli.non_empty, help="movie reviews, rt-polarity.{pos,neg}")
     add("--cr", metavar="DIR", type=cli.non_empty, help="customer reviews, custrev.{pos,neg}")
-    add(
-        "--folds",
-        type=int,
-        metavar="K",
-        help="K folds of the other sentences too, Table 11's with 5; takes K times as long",
-    )
+    folds = "K folds of the other sentences too, Table 11's with 5; takes K times as long"
+    add("--folds", type=int, metavar="K", help=folds)
     add("--nested", action="store_true", help="ten folds of all sentences too; ten times as long")
-    add(
-        "--batch-size", type=int, default=400, metavar="N", help="sentences at a time (%(default)s)"
-    )
+    at_a_time = "sentences at a time (%(default)s)"
+    add("--batch-size", type=int, default=400, metavar="N", help=at_a_time)
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--out", type=cli.new_file, metavar="FILE", help="write the result as JSON")
     add("--json", action="store_true", help="print JSON instead of the line")
@@ -60,14 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"no such folder: {path}")
     if not Path(args.checkpoint).exists():
         parser.error(f"no such checkpoint: {args.checkpoint}")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.folds is not None and args.folds < 2:
-        parser.error(f"--folds must be at least 2, got {args.folds}")
-    try:
-        device = visible_devices(args.device, None)[0]
-    except ValueError as error:
-        parser.error(str(error))
+    check_least(parser, args, batch_size=1, folds=2)
+    device = chosen_device(parser, args)
     with report_user_errors():
         result = evaluate_checkpoint(
             args.checkpoint, folders, device,

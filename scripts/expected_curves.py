@@ -22,13 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 try:
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
+
+    from align_uniform.figures import COLOURS, DASHES, save, styled
 except ModuleNotFoundError as missing:
-    sys.exit(f"expected_curves.py: error: figures need {missing.name}: pip install {missing.name}")
+    name = missing.name.partition(".")[0]
+    sys.exit(f"expected_curves.py: error: figures need {name}: pip install {name}")
 
 from align_uniform.bounds import uniformity_infimum  # noqa: E402
-from align_uniform.figures import COLOURS, DASHES, save  # noqa: E402
 from moco.runs.folder import read_runs  # noqa: E402
 
 BATCH, QUEUE, DIM, EPOCHS = 64, 1024, 128, 16
@@ -50,8 +51,6 @@ PANELS = {
     "uniformity": "uniformity (t 2; dotted: its infimum)",
     "knn top1": "k-NN top-1 (%)",
 }
-STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False,
-         "axes.spines.right": False, "savefig.dpi": 150, "svg.hashsalt": "x"}  # fmt: skip
 
 Curves = dict[str, tuple[list[float], list[float]]]  # of each panel: (epochs, values)
 
@@ -96,33 +95,33 @@ def call(command: list[str]) -> None:
         sys.exit(status)
 
 
+@styled
 def draw(curves: dict[str, Curves]) -> Figure:
     """All runs above, the first steps of the healthy one below."""
     filled = QUEUE // BATCH
-    with rc_context(STYLE):
-        figure = Figure(figsize=(12, 5.2), layout="constrained")
-        whole, beginning = figure.subplots(2, 4)
-        for axes, (name, title) in zip(whole, PANELS.items(), strict=True):
-            axes.set(title=title, xlabel="epoch")
-            every = 1 if name == "knn top1" else 2  # a file of half the size
-            for i, (run, panels) in enumerate(curves.items()):
-                epochs, values = panels[name]
-                axes.plot(epochs[::every], values[::every], label=run, color=COLOURS[i],
-                          linestyle=DASHES[i], linewidth=1.2, markersize=3,
-                          marker="o" if name == "knn top1" else "")  # fmt: skip
-        for axes, name in zip(beginning, list(PANELS)[:3], strict=False):
-            axes.set(title=f"healthy, first steps: {name}", xlabel="step")
-            values = curves[HEALTHY][name][1][: 4 * filled]
-            axes.plot(range(1, 1 + len(values)), values, color=COLOURS[0], linewidth=1.2)
-            axes.axvline(filled, color="0.4", linewidth=0.8)
-        beginning[0].annotate(f"queue of {QUEUE}\nfilled once", (filled, 0.1),
-                              xycoords=("data", "axes fraction"), xytext=(4, 0),
-                              textcoords="offset points", fontsize=8)  # fmt: skip
-        for axes in (whole[2], beginning[2]):
-            bound = axes.axhline(uniformity_infimum(DIM, 2), color="0.4", linestyle=":",
-                                 label=f"infimum of uniformity, {DIM} dimensions")  # fmt: skip
-        beginning[3].axis("off")
-        beginning[3].legend(handles=[*whole[0].lines, bound], loc="center", frameon=False)
+    figure = Figure(figsize=(12, 5.2))
+    whole, beginning = figure.subplots(2, 4)
+    for axes, (name, title) in zip(whole, PANELS.items(), strict=True):
+        axes.set(title=title, xlabel="epoch")
+        every = 1 if name == "knn top1" else 2  # a file of half the size
+        for i, (run, panels) in enumerate(curves.items()):
+            epochs, values = panels[name]
+            axes.plot(epochs[::every], values[::every], label=run, color=COLOURS[i],
+                      linestyle=DASHES[i], linewidth=1.2, markersize=3,
+                      marker="o" if name == "knn top1" else "")  # fmt: skip
+    for axes, name in zip(beginning, list(PANELS)[:3], strict=False):
+        axes.set(title=f"healthy, first steps: {name}", xlabel="step")
+        values = curves[HEALTHY][name][1][: 4 * filled]
+        axes.plot(range(1, 1 + len(values)), values, color=COLOURS[0], linewidth=1.2)
+        axes.axvline(filled, color="0.4", linewidth=0.8)
+    beginning[0].annotate(f"queue of {QUEUE}\nfilled once", (filled, 0.1),
+                          xycoords=("data", "axes fraction"), xytext=(4, 0),
+                          textcoords="offset points", fontsize=8)  # fmt: skip
+    for axes in (whole[2], beginning[2]):
+        bound = axes.axhline(uniformity_infimum(DIM, 2), color="0.4", linestyle=":",
+                             label=f"infimum of uniformity, {DIM} dimensions")  # fmt: skip
+    beginning[3].axis("off")
+    beginning[3].legend(handles=[*whole[0].lines, bound], loc="center")
     return figure
 
 

@@ -35,13 +35,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
+from moco.cli.shared import chosen_device, count, positive, positives
 from moco.config import IMAGENET_MEAN, IMAGENET_STD, check_image_statistics
 from moco.data.images import DATASETS
 from moco.errors import report_user_errors
 from moco.evaluate.extraction import LAYERS, Loading, load_image_encoder
 from moco.evaluate.measure import HeldOut, Quantities, measure_encoder, measure_features
+from moco.evaluate.measure_table import table
 from moco.evaluate.sentences import measure_sentences
-from moco.launch import usable_cores, visible_devices
+from moco.launch import usable_cores
 from moco.run_files import write_json
 
 
@@ -79,32 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive finite number, got {text}")
-    return value
-
-
-def positives(text: str) -> list[float]:
-    """ "1,2,3", each once, in ascending order."""
-    return sorted({positive(part) for part in text.split(",")})
-
-
-def count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check(parser, args)
-    try:
-        device = visible_devices(args.device, None)[0]
-    except ValueError as error:
-        parser.error(str(error))
+    device = chosen_device(parser, args)
     quantities = Quantities(
         args.alpha, args.t, args.knn_k, args.knn_t,
         args.lidar_images, args.lidar_views, args.intervals,
@@ -167,59 +148,6 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
         except ValueError as error:
             parser.error(str(error))
-
-
-def table(result: dict) -> str:
-    layers = result["layers"]
-    title = [result.get("checkpoint") or result["features"], result.get("arch")]
-    title += [f"epoch {result['epoch']}" if result.get("epoch") is not None else None]
-    title += [result.get("objective")]
-    lines = [", ".join(part for part in title if part)]
-    lines.append(f"{result['images']} {result.get('unit', 'images')}")
-    if "seed" not in result:
-        lines[-1] += f" of {result['data']}"
-    elif "data" in result:
-        lines[-1] += f" of {result['data']}, two views each (seed {result['seed']})"
-
-    first, *_ = results = list(layers.values())
-    width = 40 if first["intervals"] else 20
-
-    def row(name: str, cells: list[str]) -> None:
-        lines.append(f"{name:28}" + "".join(f"{cell:>{width}}" for cell in cells))
-
-    def cell(one: dict, name: str, decimals: int, key: str | None = None, more: str = "") -> str:
-        """A value, and its interval where there is one."""
-        value, interval = one[name], (one["intervals"] or {}).get(name)
-        if key is not None:
-            value, interval = value[key], interval and interval[key]
-        if value is None:
-            return "-"
-        low_high = "[{:.{d}f}, {:.{d}f}]".format(*interval, d=decimals) if interval else ""
-        return f"{value:.{decimals}f}{more} {low_high}".strip()
-
-    lines.append("")
-    row("", list(layers))
-    row("dimensions", [str(one["dim"]) for one in results])
-    for alpha in first["alignment"] or ():
-        row(f"alignment, alpha {alpha}", [cell(one, "alignment", 4, alpha) for one in results])
-    for t in first["uniformity"]:
-        cells = [
-            cell(one, "uniformity", 4, t, f" ({one['uniformity_infimum'][t]:.4f})")
-            for one in results
-        ]
-        row(f"uniformity, t {t} (best)", cells)
-    row("Wasserstein uniformity", [cell(one, "wasserstein_uniformity", 4) for one in results])
-    row("effective rank", [cell(one, "effective_rank", 1) for one in results])
-    row("alpha-ReQ", [cell(one, "alpha_req", 3) for one in results])
-    if first["lidar"] is not None:
-        name = f"LiDAR, {first['lidar_images']} x {first['lidar_views']} views"
-        row(name, [cell(one, "lidar", 1) for one in results])
-    row("deviation * sqrt(dim)", [f"{one['deviation']:.4f}" for one in results])
-    if knn := first["knn"]:
-        for key, top in {"top1": 1, "top5": min(5, knn["classes"])}.items():
-            row(f"k-NN top{top}, k {knn['k']}", [f"{one['knn'][key]:.2f} %" for one in results])
-        lines.append(f"k-NN: {knn['queries']} queries, bank of {knn['bank']}")
-    return "\n".join(lines + [f"note: {note}" for note in result["notes"]])
 
 
 if __name__ == "__main__":

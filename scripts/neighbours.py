@@ -20,12 +20,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
+from moco.cli.shared import check_least, chosen_device
 from moco.data.images import DATASETS
 from moco.errors import report_user_errors
 from moco.evaluate.extraction import Loading, choose_images
 from moco.evaluate.neighbours import contact_sheet, find_neighbours, page, share_of_same_label
 from moco.evaluate.transfer import open_encoder
-from moco.launch import usable_cores, visible_devices
+from moco.launch import usable_cores
 from moco.packages import import_optional
 from moco.run_files import write_text
 
@@ -53,20 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    for name, least in (("queries", 1), ("neighbours", 1), ("images_per_class", 1), ("seed", 0),
-                        ("image_size", 1), ("batch_size", 1), ("workers", 0)):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value < least:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least {least}, got {value}")
+    ones = ("queries", "neighbours", "images_per_class", "image_size", "batch_size")
+    check_least(parser, args, **dict.fromkeys(ones, 1), seed=0, workers=0)
     if not args.out.parent.is_dir():
         parser.error(f"no such folder: {args.out.parent}")
     if not Path(args.data).is_dir():
         parser.error(f"no such data folder: {args.data}")
-    try:
-        loading = Loading(visible_devices(args.device, None)[0], args.batch_size, args.workers)
-    except ValueError as error:
-        parser.error(str(error))
+    loading = Loading(chosen_device(parser, args), args.batch_size, args.workers)
     with report_user_errors():
         import_optional("jinja2", "the page")
         encoder = open_encoder(args.encoder, args.image_size)

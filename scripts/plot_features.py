@@ -19,6 +19,7 @@ with --layer projection --normalize --views 2. RUN is what compare_runs.py takes
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,25 +92,19 @@ def refusal(args: argparse.Namespace) -> str | None:
 def draw(args: argparse.Namespace):
     """The matplotlib figure that the arguments ask for."""
     from align_uniform import figures
+    from moco.evaluate.feature_figures import draw_figure_3, draw_figure_4, draw_map
 
-    if args.figure == "10":
-        return figures.figure_10()
-    if args.figure == "11":
-        return figures.figure_11()
+    inputs, unit = args.inputs, {"normalize": args.normalize}
+    if args.figure in _OF_NOTHING:
+        return figures.figure_10() if args.figure == "10" else figures.figure_11()
     if args.figure in _OF_RUNS:
-        return draw_runs(args.figure, args.inputs)
-    from moco.evaluate import feature_figures
-
+        return draw_runs(args.figure, inputs)
     if args.figure == "3":
-        return feature_figures.draw_figure_3(args.inputs, args.classes, normalize=args.normalize)
+        return draw_figure_3(inputs, args.classes, **unit)
     if args.figure == "4":
-        return feature_figures.draw_figure_4(
-            args.inputs, t=args.t, seed=args.seed, normalize=args.normalize
-        )
-    return feature_figures.draw_map(
-        args.inputs[0], args.classes, most=args.most, seed=args.seed, normalize=args.normalize,
-        images=args.images,
-    )  # fmt: skip
+        return draw_figure_4(inputs, t=args.t, seed=args.seed, **unit)
+    more = {"most": args.most, "seed": args.seed, "images": args.images}
+    return draw_map(inputs[0], args.classes, **more, **unit)
 
 
 def draw_runs(figure: str, folders: Sequence[str]):
@@ -117,9 +112,7 @@ def draw_runs(figure: str, folders: Sequence[str]):
     from moco.runs.figures import final_points, paths_of_training, sweep_lines
     from moco.runs.folder import read_runs
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
+    say = functools.partial(print, file=sys.stderr)
     runs, left_out = read_runs(folders)
     for path, reason in left_out:
         say(f"left out: {path} {reason}")

@@ -22,11 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
+from moco.cli.shared import check_least, chosen_device
 from moco.data.labelled import NAMES
 from moco.errors import report_user_errors
 from moco.evaluate.extraction import Loading
 from moco.evaluate.transfer import SHOTS, Protocol, table, transfer
-from moco.launch import usable_cores, visible_devices
+from moco.launch import usable_cores
 from moco.run_files import write_json
 
 
@@ -55,10 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check(parser, args)
-    try:
-        loading = Loading(visible_devices(args.device, None)[0], args.batch_size, args.workers)
-    except ValueError as error:
-        parser.error(str(error))
+    loading = Loading(chosen_device(parser, args), args.batch_size, args.workers)
     protocol = Protocol(args.shots, args.draws, args.folds, args.knn_k, seed=args.seed)
     with report_user_errors():
         found = transfer(
@@ -75,12 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    for name, least in (("draws", 1), ("folds", 2), ("knn_k", 1), ("batch_size", 1),
-                        ("image_size", 1), ("seed", 0), ("workers", 0)):  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value < least:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least {least}, got {value}")
+    ones = dict.fromkeys(("draws", "knn_k", "batch_size", "image_size"), 1)
+    check_least(parser, args, **ones, folds=2, seed=0, workers=0)
     if not args.shots or min(args.shots) < 1:
         parser.error(f"--shots must be numbers of at least 1, got {list(args.shots)}")
     for name in ("encoders", "data"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from align_uniform.bounds import uniformity_infimum
-from align_uniform.figures.densities import average_potential, gaussian_kde, von_mises_kde
-from align_uniform.figures.style import COLOURS, INK, MARKERS, styled
+from align_uniform.figures.densities import gaussian_kde, von_mises_kde
+from align_uniform.figures.style import CLASS_COLOURS, COLOURS, INK, MARKERS, styled
 from align_uniform.metrics import alignment, uniformity
 
 
@@ -41,6 +42,7 @@ class Features:
         return str(self.classes[label]) if label < len(self.classes) else f"class {label}"
 
 
+_GREY = "#999999"
 _KEY = "brightness: share of the highest density in the panel; dotted: the uniform distribution"
 
 
@@ -81,18 +83,17 @@ def figure_3(
         if with_pairs:
             axes = figure.add_subplot(rows[2 * row : 2 * row + 2, 0])
             _pair_histogram(axes, features, name)
-        title = f"{name}: all" if not with_pairs else "all"
-        title = f"{title} ({len(features.x)})\nmean potential {average_potential(features.x):.3f}"
-        parts = [(title, features.x)]
+        title = "all" if with_pairs else f"{name}: all"
+        potential = math.exp(uniformity(features.x))
+        parts = [(f"{title} ({len(features.x)})\nmean potential {potential:.3f}", features.x)]
         for label in shown:
             mine = features.labels == label if features.labels is not None else None
             if mine is None or not mine.any():
                 raise ValueError(f"{name} has no features of class {features.class_name(label)}")
             parts.append((f"{features.class_name(label)}\n({int(mine.sum())})", features.x[mine]))
         for column, (title, x) in enumerate(parts, start=with_pairs):
-            plane = figure.add_subplot(rows[2 * row, column])
-            angle = figure.add_subplot(rows[2 * row + 1, column])
-            _circle_densities(plane, angle, x, title, first=column == with_pairs)
+            panels = [figure.add_subplot(rows[2 * row + i, column]) for i in (0, 1)]
+            _circle_densities(*panels, x, title, first=column == with_pairs)
     figure.supxlabel(_KEY, fontsize=9)
     return figure
 
@@ -118,9 +119,8 @@ def figure_4(sets: Mapping[str, Tensor], t: float = 2) -> Figure:
         band, column = divmod(i, columns)
         value = uniformity(x, t)
         title = f"{name}\nmean potential {math.exp(value):.3f}\nuniformity {value:.2f}"
-        plane = figure.add_subplot(rows[2 * band, column])
-        angle = figure.add_subplot(rows[2 * band + 1, column])
-        _circle_densities(plane, angle, x, title, first=column == 0)
+        panels = [figure.add_subplot(rows[2 * band + i, column]) for i in (0, 1)]
+        _circle_densities(*panels, x, title, first=column == 0)
     figure.supxlabel(
         f"potential exp(−{t:g} d²), mean over all pairs of points; "
         f"the least that any distribution has: {math.exp(uniformity_infimum(2, t)):.3f}\n{_KEY}",
@@ -152,10 +152,9 @@ def _pair_histogram(axes: Axes, features: Features, name: str) -> None:
         return
     mean = alignment(features.x, features.y, alpha=1)  # checks both
     distances = (features.x.double() - features.y.double()).norm(dim=1)
-    counts = torch.histc(distances, bins=40, min=0, max=2)
-    edges = torch.linspace(0, 2, 41)[:-1]
-    axes.bar(edges.tolist(), (100 * counts / len(distances)).tolist(), width=0.05, align="edge",
-             color=COLOURS[5], edgecolor=INK, linewidth=0.3)  # fmt: skip
+    shares = [100 / len(distances)] * len(distances)
+    axes.hist(distances.tolist(), bins=40, range=(0, 2), weights=shares,
+              color=COLOURS[5], edgecolor=INK, linewidth=0.3)  # fmt: skip
     squared = alignment(features.x, features.y, alpha=2)
     axes.axvline(mean, color=COLOURS[1], linestyle="--")
     axes.set_title(f"{name}\nmean distance {mean:.3f}, alignment {squared:.3f}")
@@ -215,19 +214,19 @@ def feature_map(places: Tensor, features: Features, shown: Sequence[int] | None 
     shown = occurring[:10] if shown is None else list(shown)
     rest = ~torch.isin(labels, torch.tensor(shown))
     if rest.any():
-        axes.plot(*places[rest].T.tolist(), linestyle="", marker=".", markersize=3, color="#999999",
+        axes.plot(*places[rest].T.tolist(), linestyle="", marker=".", markersize=3, color=_GREY,
                   label=f"{len(occurring) - len(shown)} other classes", zorder=1)  # fmt: skip
-    for i, label in enumerate(shown):
-        mine = places[labels == label]
+    colours = dict(zip(shown, itertools.cycle(CLASS_COLOURS), strict=False))
+    for i, (label, colour) in enumerate(colours.items()):
         axes.plot(
-            *mine.T.tolist(), linestyle="", marker=MARKERS[i % len(MARKERS)], markersize=4,
-            color=COLOURS[i % len(COLOURS)], alpha=0.75, markeredgewidth=0,
+            *places[labels == label].T.tolist(), linestyle="", marker=MARKERS[i % len(MARKERS)],
+            markersize=4, color=colour, alpha=0.75, markeredgewidth=0,
             label=features.class_name(label) if known else None,
         )  # fmt: skip
     for place, label, picture in zip(places.tolist(), labels.tolist(), pictures, strict=False):
-        colour = COLOURS[shown.index(label) % len(COLOURS)] if label in shown else "#999999"
         small = OffsetImage(picture.numpy(), zoom=0.5, zorder=3)
-        frame = {"edgecolor": colour, "linewidth": 1.2, "boxstyle": "square,pad=0"}
+        frame = {"edgecolor": colours.get(label, _GREY), "linewidth": 1.2,
+                 "boxstyle": "square,pad=0"}  # fmt: skip
         axes.add_artist(AnnotationBbox(small, place, pad=0, bboxprops=frame))
     if known:
         figure.legend(loc="outside right upper", markerscale=1.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,17 @@ class Point:
     label: str = ""
 
 
-def _accuracy_colours(points: Sequence[Point]) -> ScalarMappable:
+def _colours(figure: Figure, points: Sequence[Point], title: str) -> list:
+    """Of each point, by its accuracy, which a bar explains; hollow where it is unknown."""
     known = [point.accuracy for point in points if point.accuracy is not None]
-    low, high = (min(known), max(known)) if known else (0.0, 100.0)
+    if not known:
+        return ["none"] * len(points)
+    low, high = min(known), max(known)
     if high - low < 1e-9:
         low, high = low - 1, high + 1
-    return ScalarMappable(Normalize(low, high), cmap="cividis")
+    scale = ScalarMappable(Normalize(low, high), cmap="cividis")
+    figure.colorbar(scale, ax=figure.axes[0], label=textwrap.fill(title, 44))
+    return ["none" if p.accuracy is None else scale.to_rgba(p.accuracy) for p in points]
 
 
 @styled
@@ -50,22 +56,18 @@ def scatter(
         raise ValueError("a scatter of encoders needs at least one, got none")
     figure = Figure(figsize=(6, 4.2))
     axes = figure.add_subplot()
-    colours = _accuracy_colours(points)
     labels = list(dict.fromkeys(point.label for point in points))
-    for i, point in enumerate(points):
-        known = point.accuracy is not None
+    colours = _colours(figure, points, accuracy)
+    for i, (point, colour) in enumerate(zip(points, colours, strict=True)):
         axes.plot(
             point.alignment, point.uniformity, markersize=9, linestyle="",
             marker=MARKERS[labels.index(point.label) % len(MARKERS)],
-            markerfacecolor=colours.to_rgba(point.accuracy) if known else "none",
-            markeredgecolor=INK, markeredgewidth=0.8,
+            markerfacecolor=colour, markeredgecolor=INK, markeredgewidth=0.8,
         )  # fmt: skip
         axes.annotate(
             point.label, (point.alignment, point.uniformity), fontsize=8,
             xytext=(6, 6 if i % 2 else -11), textcoords="offset points",
         )  # fmt: skip
-    if any(point.accuracy is not None for point in points):
-        figure.colorbar(colours, ax=axes, label=textwrap.fill(accuracy, 44))
     axes.margins(0.12)
     axes.set_xlabel(f"alignment (alpha = {alpha:g}): left is better")
     axes.set_ylabel(f"uniformity (t = {t:g}): lower is better")
@@ -100,10 +102,7 @@ def weights_sweep(
             style = line_style(i)
             known = [(share, value(p)) for share, p in points if value(p) is not None]
             shares = sorted({share for share, _ in known})
-            means = []
-            for share in shares:
-                same = [v for s, v in known if s == share]
-                means.append(sum(same) / len(same))
+            means = [statistics.fmean(v for s, v in known if s == share) for share in shares]
             axes.plot(shares, means, label=label, **style)
             axes.plot(*zip(*known, strict=True), linestyle="", marker=style["marker"], alpha=0.4,
                       markersize=3.5, color=style["color"]) if known else None  # fmt: skip
@@ -133,10 +132,10 @@ def trajectories(
     """
     if not paths or not all(paths.values()):
         raise ValueError("trajectories need at least one encoder of each run")
-    everything = [point for points in paths.values() for point in points]
-    colours = _accuracy_colours(everything)
     figure = Figure(figsize=(6.6, 4.6))
     axes = figure.add_subplot()
+    everything = [point for points in paths.values() for point in points]
+    colours = iter(_colours(figure, everything, accuracy))
     labels: dict[tuple[float, float], str] = {}  # one for each place: paths can begin in the same
     for i, points in enumerate(paths.values()):
         style = line_style(i)
@@ -144,20 +143,16 @@ def trajectories(
         ys = [math.exp(point.uniformity) for point in points]
         axes.plot(xs, ys, color=style["color"], linestyle=style["linestyle"], linewidth=1.3,
                   zorder=1)  # fmt: skip
-        for j, point in enumerate(points):
+        for j in range(len(points)):
             marker = "s" if j == 0 else "*" if j == len(points) - 1 else "o"
-            known = point.accuracy is not None
             axes.plot(
                 xs[j], ys[j], marker=marker, linestyle="", markersize=12 if marker == "*" else 7,
-                markerfacecolor=colours.to_rgba(point.accuracy) if known else "none",
-                markeredgecolor=style["color"], markeredgewidth=1.2,
+                markerfacecolor=next(colours), markeredgecolor=style["color"], markeredgewidth=1.2,
             )  # fmt: skip
         for j in {0, len(points) - 1}:
             labels.setdefault((xs[j], ys[j]), points[j].label)
     for place, label in labels.items():
         axes.annotate(label, place, fontsize=7.5, xytext=(7, 4), textcoords="offset points")
-    if any(point.accuracy is not None for point in everything):
-        figure.colorbar(colours, ax=axes, label=textwrap.fill(accuracy, 44))
     handles = [
         Line2D([], [], label=name, **{**line_style(i), "marker": ""})
         for i, name in enumerate(paths)

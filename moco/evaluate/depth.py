@@ -155,7 +155,8 @@ def _begin_folder(
         changed = [n for n in args if n != "pretrained" and before.get(n, args[n]) != args[n]]
         if changed:
             raise CheckpointError(
-                f"{path} was made with another {', '.join(changed)}; choose another --save-dir"
+                f"{path} was made with other values of {', '.join(changed)}; choose another "
+                "--save-dir"
             )
     write_json(folder / ARGS, {**args, "data": settings.data, "provenance": provenance()})
     return args, state

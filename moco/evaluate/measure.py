@@ -1,12 +1,10 @@
 """What is measured of an encoder or of features: alignment, uniformity, k-NN accuracy; effective
 rank, deviation, alpha-ReQ, Wasserstein uniformity and LiDAR.
 
-`measure_encoder` takes held-out images: positive pairs are two random views of each image under a
-fixed seed; uniformity, rank and deviation are those of the first views, each image once, but
-uniformity of encoders of train_in_batch.py is the mean over both views, as in their training
-(arXiv:2005.10242, appendix B.1); k-NN classifies centre crops of DIR/val by those of DIR/train.
-`measure_features` takes files of features. Both give one report, a dict that can be written as
-JSON.
+Of held-out images, positive pairs are two random views of each under a fixed seed; uniformity, rank
+and deviation are those of the first views, but uniformity of encoders of train_in_batch.py is the
+mean over both, as in their training (arXiv:2005.10242, appendix B.1). A report can be written as
+JSON; `moco.evaluate.measure_table` prints it.
 """
 
 from __future__ import annotations
@@ -101,9 +99,14 @@ class HeldOut:
             if images.targets is None:
                 raise DataError(f"--images-per-class needs labels, and {self.data} has none")
             images = Subset(images, first_per_class(images.targets, self.per_class))
-        if len(images) > self.most:
-            images = Subset(images, [i * len(images) // self.most for i in range(self.most)])
+        return _thinned(images, self.most)
+
+
+def _thinned(images: Images, most: int) -> Images:
+    """At most so many, evenly spread."""
+    if len(images) <= most:
         return images
+    return Subset(images, [i * len(images) // most for i in range(most)])
 
 
 @kernels(deterministic=False)
@@ -144,7 +147,7 @@ def measure_encoder(
     (x, y), _ = extract(encoder, images, loading, views=2, seed=held_out.seed, what="views", **only)
     views = _views_for_lidar(encoder, images, held_out.seed, loading, quantities, layer)
     layers = {
-        each: _without_labels(
+        each: measure_layer(
             x[each],
             y[each],
             views.get(each),
@@ -168,7 +171,7 @@ def measure_encoder(
                 queries[each], labels, bank[each], bank_labels, quantities, loading.device
             )
     facts = {"checkpoint": name, **encoder.facts, "data": str(held_out.data)}
-    return _report(facts, layers, len(images), held_out.seed, quantities, notes)
+    return report({**facts, "seed": held_out.seed}, layers, len(images), quantities, notes)
 
 
 def _views_for_lidar(
@@ -182,12 +185,9 @@ def _views_for_lidar(
     """Unit features (n, views, C) of some images, evenly spread, by layer."""
     if not quantities.lidar_views:
         return {}
-    most = quantities.lidar_images
-    if len(images) > most:
-        images = Subset(images, [i * len(images) // most for i in range(most)])
     found, _ = extract(
-        encoder, images, loading, views=quantities.lidar_views, seed=seed, what="LiDAR",
-        unit=True, layer=layer,
+        encoder, _thinned(images, quantities.lidar_images), loading, seed=seed, what="LiDAR",
+        views=quantities.lidar_views, unit=True, layer=layer,
     )  # fmt: skip
     return {name: torch.stack([view[name] for view in found], dim=1) for name in found[0]}
 
@@ -215,7 +215,7 @@ def measure_features(
     both = None
     if own.second_view is not None:
         both = torch.stack([own.features, own.second_view], dim=1)
-    layer = _without_labels(own.features, own.second_view, both, quantities, device, str(path))
+    layer = measure_layer(own.features, own.second_view, both, quantities, device, str(path))
     if own.second_view is None:
         notes.append(f"alignment and LiDAR left out: {path} has no positives (other views)")
     if bank_path is None:
@@ -239,8 +239,8 @@ def measure_features(
             layer["knn"] = _knn(
                 own.features, own.labels, bank.features, bank.labels, quantities, device
             )
-    facts = {"features": str(path)}
-    return _report(facts, {"features": layer}, len(own.features), seed, quantities, notes)
+    facts = {"features": str(path), "seed": seed}
+    return report(facts, {"features": layer}, len(own.features), quantities, notes)
 
 
 def _read_unit_rows(path: str | os.PathLike, notes: list[str]) -> FeatureSet:
@@ -257,7 +257,7 @@ def _read_unit_rows(path: str | os.PathLike, notes: list[str]) -> FeatureSet:
     return replace(found, features=unit("features", found.features), second_view=second_view)
 
 
-def _without_labels(
+def measure_layer(
     x: Tensor,
     y: Tensor | None,
     views: Tensor | None,
@@ -267,30 +267,30 @@ def _without_labels(
     *,
     both_uniform: bool = False,
 ) -> dict:
-    """All that needs no labels. x, y: (N, C) unit rows; views: (n, views, C). Without y no
-    alignment, without views no LiDAR. both_uniform: uniformity is the mean over x and y, else that
-    of x."""
-    x = x.to(device)
-    y = None if y is None else y.to(device)
-    views = None if views is None else views.to(device)
-    dim = x.shape[1]
-    by_t = [f"{t:g}" for t in quantities.ts]
+    """All that needs no labels, of one layer.
+
+    Args:
+        x, y: (N, C) unit rows; without y no alignment.
+        views: (n, views, C) unit features; without them no LiDAR.
+        what: is measured, for errors.
+        both_uniform: uniformity is the mean over x and y, else that of x.
+
+    Raises:
+        DataError: features that cannot be measured.
+    """
+    x, y, views = (None if rows is None else rows.to(device) for rows in (x, y, views))
+    dim, ts = x.shape[1], quantities.ts
     second = y if both_uniform else None
     try:
-        curve = uniformity_curve(x, quantities.ts)
+        curve = uniformity_curve(x, ts)
         if second is not None:
-            of_second = uniformity_curve(second, quantities.ts)
-            curve = [(a + b) / 2 for a, b in zip(curve, of_second, strict=True)]
+            curve = [(a + b) / 2 for a, b in zip(curve, uniformity_curve(second, ts), strict=True)]
+        alignments = {} if y is None else {f"{a:g}": alignment(x, y, a) for a in quantities.alphas}
         return {
             "dim": dim,
-            "alignment": None
-            if y is None
-            else {f"{alpha:g}": alignment(x, y, alpha) for alpha in quantities.alphas},
-            "uniformity": dict(zip(by_t, curve, strict=True)),
-            "uniformity_infimum": {
-                name: uniformity_infimum(dim, t)
-                for name, t in zip(by_t, quantities.ts, strict=True)
-            },
+            "alignment": alignments or None,
+            "uniformity": {f"{t:g}": value for t, value in zip(ts, curve, strict=True)},
+            "uniformity_infimum": {f"{t:g}": uniformity_infimum(dim, t) for t in ts},
             "effective_rank": effective_rank(x),
             "deviation": dimension_deviation(x).mean().item() * dim**0.5,
             "alpha_req": alpha_req(x),
@@ -298,9 +298,7 @@ def _without_labels(
             "lidar": None if views is None else lidar(views),
             "lidar_images": None if views is None else views.shape[0],
             "lidar_views": None if views is None else views.shape[1],
-            "intervals": _intervals(x, y, views, quantities, second)
-            if quantities.intervals
-            else None,
+            "intervals": _intervals(x, y, views, quantities, second) or None,
             "knn": None,
         }
     except ValueError as error:
@@ -314,7 +312,10 @@ def _intervals(
     quantities: Quantities,
     second: Tensor | None,
 ) -> dict[str, dict | list]:
-    """95 % confidence intervals [low, high] over images, under the names of the values."""
+    """95 % confidence intervals [low, high] over images, under the names of the values, if asked
+    for."""
+    if not quantities.intervals:
+        return {}
     found: dict[str, dict | list] = {
         "uniformity": {
             f"{t:g}": list(uniformity_interval(x, t, second_view=second)) for t in quantities.ts
@@ -367,13 +368,8 @@ def _knn(
     }
 
 
-def _report(
-    facts: dict,
-    layers: dict[str, dict],
-    images: int,
-    seed: int,
-    quantities: Quantities,
-    notes: list[str],
+def report(
+    facts: dict, layers: dict[str, dict], images: int, quantities: Quantities, notes: list[str]
 ) -> dict:
     """The result. Its first lines are the two numbers of the paper, of the first layer, at
     alpha = 2 and t = 2 where these were measured."""
@@ -384,7 +380,6 @@ def _report(
     return {
         **facts,
         "images": images,
-        "seed": seed,
         "layer": name,
         "alpha": float(alpha),
         "t": float(t),

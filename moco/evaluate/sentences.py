@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from align_uniform.bounds import uniformity_infimum
-from align_uniform.metrics import dimension_deviation, effective_rank, uniformity_curve
+from align_uniform.metrics import uniformity_curve
 from align_uniform.sentences import adjacent_align_loss
-from align_uniform.spectrum import alpha_req, wasserstein_uniformity
 from moco.checkpoint import load_sentence_encoders
 from moco.data.text import Sentences, Vocabulary, read_sentences
-from moco.evaluate.measure import Quantities
+from moco.evaluate.measure import Quantities, measure_layer, report
 from moco.precision import kernels
 from moco.sentence_encoders import QuickThought
 
@@ -106,46 +105,19 @@ def measure_sentences(
         f"{alpha:g}": adjacent_align_loss(u, v, alpha, documents).item()
         for alpha in quantities.alphas
     }
-    layers = {name: _one_encoder(x, alignment, quantities) for name, x in (("f", u), ("g", v))}
+    of_one = replace(quantities, intervals=False)
+    layers = {
+        name: {**measure_layer(x, None, None, of_one, device, text), "alignment": alignment}
+        for name, x in (("f", u), ("g", v))
+    }
     layers = {"sentences": _mean(layers["f"], layers["g"]), **layers}
     facts = {n: info[n] for n in ("checkpoint", "task", "arch", "epoch", "objective")}
+    facts |= {"pretrained_epochs": info["epoch"], "data": str(text), "unit": "sentences"}
     notes = [
         "alignment is of neighbours, f with g; of the two encoders' other numbers the first column "
         f"has the mean. {100 * sentences.unknown_share():.2f} % of the words are unknown"
     ]
-    alpha, t = (f"{2 if 2 in g else g[0]:g}" for g in (quantities.alphas, quantities.ts))
-    return {
-        **facts,
-        "pretrained_epochs": info["epoch"],
-        "data": str(text),
-        "images": len(sentences),
-        "unit": "sentences",
-        "layer": "sentences",
-        "alpha": float(alpha),
-        "t": float(t),
-        "alignment": alignment[alpha],
-        "uniformity": layers["sentences"]["uniformity"][t],
-        "uniformity_infimum": layers["sentences"]["uniformity_infimum"][t],
-        "layers": layers,
-        "notes": notes,
-    }
-
-
-def _one_encoder(x: Tensor, alignment: dict[str, float], quantities: Quantities) -> dict[str, Any]:
-    by_t = [f"{t:g}" for t in quantities.ts]
-    dim = x.shape[1]
-    infima = (uniformity_infimum(dim, t) for t in quantities.ts)
-    return {
-        "dim": dim,
-        "alignment": alignment,
-        "uniformity": dict(zip(by_t, uniformity_curve(x, quantities.ts), strict=True)),
-        "uniformity_infimum": dict(zip(by_t, infima, strict=True)),
-        "effective_rank": effective_rank(x),
-        "deviation": dimension_deviation(x).mean().item() * dim**0.5,
-        "alpha_req": alpha_req(x),
-        "wasserstein_uniformity": wasserstein_uniformity(x),
-        **dict.fromkeys(("lidar", "intervals", "knn")),  # of images
-    }
+    return report(facts, layers, len(sentences), quantities, notes)
 
 
 def _mean(a: Any, b: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,16 +105,6 @@ def _sentences(path: Path) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------------------------------------
-# Classifiers
-# ------------------------------------------------------------------------------------------------
-
-
-def check_packages() -> None:
-    """Raise DataError unless scikit-learn is there; to be called before work starts."""
-    import_optional("sklearn.linear_model", "logistic regression", "scikit-learn")
-
-
 class Classifiers:
     """Logistic regressions with an l2 penalty, by scikit-learn; counts those that stopped before
     they converged.
@@ -125,17 +115,18 @@ class Classifiers:
     """
 
     def __init__(self) -> None:
-        check_packages()
+        purpose = "logistic regression"
+        self.models = import_optional("sklearn.linear_model", purpose, "scikit-learn")
         self.fits = self.stopped = 0
 
     def correct(
         self, train: Any, labels: np.ndarray, test: Any, truth: np.ndarray, c: float
     ) -> int:
         """Train with inverse strength c; how many of the test rows are classified correctly."""
-        from sklearn.linear_model import LogisticRegression
-
         solver = "newton-cholesky" if isinstance(train, np.ndarray) else "liblinear"
-        model = LogisticRegression(C=c, solver=solver, max_iter=MOST_ITERATIONS, random_state=0)
+        model = self.models.LogisticRegression(
+            C=c, solver=solver, max_iter=MOST_ITERATIONS, random_state=0
+        )
         model.fit(train, labels)
         self.fits += 1
         self.stopped += int(max(model.n_iter_) >= MOST_ITERATIONS)
@@ -146,23 +137,18 @@ class Classifiers:
         accuracies = []
         for c in progress(STRENGTHS, what):
             correct = 0
-            for start, stop in folds(len(labels)):
-                train = np.r_[0:start, stop : len(labels)]
+            for train, test in folds(labels, FOLDS):
                 if len(set(labels[train])) == 2:
-                    correct += self.correct(
-                        rows[train], labels[train], rows[start:stop], labels[start:stop], c
-                    )
+                    correct += self.correct(rows[train], labels[train], rows[test], labels[test], c)
             accuracies.append(correct)
         best = int(np.argmax(accuracies))
         return STRENGTHS[best], 100 * accuracies[best] / len(labels)
 
 
-def folds(n: int, count: int = FOLDS) -> list[tuple[int, int]]:
-    """Runs of rows one after another, as scikit-learn's KFold without shuffle: the first ones have
-    one more where `count` does not divide n."""
-    sizes = [n // count + (i < n % count) for i in range(count)]
-    ends = np.cumsum([0, *sizes]).tolist()
-    return list(zip(ends, ends[1:], strict=False))
+def folds(labels: np.ndarray, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(the others, the fold): positions, each fold a run of rows."""
+    selection = import_optional("sklearn.model_selection", "folds", "scikit-learn")
+    return selection.KFold(count).split(labels)
 
 
 def evaluate(reviews: Reviews, rows: Any, classifiers: Classifiers, what: str) -> dict[str, Any]:
@@ -184,12 +170,10 @@ def cross_validate(
 ) -> dict[str, Any]:
     """Mean accuracy (%) over `count` folds, C chosen by ten folds of the others each time."""
     found = []
-    for number, (start, stop) in enumerate(folds(len(labels), count), start=1):
-        train = np.r_[0:start, stop : len(labels)]
+    for number, (train, test) in enumerate(folds(labels, count), start=1):
         c, _ = classifiers.choose(rows[train], labels[train], f"{what}, fold {number}")
-        test = rows[start:stop], labels[start:stop]
-        correct = classifiers.correct(rows[train], labels[train], *test, c)
-        found.append(100 * correct / (stop - start))
+        correct = classifiers.correct(rows[train], labels[train], rows[test], labels[test], c)
+        found.append(100 * correct / len(test))
     return {"accuracy": float(np.mean(found)), "folds": count}
 
 

@@ -143,9 +143,8 @@ def repeat(rng: np.random.Generator, m: int, kappa: float, setting: Theorem1) ->
     y = np.where(independent[:, None], sample(rng, ANCHORS, setting.dim, kappa), x)
     second = log_potential(x, setting.tau, kappa)
     # Relative to M E exp(<x, x'>/tau): the sum over the negatives, 1 on average, and the positive.
-    scores = (
-        x @ sample(rng, m, setting.dim, kappa).T / setting.tau - second[:, None]
-    )  # (ANCHORS, M)
+    negatives = sample(rng, m, setting.dim, kappa)
+    scores = x @ negatives.T / setting.tau - second[:, None]  # (ANCHORS, M)
     error = np.exp(scores).mean(axis=1) - 1
     positive = np.exp((x * y).sum(axis=1) / setting.tau - second) / m
     # The loss is log(sum + positive) - <x, y>/tau. The error is zero on average, exactly, and is

@@ -55,13 +55,16 @@ class Protocol:
 
 @dataclass
 class Split:
-    """Features and labels of a data set under one encoder, on the device."""
+    """Features (N, C), unit rows, and labels of a data set under one encoder, on the device."""
 
-    train: Tensor  # (N, C) unit rows
+    train: Tensor
     train_labels: Tensor
     test: Tensor
     test_labels: Tensor
-    classes: int
+
+    @property
+    def classes(self) -> int:
+        return int(self.train_labels.max()) + 1
 
 
 def open_encoder(spec: str, image_size: int | None = None) -> ImageEncoder:
@@ -149,14 +152,14 @@ def _on_data_set(
 def _features(
     model: ImageEncoder, train: object, test: object, loading: Loading, what: str
 ) -> Split:
-    (bank,), labels = extract(model, train, loading, layer="backbone", what=f"{what}, train")
-    (queries,), truth = extract(model, test, loading, layer="backbone", what=f"{what}, test")
+    found = []
+    for images, part, kind in ((train, "train", "training"), (test, "test", "test")):
+        (rows,), labels = extract(model, images, loading, layer="backbone", what=f"{what}, {part}")
+        if not rows["backbone"].isfinite().all():
+            raise DataError(f"{what}: features of {kind} images are not finite")
+        found += [rows["backbone"].to(loading.device), labels.to(loading.device)]
     model.module.cpu()
-    for rows, part in ((bank["backbone"], "training"), (queries["backbone"], "test")):
-        if not rows.isfinite().all():
-            raise DataError(f"{what}: features of {part} images are not finite")
-    tensors = (bank["backbone"], labels, queries["backbone"], truth)
-    return Split(*(t.to(loading.device) for t in tensors), classes=int(labels.max()) + 1)
+    return Split(*found)
 
 
 def evaluate(split: Split, protocol: Protocol) -> tuple[dict, dict[str, Tensor]]:
@@ -242,11 +245,6 @@ def mcnemar(first: Tensor, second: Tensor) -> dict:
     stats = import_optional("scipy.stats", MCNEMAR)
     p = stats.binomtest(only_first, n).pvalue if n else 1.0
     return {"difference": 100 * (only_first - only_second) / len(first), "p": float(p)}
-
-
-# ------------------------------------------------------------------------------------------------
-# For people
-# ------------------------------------------------------------------------------------------------
 
 
 def table(found: dict) -> str:

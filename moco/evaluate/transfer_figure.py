@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from align_uniform.figures.style import line_style, styled
+from align_uniform.figures import line_style, styled
 
 
 @styled

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import reference
+import scipy.special
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from align_uniform import (
 from align_uniform.bounds import (
     add_self_pairs,
     can_collapse,
+    log_hyp0f1,
     queue_push,
     remove_self_pairs,
     uniformity_infimum,
@@ -38,6 +40,25 @@ def simplex(n: int, dim: int) -> Tensor:
     _, _, axes = torch.linalg.svd(corners)
     inside = corners @ axes[: n - 1].t()
     return F.pad(F.normalize(inside, dim=1), (0, dim - n + 1))
+
+
+def test_infimum_and_its_series_equal_scipys() -> None:
+    """-2t + log 0F1(; dim/2; t^2); where scipy's series overflows, by its scaled Bessel function:
+    0F1(; v + 1; t^2) = Gamma(v + 1) I_v(2t) / t^v, with v = dim/2 - 1."""
+    for dim in (2, 3, 4, 5, 16, 128, 129, 512, 2048):
+        for t in (0.01, 0.5, 1, 2, 3, 10, 30, 100):
+            expected = -2 * t + math.log(scipy.special.hyp0f1(dim / 2, t**2))
+            assert uniformity_infimum(dim, t) == pytest.approx(expected, rel=1e-9, abs=1e-10)
+    t = 2000.0
+    for dim in (128, 512):
+        assert not math.isfinite(scipy.special.hyp0f1(dim / 2, t**2))
+        v = dim / 2 - 1
+        expected = math.lgamma(v + 1) - v * math.log(t) + math.log(scipy.special.ive(v, 2 * t))
+        assert uniformity_infimum(dim, t) == pytest.approx(expected, rel=1e-9)
+    z = torch.tensor([[0.0, 1e-6, 0.3], [2.0, 50.0, 900.0]])
+    for b in (1.0, 1.5, 4.0, 64.0):
+        expected = torch.from_numpy(scipy.special.hyp0f1(b, z.double().numpy())).log()
+        torch.testing.assert_close(log_hyp0f1(b, z), expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("t", [0.01, 0.5, 2, 8, 100])
@@ -72,10 +93,7 @@ def test_many_points_around_the_circle_attain_the_bound(t: float) -> None:
     seed=st.integers(0, 10**6),
 )
 def test_no_points_go_below(n: int, dim: int, t: float, seed: int) -> None:
-    points = F.normalize(
-        torch.randn(n, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)),
-        dim=1,
-    )
+    points = reference.unit_rows(n, dim, seed)
     u, v = uniformity(points, t), uniformity(points, t, self_pairs=True)
     assert u >= uniformity_sample_bound(n, dim, t) - 1e-9
     assert v >= uniformity_sample_bound(n, dim, t, self_pairs=True) - 1e-9
@@ -93,33 +111,24 @@ def test_relation_of_the_estimators(n: int, value: float) -> None:
     assert add_self_pairs(0, n) == remove_self_pairs(0, n) == 0, "collapsed is collapsed"
 
 
-@pytest.mark.parametrize("n", [1, 0, -2, 2.5])
-def test_n_must_be_a_number_of_points(n: float) -> None:
-    calls = (
-        lambda: uniformity_sample_bound(n, 3),
-        lambda: add_self_pairs(-1, n),
-        lambda: remove_self_pairs(-1, n),
-    )
-    for call in calls:
-        with pytest.raises(ValueError, match=rf"^n must .*at least 2, got {n}"):
-            call()
-
-
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="^dim .*got 1"):
-        uniformity_sample_bound(10, 1)
-    for wrong in (math.nan, math.inf, 2.5):
-        with pytest.raises(ValueError, match="^dim must be a whole number"):
-            uniformity_infimum(wrong)
-        with pytest.raises(ValueError, match="^n must be a whole number"):
-            uniformity_sample_bound(wrong, 8)
+    calls = {
+        "dim": (uniformity_infimum, lambda dim: uniformity_sample_bound(10, dim)),
+        "n": (
+            lambda n: uniformity_sample_bound(n, 3),
+            lambda n: add_self_pairs(-1, n),
+            lambda n: remove_self_pairs(-1, n),
+        ),
+    }
+    for wrong in (1, 0, -3, 2.5, math.nan, math.inf):
+        for name, calls_with_it in calls.items():
+            for call in calls_with_it:
+                with pytest.raises(ValueError, match=f"^{name} must be a whole .*got {wrong}"):
+                    call(wrong)
     with pytest.raises(ValueError, match="^t .*got -1"):
         uniformity_sample_bound(10, 3, -1)
     with pytest.raises(ValueError, match="-3.9 is no uniformity with self-pairs of 10 points"):
         remove_self_pairs(-3.9, 10)
-
-
-# ---- Collapse: the rule against small runs near one point
 
 
 def spread_after(step, steps: int = 60) -> float:
@@ -140,85 +149,80 @@ def spread_after(step, steps: int = 60) -> float:
     return weights.norm().item() / before
 
 
-def near_one_point(weights, n: int, generator, shared=0.0) -> torch.Tensor:
+def near_one_point(weights, n: int, generator, shared=0.0) -> Tensor:
     """Features of noise, alone (rho is 0) or with what positives share (rho is 1/2)."""
     v = torch.randn(n, weights.shape[1], dtype=torch.float64, generator=generator) + shared
     ones = torch.ones(n, 1, dtype=torch.float64)
-    return torch.nn.functional.normalize(torch.cat([ones, v @ weights.t()], dim=1), dim=1)
+    return F.normalize(torch.cat([ones, v @ weights.t()], dim=1), dim=1)
 
 
-@pytest.mark.parametrize(("align_w", "collapses"), [(0.8, False), (1.25, True)])
-def test_collapse_within_the_batch(align_w: float, collapses: bool) -> None:
-    """unif_w 0.5 and t 2: the line is at 1."""
+def batch_loss(align_w, contr_w=0.0, shared=0):
+    """Of two views in a batch, unif_w 0.5, t 2; `shared` 1: half of their variance is common."""
 
     def step(weights, _, generator):
-        x, y = (near_one_point(weights, 256, generator) for _ in range(2))
-        return align_w * align_loss(x, y) + 0.5 * (uniform_loss(x, 2) + uniform_loss(y, 2)) / 2
+        common = shared * torch.randn(256, 6, dtype=torch.float64, generator=generator)
+        x, y = (near_one_point(weights, 256, generator, common) for _ in range(2))
+        uniform = (uniform_loss(x, 2) + uniform_loss(y, 2)) / 2
+        contrastive = in_batch_contrastive_loss(x, y, 0.5)
+        return contr_w * contrastive + align_w * align_loss(x, y) + 0.5 * uniform
 
-    assert can_collapse(align_w, 0.5, 2) == collapses
-    assert (spread_after(step) < 0.5) == collapses
-    assert (spread_after(step) > 2) != collapses
+    return step
 
 
-@pytest.mark.parametrize(
-    ("align_w", "intra_batch", "collapses"),
-    [(0.8, False, False), (1.2, False, True), (1.15, True, False), (1.6, True, True)],
-)
-def test_collapse_with_a_queue(align_w: float, intra_batch: bool, collapses: bool) -> None:
-    """With as many keys as queries the line is at 1 for Eq. 21 and at 1.34 for Eq. 22: 1.15 to 1.2
-    is on different sides of it."""
-    n = 128
-    push = queue_push(n, n, intra_batch=intra_batch)
+def queue_loss(align_w, intra_batch):
+    """Of 128 queries with a queue of as many keys, unif_w 0.5, t 2."""
 
     def step(weights, keys, generator):
-        q = near_one_point(weights, n, generator)
-        k, queue = (near_one_point(keys, n, generator) for _ in range(2))
+        q = near_one_point(weights, 128, generator)
+        k, queue = (near_one_point(keys, 128, generator) for _ in range(2))
         uniform = uniform_loss_with_queue(q, queue.t(), 2, intra_batch)
         return align_w * align_loss(q, k) + 0.5 * uniform
 
-    assert can_collapse(align_w, 0.5, 2, push=push) == collapses
-    assert (spread_after(step, 150) < 0.6) == collapses
-    assert (spread_after(step, 150) > 1.6) != collapses
+    return step
 
 
-@pytest.mark.parametrize(("align_w", "collapses"), [(0.8, False), (1.25, True)])
-def test_collapse_of_two_encoders(align_w: float, collapses: bool) -> None:
-    """Of sentences and their neighbours, without anything in common; unif_w 0.25 and t 2: the line
-    is at 1."""
+def sentence_loss(align_w, contr_w=0.0, shared=0):
+    """Of neighbours in documents of two by two encoders, unif_w 0.25, t 2; `shared` 1: half of the
+    variance of a document is common, and the encoders are one."""
+    documents = torch.arange(64).repeat_interleave(2)
 
     def step(weights, _, generator):
-        u, v = (near_one_point(half, 128, generator) for half in weights.chunk(2, dim=1))
-        return align_w * adjacent_align_loss(u, v) + 0.25 * summed_uniform_loss(u, v, 2)
+        common = shared * torch.randn(64, 6, dtype=torch.float64, generator=generator)[documents]
+        halves = weights.chunk(1 if shared else 2, dim=1)
+        common = common[:, : halves[0].shape[1]]
+        found = [near_one_point(half, 128, generator, common) for half in halves]
+        u, v = found[0], found[-1]
+        align, uniform = adjacent_align_loss(u, v, 2, documents), summed_uniform_loss(u, v, 2)
+        contrastive = adjacent_contrastive_loss(u, v, 0.5, documents)
+        return contr_w * contrastive + align_w * align + 0.25 * uniform
 
-    assert can_collapse(align_w, 0.25, 2, push=2) == collapses
-    assert (spread_after(step) < 0.5) == collapses
-    assert (spread_after(step) > 2) != collapses
+    return step
 
 
-@pytest.mark.parametrize(("contr_w", "collapses"), [(0, True), (0.2, True), (1, False)])
-@pytest.mark.parametrize("method", ["within the batch", "sentences"])
-def test_infonce_spreads_what_positives_share(method: str, contr_w: float, collapses: bool) -> None:
+RULE = {  # of align_w: the loss, its unif_w and push; on this side of the line, and on that
+    "batch": (batch_loss, 0.5, 1, 0.8, 1.25),
+    "Eq. 21": (lambda w: queue_loss(w, False), 0.5, queue_push(9, 9, intra_batch=False), 0.8, 1.2),
+    "Eq. 22": (lambda w: queue_loss(w, True), 0.5, queue_push(128, 128), 1.15, 1.6),
+    "two encoders": (sentence_loss, 0.25, 2, 0.8, 1.25),
+}
+
+
+@pytest.mark.parametrize("name", RULE)
+def test_the_rule_of_collapse_is_what_small_runs_do(name: str) -> None:
+    loss, unif_w, push, safe, unsafe = RULE[name]
+    for align_w, collapses in ((safe, False), (unsafe, True)):
+        assert can_collapse(align_w, unif_w, 2, push=push) == collapses
+        spread = spread_after(loss(align_w), 150 if name in ("Eq. 21", "Eq. 22") else 60)
+        assert spread < 0.6 if collapses else spread > 1.6
+
+
+@pytest.mark.parametrize("loss", [batch_loss, sentence_loss])
+def test_infonce_spreads_what_positives_share(loss) -> None:
     """Half of the variance is shared, so align_w 2.5 counts 1.25; uniformity counts 1, and InfoNCE
     of tau 0.5 contr_w / 2: the line is at 0.5."""
-
-    def within_the_batch(weights, _, generator):
-        shared = torch.randn(128, 6, dtype=torch.float64, generator=generator)
-        x, y = (near_one_point(weights, 128, generator, shared) for _ in range(2))
-        contrastive = in_batch_contrastive_loss(x, y, 0.5)
-        uniform = (uniform_loss(x, 2) + uniform_loss(y, 2)) / 2
-        return contr_w * contrastive + 2.5 * align_loss(x, y) + 0.5 * uniform
-
-    def sentences(weights, _, generator):  # documents of two, f and g alike
-        documents = torch.arange(64).repeat_interleave(2)
-        shared = torch.randn(64, 6, dtype=torch.float64, generator=generator)[documents]
-        u = near_one_point(weights, 128, generator, shared)
-        contrastive = adjacent_contrastive_loss(u, u, 0.5, documents)
-        align, uniform = adjacent_align_loss(u, u, 2, documents), summed_uniform_loss(u, u, 2)
-        return contr_w * contrastive + 2.5 * align + 0.25 * uniform
-
-    step = within_the_batch if method == "within the batch" else sentences
-    assert (spread_after(step) < 0.5) == collapses
-    assert (spread_after(step) > 2) != collapses
+    assert spread_after(loss(2.5, 0.0, 1)) < 0.5
+    assert spread_after(loss(2.5, 0.2, 1)) < 0.5
+    assert spread_after(loss(2.5, 1.0, 1)) > 2
 
 
 def test_the_rule_and_the_papers_rows() -> None:

@@ -83,6 +83,10 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
     "contrastive tau=0.2": contrastive_of(0.2),
     IN_BATCH: in_batch_of(0.2),
 }
+# Of which of (q, k, queue) each is a function.
+DEPENDS = {
+    "align": (0, 1), "uniform": (0,), "queue": (0, 2), "contrastive": (0, 1, 2), "in-batch": (0, 1),
+}  # fmt: skip
 QUEUE_LOSSES = [name for name in LOSSES if name.startswith(("queue", "contrastive"))]
 
 each_loss = pytest.mark.parametrize("name", LOSSES)
@@ -110,10 +114,12 @@ def value_and_gradients(
 
 
 def assert_equals_reference(
-    name: str, q: Tensor, k: Tensor, queue: Tensor, tolerance: float
+    losses: tuple[Loss, Loss], inputs: tuple[Tensor, ...], tolerance: float, of_gradient: float = 1
 ) -> None:
-    """Value within `tolerance` relatively; gradients, relatively to their largest entry."""
-    loss, expected_loss = LOSSES[name]
+    """Value within `tolerance` relatively; gradients within `of_gradient` times it, relatively to
+    their largest entry."""
+    loss, expected_loss = losses
+    q, k, queue = inputs
     value, gradients = value_and_gradients(loss, q, k, queue)
     expected, expected_gradients = value_and_gradients(
         expected_loss, q.double(), k.double(), queue.double()
@@ -123,38 +129,24 @@ def assert_equals_reference(
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         assert gradient.dtype == q.dtype
         largest = wanted.abs().max().item()
-        assert (gradient.double() - wanted).abs().max().item() <= tolerance * largest
-
-
-# -------------------------------------------------------------------------------- the reference
+        assert (gradient.double() - wanted).abs().max().item() <= of_gradient * tolerance * largest
 
 
 @pytest.mark.parametrize("length", [1.0, 1.7])
 def test_reference_expressions_equal_its_double_loops(length: float) -> None:
     """What the losses are held to below is what the equations say, term by term."""
     q, k, queue = (length * x for x in batch(5, 4, 7))
-    for alpha in (1, 1.5, 2, 3):
-        assert reference.align(q, k, alpha).item() == pytest.approx(
-            reference.loop_align(q, k, alpha), rel=1e-12
-        )
-    for t in (0.5, 2, 100):
-        assert reference.uniform(q, t).item() == pytest.approx(
-            reference.loop_uniform(q, t), rel=1e-12
-        )
-        for intra_batch in (True, False):
-            assert reference.uniform_with_queue(q, queue, t, intra_batch).item() == pytest.approx(
-                reference.loop_uniform_with_queue(q, queue, t, intra_batch), rel=1e-12
-            )
-    for tau in (0.07, 0.2, 1.0):
-        assert reference.info_nce(q, k, queue, tau).item() == pytest.approx(
-            reference.loop_info_nce(q, k, queue, tau), rel=1e-12
-        )
-        assert reference.in_batch_info_nce(q, k, tau).item() == pytest.approx(
-            reference.loop_in_batch_info_nce(q, k, tau), rel=1e-12
-        )
-
-
-# -------------------------------------------------------------------- value and gradient, exactly
+    taus = [(0.07,), (0.2,), (1.0,)]
+    for name, inputs, arguments in (
+        ("align", (q, k), [(1,), (1.5,), (2,), (3,)]),
+        ("uniform", (q,), [(0.5,), (2,), (100,)]),
+        ("uniform_with_queue", (q, queue), [(t, b) for t in (0.5, 2, 100) for b in (True, False)]),
+        ("info_nce", (q, k, queue), taus),
+        ("in_batch_info_nce", (q, k), taus),
+    ):
+        for more in arguments:
+            loop = getattr(reference, f"loop_{name}")(*inputs, *more)
+            assert getattr(reference, name)(*inputs, *more).item() == pytest.approx(loop, rel=1e-12)
 
 
 @each_loss
@@ -163,52 +155,37 @@ def test_reference_expressions_equal_its_double_loops(length: float) -> None:
 def test_value_and_gradient_equal_the_reference(
     name: str, dtype: torch.dtype, tolerance: float, n: int, c: int, size: int
 ) -> None:
-    assert_equals_reference(name, *(x.to(dtype) for x in batch(n, c, size)), tolerance)
+    """For rows of any length too, where 2 - 2<x, y> is not a squared distance, in value or in
+    radial gradient."""
+    q, k, queue = batch(n, c, size)
+    assert_equals_reference(LOSSES[name], [x.to(dtype) for x in (q, k, queue)], tolerance)
+    of_rows, of_keys = (torch.linspace(0.5, 1.5, x, dtype=torch.float64) for x in (n, size))
+    scaled = (q * of_rows[:, None], k * of_rows.flip(0)[:, None], queue * of_keys)
+    assert_equals_reference(LOSSES[name], [x.to(dtype) for x in scaled], tolerance)
 
 
 @each_loss
-@each_dtype
-def test_equations_hold_for_rows_of_any_length(
-    name: str, dtype: torch.dtype, tolerance: float
-) -> None:
-    """On non-unit rows 2 - 2<x, y> is not a squared distance, in value or in radial gradient."""
-    lengths = torch.linspace(0.5, 1.5, 9, dtype=torch.float64)
-    q, k, queue = batch(9, 6, 9)
-    q, k, queue = q * lengths[:, None], k * lengths.flip(0)[:, None], queue * lengths
-    assert_equals_reference(name, q.to(dtype), k.to(dtype), queue.to(dtype), tolerance)
-
-
-@pytest.mark.parametrize("name", ["uniform default", *QUEUE_LOSSES])
-@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8])
-def test_block_size_does_not_change_the_result(
-    name: str, block_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks of one row too, where a row's first block holds nothing but the row itself."""
-    monkeypatch.setattr("align_uniform.losses.BLOCK_SIZE", block_size)
-    assert_equals_reference(name, *batch(7, 4, 10), 1e-10)
-
-
-@each_loss
-def test_gradcheck(name: str) -> None:
-    """Holds on rows of any length: gradients are those of the equation, radial part included."""
-    q, k, queue = batch(4, 3, 5)
-    q = (1.3 * q).requires_grad_()
-    k = k.requires_grad_(name.startswith(("align", "contrastive", "in-batch")))
+def test_a_loss_is_a_function_of_its_inputs(name: str) -> None:
+    """Nothing is changed by its computation, nor by that of the gradient, which queue terms take in
+    the forward pass; weights of the loss come later."""
+    inputs = batch(5, 4, 6)
+    before = [x.clone() for x in inputs]
+    q, k, queue = inputs
     loss, _ = LOSSES[name]
-    assert torch.autograd.gradcheck(lambda q, k: loss(q, k, queue), (q, k))
-
-
-@each_loss
-def test_incoming_gradient_scales_the_gradient_and_backward_can_be_repeated(name: str) -> None:
-    """The queue terms take their gradient in the forward pass; weights of the loss come later."""
-    q, k, queue = batch(5, 4, 6)
-    q.requires_grad_()
-    value = LOSSES[name][0](q, k, queue)
-    (once,) = torch.autograd.grad(value, q, retain_graph=True)
-    (weighted,) = torch.autograd.grad(-3.5 * value, q, retain_graph=True)
-    (again,) = torch.autograd.grad(value, q)
+    plain = loss(q, k, queue)
+    assert not plain.requires_grad
+    leaf = q.clone().requires_grad_()
+    with torch.no_grad():
+        assert not loss(leaf, k, queue).requires_grad
+    value = loss(leaf, k, queue)
+    torch.testing.assert_close(value.detach(), plain)
+    (once,) = torch.autograd.grad(value, leaf, retain_graph=True)
+    (weighted,) = torch.autograd.grad(-3.5 * value, leaf, retain_graph=True)
+    (again,) = torch.autograd.grad(value, leaf)
     torch.testing.assert_close(weighted, -3.5 * once)
-    torch.testing.assert_close(again, once, rtol=0, atol=0)
+    assert torch.equal(again, once)
+    for x, unchanged in zip(inputs, before, strict=True):
+        assert torch.equal(x, unchanged)
 
 
 def hessian_product(
@@ -253,16 +230,6 @@ def test_second_derivatives_are_right(name: str, path: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-10)
 
 
-@each_queue_loss
-def test_second_derivatives_need_the_queue_as_it_was(name: str) -> None:
-    q, k, queue = batch(5, 4, 6)
-    q.requires_grad_()
-    value = LOSSES[name][0](q, k, queue)
-    queue.zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(value, q, create_graph=True)
-
-
 @pytest.mark.parametrize("name", ["uniform default", *QUEUE_LOSSES])
 def test_other_ways_to_a_second_derivative_are_refused(name: str) -> None:
     """torch.func's transforms and forward mode: an error, never a wrong number."""
@@ -278,36 +245,17 @@ def test_other_ways_to_a_second_derivative_are_refused(name: str) -> None:
         value(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
 
 
-@each_loss
-def test_value_is_the_same_without_gradient(name: str) -> None:
-    q, k, queue = batch(5, 4, 6)
-    loss, _ = LOSSES[name]
-    plain = loss(q, k, queue)
-    assert not plain.requires_grad
-    with_gradient = loss(q.clone().requires_grad_(), k, queue)
-    assert with_gradient.requires_grad
-    torch.testing.assert_close(with_gradient.detach(), plain)
-    with torch.no_grad():
-        assert not loss(q.clone().requires_grad_(), k, queue).requires_grad
-
-
-@each_loss
-def test_inputs_are_left_as_they_were(name: str) -> None:
-    inputs = batch(5, 4, 6)
-    before = [x.clone() for x in inputs]
-    value_and_gradients(LOSSES[name][0], *inputs)
-    for x, unchanged in zip(inputs, before, strict=True):
-        assert torch.equal(x, unchanged)
-
-
 @each_queue_loss
 def test_queue_may_be_overwritten_before_backward(name: str) -> None:
-    """MoCo enqueues between forward and backward, and the losses keep no copy of the queue."""
+    """MoCo enqueues between forward and backward, and the losses keep no copy of the queue. Only
+    second derivatives need it as it was."""
     q, k, queue = batch(5, 4, 6)
     _, (expected, _) = value_and_gradients(LOSSES[name][1], q, k, queue)
     q.requires_grad_()
     value = LOSSES[name][0](q, k, queue)
     queue.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(value, q, create_graph=True)
     value.backward()
     torch.testing.assert_close(q.grad, expected, rtol=1e-10, atol=1e-12)
 
@@ -328,7 +276,7 @@ def test_both_matrix_products_are_right(
     q, k, queue = (x.float() for x in batch(n, c, size))
     q, k = 0.9 * q, 0.8 * k  # of unit rows with C = 1, the positive ties with half of the queue
     for keys in (queue, queue.t().contiguous().t()):
-        assert_equals_reference(name, q, k, keys, 2e-5)
+        assert_equals_reference(LOSSES[name], (q, k, keys), 2e-5)
     by_columns = q.t().contiguous().t()
     loss, expected_loss = LOSSES[name]
     torch.testing.assert_close(loss(by_columns, k, queue), loss(q, k, queue))
@@ -370,9 +318,6 @@ def test_compiled_in_one_graph(name: str) -> None:
     wanted, wanted_gradients = value_and_gradients(loss, q, k, queue)
     torch.testing.assert_close(value, wanted)
     torch.testing.assert_close(gradients, wanted_gradients)
-
-
-# ------------------------------------------------------------------------------- mixed precision
 
 
 @each_loss
@@ -420,19 +365,34 @@ def test_queue_of_another_type_is_cast_to_the_queries_type(kind: torch.dtype) ->
         torch.testing.assert_close(value, LOSSES[name][0](q, k, other.float()))
 
 
-# ----------------------------------------------------------------------------------- known values
-
-
 @each_dtype
-@pytest.mark.parametrize("t", [0.5, 2, 3])
-def test_uniform_known_values(dtype: torch.dtype, tolerance: float, t: float) -> None:
-    """Collapsed 0, an antipodal pair -4t, an orthogonal pair -2t, in the batch and in the queue."""
-    e1, e2 = torch.eye(2, 4, dtype=dtype)
-    for other, value in ((e1, 0.0), (-e1, -4 * t), (e2, -2 * t)):
-        pair = torch.stack([e1, other])
-        assert uniform_loss(pair, t).item() == pytest.approx(value, abs=10 * tolerance)
-        against_queue = uniform_loss_with_queue(e1[None], other[:, None].expand(4, 3), t)
-        assert against_queue.item() == pytest.approx(value, abs=10 * tolerance)
+def test_known_values(dtype: torch.dtype, tolerance: float) -> None:
+    """Rows that coincide, are antipodal or orthogonal; pairs that coincide among negatives that all
+    coincide with them or are orthogonal. A loss that is nearly 0 is not rounded to 0."""
+    e = torch.eye(4, dtype=dtype)
+    same, cases = e[:1].expand(4, 4), []
+    for other, squared in ((e[0], 0), (-e[0], 4), (e[1], 2)):
+        for alpha in (1, 1.5, 2, 3):
+            cases.append((align_loss(same, other.expand(4, 4), alpha), squared ** (alpha / 2)))
+        for t in (0.5, 2, 3):
+            cases.append((uniform_loss(torch.stack([e[0], other]), t), -t * squared))
+            keys = other[:, None].expand(4, 3)
+            cases.append((uniform_loss_with_queue(e[:1], keys, t), -t * squared))
+    for tau in (0.05, 0.2):
+        far = math.exp(-1 / tau)
+        cases += [
+            (contrastive_loss(same, same, same.t(), tau), math.log(5)),
+            (contrastive_loss(same, same, e[1][:, None].expand(4, 4), tau), math.log1p(4 * far)),
+            (in_batch_contrastive_loss(same, same, tau), math.log(4)),
+            (in_batch_contrastive_loss(e, e, tau), math.log1p(3 * far)),
+        ]
+    for value, expected in cases:
+        absolute = 1e-12 if expected else 10 * tolerance
+        assert value.item() == pytest.approx(expected, rel=10 * tolerance, abs=absolute)
+    one = e[:1].clone().requires_grad_()
+    loss = in_batch_contrastive_loss(one, e[1:2], tau=0.2)
+    (gradient,) = torch.autograd.grad(loss, one)
+    assert loss.item() == 0 and not gradient.any(), "one pair has no negatives"
 
 
 def test_collapsed_random_direction_is_zero() -> None:
@@ -441,55 +401,6 @@ def test_collapsed_random_direction_is_zero() -> None:
     assert align_loss(q, q).item() == 0
     assert uniform_loss(q).item() == pytest.approx(0, abs=5e-6)
     assert uniform_loss_with_queue(q, q.t()).item() == pytest.approx(0, abs=5e-6)
-
-
-@pytest.mark.parametrize("alpha", [1, 1.5, 2, 3])
-def test_align_known_values(alpha: float) -> None:
-    """Coincident 0, orthogonal 2^(alpha/2), antipodal 2^alpha."""
-    x = torch.eye(3, 4, dtype=torch.float64)
-    assert align_loss(x, x, alpha).item() == 0
-    assert align_loss(x, x.roll(1, dims=0), alpha).item() == pytest.approx(2 ** (alpha / 2))
-    assert align_loss(x, -x, alpha).item() == pytest.approx(2**alpha)
-
-
-def test_contrastive_known_values() -> None:
-    """All similarities equal: log(K + 1). Queue orthogonal to q = k: log(1 + K exp(-1/tau))."""
-    e1, e2 = torch.eye(2, 4, dtype=torch.float64)
-    q = e1.expand(3, 4)
-    same, orthogonal = e1[:, None].expand(4, 7), e2[:, None].expand(4, 7)
-    assert contrastive_loss(q, q, same, tau=0.2).item() == pytest.approx(math.log(8))
-    expected = math.log1p(7 * math.exp(-1 / 0.2))
-    assert contrastive_loss(q, q, orthogonal, tau=0.2).item() == pytest.approx(expected)
-
-
-def test_in_batch_contrastive_known_values() -> None:
-    """All equal: log K. Pairs coincide, others orthogonal: log(1 + (K-1) exp(-1/tau)). One: 0."""
-    e = torch.eye(3, 4, dtype=torch.float64)
-    same = e[:1].expand(3, 4)
-    assert in_batch_contrastive_loss(same, same, tau=0.2).item() == pytest.approx(math.log(3))
-    expected = math.log1p(2 * math.exp(-1 / 0.2))
-    assert in_batch_contrastive_loss(e, e, tau=0.2).item() == pytest.approx(expected)
-    one = e[:1].clone().requires_grad_()
-    loss = in_batch_contrastive_loss(one, e[1:2], tau=0.2)
-    (gradient,) = torch.autograd.grad(loss, one)
-    assert loss.item() == 0 and not gradient.any()
-
-
-def test_in_batch_contrastive_is_alignment_and_a_log_sum() -> None:
-    """For unit rows, L_c = L_align / (2 tau) - 1 / tau + the mean log-sum of exponentials."""
-    x, y, _ = batch(9, 5, 1)
-    tau = 0.3
-    scores = x @ y.t() / tau
-    sums = (scores.logsumexp(dim=1).mean() + scores.logsumexp(dim=0).mean()) / 2
-    expected = align_loss(x, y) / (2 * tau) - 1 / tau + sums
-    torch.testing.assert_close(in_batch_contrastive_loss(x, y, tau), expected)
-
-
-def test_an_in_batch_contrastive_loss_that_is_nearly_0_is_not_rounded_to_0() -> None:
-    """7 exp(-1 / tau) of pairs that coincide."""
-    e = torch.eye(8)
-    tiny = in_batch_contrastive_loss(e, e, tau=0.05).item()
-    assert tiny == pytest.approx(math.log1p(7 * math.exp(-1 / 0.05)), rel=1e-4)
 
 
 @pytest.mark.parametrize(("t", "value"), [(2, -3.938), (3, -5.860)])
@@ -502,52 +413,18 @@ def test_random_queue_of_128_dimensions(t: float, value: float) -> None:
         assert loss == pytest.approx(uniformity_infimum(128, t), abs=3e-3)
 
 
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("t", [1.0, 2.0])
-def test_each_intra_batch_pair_counts_once(n: int, t: float) -> None:
-    """A single key opposite to all queries, so that the batch's own pairs make up the sum."""
-    q = F.normalize(torch.eye(n, 4, dtype=torch.float64) * 0.1 + torch.eye(4)[3].double(), dim=1)
-    key = -torch.eye(4, dtype=torch.float64)[3]
-    pairs = n * (n - 1) / 2
-    to_key = math.exp(-t * (q[0] - key).square().sum().item())
-    to_query = math.exp(-t * (q[0] - q[1]).square().sum().item())
-    expected = math.log((n * to_key + pairs * to_query) / (n + pairs))
-    twice = math.log((n * to_key + 2 * pairs * to_query) / (n + 2 * pairs))
-    assert abs(expected - twice) > 0.1  # else this test would show nothing
-    assert uniform_loss_with_queue(q, key[:, None], t).item() == pytest.approx(expected, rel=1e-12)
-    without = uniform_loss_with_queue(q, key[:, None], t, intra_batch=False).item()
-    assert without == pytest.approx(math.log(to_key), rel=1e-12)
-
-
-def test_contrastive_rank_counts_the_more_similar_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a double loop, over several blocks; a tie is not "more similar"."""
-    monkeypatch.setattr("align_uniform.losses.BLOCK_SIZE", 64)
-    q, k, queue = batch(9, 3, 201)
-    own = (q * k).sum(dim=1)
-    expected = [
-        sum((q[i] @ queue[:, j]).item() > own[i].item() for j in range(queue.shape[1]))
-        for i in range(len(q))
-    ]
-    assert contrastive_rank(q, k, queue).tolist() == expected
-    assert max(expected) > 0
+def test_a_tie_is_not_more_similar() -> None:
     e1, e2 = torch.eye(2)
     ties = torch.stack([e1, e2, e1], dim=1)
     assert contrastive_rank(e1[None], e1[None], ties).tolist() == [0]
     assert contrastive_rank(e1[None], e2[None], ties).tolist() == [2]
 
 
-# ---------------------------------------------------------------- numerics that upstream gets wrong
-
-
 @pytest.mark.parametrize("alpha", [1, 1.5, 2, 3])
 def test_align_is_finite_for_coincident_float32_rows(alpha: float) -> None:
     """(2 - 2<q, k>)^(alpha/2) is NaN there, as <q, q> rounds to more than 1 in some of the rows."""
     q = unit_rows(256, 128).float()
-    squared = 2 - 2 * (q * q).sum(dim=1)
-    assert squared.min() < 0  # the trap is there
-    if alpha != 2:
-        assert squared.pow(alpha / 2).mean().isnan()  # and the formula falls into it
-
+    assert (2 - 2 * (q * q).sum(dim=1)).min() < 0  # the trap is there
     x, y = q.clone().requires_grad_(), q.clone().requires_grad_()
     loss = align_loss(x, y, alpha)
     loss.backward()
@@ -558,48 +435,18 @@ def test_align_is_finite_for_coincident_float32_rows(alpha: float) -> None:
 
 
 @each_dtype
-def test_large_t_is_finite(dtype: torch.dtype, tolerance: float) -> None:
-    """exp(-100 d^2) is 0 in float32 for all pairs of random features, and the log of 0 is -inf."""
-    q, _, queue = (x.to(dtype) for x in batch(32, 128, 500))
+@pytest.mark.parametrize(("scale", "dim", "t"), [(1, 128, 100), (30 * 768**0.5, 768, 2)])
+def test_potentials_below_what_exp_can_show(
+    dtype: torch.dtype, tolerance: float, scale: float, dim: int, t: float
+) -> None:
+    """exp(-100 d^2) is 0 in float32 for all pairs of random features, as exp(-2 d^2) is for those
+    that were not normalised; and the log of 0 is -inf."""
+    q, k, queue = (scale * x.to(dtype) for x in batch(32, dim, 500))
     if dtype == torch.float32:
-        assert (-100 * torch.pdist(q).square()).exp().mean().log() == -math.inf
-
-    for loss, expected_loss in (
-        (lambda q, *_: uniform_loss(q, 100), lambda q, *_: reference.uniform(q, 100)),
-        (
-            lambda q, _, queue: uniform_loss_with_queue(q, queue, 100),
-            lambda q, _, queue: reference.uniform_with_queue(q, queue, 100),
-        ),
-    ):
-        value, (gradient, _) = value_and_gradients(loss, q, q, queue)
-        expected, (wanted, _) = value_and_gradients(
-            expected_loss, q.double(), q.double(), queue.double()
-        )
-        assert value.item() == pytest.approx(expected.item(), rel=tolerance)
-        # The weights of the pairs are exp(rounding of 100 d^2), hence about 100 times less exact.
-        error = (gradient.double() - wanted).abs().max()
-        assert error <= 100 * tolerance * wanted.abs().max()
-
-
-@each_dtype
-def test_features_that_were_not_normalised_are_finite(dtype: torch.dtype, tolerance: float) -> None:
-    """768 dimensions of scale 30: squared distances of a million, far below what exp can show."""
-    generator = torch.Generator().manual_seed(0)
-    q = (30 * torch.randn(16, 768, generator=generator)).to(dtype)
-    queue = (30 * torch.randn(768, 100, generator=generator)).to(dtype)
-    assert (-2 * torch.cdist(q.double(), queue.t().double()).square()).exp().sum() == 0
-    for value, expected in (
-        (uniform_loss(q), reference.uniform(q)),
-        (uniform_loss_with_queue(q, queue), reference.uniform_with_queue(q, queue)),
-        (
-            uniform_loss_with_queue(q, queue, intra_batch=False),
-            reference.uniform_with_queue(q, queue, intra_batch=False),
-        ),
-    ):
-        assert value.item() == pytest.approx(expected.item(), rel=tolerance)
-    q.requires_grad_()
-    (uniform_loss(q) + uniform_loss_with_queue(q, queue)).backward()
-    assert q.grad.isfinite().all()
+        assert (-t * torch.pdist(q).square()).exp().mean().log() == -math.inf
+    # The weights of the pairs are exp(rounding of t d^2): gradients are as much less exact.
+    for losses in (uniform_of(t=t), queue_of(t=t), queue_of(t=t, intra_batch=False)):
+        assert_equals_reference(losses, (q, k, queue), tolerance, of_gradient=t * scale**2)
 
 
 @pytest.mark.parametrize("make", [contrastive_of, in_batch_of])
@@ -624,13 +471,7 @@ def test_nan_shows_in_the_loss(name: str) -> None:
     for spoilt in range(3):
         inputs = [x.clone() for x in batch(5, 4, 6)]
         inputs[spoilt][2, 1] = math.nan
-        depends = {
-            "align": (True, True, False),
-            "uniform": (True, False, False),
-            "queue": (True, False, True),
-            "contrastive": (True, True, True),
-            "in-batch": (True, True, False),
-        }[name.split()[0]][spoilt]
+        depends = spoilt in DEPENDS[name.split()[0]]
         assert LOSSES[name][0](*inputs).isnan().item() == depends
 
 
@@ -645,9 +486,6 @@ def test_uniform_loss_beyond_the_old_limit_of_pdist() -> None:
     assert loss.item() == pytest.approx(uniformity_infimum(2, 2), abs=1e-3)
     assert x.grad.isfinite().all()
     assert growth < 2 * 1024**2
-
-
-# ------------------------------------------------------------------------------ lengths of features
 
 
 @pytest.fixture
@@ -679,9 +517,7 @@ def test_features_far_from_unit_length_are_warned_of_once(
     if spoilt < 2:
         inputs[spoilt] = torch.cat([unit[spoilt][:5], inputs[spoilt][5:]])  # one row is enough
     caught = length_warnings(lambda: [loss(*inputs) for _ in range(2)])
-    arguments = {"align": (0, 1), "uniform": (0,), "queue": (0, 2), "contrastive": (0, 1, 2)}
-    arguments["in-batch"] = (0, 1)
-    assert len(caught) == (spoilt in arguments[name.split()[0]])
+    assert len(caught) == (spoilt in DEPENDS[name.split()[0]])
     for one in caught:
         assert one.filename == __file__ and f"{length:.4g}" in str(one.message)
     assert not length_warnings(lambda: loss(*(3 * x.detach() for x in inputs))) or not caught
@@ -726,41 +562,30 @@ def test_a_gpu_is_not_waited_for(never_warned: None) -> None:
     assert len(length_warnings(lambda: [align_loss(40 * q, k), align_loss(q, k)])) == 1
 
 
-# -------------------------------------------------------------------------------------- refusals
-
 ROWS = torch.eye(4, 8)
 KEYS = torch.eye(8, 5)
 
-BY_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "x align": lambda x: align_loss(x, x),
-    "x uniform": uniform_loss,
-    "q queue": lambda q: uniform_loss_with_queue(q, KEYS),
-    "q contrastive": lambda q: contrastive_loss(q, q, KEYS, 0.2),
-    "x in-batch": lambda x: in_batch_contrastive_loss(x, x, 0.2),
-}
 
-
-@pytest.mark.parametrize("name", BY_ROWS)
-def test_bad_rows_are_refused_by_name(name: str) -> None:
-    for rows, message in (
-        (ROWS[0], r"\(N, C\).*got \(8,\)"),
-        (ROWS[None], r"\(N, C\).*got \(1, 4, 8\)"),
-        (ROWS[:0], r"\(N, C\).*got \(0, 8\)"),
-        (ROWS.long(), r"floating-point.*got torch\.int64"),
-        (ROWS.tolist(), r"tensor.*got list"),
+def test_bad_rows_are_refused_by_name() -> None:
+    for name, loss in (
+        ("x", lambda x: align_loss(x, x)),
+        ("x", uniform_loss),
+        ("q", lambda q: uniform_loss_with_queue(q, KEYS)),
+        ("q", lambda q: contrastive_loss(q, q, KEYS, 0.2)),
+        ("x", lambda x: in_batch_contrastive_loss(x, x, 0.2)),
     ):
-        with pytest.raises(ValueError, match=f"^{name[0]} .*{message}"):
-            BY_ROWS[name](rows)
+        for rows, message in (
+            (ROWS[0], r"\(N, C\).*got \(8,\)"),
+            (ROWS[None], r"\(N, C\).*got \(1, 4, 8\)"),
+            (ROWS[:0], r"\(N, C\).*got \(0, 8\)"),
+            (ROWS.long(), r"floating-point.*got torch\.int64"),
+            (ROWS.tolist(), r"tensor.*got list"),
+        ):
+            with pytest.raises(ValueError, match=f"^{name} .*{message}"):
+                loss(rows)
 
 
-BY_QUEUE: dict[str, Callable[[Tensor], Tensor]] = {
-    "uniform": lambda queue: uniform_loss_with_queue(ROWS, queue),
-    "contrastive": lambda queue: contrastive_loss(ROWS, ROWS, queue, 0.2),
-}
-
-
-@pytest.mark.parametrize("name", BY_QUEUE)
-def test_a_bad_queue_is_refused(name: str) -> None:
+def test_a_bad_queue_is_refused() -> None:
     for queue, message in (
         (KEYS.t(), r".*\(C, K\).*C = 8.*got \(5, 8\)"),
         (KEYS[:, 0], r".*\(C, K\).*got \(8,\)"),
@@ -769,7 +594,9 @@ def test_a_bad_queue_is_refused(name: str) -> None:
         (KEYS.clone().requires_grad_(), "must not require a gradient"),
     ):
         with pytest.raises(ValueError, match=f"^queue {message}"):
-            BY_QUEUE[name](queue)
+            uniform_loss_with_queue(ROWS, queue)
+        with pytest.raises(ValueError, match=f"^queue {message}"):
+            contrastive_loss(ROWS, ROWS, queue, 0.2)
 
 
 def test_pairs_that_do_not_match_are_refused() -> None:
@@ -790,22 +617,15 @@ def test_pairs_that_do_not_match_are_refused() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, -0.5, math.nan, math.inf, None, "2"])
 def test_scalars_must_be_positive_numbers(value: float) -> None:
-    calls = {
-        "alpha": [lambda: align_loss(ROWS, ROWS, alpha=value)],
-        "t": [
-            lambda: uniform_loss(ROWS, t=value),
-            lambda: uniform_loss_with_queue(ROWS, KEYS, t=value),
-            lambda: uniform_loss_with_queue(ROWS, KEYS, t=value, intra_batch=False),
-        ],
-        "tau": [
-            lambda: contrastive_loss(ROWS, ROWS, KEYS, tau=value),
-            lambda: in_batch_contrastive_loss(ROWS, ROWS, tau=value),
-        ],
-    }
-    for name, calls_with_it in calls.items():
-        for call in calls_with_it:
-            with pytest.raises(ValueError, match=f"^{name} .*positive.*got {value!r}$"):
-                call()
+    for name, call in (
+        ("alpha", lambda: align_loss(ROWS, ROWS, alpha=value)),
+        ("t", lambda: uniform_loss(ROWS, t=value)),
+        ("t", lambda: uniform_loss_with_queue(ROWS, KEYS, t=value)),
+        ("tau", lambda: contrastive_loss(ROWS, ROWS, KEYS, tau=value)),
+        ("tau", lambda: in_batch_contrastive_loss(ROWS, ROWS, tau=value)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} .*positive.*got {value!r}$"):
+            call()
 
 
 def test_alpha_below_one_is_for_values_only() -> None:
@@ -822,8 +642,6 @@ def test_alpha_below_one_is_for_values_only() -> None:
     with torch.no_grad():
         torch.testing.assert_close(align_loss(q.requires_grad_(), k, alpha=0.5), expected)
 
-
-# ------------------------------------------------------------------------- what holds for any input
 
 # Reproducible, since CI must not fail by chance; shapes and exponents are what hypothesis picks.
 property_test = settings(max_examples=40, deadline=None, derandomize=True)

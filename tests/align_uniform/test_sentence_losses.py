@@ -88,21 +88,6 @@ def test_uniformity_is_the_sum_over_both_encoders() -> None:
     assert summed_uniform_loss(u, v, 5).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("tau", [0.01, 0.5])
-def test_contrastive_is_alignment_and_a_log_sum_at_alpha_2(tau) -> None:
-    u, v = features(8)
-    documents = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1])
-    log_sum = (u @ v.t() / tau).logsumexp(dim=1).mean()
-    expected = adjacent_align_loss(u, v, 2, documents) / (2 * tau) - 1 / tau + log_sum
-    loss = adjacent_contrastive_loss(u, v, tau, documents)
-    assert loss.item() == pytest.approx(expected.item())
-
-
-def test_equal_features_give_log_k() -> None:
-    u = torch.ones(7, 4) / 2
-    assert adjacent_contrastive_loss(u, u, 0.1).item() == pytest.approx(math.log(7))
-
-
 def test_no_neighbours_at_all_are_zero_without_slope() -> None:
     u, v = features(3)
     u.requires_grad_()

@@ -103,6 +103,8 @@ ME, DEAD = lock.socket.gethostname(), 2**22 + 1  # above any process number
         ("another-host", 7, "42", 0, True),
         ("another-host", 7, "41", 0, False),  # a requeue of this job
     ],
+    # Not by the process numbers, which differ between test processes.
+    ids=["elsewhere", "dead elsewhere", "here", "dead here", "another job", "requeued"],
 )
 def test_without_locks_a_holder_that_lives_keeps_the_folder(
     host, pid, job, age, holds, tmp_path, no_locks, monkeypatch

@@ -66,9 +66,6 @@ def run(capsys: pytest.CaptureFixture, *argv: object) -> dict:
 unit_rows = functools.partial(reference.unit_rows, dtype=torch.float32)
 
 
-# ------------------------------------------------------------------------------------- encoders
-
-
 def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
     """Every number against the features that the parts of the project give when called apart."""
     out = tmp_path / "result.json"
@@ -107,19 +104,18 @@ def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path,
         assert (layer["lidar_images"], layer["lidar_views"]) == (15, 10) and layer["lidar"] > 1
         assert layer["intervals"] is None
 
-        bank, queries = (
+        splits = (
+            loader.PlainImages(open_images("folder", data, split), eval_transform(16))
+            for split in ("val", "train")
+        )
+        queries, bank = (
             evaluate.extract_features(
                 encoder,
-                loader.eval_loader(
-                    loader.PlainImages(
-                        open_images("folder", data, split), eval_transform(16)
-                    ),
-                    batch_size=8, workers=0, pin_memory=False,
-                ),
+                loader.eval_loader(s, batch_size=8, workers=0, pin_memory=False),
                 **inputs,
             )
-            for split in ("train", "val")
-        )  # fmt: skip
+            for s in splits
+        )
         knn = evaluate.knn_accuracy(queries, bank, classes=3)
         for key in ("top1", "top5", "k"):
             assert layer["knn"][key] == pytest.approx(knn[key])
@@ -131,13 +127,6 @@ def test_both_layers_of_a_moco_file(data: Path, moco_file: Path, tmp_path: Path,
     assert result["alignment"] == first["alignment"]["2"]
     assert result["uniformity"] == first["uniformity"]["2"]
     assert result["uniformity_infimum"] == first["uniformity_infimum"]["2"]
-
-
-def test_intervals_and_lidar_of_a_few_images(data, moco_file, capsys) -> None:
-    flags = [moco_file, data, "--layer", "projection", "--lidar-images", "4", "--lidar-views", "3"]
-    flags += ["--intervals", "--t", "2", "--alpha", "2"]
-    (status, line) = refusal(measure.main, [*flags, "-j", "0"], capsys)
-    assert status == 1 and "at most half the 15 images" in line
 
 
 def test_a_features_file_has_lidar_of_its_two_views_and_intervals(tmp_path, capsys) -> None:
@@ -159,23 +148,26 @@ def test_a_features_file_has_lidar_of_its_two_views_and_intervals(tmp_path, caps
     assert "LiDAR, 60 x 2 views" in table and "alpha-ReQ" in table
 
 
-def test_seed_and_chosen_exponents(data: Path, moco_file: Path, capsys) -> None:
+def test_seed_chosen_exponents_and_fewer_images(data, moco_file, tmp_path, capsys) -> None:
+    """And the table, with the JSON beside it in a file."""
     flags = [moco_file, data, "--layer", "backbone", "--t", "3,0.5", "--alpha", "1"]
+    flags += ["--most-images", 6]
     result = run(capsys, *flags)
-    assert list(result["layers"]) == ["backbone"]
-    assert list(result["layers"]["backbone"]["uniformity"]) == ["0.5", "3"]
+    layer = result["layers"]["backbone"]
+    assert list(result["layers"]) == ["backbone"] and list(layer["uniformity"]) == ["0.5", "3"]
     assert (result["alpha"], result["t"]) == (1, 0.5)
-    assert run(capsys, *flags) == result
+    knn = layer["knn"]
+    assert (result["images"], knn["bank"], knn["queries"]) == (6, 6, 6), "thinned evenly"
     assert run(capsys, *flags, "--seed", 1)["alignment"] != result["alignment"]
 
-
-def test_table_and_quickstarts_command(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "o.json"
-    measure.main([str(moco_file), str(data), "--t", "2", "--out", str(out), "-j", "0"])
+    words = [*flags[:2], "--t", "2", "--images-per-class", 2, "--out", out, "-j", "0"]
+    measure.main(list(map(str, words)))
     text = capsys.readouterr().out
     result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["images"] == 6
     assert f"{result['alignment']:.4f}" in text and f"{result['uniformity']:.4f}" in text
-    assert "projection" in text and "backbone" in text and "k-NN top1, k 30" in text
+    assert "projection" in text and "backbone" in text and "k-NN top1, k 6" in text
     assert max(map(len, text.splitlines()[1:])) <= 100
 
 
@@ -185,10 +177,6 @@ def test_plain_torchvision_file_has_a_backbone_only(data: Path, plain_file: Path
     assert result["layers"]["backbone"]["dim"] == 512 and result["arch"] == "resnet18"
     assert any("no projection head" in note for note in result["notes"])
     assert any("MoCo v2's" in note for note in result["notes"])
-    code, line = refusal(
-        measure.main, [plain_file, data, "--layer", "projection", "-j", "0"], capsys
-    )
-    assert code == 1 and "projection was asked for" in line
 
 
 @pytest.mark.parametrize("form", ["timm", "mae", "safetensors"])
@@ -251,20 +239,6 @@ def test_without_timm(missing: str, data: Path, plain_file: Path, capsys, monkey
     assert code == 1 and "--timm needs the package timm: pip install timm" in line
 
 
-def test_timm_refusals(data: Path, plain_file: Path, capsys) -> None:
-    cases = (
-        (["--timm", "resnet50", plain_file, data], r"does not fit timm's resnet50"),
-        (["--timm", "resnet5000", plain_file, data], "timm has no model 'resnet5000'"),
-        (["--timm", "resnet18", data / "nothing.pth", data], "no such checkpoint"),
-    )
-    for argv, message in cases:
-        code, line = refusal(measure.main, [*argv, "-j", "0"], capsys)
-        assert code == 1 and message in line
-
-
-# ---------------------------------------------------------------------------------------- folders
-
-
 def test_flat_folder_without_labels(moco_file: Path, tmp_path: Path, capsys) -> None:
     write_images(tmp_path, {"": 5})
     result = run(capsys, moco_file, tmp_path)
@@ -274,26 +248,16 @@ def test_flat_folder_without_labels(moco_file: Path, tmp_path: Path, capsys) -> 
     assert any(note.startswith("k-NN left out: ") for note in result["notes"])
 
 
-@pytest.mark.parametrize("missing", ["train", "labels"])
-def test_val_alone_or_without_labels(missing: str, moco_file: Path, tmp_path: Path, capsys) -> None:
-    if missing == "train":
-        write_images(tmp_path, {"val/a": 2, "val/b": 2})
-    else:
-        write_images(tmp_path, {"val": 4, "train/a": 3})
+@pytest.mark.parametrize("counts", [{"val/a": 2, "val/b": 2}, {"val": 4, "train/a": 3}])
+def test_val_alone_or_without_labels(counts: dict, moco_file: Path, tmp_path: Path, capsys) -> None:
+    write_images(tmp_path, counts)
     result = run(capsys, moco_file, tmp_path)
     assert result["images"] == 4 and result["layers"]["backbone"]["knn"] is None
     (note,) = result["notes"]
     assert note.startswith("k-NN left out: ") and ("train" in note or "no labels" in note)
 
 
-def test_large_sets_are_thinned_evenly(data: Path, moco_file: Path, capsys) -> None:
-    result = run(capsys, moco_file, data, "--most-images", 6)
-    knn = result["layers"]["backbone"]["knn"]
-    assert (result["images"], knn["bank"], knn["queries"]) == (6, 6, 6)
-    assert run(capsys, moco_file, data, "--images-per-class", 2)["images"] == 6
-
-
-def test_refusals(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
+def test_refusals(data, moco_file, plain_file, tmp_path, capsys) -> None:
     one = tmp_path / "one"
     write_images(one, {"": 1})
     (empty := tmp_path / "empty").mkdir()
@@ -318,13 +282,15 @@ def test_refusals(data: Path, moco_file: Path, tmp_path: Path, capsys) -> None:
         ([moco_file, empty], 1, "no images in"),
         ([moco_file, broken], 1, "001.png"),
         ([moco_file, one, "--images-per-class", 3], 1, "needs labels"),
+        ([moco_file, data, "--intervals", "--t", "2"], 1, "at most half the 15 images"),
+        ([plain_file, data, "--layer", "projection"], 1, "projection was asked for"),
+        (["--timm", "resnet50", plain_file, data], 1, "does not fit timm's resnet50"),
+        (["--timm", "resnet5000", plain_file, data], 1, "timm has no model 'resnet5000'"),
+        (["--timm", "resnet18", data / "nothing.pth", data], 1, "no such checkpoint"),
     ]
     for argv, status, message in cases:
         code, line = refusal(measure.main, [*argv, "-j", "0"], capsys)
         assert (code, message in line) == (status, True), (argv, line)
-
-
-# ----------------------------------------------------------------------------------- feature files
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -368,7 +334,7 @@ def test_features_from_a_file(suffix: str, tmp_path: Path, capsys) -> None:
 def test_knn_of_a_class_that_the_bank_lacks_is_wrong(tmp_path: Path, capsys) -> None:
     x = unit_rows(4, 6, 0).numpy()
     np.savez(tmp_path / "q.npz", features=x, labels=[0, 5, 9, 1])
-    np.savez(tmp_path / "b.npz", features=x, labels=[0, 5, 0, 8])
+    np.savez(tmp_path / "b.npz", features=x, labels=[0, 5, 8, 5])
     flags = ["--features", tmp_path / "q.npz", "--bank", tmp_path / "b.npz", "--knn-k", 1]
     knn = run(capsys, *flags)["layers"]["features"]["knn"]
     # Nor is it among the classes that the one neighbour has not.

@@ -31,9 +31,6 @@ def blobs(n: int, classes: int, dim: int, spread: float, seed: int = 0) -> tuple
     return places[labels] + spread * noise, labels
 
 
-# ---- Logistic regression -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("penalty", [1.0, 1e-3])
 def test_logistic_regression_is_the_minimum_of_its_equation(penalty: float) -> None:
     """As scipy finds it, from the equation written out image by image, in float64."""
@@ -67,16 +64,11 @@ def test_the_penalty_is_chosen_by_folds_and_fitted_on_all_images() -> None:
     fold = logistic.stratified_folds(y, 3, 0)
     for label in range(4):
         assert torch.bincount(fold[y == label]).tolist() == [10, 10, 10]
-    hits = sum(
-        (logistic.fit(x[fold != f], y[fold != f], 4, 0.1).predict(x[fold == f]) == y[fold == f])
-        .sum()
-        .item()
-        for f in range(3)
-    )
+    hits = 0
+    for f in range(3):
+        found = logistic.fit(x[fold != f], y[fold != f], 4, 0.1)
+        hits += (found.predict(x[fold == f]) == y[fold == f]).sum().item()
     assert right[0.1] == pytest.approx(100 * hits / 120, abs=100 / 120)
-
-
-# ---- Numbers -------------------------------------------------------------------------------------
 
 
 def test_mcnemar_counts_the_images_that_one_alone_gets_right() -> None:
@@ -95,6 +87,16 @@ def test_accuracy_has_wilsons_interval_and_a_mean_per_class() -> None:
     assert transfer.mean_per_class(right, torch.tensor([0] * 9 + [1])) == pytest.approx(800 / 18)
 
 
+def test_the_regression_does_not_feel_where_features_lie_nor_their_scale() -> None:
+    x, y = blobs(90, 3, 4, spread=1.5)
+    found = []
+    for scale, shift in ((1, 0), (1e-3, 5)):
+        parts = (scale * x + shift).split(45)
+        split = transfer.Split(parts[0], y[:45], parts[1], y[45:])
+        found.append(transfer.evaluate(split, transfer.Protocol(shots=(2,)))[0])
+    assert found[0]["logistic"] == found[1]["logistic"] and found[0]["shots"] == found[1]["shots"]
+
+
 def test_shots_are_so_many_of_each_class_and_a_function_of_the_seed() -> None:
     labels = torch.tensor([0, 1, 2] * 5)
     drawn = transfer.shots(labels, 2, seed=3)
@@ -102,9 +104,6 @@ def test_shots_are_so_many_of_each_class_and_a_function_of_the_seed() -> None:
     assert torch.equal(drawn, transfer.shots(labels, 2, seed=3))
     assert not torch.equal(drawn, transfer.shots(labels, 2, seed=4))
     assert transfer.shots(labels, 6, seed=3) is None
-
-
-# ---- The command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -191,11 +190,7 @@ def test_what_cannot_be_used_is_named_before_any_work(data, pretrained, tmp_path
         ([pretrained, "--data", data, "--figure", "a.pdf"], 2, "--figure must end in"),
         ([pretrained, "--data", data, "--out", "no/a.json"], 2, "no such folder: no"),
     ):
-        assert (status, expected) == refused(words, status, expected, capsys), words
+        got, line = refusal(script.main, [*words, "-j", "0"], capsys)
+        assert got == status and expected in line, words
     with pytest.raises(DataError, match="no complete stl10"):
         open_labelled("stl10", tmp_path)
-
-
-def refused(words: list, status: int, expected: str, capsys) -> tuple[int, str]:
-    got, line = refusal(script.main, [*words, "-j", "0"], capsys)
-    return got, expected if expected in line else line

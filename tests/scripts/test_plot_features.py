@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,11 @@ def draw(*words: object, tmp_path: Path, name: str = "figure.png") -> bytes:
     return out.read_bytes()
 
 
-# ---- Features -------------------------------------------------------------------------------
+@pytest.fixture
+def refused(tmp_path, capsys) -> Callable[..., tuple[int, str]]:
+    return lambda *words: refusal(
+        plot_features.main, [*words, "--out", tmp_path / "refused.png"], capsys
+    )
 
 
 def test_figure_4_puts_features_beside_known_distributions(tmp_path) -> None:
@@ -58,9 +63,9 @@ def test_png_and_svg_in_one_go(tmp_path) -> None:
     assert draw("11", tmp_path=tmp_path, name="b.svg").count(b"<g id=") > 5
 
 
-def test_unit_rows_are_asked_for_and_made(tmp_path, capsys) -> None:
+def test_unit_rows_are_asked_for_and_made(tmp_path, refused) -> None:
     path = make_features(tmp_path / "a.npz", features=3 * unit(30), features_2=2 * unit(30, seed=1))
-    status, line = refusal(plot_features.main, ["3", path, "--out", tmp_path / "a.png"], capsys)
+    status, line = refused("3", path)
     assert status == 1 and "unit length" in line
     made = draw("3", path, "--normalize", tmp_path=tmp_path, name="a.png")
     (tmp_path / "a.npz").unlink()
@@ -73,16 +78,14 @@ def test_files_of_one_name_are_told_apart() -> None:
     assert feature_figures.short_names(["x/f.npz", "x/g.npz"]) == ["f", "g"]
 
 
-def test_classes_by_name_and_number(tmp_path, capsys) -> None:
+def test_classes_by_name_and_number(tmp_path, refused) -> None:
     path = make_features(tmp_path / "a.npz")
     by_name = draw("3", path, "--classes", "ship", tmp_path=tmp_path)
     assert by_name == draw("3", path, "--classes", "2", tmp_path=tmp_path)
     assert by_name != draw("3", path, "--classes", "cat", tmp_path=tmp_path)
-    words = ["3", path, "--classes", "bird", "--out", tmp_path / "a.png"]
-    status, line = refusal(plot_features.main, words, capsys)
+    status, line = refused("3", path, "--classes", "bird")
     assert status == 1 and "bird" in line and "cat, dog, ship" in line
-    words[3] = "7"
-    status, line = refusal(plot_features.main, words, capsys)
+    status, line = refused("3", path, "--classes", "7")
     assert status == 1 and "no features of class" in line
 
 
@@ -96,7 +99,7 @@ def test_map_of_many_dimensions(tmp_path) -> None:
     draw("map", unlabelled, tmp_path=tmp_path)
 
 
-def test_a_map_of_few_images_draws_them(tmp_path, capsys) -> None:
+def test_a_map_of_few_images_draws_them(tmp_path, refused) -> None:
     """Those that the file names, also with names in safetensors."""
     names = [str(path.relative_to(tmp_path)) for path in write_images(tmp_path, {"a": 6}, size=8)]
     path = make_features(tmp_path / "a.npz", n=6, paths=np.array(names))
@@ -118,28 +121,24 @@ def test_a_map_of_few_images_draws_them(tmp_path, capsys) -> None:
         (["map", path, "--images", tmp_path / "none"], "--images: no such folder"),
         (["4", path, "--images", tmp_path], "--images: is for a map"),
     ):
-        _, line = refusal(plot_features.main, [*words, "--out", tmp_path / "x.png"], capsys)
-        assert reason in line
+        assert reason in refused(*words)[1]
 
 
-def test_map_without_scikit_learn(tmp_path, capsys, monkeypatch) -> None:
+def test_map_without_scikit_learn(tmp_path, refused, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
-    path = make_features(tmp_path / "a.npz", dim=8)
-    status, line = refusal(plot_features.main, ["map", path, "--out", tmp_path / "a.png"], capsys)
+    status, line = refused("map", make_features(tmp_path / "a.npz", dim=8))
     assert status == 1 and "pip install scikit-learn" in line
     draw("map", make_features(tmp_path / "b.npz"), tmp_path=tmp_path)  # two dimensions need none
 
 
 @pytest.mark.parametrize("figure", ["10", "3", "5"])
-def test_without_matplotlib(figure, tmp_path, capsys, monkeypatch) -> None:
+def test_without_matplotlib(figure, tmp_path, refused, monkeypatch) -> None:
     """Before any file or run is looked at."""
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    inputs = [] if figure == "10" else [tmp_path / "missing"]
-    words = [figure, *inputs, "--out", tmp_path / "a.png"]
-    status, line = refusal(plot_features.main, words, capsys)
+    status, line = refused(figure, *([] if figure == "10" else [tmp_path / "missing"]))
     assert status == 1 and "needs the package matplotlib: pip install matplotlib" in line
 
 
@@ -151,14 +150,12 @@ import sys
 for name in ("matplotlib sklearn timm onnx tensorboard scipy jinja2 markupsafe safetensors "
              "pyarrow h5py").split():
     sys.modules[name] = None
-import main_lincls, main_moco
-from scripts import compare_runs, evaluate_depth, evaluate_sentences, neighbours, preflight
-from scripts import release, run_recipe, sweep, train_in_batch, train_sentences, transfer
-commands = [main_lincls, main_moco, compare_runs, evaluate_depth, evaluate_sentences, neighbours]
-commands += [preflight, release, run_recipe, sweep, train_in_batch, train_sentences, transfer]
-for command in commands:
+import importlib
+scripts = ("compare_runs evaluate_depth evaluate_sentences neighbours preflight release run_recipe "
+           "sweep train_in_batch train_sentences transfer").split()
+for name in ["main_lincls", "main_moco", *(f"scripts.{script}" for script in scripts)]:
     try:
-        command.main(["--help"])
+        importlib.import_module(name).main(["--help"])
     except SystemExit as ended:
         assert ended.code == 0
 from scripts import extract_features, measure_align_uniform, plot_features, theorem1
@@ -218,46 +215,33 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_features_are_one_line(name, tmp_path, capsys) -> None:
+def test_bad_features_are_one_line(tmp_path, refused) -> None:
     """What the reader refuses is in tests/evaluate/test_feature_files.py."""
-    arrays, reason = BAD[name]
-    path = make_features(tmp_path / "bad.npz", **arrays)
-    status, line = refusal(plot_features.main, ["3", path, "--out", tmp_path / "a.png"], capsys)
-    assert status == 1 and reason in line and "bad" in line
-    assert not (tmp_path / "a.png").exists()
-    words = ["4", tmp_path / "missing.npz", "--out", tmp_path / "a.png"]
-    status, line = refusal(plot_features.main, words, capsys)
-    assert status == 1 and "missing.npz" in line
+    for name, (arrays, reason) in BAD.items():
+        path = make_features(tmp_path / "bad.npz", **arrays)
+        status, line = refused("3", path)
+        assert status == 1 and reason in line and "bad" in line, name
+    assert not (tmp_path / "refused.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "reason"),
+    ("words", "status", "reason"),
     [
-        (["10", "--out", "a.pdf"], ".png or .svg"),
-        (["10", "x.npz", "--out", "a.png"], "takes no input"),
-        (["3", "--out", "a.png"], "at least one file of features"),
-        (["7", "--out", "a.png"], "at least one run folder"),
-        (["map", "a.npz", "b.npz", "--out", "a.png"], "one file"),
-        (["map", "a.npz", "--most", "1", "--out", "a.png"], "--most"),
-        (["map", "a.npz", "--seed", "-1", "--out", "a.png"], "--seed"),
+        ("10 --out a.pdf", 2, ".png or .svg"),
+        ("10 x.npz --out a.png", 2, "takes no input"),
+        ("3 --out a.png", 2, "at least one file of features"),
+        ("7 --out a.png", 2, "at least one run folder"),
+        ("map a.npz b.npz --out a.png", 2, "one file"),
+        ("map a.npz --most 1 --out a.png", 2, "--most"),
+        ("map a.npz --seed -1 --out a.png", 2, "--seed"),
+        ("4 --t -1 --out a.png", 1, "t must be"),
+        ("4 missing.npz --out a.png", 1, "missing.npz"),
+        ("10 --out none/a.png", 1, "none"),
     ],
 )
-def test_commands_that_make_no_sense(words, reason, capsys) -> None:
-    status, line = refusal(plot_features.main, words, capsys)
-    assert status == 2 and reason in line
-
-
-def test_bad_t_and_unwritable_file(tmp_path, capsys) -> None:
-    words = ["4", "--t", "-1", "--out", tmp_path / "a.png"]
-    status, line = refusal(plot_features.main, words, capsys)
-    assert status == 1 and "t must be" in line
-    words = ["10", "--out", tmp_path / "none" / "a.png"]
-    status, line = refusal(plot_features.main, words, capsys)
-    assert status == 1 and "none" in line
-
-
-# ---- Runs -----------------------------------------------------------------------------------
+def test_commands_that_make_no_sense(words, status, reason, elsewhere, capsys) -> None:
+    code, line = refusal(plot_features.main, words.split(), capsys)
+    assert code == status and reason in line
 
 
 def sweep(root: Path) -> Path:

@@ -232,12 +232,12 @@ def test_an_image_that_cannot_be_read_ends_it_but_not_the_run(odd, tmp_path) -> 
     assert read_log(run, "knn") == [] and read_log(run)[-1]["step"] == 18
 
 
-def test_memory_that_it_lacks_ends_it_but_not_the_run(labelled, tmp_path, monkeypatch, capsys):
+def test_memory_that_it_lacks_ends_it_but_not_the_run(data, tmp_path, monkeypatch, capsys):
     def lacks(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("9 bytes")
 
     monkeypatch.setattr(evaluate, "knn_predict", lacks)
-    train(labelled, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
+    pretrain(data, tmp_path / "run", "--max-steps", 1, "--knn-every", 1)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert "k-NN: left out from step 0 on: out of memory for k-NN among" in line
     assert len(read_log(tmp_path / "run")) == 1
