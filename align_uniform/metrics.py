@@ -27,8 +27,6 @@ from torch import Tensor
 from align_uniform._checks import check_positive, row_lengths, unit_rows
 from align_uniform.bounds import add_self_pairs, uniformity_infimum
 
-# Rows and columns of a block of distances: on a CPU it stays in the cache.
-BLOCK_SIZE, GPU_BLOCK_SIZE = 512, 4096
 _FLOAT64_ROWS, _FLOAT32_T = 4096, 8.0  # see above
 _LARGEST_INTERVAL_T = 170  # exp(-4t) is a normal float64
 _WEIGHTS_AT_A_TIME = 256  # resamples whose weights, N x 256, are in memory
@@ -128,6 +126,7 @@ def uniformity(
     *,
     self_pairs: bool = False,
     normalize: bool = False,
+    block_size: int | None = None,
 ) -> float:
     """Log of the mean Gaussian potential over all N(N-1)/2 unordered pairs, without self-pairs.
 
@@ -138,6 +137,8 @@ def uniformity(
         t: inverse temperature of the potential, > 0.
         self_pairs: the mean over all N^2 pairs (i, j) instead, with i = j among them.
         normalize: divide rows by their length first.
+        block_size: rows per block; changes time and memory, not the result. By default 512 on the
+            CPU, where a block then stays in the cache, and 4096 elsewhere.
 
     Returns:
         A float in [-4t, 0]; lower is more uniform, 0 is collapsed. Without self-pairs it estimates
@@ -148,7 +149,10 @@ def uniformity(
         ValueError: rows not of unit length (or of length 0 with `normalize`), NaN, fewer than two
             rows, t not positive.
     """
-    return uniformity_curve(x, [t], self_pairs=self_pairs, normalize=normalize)[0]
+    (value,) = uniformity_curve(
+        x, [t], self_pairs=self_pairs, normalize=normalize, block_size=block_size
+    )
+    return value
 
 
 @torch.no_grad()
@@ -158,16 +162,19 @@ def uniformity_curve(
     *,
     self_pairs: bool = False,
     normalize: bool = False,
+    block_size: int | None = None,
 ) -> list[float]:
     """`uniformity` for several t, with one computation of the distances."""
     x = unit_rows(x, "x", normalize)
     pairs = len(x) * (len(x) - 1) / 2
-    values = _log_mean_potential(x, None, t, pairs)
+    values = _log_mean_potential(x, None, t, pairs, block_size)
     return [add_self_pairs(value, len(x)) for value in values] if self_pairs else values
 
 
 @torch.no_grad()
-def uniformity_excess(x: Tensor, t: float = 2, *, normalize: bool = False) -> float:
+def uniformity_excess(
+    x: Tensor, t: float = 2, *, normalize: bool = False, block_size: int | None = None
+) -> float:
     """How far uniformity is from the best, as a number >= 0 that features of any dimension share.
 
         uniformity(x, t, self_pairs=True) - uniformity_infimum(C, t)
@@ -178,7 +185,7 @@ def uniformity_excess(x: Tensor, t: float = 2, *, normalize: bool = False) -> fl
     Raises:
         ValueError: as `uniformity`; features of one dimension.
     """
-    value = uniformity(x, t, self_pairs=True, normalize=normalize)
+    value = uniformity(x, t, self_pairs=True, normalize=normalize, block_size=block_size)
     # Points around a circle are at the infimum within rounding.
     return max(0.0, value - uniformity_infimum(x.shape[1], t))
 
@@ -190,6 +197,7 @@ def uniformity_by_class(
     t: float = 2,
     *,
     normalize: bool = False,
+    block_size: int | None = None,
 ) -> dict[int, float]:
     """`uniformity` of the images of each class: {label: value}, by ascending label.
 
@@ -208,11 +216,13 @@ def uniformity_by_class(
             f"class {alone} has one row, its uniformity needs 2; leave it out: "
             f"x[labels != {alone}], labels[labels != {alone}]"
         )
-    return {int(c): uniformity(x[labels == c], t) for c in found}
+    return {int(c): uniformity(x[labels == c], t, block_size=block_size) for c in found}
 
 
 @torch.no_grad()
-def uniformity_between(x: Tensor, y: Tensor, t: float = 2, *, normalize: bool = False) -> float:
+def uniformity_between(
+    x: Tensor, y: Tensor, t: float = 2, *, normalize: bool = False, block_size: int | None = None
+) -> float:
     """Log of the mean Gaussian potential over all pairs of one row of x and one of y.
 
         log( 1/(NM) * sum_ij exp(-t ||x_i - y_j||^2) )
@@ -235,7 +245,7 @@ def uniformity_between(x: Tensor, y: Tensor, t: float = 2, *, normalize: bool = 
             f"x and y must have rows of one dimension on one device, got {tuple(x.shape)} on "
             f"{x.device} and {tuple(y.shape)} on {y.device}"
         )
-    return _log_mean_potential(x, y, [t], len(x) * len(y))[0]
+    return _log_mean_potential(x, y, [t], len(x) * len(y), block_size)[0]
 
 
 @torch.no_grad()
@@ -248,6 +258,7 @@ def uniformity_interval(
     resamples: int = 1000,
     seed: int = 0,
     normalize: bool = False,
+    block_size: int | None = None,
 ) -> tuple[float, float]:
     """Bootstrap confidence interval of `uniformity` over images: percentiles of its value on
     `resamples` sets of N images drawn from the N with replacement.
@@ -264,7 +275,9 @@ def uniformity_interval(
     Args:
         second_view: (N, C) unit rows of the same images: the interval is that of the mean of both
             uniformities.
-        confidence, resamples, seed: as in `alignment_interval`.
+        confidence: share of resamples inside, in (0, 1).
+        resamples: >= 2.
+        seed: of the draws; the interval is a function of features and seed.
 
     Returns:
         (low, high).
@@ -290,7 +303,7 @@ def uniformity_interval(
     values = []
     for weights in _resampled(count, resamples, seed, views[0].dtype, device):  # (N, R)
         pairs = (count**2 - weights.square().sum(dim=0, dtype=torch.float64)) / 2
-        logs = [(_weighted(view, weights, t) / pairs).log() for view in views]
+        logs = [(_weighted(view, weights, t, block_size) / pairs).log() for view in views]
         # A resample of a few images may be of a single one, which has no pair and no value.
         values.append(torch.stack(logs).mean(dim=0)[pairs > 0])
     values = torch.cat(values)
@@ -299,10 +312,10 @@ def uniformity_interval(
     return _percentiles(values, confidence)
 
 
-def _weighted(x: Tensor, weights: Tensor, t: float) -> Tensor:
+def _weighted(x: Tensor, weights: Tensor, t: float, block_size: int | None) -> Tensor:
     """sum_{i<j} w_i w_j exp(-t ||x_i - x_j||^2) of each column of the weights (N, R): (R,)."""
     total = torch.zeros(weights.shape[1], dtype=torch.float64, device=x.device)
-    for rows, columns, scores in _negated_squared_distances(x, None):
+    for rows, columns, scores in _negated_squared_distances(x, None, block_size):
         with _exact_products(x.device):
             sums = scores.mul_(t).exp_() @ weights[columns]  # (B, R)
         total += (sums * weights[rows]).sum(dim=0, dtype=torch.float64)
@@ -310,7 +323,7 @@ def _weighted(x: Tensor, weights: Tensor, t: float) -> Tensor:
 
 
 def _log_mean_potential(
-    x: Tensor, y: Tensor | None, ts: Sequence[float], pairs: float
+    x: Tensor, y: Tensor | None, ts: Sequence[float], pairs: float, block_size: int | None
 ) -> list[float]:
     """log( 1/pairs * sum exp(-t d^2) ) for each t: over all of x times y, or i > j in x alone."""
     for t in ts:
@@ -319,7 +332,7 @@ def _log_mean_potential(
     # Sums of exp(t (nearest - d^2)), with the least squared distance so far taken out: for large t
     # the plain exponentials are all zero.
     nearest, totals = -math.inf, [0.0] * len(ts)
-    for _, _, scores in _negated_squared_distances(x, y):
+    for _, _, scores in _negated_squared_distances(x, y, block_size):
         highest = scores.max().item()
         if highest == -math.inf:  # a block of one row has no pair with itself
             continue
@@ -354,20 +367,23 @@ def _prepared(x: Tensor, y: Tensor | None, ts: Sequence[float]) -> tuple[Tensor,
 
 
 def _negated_squared_distances(
-    x: Tensor, y: Tensor | None
+    x: Tensor, y: Tensor | None, block_size: int | None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """(rows, columns, -||x_i - y_j||^2 of them) block by block, at most 0.
 
     Without y: of x with itself, each pair once (i > j), -inf for the other half of blocks on the
     diagonal.
     """
-    size = BLOCK_SIZE if x.device.type == "cpu" else GPU_BLOCK_SIZE
+    if block_size is None:
+        block_size = 512 if x.device.type == "cpu" else 4096
+    elif block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size!r}")
     others = x if y is None else y
     norms, other_norms = _squared_norms(x), _squared_norms(others)
-    for i in range(0, len(x), size):
-        rows = slice(i, min(i + size, len(x)))
-        for j in range(0, rows.stop if y is None else len(others), size):
-            columns = slice(j, min(j + size, len(others)))
+    for i in range(0, len(x), block_size):
+        rows = slice(i, min(i + block_size, len(x)))
+        for j in range(0, rows.stop if y is None else len(others), block_size):
+            columns = slice(j, min(j + block_size, len(others)))
             with _exact_products(x.device):
                 scores = torch.addmm(
                     other_norms[columns], x[rows], others[columns].t(), beta=-1, alpha=2

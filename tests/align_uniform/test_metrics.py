@@ -114,19 +114,13 @@ def test_metrics_keep_no_graph() -> None:
     assert values == pytest.approx((uniformity(x), alignment(x, x.flip(0))), rel=1e-12)
 
 
-@pytest.fixture
-def blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """blocks(n): distances are taken n rows by n rows from now on."""
-    return lambda size: monkeypatch.setattr("align_uniform.metrics.BLOCK_SIZE", size)
-
-
-@pytest.mark.parametrize("size", [1, 7, 32, 99, 100])
-def test_blocks_do_not_change_uniformity(size: int, blocks) -> None:
+@pytest.mark.parametrize("size", [1, 7, 32, 99, 100, 5000])
+def test_block_size_does_not_change_uniformity(size: int) -> None:
     """Of one row, with a last block of one row, one block for all."""
-    blocks(size)
     x = unit_rows(100, 8).float()
     for t in (2, 100):
-        assert uniformity(x, t) == pytest.approx(reference.uniform(x, t).item(), rel=1e-6)
+        expected = reference.uniform(x, t).item()
+        assert uniformity(x, t, block_size=size) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("c", [3, 128, 2048])
@@ -138,10 +132,10 @@ def test_collapsed_random_directions_are_zero_and_not_above(c: int) -> None:
 
 @pytest.mark.parametrize(("c", "copies"), [(1, 1), (2, 1), (3, 7), (16, 40)])
 @pytest.mark.parametrize("t", [0.5, 2, 3])
-def test_axes_have_counted_pairs(c: int, copies: int, t: float, blocks) -> None:
+def test_axes_have_counted_pairs(c: int, copies: int, t: float) -> None:
     """Exact, and sensitive to self-pairs or a wrong number of pairs at small N."""
-    blocks(50)
-    assert uniformity(axes(c, copies), t) == pytest.approx(axes_uniformity(c, copies, t), rel=1e-6)
+    expected = axes_uniformity(c, copies, t)
+    assert uniformity(axes(c, copies), t, block_size=50) == pytest.approx(expected, rel=1e-6)
 
 
 def test_large_set() -> None:
@@ -161,15 +155,15 @@ def test_alignment_of_more_rows_than_one_block() -> None:
     assert alignment(x, y, alpha=2) == pytest.approx(4 * 30_000 / 150_000, rel=1e-12)
 
 
-def test_large_t_is_finite(blocks) -> None:
+def test_large_t_is_finite() -> None:
     """exp(-100 d^2) is 0 in float32 for every pair of random 128-dimensional features."""
     x = unit_rows(64, 128).float()
     assert (-100 * torch.pdist(x).square()).exp().sum() == 0
     assert uniformity(x, t=100) == pytest.approx(reference.uniform(x, t=100).item(), rel=1e-6)
     assert math.isfinite(uniformity(x, t=10_000))
     nearest_last = torch.cat([x, x[-1:]])  # the one coincident pair turns up in the last block
-    blocks(16)
-    assert uniformity(nearest_last, t=100) == pytest.approx(-math.log(65 * 64 / 2), rel=1e-5)
+    value = uniformity(nearest_last, t=100, block_size=16)
+    assert value == pytest.approx(-math.log(65 * 64 / 2), rel=1e-5)
 
 
 ROWS = torch.eye(4, 8)
@@ -239,15 +233,15 @@ def near_duplicates(copies: int, noise: float, c: int = 64) -> Tensor:
 
 
 @pytest.mark.parametrize(("noise", "t"), [(0, 2), (1e-5, 100), (1e-2, 8)])
-def test_near_duplicates_in_float32(noise: float, t: float, blocks) -> None:
+def test_near_duplicates_in_float32(noise: float, t: float) -> None:
     """2 - 2<x, y> cancels for them, and at large t they are all that counts. The error stays
     below its bound of 2e-6 t and the size of blocks changes nothing that matters."""
     x = near_duplicates(50, noise)
     assert len(x) > 4096
     expected = uniformity(x.double(), t)
-    for size in (512, 1023):
-        blocks(size)
-        assert uniformity(x, t) == pytest.approx(expected, abs=min(1e-6, 2e-6 * t) / 2)
+    for size in (None, 1023):
+        value = uniformity(x, t, block_size=size)
+        assert value == pytest.approx(expected, abs=min(1e-6, 2e-6 * t) / 2)
     between = uniformity_between(x, x.flip(0), t)
     assert between == pytest.approx(uniformity_between(x.double(), x.double(), t), abs=1e-6)
 
@@ -260,12 +254,11 @@ def test_features_that_have_all_but_collapsed() -> None:
     assert uniformity(x) == pytest.approx(expected, rel=1e-5)
 
 
-def test_uniformity_between_known_values(blocks) -> None:
-    blocks(2)
+def test_uniformity_between_known_values() -> None:
     e = torch.eye(3)
     assert uniformity_between(e[:1].expand(4, 3), e[:1].expand(7, 3)) == pytest.approx(0, abs=1e-7)
     assert uniformity_between(e[:1].expand(4, 3), -e[:1].expand(7, 3)) == pytest.approx(-8)
-    assert uniformity_between(e[:1].expand(4, 3), e[1:], t=3) == pytest.approx(-6)
+    assert uniformity_between(e[:1].expand(4, 3), e[1:], t=3, block_size=2) == pytest.approx(-6)
 
 
 def test_excess_is_zero_around_the_circle_and_never_below() -> None:
@@ -282,6 +275,12 @@ def test_curve_is_uniformity_at_each_t() -> None:
     assert uniformity_curve(x, [200, 0.1], self_pairs=True) == pytest.approx(
         [uniformity(x, t, self_pairs=True) for t in (200, 0.1)], rel=1e-12
     )
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_block_size_must_be_positive(size: int) -> None:
+    with pytest.raises(ValueError, match=f"block_size .*got {size}"):
+        uniformity(ROWS, block_size=size)
 
 
 def test_by_class_equals_the_loops_over_each_class() -> None:
@@ -337,8 +336,7 @@ def test_deviation_equals_the_loop_in_several_blocks() -> None:
 
 
 @pytest.mark.parametrize("t", [2, 30])
-def test_intervals_are_percentiles_of_weighted_double_loops(t: float, blocks) -> None:
-    blocks(3)
+def test_intervals_are_percentiles_of_weighted_double_loops(t: float) -> None:
     x, y = unit_rows(7, 4, seed=1), unit_rows(7, 4, seed=2)
     weights = torch.cat(list(_resampled(7, 300, 5, torch.float64, torch.device("cpu"))), dim=1)
     assert weights.shape == (7, 300) and (weights.sum(dim=0) == 7).all()
@@ -347,7 +345,7 @@ def test_intervals_are_percentiles_of_weighted_double_loops(t: float, blocks) ->
     options = {"confidence": 0.8, "resamples": 300, "seed": 5}
     loops = [reference.loop_uniform_weighted(x, w.tolist(), t) for w in weights.t()]
     expected = torch.tensor(loops, dtype=torch.float64).quantile(ends)
-    found = uniformity_interval(x, t, **options)
+    found = uniformity_interval(x, t, block_size=3, **options)
     assert found == pytest.approx(tuple(expected.tolist()), rel=1e-9)
 
     both = [
@@ -364,7 +362,7 @@ def test_intervals_are_percentiles_of_weighted_double_loops(t: float, blocks) ->
     assert alignment_interval(x, y, 1, **options) == pytest.approx(
         tuple(expected.tolist()), rel=1e-12
     )
-    assert found == uniformity_interval(x, t, **options)
+    assert found == uniformity_interval(x, t, block_size=3, **options)
     assert found != uniformity_interval(x, t, **{**options, "seed": 6})
 
 
