@@ -11,10 +11,14 @@ the alignment + uniformity paper uses as well. Running it again completes a subs
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from moco.data.class_links import link_classes
+
 DEFAULT_CLASSES = Path(__file__).resolve().parent / "imagenet100_classes.txt"
-SPLITS = ("train", "val")
 
 
 def main() -> None:
@@ -26,53 +30,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     try:
-        classes = read_classes(args.subset)
-        links = plan_links(args.imagenet.resolve(), args.out, classes)
-        for link, target in links:
-            link.parent.mkdir(parents=True, exist_ok=True)
-            if not link.is_symlink():
-                link.symlink_to(target, target_is_directory=True)
+        count = link_classes(args.imagenet, args.out, args.subset)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(f"{len(classes)} classes, train and val, linked in {args.out}")
-
-
-def read_classes(path: Path) -> list[str]:
-    classes = path.read_text(encoding="utf-8").split()
-    if not classes:
-        raise ValueError(f"{path} lists no classes")
-    if len(set(classes)) < len(classes):
-        raise ValueError(f"{path} lists a class twice")
-    return classes
-
-
-def plan_links(imagenet: Path, out: Path, classes: list[str]) -> list[tuple[Path, Path]]:
-    """(link, target) for every class and split.
-
-    Raises:
-        ValueError: classes that IMAGENET lacks, or something else where a link should be.
-    """
-    links = [(out / split / name, imagenet / split / name) for split in SPLITS for name in classes]
-    missing = [str(target) for _, target in links if not target.is_dir()]
-    if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise ValueError(f"{imagenet} lacks {len(missing)} class folders: {shown}")
-    for link, target in links:
-        if link.is_symlink():
-            if link.resolve() != target.resolve():
-                raise ValueError(f"{link} links to {link.resolve()}, expected {target}")
-        elif link.exists():
-            raise ValueError(f"{link} is in the way of a link to {target}")
-    extra = sorted(
-        path.name
-        for split in SPLITS
-        if (out / split).is_dir()
-        for path in (out / split).iterdir()
-        if path.name not in set(classes)
-    )
-    if extra:
-        raise ValueError(f"{out} holds classes that are not in the list: {', '.join(extra[:5])}")
-    return links
+    print(f"{count} classes, train and val, linked in {args.out}")
 
 
 if __name__ == "__main__":

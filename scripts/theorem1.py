@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco.errors import report_user_errors
-from moco.evaluate.theorem1 import ANCHORS, Theorem1, study
+from moco.evaluate.theorem1 import ANCHORS, Theorem1, study, summary
 from moco.packages import import_optional
 from moco.run_files import write_json
 
@@ -60,33 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = []
         for kappa in (0.0, args.kappa):
             results.append(study(kappa, setting))
-            print_study(results[-1])
+            print(f"\n{summary(results[-1])}")
         args.out.mkdir(parents=True, exist_ok=True)
         report = {"dim": args.dim, "tau": args.tau, "results": results}
         write_json(args.out / "theorem1.json", report)
         for suffix in ("png", "svg"):
             figures.save(figures.theorem_1(results), args.out / f"theorem1.{suffix}")
     print(f"\n{args.out}/theorem1.json, .png, .svg")
-
-
-def print_study(result: dict) -> None:
-    print(f"\n{result['distribution']} features")
-    print(
-        f"limit {result['limit']:.4f} = {result['alignment_part']:.4f} (alignment "
-        f"{result['alignment']:.4f} / 2 tau) + {result['uniformity_part']:.4f} (uniformity; "
-        f"{result['uniformity_of_the_uniform']:.4f} is the least)"
-    )
-    print(
-        f"{'M':>7} {'loss - log M':>13} {'deviation':>11} {'+-':>8} {'mean |dev.| per anchor':>23}"
-    )
-    for row in result["rows"]:
-        print(
-            f"{row['M']:>7} {row['loss_minus_log_m']:>13.5f} {row['deviation']:>11.2e} "
-            f"{row['deviation_se']:>8.0e} {row['mean_absolute_deviation']:>23.5f}"
-        )
-    for key in ("slope_of_the_expected_loss", "slope_per_anchor"):
-        fit, name = result[key], key.replace("_", " ")
-        print(f"{name}: {fit['slope']:.3f} (95 % {fit['low']:.3f} to {fit['high']:.3f})")
 
 
 if __name__ == "__main__":

@@ -172,3 +172,23 @@ def slope(negatives: Sequence[int], deviations: np.ndarray, rng: np.random.Gener
     resampled = np.take_along_axis(deviations[:, :, None], chosen, axis=1).mean(axis=1)
     low, high = np.quantile(fit(resampled), [0.025, 0.975])
     return {"slope": float(fit(deviations.mean(axis=1))), "low": float(low), "high": float(high)}
+
+
+def summary(result: dict) -> str:
+    """What `study` gives, for people to read."""
+    lines = [
+        f"{result['distribution']} features",
+        f"limit {result['limit']:.4f} = {result['alignment_part']:.4f} (alignment "
+        f"{result['alignment']:.4f} / 2 tau) + {result['uniformity_part']:.4f} (uniformity; "
+        f"{result['uniformity_of_the_uniform']:.4f} is the least)",
+        f"{'M':>7} {'loss - log M':>13} {'deviation':>11} {'+-':>8} {'mean |dev.| per anchor':>23}",
+    ]
+    lines += [
+        f"{row['M']:>7} {row['loss_minus_log_m']:>13.5f} {row['deviation']:>11.2e} "
+        f"{row['deviation_se']:>8.0e} {row['mean_absolute_deviation']:>23.5f}"
+        for row in result["rows"]
+    ]
+    for key in ("slope_of_the_expected_loss", "slope_per_anchor"):
+        fit, name = result[key], key.replace("_", " ")
+        lines.append(f"{name}: {fit['slope']:.3f} (95 % {fit['low']:.3f} to {fit['high']:.3f})")
+    return "\n".join(lines)
