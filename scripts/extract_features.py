@@ -24,12 +24,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.config import check_image_statistics
+from moco.cli.shared import (
+    add_loading,
+    add_presentation,
+    check_least,
+    check_presentation,
+    loading_of,
+)
 from moco.data.images import DATASETS
 from moco.errors import report_user_errors
-from moco.evaluate.extraction import LAYERS, Loading, folder_features, load_image_encoder
+from moco.evaluate.extraction import LAYERS, folder_features, load_image_encoder
 from moco.evaluate.feature_files import SUFFIXES, write_features
-from moco.launch import usable_cores, visible_devices
 from moco.packages import import_optional
 
 
@@ -39,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoint", type=cli.non_empty, metavar="CHECKPOINT")
     add("data", type=cli.non_empty, metavar="DIR")
-    add("out", type=cli.non_empty, metavar="OUT", help=".npz or .safetensors")
+    add("out", type=Path, metavar="OUT", help=".npz or .safetensors")
     add("--dataset", choices=DATASETS, default="folder",
         help="folder of images, or one that torchvision has put into DIR")
     add("--split", choices=("train", "val"),
@@ -50,22 +55,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--views", type=int, choices=(1, 2), default=1,
         help="1: centre crops (default); 2: two random views of each image")
     add("--seed", type=cli.seed, default=0, help="of --views 2 (%(default)s)")
-    add("--image-size", type=int, metavar="PX", help="default: the checkpoint's")
-    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"),
-        help="default: the checkpoint's, else ImageNet's")
-    add("--std", type=float, nargs=3, metavar=("R", "G", "B"))
-    add("--batch-size", type=int, default=256, metavar="N", help="%(default)s")
-    add("-j", "--workers", type=int, default=usable_cores(), metavar="N")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_presentation(parser)
+    add_loading(parser)
     add("--overwrite", action="store_true", help="replace the file OUT")
     # fmt: on
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.out = Path(args.out)
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.out.suffix not in SUFFIXES:
         parser.error(f"OUT must end in {' or '.join(SUFFIXES)}, got {args.out}")
     if not args.out.parent.is_dir():
@@ -74,22 +71,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"{args.out} exists; --overwrite replaces a file, or choose another OUT")
     if not Path(args.data).is_dir():
         parser.error(f"no such data folder: {args.data}")
-    least = {"images_per_class": 1, "image_size": 1, "batch_size": 1, "workers": 0}
-    for name, smallest in least.items():
-        value = getattr(args, name)
-        if value is not None and value < smallest:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least {smallest}, got {value}")
-    try:
-        check_image_statistics(args.mean or (), args.std or ())
-        args.device = visible_devices(args.device, None)[0]
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    check_least(parser, args, images_per_class=1)
+    check_presentation(parser, args)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check(parser, args)
+    loading = loading_of(parser, args)
     with report_user_errors():
         if args.out.suffix == ".safetensors":
             import_optional("safetensors.torch", f"to write {args.out}")
@@ -98,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             image_size=args.image_size, mean=args.mean, std=args.std,
         )  # fmt: skip
         found = folder_features(
-            encoder, args.data, Loading(args.device, args.batch_size, args.workers),
+            encoder, args.data, loading,
             layer=args.layer, dataset=args.dataset, split=args.split,
             per_class=args.images_per_class, views=args.views, seed=args.seed, unit=args.normalize,
         )  # fmt: skip

@@ -35,15 +35,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.cli.shared import chosen_device, count, positive, positives
-from moco.config import IMAGENET_MEAN, IMAGENET_STD, check_image_statistics
+from moco.cli.shared import (
+    add_loading,
+    add_presentation,
+    check_presentation,
+    count,
+    loading_of,
+    positive,
+    positives,
+)
 from moco.data.images import DATASETS
 from moco.errors import report_user_errors
-from moco.evaluate.extraction import LAYERS, Loading, load_image_encoder
+from moco.evaluate.extraction import LAYERS, load_image_encoder
 from moco.evaluate.measure import HeldOut, Quantities, measure_encoder, measure_features
 from moco.evaluate.measure_table import table
 from moco.evaluate.sentences import measure_sentences
-from moco.launch import usable_cores
 from moco.run_files import write_json
 
 
@@ -69,13 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="of each image; published with 50; 0: leave LiDAR out (%(default)s)")  # fmt: skip
     add("--lidar-images", type=count, default=1000, metavar="N", help="(%(default)s)")
     add("--intervals", action="store_true", help="95 %% confidence intervals over images")
-    add("--image-size", type=count, metavar="PX", help="default: the checkpoint's")
-    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"))
-    add("--std", type=float, nargs=3, metavar=("R", "G", "B"))
+    add_presentation(parser)
     add("--seed", type=cli.seed, default=0, help="of the views (%(default)s)")
-    add("--batch-size", type=count, default=256)
-    add("-j", "--workers", type=int, default=usable_cores())
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_loading(parser)
     add("--out", type=cli.new_file, metavar="FILE", help="also write the result as JSON")
     add("--json", action="store_true", help="print JSON instead of the table")
     return parser
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check(parser, args)
-    device = chosen_device(parser, args)
+    loading = loading_of(parser, args)
+    device = loading.device
     quantities = Quantities(
         args.alpha, args.t, args.knn_k, args.knn_t,
         args.lidar_images, args.lidar_views, args.intervals,
@@ -106,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             held_out = HeldOut(
                 args.data, args.dataset, args.images_per_class, args.most_images, args.seed
             )
-            loading = Loading(device, args.batch_size, args.workers)
             result = measure_encoder(
                 encoder, args.checkpoint, held_out, loading, quantities, layer=args.layer
             )
@@ -141,13 +143,7 @@ def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error("timm's models have no projection head; leave --layer projection out")
     if args.lidar_views < 0 or args.lidar_views == 1:
         parser.error(f"--lidar-views must be 0 or at least 2, got {args.lidar_views}")
-    if args.workers < 0:
-        parser.error("--workers must not be negative")
-    if args.mean or args.std:
-        try:
-            check_image_statistics(args.mean or IMAGENET_MEAN, args.std or IMAGENET_STD)
-        except ValueError as error:
-            parser.error(str(error))
+    check_presentation(parser, args)
 
 
 if __name__ == "__main__":

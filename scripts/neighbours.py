@@ -20,13 +20,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.cli.shared import check_least, chosen_device
+from moco.cli.shared import add_loading, check_least, loading_of
 from moco.data.images import DATASETS
 from moco.errors import report_user_errors
-from moco.evaluate.extraction import Loading, choose_images
+from moco.evaluate.extraction import choose_images
 from moco.evaluate.neighbours import contact_sheet, find_neighbours, page, share_of_same_label
 from moco.evaluate.transfer import open_encoder
-from moco.launch import usable_cores
 from moco.packages import import_optional
 from moco.run_files import write_text
 
@@ -45,22 +44,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("-k", "--neighbours", type=int, default=8, metavar="K", help="of each (%(default)s)")
     add("--seed", type=int, default=0, help="which images are queries (%(default)s)")
     add("--image-size", type=int, metavar="PX", help="default: the checkpoint's")
-    add("--batch-size", type=int, default=256)
-    add("-j", "--workers", type=int, default=usable_cores())
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_loading(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    ones = ("queries", "neighbours", "images_per_class", "image_size", "batch_size")
-    check_least(parser, args, **dict.fromkeys(ones, 1), seed=0, workers=0)
+    ones = ("queries", "neighbours", "images_per_class", "image_size")
+    check_least(parser, args, **dict.fromkeys(ones, 1), seed=0)
     if not args.out.parent.is_dir():
         parser.error(f"no such folder: {args.out.parent}")
     if not Path(args.data).is_dir():
         parser.error(f"no such data folder: {args.data}")
-    loading = Loading(chosen_device(parser, args), args.batch_size, args.workers)
+    loading = loading_of(parser, args)
     with report_user_errors():
         import_optional("jinja2", "the page")
         encoder = open_encoder(args.encoder, args.image_size)

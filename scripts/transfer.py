@@ -22,12 +22,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.cli.shared import check_least, chosen_device
+from moco.cli.shared import add_loading, check_least, loading_of
 from moco.data.labelled import NAMES
 from moco.errors import report_user_errors
-from moco.evaluate.extraction import Loading
 from moco.evaluate.transfer import SHOTS, Protocol, table, transfer
-from moco.launch import usable_cores
 from moco.run_files import write_json
 
 
@@ -44,9 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--knn-k", type=int, default=20, metavar="K", help="%(default)s")
     add("--seed", type=int, default=0, help="of folds and draws (%(default)s)")
     add("--image-size", type=int, metavar="PX", help="for all encoders (default: each one's own)")
-    add("--batch-size", type=int, default=256)
-    add("-j", "--workers", type=int, default=usable_cores())
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_loading(parser)
     add("--out", type=Path, metavar="FILE.json", help="also write the result as JSON")
     add("--figure", type=Path, metavar="FILE", help="accuracy over shots, as .png or .svg")
     return parser
@@ -56,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     check(parser, args)
-    loading = Loading(chosen_device(parser, args), args.batch_size, args.workers)
+    loading = loading_of(parser, args)
     protocol = Protocol(args.shots, args.draws, args.folds, args.knn_k, seed=args.seed)
     with report_user_errors():
         found = transfer(
@@ -73,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    ones = dict.fromkeys(("draws", "knn_k", "batch_size", "image_size"), 1)
-    check_least(parser, args, **ones, folds=2, seed=0, workers=0)
+    ones = dict.fromkeys(("draws", "knn_k", "image_size"), 1)
+    check_least(parser, args, **ones, folds=2, seed=0)
     if not args.shots or min(args.shots) < 1:
         parser.error(f"--shots must be numbers of at least 1, got {list(args.shots)}")
     for name in ("encoders", "data"):
