@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from moco import cli
 from moco.cli.shared import check_least, chosen_device
 from moco.errors import report_user_errors
-from moco.evaluate.sentiment import evaluate_checkpoint, summary
+from moco.evaluate.sentiment import evaluate_checkpoint, report
 from moco.run_files import write_json
 
 
@@ -64,15 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )  # fmt: skip
         if args.out:
             write_json(args.out, result)
-    print(json.dumps(result) if args.json else text(result))
-
-
-def text(result: dict) -> str:
-    sentiment = result["sentiment"]
-    title = f"{result['checkpoint']}, step {result['step']}, {result['objective']}"
-    unknown = " / ".join(f"{found['unknown_words']:.1f}" for found in sentiment.values())
-    notes = [f"note: {note}" for note in result["notes"]]
-    return "\n".join([title, f"unknown words: {unknown} %", *notes, summary(sentiment)])
+    print(json.dumps(result) if args.json else report(result))
 
 
 if __name__ == "__main__":

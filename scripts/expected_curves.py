@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,7 +29,9 @@ except ModuleNotFoundError as missing:
     sys.exit(f"expected_curves.py: error: figures need {name}: pip install {name}")
 
 from align_uniform.bounds import uniformity_infimum  # noqa: E402
+from moco.runs.command import run_shown  # noqa: E402
 from moco.runs.folder import read_runs  # noqa: E402
+from moco.runs.recipes import resumed  # noqa: E402
 
 BATCH, QUEUE, DIM, EPOCHS = 64, 1024, 128, 16
 SHARED = (
@@ -68,14 +69,13 @@ def main() -> None:
     data = args.data
     if data is None:
         data = ROOT / "data" / "toy"
-        call([str(ROOT / "scripts" / "make_toy_dataset.py"), str(data)])
+        run_shown(ROOT / "scripts" / "make_toy_dataset.py", str(data))
     curves = {}
     for i, (name, flags) in enumerate(RUNS.items()):
         run = args.out / f"run-{i}"
         if not (run / f"checkpoint_{EPOCHS - 1:04d}.pth.tar").is_file():
             argv = shlex.split(f"{SHARED} {flags}")
-            folder = ["--save-dir", str(run), "--resume", "auto", str(data)]
-            call([str(ROOT / "main_moco.py"), *argv, *folder])
+            run_shown(ROOT / "main_moco.py", *argv, *resumed(run), str(data))
         found, left_out = read_runs([run])
         if not found:
             parser.exit(2, f"{parser.prog}: error: {left_out[0][0]} {left_out[0][1]}\n")
@@ -85,14 +85,6 @@ def main() -> None:
         save(figure, args.out / f"expected_curves.{suffix}")
     print_table(curves)
     print(f"{args.out / 'expected_curves.png'} and .svg")
-
-
-def call(command: list[str]) -> None:
-    """Run one of this project's programs, showing the command; stop where it stops."""
-    print("$ python " + shlex.join(command), flush=True)
-    status = subprocess.run([sys.executable, *command], check=False).returncode
-    if status:
-        sys.exit(status)
 
 
 @styled

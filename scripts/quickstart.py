@@ -13,7 +13,6 @@ Each objective was chosen among three on toy images of another seed (docs/result
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco.run_files import LINCLS_RESULT
-from moco.runs import recipes
+from moco.runs import command, recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 # Everything that the encoders share: the budget.
@@ -59,7 +58,7 @@ def main() -> None:
     data = args.data
     if data is None:
         data = ROOT / "data" / "toy"
-        run("scripts/make_toy_dataset.py", str(data))
+        command.run_shown(ROOT / "scripts" / "make_toy_dataset.py", str(data))
     out = args.out or ROOT / "results" / f"quickstart-{data.resolve().name}"
     drops = f"{args.probe_epochs * 6 // 10} {args.probe_epochs * 8 // 10}"
     settings = {
@@ -96,18 +95,9 @@ def evaluate(name: str, flags: str, out: Path, data: Path, settings: dict) -> tu
                     "--lidar-views", "0", "--out", str(measured)]),
     ):  # fmt: skip
         if not path.is_file():
-            run(*words)
+            command.run_shown(ROOT / words[0], *words[1:])
     linear, metrics = (json.loads(p.read_text(encoding="utf-8")) for p in (result, measured))
     return linear, metrics
-
-
-def run(program: str, *words: str) -> None:
-    """Run one of this project's programs, showing the command; stop where it stops."""
-    command = [str(ROOT / program), *words]
-    print("$ python " + shlex.join(command), flush=True)
-    status = subprocess.run([sys.executable, *command], check=False).returncode
-    if status:
-        sys.exit(status)
 
 
 def print_table(found: dict[str, tuple[dict, dict]]) -> None:

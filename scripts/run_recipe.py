@@ -12,7 +12,6 @@ protocols and the smaller scales are data: scripts/recipes/.
 """
 
 import argparse
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -79,10 +78,11 @@ def run(parser: command.Parser, args: argparse.Namespace) -> None:
         parser.refuse(error)
     children = command.Children(parser.prog)
     for row, plan in plans.items():
-        results = run_steps(parser, children, plan)
+        *results, metrics = command.run_steps(parser, children, plan.steps, ROOT)
         if len(plans) > 1:
             print(f"# {row}")
-        print("\n".join(results), flush=True)
+        lines = recipes.compared(plan.row, results, metrics, changed=bool(plan.changes))
+        print("\n".join(lines), flush=True)
 
 
 def folder(args: argparse.Namespace, row: str) -> Path:
@@ -90,18 +90,6 @@ def folder(args: argparse.Namespace, row: str) -> Path:
     if args.out is None:
         return Path("results") / "recipes" / name
     return args.out if row == args.recipe else args.out / name
-
-
-def run_steps(parser: command.Parser, children: command.Children, plan: recipes.Plan) -> list[str]:
-    """Run what has not been run; lines that compare what was found with the published figures."""
-    for file, (program, *words) in plan.steps:
-        if not file.is_file() and (status := children.run([str(ROOT / program), *words])):
-            sys.exit(status)
-        if not file.is_file():  # --max-steps, say
-            parser.refuse(f"{program} has ended without {file}", status=1)
-    found = [json.loads(file.read_text(encoding="utf-8")) for file, _ in plan.steps[1:]]
-    *results, metrics = found
-    return recipes.compared(plan.row, results, metrics, changed=bool(plan.changes))
 
 
 if __name__ == "__main__":

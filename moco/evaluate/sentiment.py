@@ -267,6 +267,15 @@ def evaluate_checkpoint(
     return {**about, "sentiment": found, "notes": notes}
 
 
+def report(result: dict) -> str:
+    """What `evaluate_checkpoint` gives, for people to read."""
+    sentiment = result["sentiment"]
+    title = f"{result['checkpoint']}, step {result['step']}, {result['objective']}"
+    unknown = " / ".join(f"{found['unknown_words']:.1f}" for found in sentiment.values())
+    notes = [f"note: {note}" for note in result["notes"]]
+    return "\n".join([title, f"unknown words: {unknown} %", *notes, summary(sentiment)])
+
+
 def summary(sentiment: Mapping[str, dict]) -> str:
     """One line: "MR 77.5 % (827 of 1067), C 16; CR ...; constant 49.8 / 63.5; bag of words ..."."""
     found = list(sentiment.values())

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,6 +42,14 @@ def running(prog: str) -> Iterator[None]:
         sys.stdout.flush()
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def run_shown(program: Path, *words: str) -> None:
+    """Run a Python program, showing the command; end where it fails, with its status."""
+    command = [str(program), *words]
+    print("$ python " + shlex.join(command), flush=True)
+    if status := subprocess.run([sys.executable, *command], check=False).returncode:
+        sys.exit(status)
 
 
 class Children:
@@ -92,3 +102,22 @@ class Children:
         self.running.remove(process)
         ended_early = found < 0 or found in (EXIT_PREEMPTED, EXIT_INTERRUPTED)
         return self.status if self.status is not None and ended_early else found
+
+
+def run_steps(
+    parser: Parser, children: Children, steps: Sequence[tuple[Path, list[str]]], root: Path
+) -> list[dict]:
+    """Run each program that has not left its file yet; ends the command where one fails.
+
+    Args:
+        steps: the file that a program leaves, and the program below `root` with its arguments.
+
+    Returns:
+        What is in the files, which are JSON but for the first, a checkpoint.
+    """
+    for file, (program, *words) in steps:
+        if not file.is_file() and (status := children.run([str(root / program), *words])):
+            sys.exit(status)
+        if not file.is_file():  # --max-steps, say
+            parser.refuse(f"{program} has ended without {file}", status=1)
+    return [json.loads(file.read_text(encoding="utf-8")) for file, _ in steps[1:]]

@@ -148,8 +148,8 @@ def test_quickstart_runs_to_its_table_and_reuses_what_is_there(
     monkeypatch.setattr(quickstart, "SHARED", f"{shared} -j 0")
     monkeypatch.setattr(quickstart, "PROBE", f"{quickstart.PROBE} -j 0")
 
-    def run(program: str, *words: str) -> None:
-        command = [str(ROOT / program), *words]
+    def run(program: Path, *words: str) -> None:
+        command = [str(program), *words]
         print("$ python", *command)
         with monkeypatch.context() as context:
             context.setattr(sys, "argv", command)
@@ -163,7 +163,7 @@ def test_quickstart_runs_to_its_table_and_reuses_what_is_there(
         quickstart.main()
         return capsys.readouterr().out
 
-    monkeypatch.setattr(quickstart, "run", run)
+    monkeypatch.setattr(quickstart.command, "run_shown", run)
     make_dataset(tmp_path / "toy", train_per_class=8, val_per_class=3, size=32)
     first = said("--epochs", 1, "--probe-epochs", 1)
     table = first[first.index("encoder  ") :]
