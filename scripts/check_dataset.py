@@ -11,8 +11,6 @@ rotation, exact copies, ...), and class folders that do not fit. Exit status: 1 
 be refused, 0 otherwise. `--out` writes all paths of each kind as JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

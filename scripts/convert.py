@@ -18,8 +18,6 @@ then it is renamed.
     onnx           .onnx with any batch size
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ per line. The default list is ImageNet-100 of Contrastive Multiview Coding (arXi
 the alignment + uniformity paper uses as well. Running it again completes a subset that was cut off.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -10,8 +10,6 @@ square metres and as a share of the training depth's variance (lower is better; 
 say which), beside what a constant and a mean for each pixel reach. RUN/depth.json has it all.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

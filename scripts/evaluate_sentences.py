@@ -10,8 +10,6 @@ folds, then the validation split of the paper's Tables 4 and 11, 1067 and 378 se
 answer and a bag of words stand beside.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -10,8 +10,6 @@ queue still holds the random keys that it starts with, go to FOLDER/expected_cur
 What has been finished in FOLDER is not run again.
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

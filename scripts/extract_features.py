@@ -13,8 +13,6 @@ does not say), the same for the same --seed. moco/evaluate/feature_files.py says
 measure_align_uniform.py --features and plot_features.py read it.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

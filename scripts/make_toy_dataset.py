@@ -9,8 +9,6 @@ CPU. The same arguments give the same bytes. A finished folder with the same set
 again, an unfinished one is started over, and any other non-empty folder is refused.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -24,8 +24,6 @@ With a text in place of DIR the checkpoint is one of train_sentences.py: positiv
 neighbours among the first sentences of TEXT, as many as the run held out.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

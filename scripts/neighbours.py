@@ -10,8 +10,6 @@ length; distances are between 0 and 2. Where images have labels, neighbours of a
 framed.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

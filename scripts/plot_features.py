@@ -16,8 +16,6 @@ writes it. Figures 3 and 4 need unit rows of two dimensions: train with --moco-d
 with --layer projection --normalize --views 2. RUN is what compare_runs.py takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import sys

@@ -11,8 +11,6 @@ devices would bring, and how far a short run is from the forecast. Nothing is le
 status 1 where a line says NO-GO.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

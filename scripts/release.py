@@ -11,8 +11,6 @@ says what these files say and nothing else; and SHA256SUMS. It is made whole or 
 verified before it gets its name.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ that of the expected loss, and the mean absolute one per anchor, which the proof
 O(M^(-1/2)). Intervals are 95 % of a bootstrap over repeats.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -14,8 +14,6 @@ With --max-steps 0 the untrained encoder is saved, its batch norm with statistic
 run folder, --resume auto and all else are as in main_moco.py.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Sequence

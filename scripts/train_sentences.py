@@ -11,8 +11,6 @@ contrastive loss with tau 0.075 (arXiv:2005.10242, section 5 and appendix B.3).
 `evaluate_sentences.py` evaluates the checkpoints.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Sequence

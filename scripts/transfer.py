@@ -12,8 +12,6 @@ images of each class: mean and standard deviation over draws, the same images fo
 McNemar's exact test of logistic regression against the first encoder.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
