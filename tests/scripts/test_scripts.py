@@ -131,6 +131,11 @@ def test_create_imagenet_subset(tmp_path: Path) -> None:
     refused = run_script("create_imagenet_subset.py", full, out, "--subset", wanted)
     assert refused.returncode == 2 and "n1" in refused.stderr, "a folder of another list"
 
+    (tmp_path / "other" / "val" / "n3").mkdir(parents=True)
+    refused = run_script("create_imagenet_subset.py", full, tmp_path / "other", "--subset", wanted)
+    assert refused.returncode == 2 and "in the way of a link" in refused.stderr
+    assert not (tmp_path / "other" / "train").exists()
+
 
 def test_default_subset_is_the_papers_100_classes() -> None:
     classes = (ROOT / "scripts" / "imagenet100_classes.txt").read_text(encoding="utf-8").split()
