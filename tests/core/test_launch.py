@@ -121,6 +121,14 @@ def test_env_without_an_address_is_refused(environment) -> None:
         place(Launch(dist_url="env://"))
 
 
+def test_an_empty_url_is_none(environment) -> None:
+    """As a job script writes it whose variable is not set."""
+    environment()
+    assert place(Launch(device="cpu", dist_url="")).processes == 1
+    with pytest.raises(ValueError, match="2 nodes need --dist-url tcp://HOST:PORT"):
+        place(Launch(device="cpu", dist_url="", world_size=2))
+
+
 def test_each_process_has_a_device_of_its_own() -> None:
     gpus = [torch.device("cuda", index) for index in range(2)]
     assert [_own_device(gpus, rank) for rank in (0, 1)] == gpus
