@@ -208,7 +208,8 @@ def launch(
     Args:
         placement: None: by `options` and the environment (`place`).
     """
-    placement = placement or place(options)
+    if placement is None or distributed.is_active():  # a group has the first word, also a late one
+        placement = place(options)
     devices = [torch.device(name) for name in placement.devices]
     if placement.number is not None:
         rank, world, local_rank = placement.number

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from datetime import timedelta
 from pathlib import Path
 
 import harness
@@ -112,6 +113,17 @@ def test_a_group_that_exists_has_the_first_word(
         monkeypatch.setattr(distributed, name, lambda value=value: value)
     environment(RANK=0, WORLD_SIZE=1, **variables)
     assert numbers(flag=1) == expected
+
+
+def test_a_group_that_begins_after_the_config_is_joined(environment, monkeypatch) -> None:
+    environment()
+    seen = []
+    for name, value in {"is_active": True, "rank": 0, "world_size": 1}.items():
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    monkeypatch.setattr(distributed, "set_timeout", seen.append)
+    minute = Launch(device="cpu", timeout_minutes=1)
+    launch(lambda device, _: seen.append(device), None, minute, Placement())
+    assert seen == [timedelta(minutes=1), CPU]
 
 
 def test_env_without_an_address_is_refused(environment) -> None:
