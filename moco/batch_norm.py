@@ -383,19 +383,19 @@ def split_batch_norm(encoder: nn.Module, splits: int, span: int = 1) -> None:
     Raises:
         ValueError: a batch norm without running averages.
     """
-    layers = []
-    for name, norm in list(encoder.named_modules()):
-        if type(norm) is not nn.BatchNorm2d:
+    split: dict[nn.Module, SplitBatchNorm2d] = {}  # a layer that has two names stays one
+    for name, norm in list(encoder.named_modules(remove_duplicate=False)):
+        if type(norm) is not nn.BatchNorm2d or norm is encoder:
             continue
         if norm.momentum is None or not norm.track_running_stats:
             raise ValueError(f"batch norm without running averages cannot be split: {norm}")
-        own = {n: getattr(norm, n) for n in ("eps", "momentum", "affine")}
-        split = SplitBatchNorm2d(norm.num_features, splits, span, **own)
-        split.load_state_dict(norm.state_dict())
-        encoder.set_submodule(name, split)
-        layers.append(split)
-    if layers:
-        EncoderNorms(layers).attach(encoder)
+        if norm not in split:
+            own = {n: getattr(norm, n) for n in ("eps", "momentum", "affine")}
+            split[norm] = SplitBatchNorm2d(norm.num_features, splits, span, **own)
+            split[norm].load_state_dict(norm.state_dict())
+        encoder.set_submodule(name, split[norm])
+    if split:
+        EncoderNorms(list(split.values())).attach(encoder)
 
 
 def has_batch_norm(module: nn.Module) -> bool:

@@ -112,16 +112,15 @@ class MoCo(nn.Module):
         self.register_buffer("queue", keys.t().contiguous().t())
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
+        # Applied to images right before an encoder sees them. Keys are shuffled before it, so that
+        # ranks exchange the bytes of pixels rather than normalised floats.
+        self.prepare: Callable[[Tensor], Tensor] = _as_they_are
+
         self.shuffle_generator = torch.Generator().manual_seed(0)
         self._keys: list[Tensor] = []  # of this step, not yet in the queue; one for each direction
         self._parts_done = 0
         self._overwritten: tuple[Tensor, Tensor] | None = None  # by the keys of the last step
         self._steps = 0  # tells MoCoLosses when the queue it looks at has moved on
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images as an encoder sees them; a task puts another function here. Keys are shuffled
-        before it, so that ranks exchange the bytes of pixels rather than normalised floats."""
-        return images
 
     def forward(
         self,
@@ -293,6 +292,10 @@ class MoCo(nn.Module):
                 gather=gather if span > 1 else None,
             )
         return losses
+
+
+def _as_they_are(images: Tensor) -> Tensor:
+    return images
 
 
 def _normalize(features: Tensor) -> Tensor:

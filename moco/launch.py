@@ -181,9 +181,9 @@ def _nodes(options: Launch) -> tuple[int, int]:
         raise ValueError(
             f"--rank {rank} is outside 0..{nodes - 1}: it numbers the {nodes} nodes of --world-size"
         )
-    if nodes > 1 and url is None:
+    if nodes > 1 and not url:
         raise ValueError(f"{nodes} nodes need --dist-url tcp://HOST:PORT of the first one")
-    if url is not None and not re.match(r"(tcp|file|env)://", url):
+    if url and not re.match(r"(tcp|file|env)://", url):
         raise ValueError(f"--dist-url must begin with tcp:// or be env://, got {url!r}")
     if nodes > 1 and url == "env://" and (missing := _missing_address()):
         raise ValueError(f"--dist-url env:// needs {' and '.join(missing)} in the environment")
@@ -208,7 +208,8 @@ def launch(
     Args:
         placement: None: by `options` and the environment (`place`).
     """
-    placement = placement or place(options)
+    if placement is None or distributed.is_active():  # a group has the first word, also a late one
+        placement = place(options)
     devices = [torch.device(name) for name in placement.devices]
     if placement.number is not None:
         rank, world, local_rank = placement.number

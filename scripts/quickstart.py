@@ -69,7 +69,7 @@ def main() -> None:
         "t": T,
     }
     try:
-        recipes.claim(out / "settings.json", settings)
+        recipes.claim(out / "settings.json", settings, "results of other settings")
     except ValueError as error:
         parser.error(str(error))
     print_table({name: evaluate(name, f, out, data, settings) for name, f in ENCODERS.items()})

@@ -73,7 +73,8 @@ def run(parser: command.Parser, args: argparse.Namespace) -> None:
         if args.scale == "full":
             recipes.check_classes(TABLES, plans[row].table, Path(args.data))
         for row, plan in plans.items():
-            recipes.claim(folder(args, row) / "recipe.json", plan.facts())
+            path = folder(args, row) / "recipe.json"
+            recipes.claim(path, plan.facts(), "another recipe")
     except (ValueError, OSError) as error:
         parser.refuse(error)
     children = command.Children(parser.prog)

@@ -145,12 +145,13 @@ class Comparison:
             if 0 < sum(sources) < len(sources):
                 shares = f"{sum(sources)} of {len(sources)} runs"
                 found.append(f"{title}: logged while training for {shares}")
-        most = {c.title: max(len(c.values(run)) for run in self.runs) for c in self.tested}
-        return found + [
-            f"{title}: a run's figure is the mean of up to {count} evaluations"
-            for title, count in most.items()
-            if count > 1
-        ]
+        for column in self.tested:
+            most = max((len(column.values(run)) for run in self.runs), default=0)
+            if most > 1:
+                found.append(
+                    f"{column.title}: a run's figure is the mean of up to {most} evaluations"
+                )
+        return found
 
 
 def _of_kind(kind: tuple[str, Protocol], run: RunFolder) -> list[float]:

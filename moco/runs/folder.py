@@ -85,7 +85,9 @@ class RunFolder:
     def _batches(self) -> int:
         """Of an epoch, as the run noted it, else whole batches."""
         noted = number(self.args.get("steps_per_epoch"))
-        return int(noted) if noted else self.args["images"] // self.args["batch_size"]
+        if noted:
+            return max(1, int(noted))
+        return self.args["images"] // self.args["batch_size"]
 
     @property
     def steps_per_epoch(self) -> int:

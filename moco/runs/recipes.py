@@ -310,8 +310,11 @@ def value_text(value: str | list | float | bool) -> str:
     return " ".join(v if isinstance(v, str) else f"{v:.10g}" for v in values)
 
 
-def claim(path: Path, facts: dict) -> None:
+def claim(path: Path, facts: dict, others: str) -> None:
     """Note in a file what its folder is for: results of other settings are not taken for these.
+
+    Args:
+        others: what the folder holds otherwise, for the message: "another recipe".
 
     Raises:
         ValueError: the folder is of other settings, or the file is damaged.
@@ -323,10 +326,8 @@ def claim(path: Path, facts: dict) -> None:
         except (ValueError, AttributeError):
             raise ValueError(f"{path} is damaged; choose another --out") from None
         if other:
-            raise ValueError(
-                f"{path.parent} holds another {path.stem} (its {', '.join(other)} differ); choose "
-                "another --out"
-            )
+            differ = f"{', '.join(other)} {'differ' if len(other) > 1 else 'differs'}"
+            raise ValueError(f"{path.parent} holds {others} (its {differ}); choose another --out")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, facts)

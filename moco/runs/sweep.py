@@ -148,7 +148,7 @@ def claim_folder(out: Path, facts: dict) -> None:
     """
     if out.exists() and not (out / SWEEP).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and holds no sweep; choose another --out")
-    recipes.claim(out / SWEEP, facts)
+    recipes.claim(out / SWEEP, facts, "another sweep")
 
 
 def run_one(run: SweepRun, environment: dict[str, str], children: Children) -> int:

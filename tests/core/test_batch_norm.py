@@ -145,6 +145,15 @@ def test_a_batch_that_does_not_split_is_refused_in_training(batch):
         split(torch.randn(batch, 5, 3, 3).double())
 
 
+def test_a_batch_norm_with_two_names_stays_one():
+    net, norm = nn.Sequential(nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3)
+    net.first, net.more = norm, nn.Sequential(norm)
+    split_batch_norm(net, 2)
+    assert isinstance(net.first, SplitBatchNorm2d) and net.more[0] is net.first
+    split_batch_norm(norm, 2)  # nothing is inside
+    assert type(norm) is nn.BatchNorm2d
+
+
 def test_batch_norm_without_running_averages_cannot_be_split():
     for norm in (nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, track_running_stats=False)):
         with pytest.raises(ValueError, match="without running averages cannot be split"):

@@ -252,6 +252,8 @@ def test_images_are_prepared_right_before_they_are_encoded():
     assert torch.equal(seen[0], im_q) and torch.equal(seen[1], im_k[order])
     assert not torch.equal(order, torch.arange(N))
     assert moco.state_dict().keys() == floats.state_dict().keys()
+    moco.prepare = nn.Identity()  # a module will do
+    assert isinstance(moco.prepare, nn.Identity)
 
 
 # ---- State ---------------------------------------------------------------------------------------

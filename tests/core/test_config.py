@@ -33,6 +33,8 @@ from moco.config import (
     parts_of,
     rounding_changes,
 )
+from moco.config.in_batch import InBatchObjective
+from moco.config.sentences import SentenceObjective
 from moco.errors import TrainingError
 
 CONFIGS = pytest.mark.parametrize(
@@ -201,6 +203,11 @@ def test_groups_of_files_from_before_group_size_are_worked_out(config) -> None:
     ]  # fmt: skip
 
 
+def test_a_slope_that_no_weight_asks_for_may_be_infinite() -> None:
+    for objective in (Objective, InBatchObjective):
+        assert objective(align_w=0, align_alpha=0.5).align_alpha == 0.5
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -208,6 +215,8 @@ def test_groups_of_files_from_before_group_size_are_worked_out(config) -> None:
         (lambda: PretrainOptim(lr=float("nan")), "--lr must be a number of at least 0, got nan"),
         (lambda: PretrainOptim(accumulate=0), "--accumulate must be at least 1, got 0"),
         (lambda: Objective(align_alpha=0.5), "--moco-align-alpha must be at least 1"),
+        (lambda: Objective(unif_t=float("inf")), "--moco-unif-t must be positive, got inf"),
+        (lambda: SentenceObjective(unif_t=0), "--unif-t must be positive, got 0"),  # of any weight
         (lambda: Objective(align_w=0, unif_w=0), "all loss weights are zero"),
         (lambda: Objective(unif_w=float("inf")), "--moco-unif-w must be a number of at least 0"),
         (lambda: InBatchOptim(momentum=1.5), "--momentum must be in [0, 1), got 1.5"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from datetime import timedelta
 from pathlib import Path
 
 import harness
@@ -114,11 +115,30 @@ def test_a_group_that_exists_has_the_first_word(
     assert numbers(flag=1) == expected
 
 
+def test_a_group_that_begins_after_the_config_is_joined(environment, monkeypatch) -> None:
+    environment()
+    seen = []
+    for name, value in {"is_active": True, "rank": 0, "world_size": 1}.items():
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    monkeypatch.setattr(distributed, "set_timeout", seen.append)
+    minute = Launch(device="cpu", timeout_minutes=1)
+    launch(lambda device, _: seen.append(device), None, minute, Placement())
+    assert seen == [timedelta(minutes=1), CPU]
+
+
 def test_env_without_an_address_is_refused(environment) -> None:
     assert place(Launch(dist_url="env://")).processes == 1, "there is nobody to meet"
     environment(RANK=1, WORLD_SIZE=2)
     with pytest.raises(ValueError, match="env:// needs MASTER_ADDR and MASTER_PORT"):
         place(Launch(dist_url="env://"))
+
+
+def test_an_empty_url_is_none(environment) -> None:
+    """As a job script writes it whose variable is not set."""
+    environment()
+    assert place(Launch(device="cpu", dist_url="")).processes == 1
+    with pytest.raises(ValueError, match="2 nodes need --dist-url tcp://HOST:PORT"):
+        place(Launch(device="cpu", dist_url="", world_size=2))
 
 
 def test_each_process_has_a_device_of_its_own() -> None:

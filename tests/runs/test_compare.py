@@ -189,6 +189,10 @@ def test_row_1_is_of_the_recipe_that_most_have(two_objectives, tmp_path) -> None
     assert column(rows, "differs from row 1 in") == ["", "", "⚠ lr 1, not 0.03"]
 
 
+def test_no_runs_differ_in_nothing() -> None:
+    assert Comparison([]).evaluation_differences() == []
+
+
 def test_probes_made_otherwise_are_named(two_objectives, tmp_path) -> None:
     path = two_objectives / "a0-lincls" / "lincls.json"
     content = json.loads(path.read_text())

@@ -113,6 +113,8 @@ SPOILED = {  # a file, and its content: bytes, None for no such file, what torch
     "older args": (ARGS, {"objective": None}, "another version"),
     "seed as text": (ARGS, {"seed": "0"}, "no usable 'seed'"),
     "no batch": (ARGS, {"batch_size": 0}, "below zero"),
+    "steps noted": (ARGS, {"steps_per_epoch": 5}, "is unfinished: step 20 of 25"),
+    "less than one": (ARGS, {"steps_per_epoch": -1, "epochs": 25}, "is unfinished: step 20 of 25"),
     "newer checkpoint": (CHECKPOINT, {"version": 99}, "format version 99, expected 1"),
     "foreign checkpoint": (CHECKPOINT, {"weights": 1}, "format version None, expected 1"),
     "a list": (CHECKPOINT, [1], "it holds a list instead of a dict"),

@@ -306,12 +306,17 @@ def test_results_of_other_flags_are_not_taken_for_these(tmp_path, call) -> None:
     facts = recipes.plan(TABLES, "table10:32", "D", out, scale="tiny").facts()
     elsewhere = {"pretrain": ["-j", "3"], "lincls": ["--device", "cpu"]}
     assert recipes.plan(TABLES, "table10:32", "E", out, scale="tiny", **elsewhere).facts() == facts
-    recipes.claim(out / "recipe.json", facts)
-    recipes.claim(out / "recipe.json", facts)  # the same goes on
-    for other in ("--seed 1", "--lincls='--lr 1'", "--pretrain='--amp bf16'"):
+    recipes.claim(out / "recipe.json", facts, "another recipe")
+    recipes.claim(out / "recipe.json", facts, "another recipe")  # the same goes on
+    for other, said in (
+        ("--seed 1", "pretrain, lincls differ"),
+        ("--lincls='--lr 1'", "lincls differs"),
+        ("--pretrain='--amp bf16'", "pretrain differs"),
+    ):
         words = f"table10:32 {tmp_path} --run --scale tiny --out {out}"
         status, text = call(run_recipe.main, f"{words} {other}")
-        assert status == 2 and "holds another recipe" in text.splitlines()[-1]
+        assert status == 2
+        assert f"{out} holds another recipe (its {said}); choose another" in text.splitlines()[-1]
 
 
 def test_table_1_is_stl_10_in_the_papers_protocol(call) -> None:

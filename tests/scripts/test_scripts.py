@@ -183,4 +183,5 @@ def test_quickstart_runs_to_its_table_and_reuses_what_is_there(
     assert same.splitlines()[:4] == table.splitlines()[:4]
     with pytest.raises(SystemExit) as stop:
         said("--epochs", 2)
-    assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
+    said = "holds results of other settings (its pretrain, probe differ); choose another --out"
+    assert stop.value.code == 2 and said in capsys.readouterr().err

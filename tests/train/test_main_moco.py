@@ -209,6 +209,7 @@ def test_a_seed_is_drawn_and_the_run_folder_named(many):
         ("--moco-unif-t -2", ["--moco-unif-t", "positive", "got -2"]),
         ("--moco-contr-w 1 --moco-contr-tau 0", ["--moco-contr-tau", "positive", "got 0"]),
         ("--moco-t 0", ["--moco-t ", "positive", "got 0"]),
+        ("--moco-t inf", ["--moco-t ", "positive", "got inf"]),
         ("--moco-t 0.2 --moco-contr-tau 0.2", ["--moco-t", "--moco-contr-tau"]),
         ("--moco-t 0.2 --moco-align-w 0", ["--moco-t", "--moco-align-w"]),
         ("--moco-t 0.2 --moco-unif-no-intra-batch", ["--moco-t", "--moco-unif-no-intra-batch"]),
