@@ -12,7 +12,7 @@ import io
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -35,9 +35,10 @@ from moco.data.folders import (
 )
 from moco.data.images import open_images
 from moco.data.rgb import MAX_PIXELS, load_rgb, rgb_of
-from moco.data.shards import PackedImages, shard_paths
+from moco.data.shards import shard_paths
 from moco.errors import DataError
 from moco.printable import printable
+from moco.run_files import sha256
 
 # What training does with files of each kind. It stops at the first group, or replaces the image
 # (--skip-bad-images).
@@ -177,14 +178,8 @@ def audit(root: Path, workers: int, dataset: str = "folder", *, most: int | None
         looked_for = f"(looked for {', '.join(IMG_EXTENSIONS)})"
         raise DataError("; ".join([f"no images in {root} {looked_for}", *said]))
     paths = [paths[i] for i in _spread(len(paths), most)]
-    kinds = _look_at_all(
-        ((path, None) for path in paths),
-        len(paths),
-        workers,
-        check_classes(root, by_split),
-        sizes={path: os.path.getsize(path) for path in paths if os.path.isfile(path)},
-        read=lambda path: Path(path).read_bytes(),
-    )
+    kinds = check_classes(root, by_split)
+    kinds = _look_at_all(((path, None) for path in paths), len(paths), workers, kinds)
     ignored = sum(map(ignored_files, by_split), Counter())
     return Audit(root, len(paths), ignored, said, kinds)
 
@@ -202,27 +197,18 @@ def _audit_shards(root: Path, workers: int, dataset: str, most: int | None) -> A
         train, val = (set(images.classes) for images in splits.values())
         for name in val - train:
             kinds["class of val not in train"].append((name, ""))
-    sizes: dict[str, int] = {}
-    places: dict[str, tuple[PackedImages, int]] = {}
 
     def contents() -> Iterator[tuple[str, bytes | Finding]]:
         for images in splits.values():
             for index in _spread(len(images), most):
                 title = images.title(index)
                 try:
-                    data = images.read(index)
+                    yield title, images.read(index)
                 except DataError as error:
                     yield title, ("unreadable", str(error))
-                else:
-                    sizes[title], places[title] = len(data), (images, index)
-                    yield title, data
-
-    def read(title: str) -> bytes:
-        images, index = places[title]
-        return images.read(index)
 
     count = sum(len(_spread(len(images), most)) for images in splits.values())
-    kinds = _look_at_all(contents(), count, workers, kinds, sizes=sizes, read=read)
+    kinds = _look_at_all(contents(), count, workers, kinds)
     said = [str(images.left_out) for images in splits.values() if images.left_out.counts]
     return Audit(root, count, Counter(), said, kinds)
 
@@ -233,33 +219,22 @@ def _spread(count: int, most: int | None) -> range:
 
 
 def _look_at_all(
-    images: Iterable[tuple[str, Source]],
-    count: int,
-    workers: int,
-    kinds: Kinds,
-    *,
-    sizes: dict[str, int],
-    read: Callable[[str], bytes],
+    images: Iterable[tuple[str, Source]], count: int, workers: int, kinds: Kinds
 ) -> Kinds:
-    """`kinds` and what there is to say about each image, sorted.
-
-    Args:
-        sizes: bytes of each that can be read, known once all are decoded; those of equal size are
-            read again, to find copies.
-    """
+    """`kinds` and what there is to say about each image, sorted."""
+    contents: list[tuple[str, str]] = []
     with tqdm(total=count, unit="image", disable=None) as bar:
-        for name, findings in check_files(images, min(workers, count)):
+        for name, findings, content in check_files(images, min(workers, count)):
             bar.update()
             for kind, details in findings:
                 kinds[kind].append((name, details))
-    first: dict[bytes, str] = {}
-    of_size = Counter(sizes.values())
-    for name, size in sizes.items():
-        if size and of_size[size] > 1:
-            with contextlib.suppress(OSError, DataError):  # it has been found unreadable
-                original = first.setdefault(hashlib.sha256(read(name)).digest(), name)
-                if original != name:
-                    kinds["exact copy"].append((name, f"of {original}"))
+            if content:
+                contents.append((content, name))
+    first: dict[str, str] = {}
+    for content, name in sorted(contents):
+        original = first.setdefault(content, name)
+        if original != name:
+            kinds["exact copy"].append((name, f"of {original}"))
     return {kind: sorted(found) for kind, found in kinds.items()}
 
 
@@ -330,10 +305,21 @@ def _look_at_header(name: str, source: str | BinaryIO) -> list[Finding]:
     return found
 
 
+def _look_at(name: str, source: Source) -> tuple[str, list[Finding], str]:
+    """Name, `check_file` and SHA-256 of the content, "" where there is none."""
+    findings, content = check_file(name, source), ""
+    if isinstance(source, bytes) and source:
+        content = hashlib.sha256(source).hexdigest()
+    elif source is None:
+        with contextlib.suppress(OSError):  # it has been found unreadable
+            content = sha256(name) if os.path.isfile(name) and os.path.getsize(name) else ""
+    return name, findings, content
+
+
 def check_files(
     images: Iterable[tuple[str, Source]], workers: int
-) -> Iterator[tuple[str, list[Finding]]]:
-    """`check_file` of all images by several processes, in any order.
+) -> Iterator[tuple[str, list[Finding], str]]:
+    """(name, `check_file`, SHA-256 or "") of all images by several processes, in any order.
 
     A file that kills the process that reads it does not stop the check: those that were in work
     are then tried one by one, each in a process of its own.
@@ -345,20 +331,21 @@ def check_files(
             try:
                 while True:
                     for image in islice(left, 4 * workers - len(pending)):
-                        pending[pool.submit(check_file, *image)] = image
+                        pending[pool.submit(_look_at, *image)] = image
                     if not pending:
                         return
                     for future in wait(pending, return_when=FIRST_COMPLETED).done:
                         result = future.result()
-                        yield pending.pop(future)[0], result
+                        pending.pop(future)
+                        yield result
             except BrokenProcessPool:
                 suspects = list(pending.values())
         for image in suspects:
             with ProcessPoolExecutor(1) as pool:
                 try:
-                    yield image[0], pool.submit(check_file, *image).result()
+                    yield pool.submit(_look_at, *image).result()
                 except BrokenProcessPool:
-                    yield image[0], [("kills its reader", "")]
+                    yield image[0], [("kills its reader", "")], ""
 
 
 def splits_of(root: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -35,17 +36,19 @@ def load_rgb(path: str | os.PathLike) -> Image.Image:
     """
     if not os.path.isfile(path):  # to open a pipe would wait for ever
         raise DataError(f"cannot read image {path}: there is no such file")
-    return rgb_of(path, path)
+    return _read(path, path)
 
 
-def rgb_of(source: bytes | str | os.PathLike, name: str | os.PathLike) -> Image.Image:
-    """`load_rgb` of a file's content.
+def rgb_of(data: bytes, name: str) -> Image.Image:
+    """`load_rgb` of what would be in the file.
 
     Args:
-        source: the content, or the path of a file that is there.
         name: of the image, for the error.
     """
-    source = io.BytesIO(source) if isinstance(source, bytes) else source
+    return _read(io.BytesIO(data), name)
+
+
+def _read(source: str | os.PathLike | BinaryIO, name: str | os.PathLike) -> Image.Image:
     try:
         with _refusing_truncated(), Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import shutil
 import warnings
@@ -64,13 +65,14 @@ def pictures() -> Iterator[tuple[str, bytes, object]]:
 
 
 def test_what_is_seen_in_each_kind_of_file(tmp_path: Path) -> None:
-    """Quietly."""
+    """Quietly; also by a path in bytes, and of a file's content."""
     for name, data, wanted in pictures():
-        (tmp_path / name).write_bytes(data)
+        (path := tmp_path / name).write_bytes(data)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            image = load_rgb(tmp_path / name)
-        assert image.mode == "RGB" and np.array_equal(image, wanted), name
+            images = load_rgb(path), load_rgb(os.fsencode(path)), rgb.rgb_of(memoryview(data), name)
+        for image in images:
+            assert image.mode == "RGB" and np.array_equal(image, wanted), name
 
 
 def test_large_and_truncated_files_stay_errors_whatever_pillow_was_told(
