@@ -34,7 +34,8 @@ def link_classes(root: Path, out: Path, listed: Path) -> int:
             raise ValueError(f"{link} links to {link.resolve()}, expected {target}")
         if link.exists() and not link.is_symlink():
             raise ValueError(f"{link} is in the way of a link to {target}")
-    there = [path for split in SPLITS for path in (out / split).glob("*")]
+    folders = [out / split for split in SPLITS if (out / split).is_dir()]
+    there = [path for folder in folders for path in folder.iterdir()]
     if extra := sorted(path.name for path in there if path.name not in classes):
         raise ValueError(f"{out} holds classes that are not in the list: {', '.join(extra[:5])}")
     for link, target in links.items():

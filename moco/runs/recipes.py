@@ -339,7 +339,8 @@ def check_classes(tables: Tables, table: dict, data: Path) -> None:
         return  # of sentences, torchvision's files, or images without classes
     for split in ("train", "val"):
         folder = data / split
-        found = {entry.name for entry in folder.glob("*") if entry.is_dir()}
+        entries = folder.iterdir() if folder.is_dir() else ()
+        found = {entry.name for entry in entries if entry.is_dir()}
         if "class-count" in table:
             if len(found) != table["class-count"]:
                 raise ValueError(
