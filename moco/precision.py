@@ -60,22 +60,37 @@ def kernels(deterministic: bool) -> Iterator[None]:
     same bits every time. Convolutions of float32 use TF32 either way, as is torch's default;
     matrix products have full precision, because the losses need it, also where the environment
     (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE in NVIDIA's containers) has chosen TF32."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cudnn.deterministic,
-        torch.backends.cudnn.benchmark,
-        torch.get_float32_matmul_precision(),
-    )
+    cudnn = torch.backends.cudnn
+    algorithms = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = cudnn.deterministic, cudnn.benchmark
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    _choose_kernels(deterministic, deterministic, not deterministic, "highest")
+    with _full_products():
+        torch.use_deterministic_algorithms(deterministic)
+        cudnn.deterministic, cudnn.benchmark = deterministic, not deterministic
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(algorithms, warn_only=only_warn)
+            cudnn.deterministic, cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def _full_products() -> Iterator[None]:
+    """Torch 2.9 has a setting for each backend beside the one of all, and refuses to read the
+    latter where a caller has changed the former."""
+    backends, of_all = [], None
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    with contextlib.suppress(RuntimeError):
+        of_all = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        _choose_kernels(*before)
-
-
-def _choose_kernels(algorithms: bool, cudnn: bool, benchmark: bool, products: str) -> None:
-    torch.use_deterministic_algorithms(algorithms)
-    torch.set_float32_matmul_precision(products)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn, benchmark
+        if of_all is not None:
+            torch.set_float32_matmul_precision(of_all)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

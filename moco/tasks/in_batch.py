@@ -173,7 +173,7 @@ class InBatchTask(ImageTask):
 
     def total(self, losses: InBatchLosses) -> Tensor:
         objective = self.config.objective
-        # Cross-entropy has none.
+        # Cross-entropy has no weight of its own.
         return losses.weighted({n: getattr(objective, f"{n}_w", 1.0) for n, _ in losses.items()})
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from moco.data.images import open_images
 from moco.data.views import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalize
 from moco.encoders import build_encoder
 from moco.evaluate.feature_cache import without_batch_norm
+from moco.evaluate.feed import CachedFeed
 from moco.evaluate.heads import FrozenEncoder
 
 
@@ -180,6 +181,15 @@ def test_with_a_view_for_each_epoch_it_is_the_standard_protocol(data, pretrained
     assert result("standard")["evaluation"] == "standard"
     assert "cached" not in result("standard")["protocol"]
     assert result("cached")["protocol"]["cached_views"] == 3
+
+
+def test_views_are_used_in_turn() -> None:
+    """Two of them for four epochs: each again after the other."""
+    views = torch.stack([torch.zeros(4, 3), torch.ones(4, 3)]).half()
+    labels, cpu = torch.arange(4), torch.device("cpu")
+    feed = CachedFeed(views, labels, views[0], views[0], labels, batch_size=2, seed=0, device=cpu)
+    seen = [feed.inputs(next(iter(feed.train(epoch))))[0].unique().tolist() for epoch in range(4)]
+    assert seen == [[0], [1], [0], [1]]
 
 
 def test_files_are_half_precision_and_used_again(data, pretrained, cache, capsys):

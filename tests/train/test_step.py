@@ -22,6 +22,7 @@ from moco.checkpoint import load_encoder
 from moco.config import Encoder, Objective, PretrainConfig, PretrainData, PretrainOptim
 from moco.log import Means
 from moco.looks import Looks
+from moco.precision import kernels
 from moco.tasks.moco import MoCoTask
 from moco.train import loop
 from moco.train.guards import StepGuard
@@ -316,6 +317,22 @@ def test_deterministic_is_an_option_and_ends_with_the_run(data, tmp_path, monkey
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.get_float32_matmul_precision() == "high"
     torch.set_float32_matmul_precision("highest")
+
+
+def test_what_a_caller_of_the_library_has_chosen_is_there_again() -> None:
+    """Also TF32 of one backend, after which torch 2.9 refuses to read the setting of all."""
+    products = torch.backends.cuda.matmul
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        if hasattr(products, "fp32_precision"):
+            products.fp32_precision = "tf32"
+        with kernels(deterministic=False):
+            assert getattr(products, "fp32_precision", "ieee") == "ieee"
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert getattr(products, "fp32_precision", "tf32") == "tf32"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_compile_without_a_compiler_is_refused(data, monkeypatch, capsys) -> None:
