@@ -16,6 +16,8 @@ except ImportError:
 
 from align_uniform.figures.circle import Features, feature_map, figure_3, figure_4
 from align_uniform.figures.densities import (
+    BANDWIDTH,
+    average_potential,
     circle_distributions,
     gaussian_kde,
     von_mises_kde,
@@ -32,15 +34,17 @@ from align_uniform.figures.style import (
     save,
     styled,
 )
-from align_uniform.figures.theory import figure_10, figure_11, theorem_1
+from align_uniform.figures.theory import figure_10, figure_11, log_hyp0f1, theorem_1
 
 __all__ = [
+    "BANDWIDTH",
     "COLOURS",
     "DASHES",
     "INK",
     "MARKERS",
     "Features",
     "Point",
+    "average_potential",
     "circle_distributions",
     "curves",
     "feature_map",
@@ -51,6 +55,7 @@ __all__ = [
     "gaussian_kde",
     "inline_svg",
     "line_style",
+    "log_hyp0f1",
     "save",
     "scatter",
     "styled",

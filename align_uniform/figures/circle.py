@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from align_uniform.bounds import uniformity_infimum
-from align_uniform.figures.densities import gaussian_kde, von_mises_kde
+from align_uniform.figures.densities import average_potential, gaussian_kde, von_mises_kde
 from align_uniform.figures.style import CLASS_COLOURS, COLOURS, INK, MARKERS, styled
 from align_uniform.metrics import alignment, uniformity
 
@@ -84,7 +84,7 @@ def figure_3(
             axes = figure.add_subplot(rows[2 * row : 2 * row + 2, 0])
             _pair_histogram(axes, features, name)
         title = "all" if with_pairs else f"{name}: all"
-        potential = math.exp(uniformity(features.x))
+        potential = average_potential(features.x)
         parts = [(f"{title} ({len(features.x)})\nmean potential {potential:.3f}", features.x)]
         for label in shown:
             mine = features.labels == label if features.labels is not None else None

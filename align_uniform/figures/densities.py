@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align_uniform._checks import check_positive
+from align_uniform.metrics import uniformity
 
 BANDWIDTH = 0.1  # of both kernel density estimates: on the circle, in radians
 
@@ -67,6 +68,14 @@ def von_mises_kde(angles: Tensor, at: Tensor, bandwidth: float = BANDWIDTH) -> T
         total += torch.exp(kappa * (torch.cos(at.double()[:, None] - block) - 1)).sum(dim=1)
     # i0e is exp(-kappa) I_0: both sides lose a factor that would overflow.
     return total / (2 * math.pi * torch.special.i0e(kappa) * len(angles))
+
+
+def average_potential(x: Tensor, t: float = 2) -> float:
+    """Average pairwise Gaussian potential, mean over i < j of exp(-t ||x_i - x_j||^2).
+
+    The exponential of `align_uniform.metrics.uniformity`, which says what x may be; in (0, 1].
+    """
+    return math.exp(uniformity(x, t))
 
 
 def von_mises_sample(n: int, mean: float, kappa: float, generator: torch.Generator) -> Tensor:
