@@ -233,3 +233,4 @@ def test_the_rule_and_the_papers_rows() -> None:
     assert not can_collapse(3, 1, 3, push=queue_push(32, 65536))
     assert can_collapse(1, 0, 2) and not can_collapse(1, 0.1, 2, alpha=3)
     assert queue_push(32, 65536) == pytest.approx(1.0002, abs=1e-4)
+    assert queue_push(3, 5) == pytest.approx(7 / 6)  # (K + N - 1) / (K + (N - 1) / 2)

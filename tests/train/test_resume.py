@@ -157,28 +157,28 @@ def refusal(run: Path, data: Path, *flags: object) -> str:
         ("-a resnet8x4", "is of arch resnet8, this run is of resnet8x4"),
     ],
 )
-def test_changes_of_what_is_learned_are_refused(flags, said, half, data) -> None:
+def test_changes_of_what_is_learned_are_refused(flags, said, stopped, data) -> None:
     """Of every field in tests/core/test_config.py."""
-    message = refusal(half, data, *flags.split())
+    message = refusal(stopped, data, *flags.split())
     assert said in message and "step_00000008.pth.tar" in message
 
 
-def test_all_changes_are_listed_and_what_does_not_matter_may_change(half, data) -> None:
-    message = refusal(half, data, "--lr", 0.05, "--seed", 2, "--epochs", 4)
+def test_all_changes_are_listed_and_what_does_not_matter_may_change(stopped, data) -> None:
+    message = refusal(stopped, data, "--lr", 0.05, "--seed", 2, "--epochs", 4)
     assert all(f"{name}: " in message for name in ("lr", "seed", "epochs"))
     assert "--allow-changes" in message
-    assert refusal(half, data, "-j", 5, "-p", 7, "--save-steps", 9, "--keep-last", 2) == ""
-    assert refusal(half, data, "--max-steps", 9, "--save-minutes", 1) == ""
-    assert refusal(half, data, "--channels-last", "--deterministic", "--profile") == ""
+    assert refusal(stopped, data, "-j", 5, "-p", 7, "--save-steps", 9, "--keep-last", 2) == ""
+    assert refusal(stopped, data, "--max-steps", 9, "--save-minutes", 1) == ""
+    assert refusal(stopped, data, "--channels-last", "--deterministic", "--profile") == ""
 
 
-def test_other_data_are_refused_and_moved_data_are_not(half, data, tmp_path) -> None:
+def test_other_data_are_refused_and_moved_data_are_not(stopped, data, tmp_path) -> None:
     """The same number of images under other names would be other samples at each index."""
     moved = Path(shutil.copytree(data, tmp_path / "moved"))
-    assert refusal(half, moved) == ""
+    assert refusal(stopped, moved) == ""
     image = next((moved / "train" / "class_0").iterdir())
     image.rename(image.with_name("renamed.png"))
-    assert "images_digest" in refusal(half, moved)
+    assert "images_digest" in refusal(stopped, moved)
 
 
 def test_allowed_changes_are_made_and_logged(stopped, data) -> None:
