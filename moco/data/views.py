@@ -57,9 +57,13 @@ def pretrain_recipe(
     crop_scale = tuple(crop_scale)
     if not aug_plus:
         return Recipe(
-            image_size, crop_scale, grey_before_jitter=True, grey_p=0.2,
-            jitter_p=1.0, jitter=(0.4, 0.4, 0.4, 0.4),
-        )  # fmt: skip
+            image_size,
+            crop_scale,
+            grey_before_jitter=True,
+            grey_p=0.2,
+            jitter_p=1.0,
+            jitter=(0.4, 0.4, 0.4, 0.4),
+        )
     return Recipe(image_size, crop_scale, jitter_p=0.8, grey_p=0.2, blur_p=0.5 if blur else 0.0)
 
 
@@ -239,9 +243,11 @@ def _draw_boxes(recipe: Recipe, u: np.ndarray, height: np.ndarray, width: np.nda
     tried_width = np.rint(np.sqrt(area * ratio)).astype(np.int64)
     tried_height = np.rint(np.sqrt(area / ratio)).astype(np.int64)
     fits = (
-        (0 < tried_width) & (tried_width <= width[:, None])
-        & (0 < tried_height) & (tried_height <= height[:, None])
-    )  # fmt: skip
+        (0 < tried_width)
+        & (tried_width <= width[:, None])
+        & (0 < tried_height)
+        & (tried_height <= height[:, None])
+    )
     first, rows = fits.argmax(axis=1), np.arange(len(u))
     found = fits[rows, first]
     # Too tall an image is cut at the top and bottom, too wide a one on the sides.

@@ -99,9 +99,15 @@ class DepthTrainings:
     """Trainings one after another, each resumed from the step that it has reached."""
 
     def __init__(
-        self, settings: DepthSettings, device: torch.device, log: RunLog, stop: StopRequest,
-        args: dict, state: dict | None, say: Callable[[str], None],
-    ) -> None:  # fmt: skip
+        self,
+        settings: DepthSettings,
+        device: torch.device,
+        log: RunLog,
+        stop: StopRequest,
+        args: dict,
+        state: dict | None,
+        say: Callable[[str], None],
+    ) -> None:
         self.settings, self.device, self.log, self.stop = settings, device, log, stop
         self.args, self.state, self.say = args, state or {}, say
         self.errors: list[float] = list(self.state.get("errors", []))  # of finished trainings
@@ -131,10 +137,14 @@ class _PredictorLoop(EvaluationLoop):
         size = min(settings.batch_size, len(images))
         self.order = EpochBatches(len(images), size, seed=settings.seed, keep_last=True)
         super().__init__(
-            settings, self.order.batches_per_epoch(), batch_size=size, device=run.device,
-            stop=run.stop, folder=settings.save_dir,
+            settings,
+            self.order.batches_per_epoch(),
+            batch_size=size,
+            device=run.device,
+            stop=run.stop,
+            folder=settings.save_dir,
             where=f"fold {run.started} of {folds}, " if run.started <= folds else "",
-        )  # fmt: skip
+        )
         self.run, self.images, self.known = run, images, depths.known
         self.mean, self.std = depths.mean_and_std()
         self.standard = (depths.metres - self.mean) / self.std

@@ -95,9 +95,14 @@ class _HeadLoop(EvaluationLoop):
         protocol, optim, folder = config.protocol, config.optim, config.saving.save_dir
         where = "" if stage.fold is None else f"fold {stage.fold + 1} of {protocol.folds}, "
         super().__init__(
-            config.schedule, stage.feed.batches.batches_per_epoch(), batch_size=optim.batch_size,
-            device=evaluation.device, stop=evaluation.stop, folder=folder, where=where,
-        )  # fmt: skip
+            config.schedule,
+            stage.feed.batches.batches_per_epoch(),
+            batch_size=optim.batch_size,
+            device=evaluation.device,
+            stop=evaluation.stop,
+            folder=folder,
+            where=where,
+        )
         self.evaluation, self.stage, self.config, self.encoder = evaluation, stage, config, encoder
         self.stops_at_the_end, self.finetune = stage.fold is not None, protocol.finetune
         self.fold_line = {} if stage.fold is None else {"fold": stage.fold}  # for the log

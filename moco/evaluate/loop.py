@@ -38,9 +38,16 @@ class EvaluationLoop(ABC):
     """
 
     def __init__(
-        self, schedule: Schedule, steps: int, *, batch_size: int, device: torch.device,
-        stop: StopRequest, folder: Path, where: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        schedule: Schedule,
+        steps: int,
+        *,
+        batch_size: int,
+        device: torch.device,
+        stop: StopRequest,
+        folder: Path,
+        where: str = "",
+    ) -> None:
         self.schedule, self.epochs, self.steps = schedule, schedule.epochs, steps
         self.batch_size, self.device, self.stop = batch_size, device, stop
         self.folder, self.where = folder, where

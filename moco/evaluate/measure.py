@@ -155,7 +155,7 @@ def measure_encoder(
             loading.device,
             f"{name}, {each}",
             both_uniform=in_batch,
-        )  # fmt: skip
+        )
         for each in LAYERS
         if each in x
     }
@@ -186,9 +186,15 @@ def _views_for_lidar(
     if not quantities.lidar_views:
         return {}
     found, _ = extract(
-        encoder, _thinned(images, quantities.lidar_images), loading, seed=seed, what="LiDAR",
-        views=quantities.lidar_views, unit=True, layer=layer,
-    )  # fmt: skip
+        encoder,
+        _thinned(images, quantities.lidar_images),
+        loading,
+        seed=seed,
+        what="LiDAR",
+        views=quantities.lidar_views,
+        unit=True,
+        layer=layer,
+    )
     return {name: torch.stack([view[name] for view in found], dim=1) for name in found[0]}
 
 

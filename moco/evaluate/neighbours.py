@@ -97,14 +97,18 @@ def neighbour_rows(
     for query, near, at in zip(
         chosen.tolist(), distances.tolist(), positions.tolist(), strict=True
     ):
-        rows.append([
-            Shown(
-                index, names[index], distance,
-                None if targets is None else images.classes[targets[index]],
-                targets is None or targets[index] == targets[query],
-            )
-            for index, distance in zip([query, *at], [None, *near], strict=True)
-        ])  # fmt: skip
+        rows.append(
+            [
+                Shown(
+                    index,
+                    names[index],
+                    distance,
+                    None if targets is None else images.classes[targets[index]],
+                    targets is None or targets[index] == targets[query],
+                )
+                for index, distance in zip([query, *at], [None, *near], strict=True)
+            ]
+        )
     return rows
 
 

@@ -161,8 +161,13 @@ def evaluate(reviews: Reviews, rows: Any, classifiers: Classifiers, what: str) -
     val, labels = reviews.val, reviews.labels
     c, folds_mean = classifiers.choose(rows[val:], labels[val:], what)
     correct = classifiers.correct(rows[val:], labels[val:], rows[:val], labels[:val], c)
-    return {"accuracy": 100 * correct / val, "correct": correct, "of": val, "C": c,
-            "folds_mean": folds_mean}  # fmt: skip
+    return {
+        "accuracy": 100 * correct / val,
+        "correct": correct,
+        "of": val,
+        "C": c,
+        "folds_mean": folds_mean,
+    }
 
 
 def cross_validate(

@@ -113,13 +113,16 @@ def transfer(
     models = {spec: open_encoder(spec, image_size) for spec in encoders}
     found = [_on_data_set(*one, models, loading, protocol) for one in opened]
     return {
-        "protocol": {**protocol.__dict__, "shots": list(protocol.shots),
-                     "shot_penalty": SHOT_PENALTY},
+        "protocol": {
+            **protocol.__dict__,
+            "shots": list(protocol.shots),
+            "shot_penalty": SHOT_PENALTY,
+        },
         "encoders": {
             spec: {**model.facts, "image_size": model.image_size} for spec, model in models.items()
         },
         "data": found,
-    }  # fmt: skip
+    }
 
 
 def _on_data_set(
@@ -249,12 +252,18 @@ def mcnemar(first: Tensor, second: Tensor) -> dict:
 
 def table(found: dict) -> str:
     """A row for each data set and encoder; p is against the first one, by logistic regression."""
-    shown = list(dict.fromkeys(n for one in found["data"] for r in one["results"].values()
-                               for n in r["shots"]))  # fmt: skip
+    shown = list(
+        dict.fromkeys(
+            n for one in found["data"] for r in one["results"].values() for n in r["shots"]
+        )
+    )
     rows = [["data", "encoder", "logistic", "p", "k-NN", *(f"{n}-shot" for n in shown)]]
     for one in found["data"]:
-        p = {t["second"]: t["p"] for t in one["tests"] if t["protocol"] == "logistic"
-             and t["first"] == next(iter(found["encoders"]))}  # fmt: skip
+        p = {
+            t["second"]: t["p"]
+            for t in one["tests"]
+            if t["protocol"] == "logistic" and t["first"] == next(iter(found["encoders"]))
+        }
         for spec, result in one["results"].items():
             low, high = result["logistic"]["interval"]
             cells = [f"{result['logistic']['top1']:.2f} [{low:.1f}, {high:.1f}]"]

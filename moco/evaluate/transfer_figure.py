@@ -25,10 +25,13 @@ def transfer_figure(found: dict) -> Figure:
             spreads = [shot["sd"] or 0 for shot in result["shots"].values()]
             top1 = result["logistic"]["top1"]
             axes.errorbar(
-                places, [*means, top1],
+                places,
+                [*means, top1],
                 yerr=[[*spreads, top1 - low], [*spreads, high - top1]],
-                label=Path(spec).name, capsize=2, **style,
-            )  # fmt: skip
+                label=Path(spec).name,
+                capsize=2,
+                **style,
+            )
             axes.set_xticks(places, [*map(str, shots), "all"])
         axes.set_title(f"{one['name']}, {one['classes']} classes")
         axes.set_xlabel("training images of each class")

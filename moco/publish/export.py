@@ -267,9 +267,14 @@ def write_onnx(path: Path, encoder: nn.Module, info: dict, head: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), _no_logs():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                encoder, (example,), dynamo=True, dynamic_shapes=(dynamic,), verbose=False,
-                input_names=["images"], output_names=[ONNX_OUTPUTS[head]],
-            )  # fmt: skip
+                encoder,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=(dynamic,),
+                verbose=False,
+                input_names=["images"],
+                output_names=[ONNX_OUTPUTS[head]],
+            )
             model = program.model_proto
     except Exception as error:  # of whatever kind its many parts raise
         reason = str(error).strip().split("\n")[0]

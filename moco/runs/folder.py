@@ -44,11 +44,28 @@ from moco.runs.evaluations import (
 )
 
 # Arguments without which a run is not understood.
-_NEEDED = {"objective": str, "seed": int, "epochs": int, "batch_size": int, "images": int,
-           "processes": int, "arch": str, "lr": (int, float)}  # fmt: skip
+_NEEDED = {
+    "objective": str,
+    "seed": int,
+    "epochs": int,
+    "batch_size": int,
+    "images": int,
+    "processes": int,
+    "arch": str,
+    "lr": (int, float),
+}
 # Numbers in the log that are no curves.
-_NO_CURVES = ("kind", "step", "time", "epoch", "uniformity_infimum", "seconds", "k", "bank",
-              "images")  # fmt: skip
+_NO_CURVES = (
+    "kind",
+    "step",
+    "time",
+    "epoch",
+    "uniformity_infimum",
+    "seconds",
+    "k",
+    "bank",
+    "images",
+)
 _LARGEST = 2**53  # whole numbers below are exact as floats
 
 

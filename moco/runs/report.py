@@ -109,11 +109,17 @@ def test_rows(comparison: Comparison) -> Rows:
         places = test.column.decimals + 1
         mean, deviation = statistics.fmean(test.differences), statistics.stdev(test.differences)
         names = ", ".join(a.differences(b))
-        rows.append([
-            f"{test.first} − {test.second}", test.column.title, ", ".join(map(str, test.seeds)),
-            f"{mean:+.{places}f} ± {deviation:.{places}f}", f"{test.p:.3g}",
-            f"{least_p(len(test.seeds)):.3g}", f"⚠ {names}" if names else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{test.first} − {test.second}",
+                test.column.title,
+                ", ".join(map(str, test.seeds)),
+                f"{mean:+.{places}f} ± {deviation:.{places}f}",
+                f"{test.p:.3g}",
+                f"{least_p(len(test.seeds)):.3g}",
+                f"⚠ {names}" if names else "",
+            ]
+        )
     return rows
 
 
@@ -161,10 +167,20 @@ def published_rows(path: Path) -> Rows:
     rows = [[*titles, "k-NN top-1", "runs", "cited from"]]
     for row in cited:
         linear = row["linear_top1"] + (f" ± {row['linear_sd']}" if row["linear_sd"] else "")
-        rows.append([
-            row["data"], row["encoder"], row["objective"], row["epochs"], row["batch_size"],
-            row["lr"] or "–", linear or "–", row["knn_top1"] or "–", row["runs"], row["source"],
-        ])  # fmt: skip
+        rows.append(
+            [
+                row["data"],
+                row["encoder"],
+                row["objective"],
+                row["epochs"],
+                row["batch_size"],
+                row["lr"] or "–",
+                linear or "–",
+                row["knn_top1"] or "–",
+                row["runs"],
+                row["source"],
+            ]
+        )
     return rows
 
 

@@ -86,9 +86,12 @@ class OnlineKnn:
             for images in (self.bank, self.val):
                 with self._batches(images) as batches:
                     features = evaluate.extract_features(
-                        encoder, batches,
-                        device=self.device, mean=self.config.views.mean, std=self.config.views.std,
-                    )  # fmt: skip
+                        encoder,
+                        batches,
+                        device=self.device,
+                        mean=self.config.views.mean,
+                        std=self.config.views.std,
+                    )
                     found.append(features)
         except (DataError, torch.OutOfMemoryError) as error:
             reason = str(error)

@@ -161,9 +161,11 @@ class SentenceTask(Task):
     def begin_log(self, log: RunLog, data: TextBlocks) -> None:
         places = ("alignment", "uniformity")
         log.one_chart(
-            {f"{name}, batch and held out": [f"metrics/{name}", f"held_out/{name}"]
-             for name in places}
-        )  # fmt: skip
+            {
+                f"{name}, batch and held out": [f"metrics/{name}", f"held_out/{name}"]
+                for name in places
+            }
+        )
         learned = learned_values({**self.config.to_flat(), **data.facts})
         metrics = ["train/loss", *(f"held_out/{name}" for name in places)]
         log.hyperparameters({**learned, "processes": self.config.placement.processes}, metrics)

@@ -85,9 +85,14 @@ class StepGuard:
         bad = [not all(map(math.isfinite, losses)) for _, *losses in rows]
         high = [not off and self.spikes.rings(row[1]) for off, row in zip(bad, rows, strict=True)]
         *seen, unsaved, stopping, save_now = self.looks.together(
-            self.state.step, *bad, *high, self.writer.error is not None, stopping, save_now,
+            self.state.step,
+            *bad,
+            *high,
+            self.writer.error is not None,
+            stopping,
+            save_now,
             device=self.state.device,
-        )  # fmt: skip
+        )
         bad_losses, spikes = seen[: len(rows)], seen[len(rows) :]
         if unsaved:
             finish_saving(self.writer, self.state.device)

@@ -65,9 +65,14 @@ def preflight(config: Any, task: type[Task]) -> list[Line]:
     if main:
         shutil.rmtree(folder, ignore_errors=True)
     saving = replace(
-        config.saving, save_dir=folder, checkpoint=None, resume=None, print_freq=1, save_minutes=0,
+        config.saving,
+        save_dir=folder,
+        checkpoint=None,
+        resume=None,
+        print_freq=1,
+        save_minutes=0,
         allow_changes=False,
-    )  # fmt: skip
+    )
     watching = replace(config.watching, knn_every=0)
     config = replace(config, saving=saving, watching=watching)
     try:
@@ -157,11 +162,18 @@ def measure(device: torch.device, config: Any, *, task: type[Task], out: Path) -
         if distributed.is_main():
             saved = checkpoint.run_checkpoints(config.saving.save_dir)[-1]
             facts = {
-                "ranks": ranks, "steps": list(steps.items()), "gradients": gradients,
-                "reduce": reduce, "running": running, "copied": copied, "written": written,
-                "saved": saved.stat().st_size, "total_steps": t.rhythm.total_steps,
-                "steps_per_epoch": t.data.steps_per_epoch, "threads": torch.get_num_threads(),
-            }  # fmt: skip
+                "ranks": ranks,
+                "steps": list(steps.items()),
+                "gradients": gradients,
+                "reduce": reduce,
+                "running": running,
+                "copied": copied,
+                "written": written,
+                "saved": saved.stat().st_size,
+                "total_steps": t.rhythm.total_steps,
+                "steps_per_epoch": t.data.steps_per_epoch,
+                "threads": torch.get_num_threads(),
+            }
         write_json(out, distributed.broadcast_object(facts))
 
 
