@@ -323,12 +323,7 @@ class MoCoLosses:
         if self.loss_contr is None:
             return None
         with torch.no_grad():
-            of_passes = [
-                torch.cat([(b.q * b.k).sum(dim=1, keepdim=True), b.q @ b.queue], dim=1)
-                / b.moco.contr_tau
-                for b in self._batches
-            ]
-            return torch.cat(of_passes)
+            return torch.cat([batch.logits() for batch in self._batches])
 
     def contr_rank(self) -> Tensor | None:
         """(N,) number of queue keys nearer to the query than its own key, of the rows of
@@ -401,7 +396,7 @@ class MoCoLosses:
 
 @dataclass
 class _Batch:
-    """The features of one pass."""
+    """Queries and keys of one pass through the encoders."""
 
     moco: MoCo
     step: int
@@ -410,5 +405,10 @@ class _Batch:
 
     @property
     def queue(self) -> Tensor:
-        """That which they met."""
+        """The queue (C, K) that the losses of this pass saw."""
         return self.moco.queue_at(self.step)
+
+    def logits(self) -> Tensor:
+        positive = (self.q * self.k).sum(dim=1, keepdim=True)  # (N, 1)
+        negatives = self.q @ self.queue  # (N, K)
+        return torch.cat([positive, negatives], dim=1) / self.moco.contr_tau

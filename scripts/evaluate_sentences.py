@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.cli.shared import check_least, chosen_device
+from moco.cli.flags import check_least, chosen_device
 from moco.errors import report_user_errors
 from moco.evaluate.sentiment import evaluate_checkpoint, report
 from moco.run_files import write_json

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.cli.shared import (
+from moco.cli.flags import (
     add_loading,
     add_presentation,
     check_least,

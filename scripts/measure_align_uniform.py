@@ -33,14 +33,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.cli.shared import (
+from moco.cli.flags import (
     add_loading,
     add_presentation,
     check_presentation,
-    count,
     loading_of,
-    positive,
-    positives,
 )
 from moco.data.images import DATASETS
 from moco.errors import report_user_errors
@@ -60,18 +57,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--features", type=Path, metavar="FILE", help="measure these instead")
     add("--bank", type=Path, metavar="FILE", help="with --features: for k-NN")
     add("--dataset", choices=(*DATASETS, "nyu"), default="folder")
-    add("--images-per-class", type=count, metavar="N", help="the first N of each class")
+    add("--images-per-class", type=cli.count, metavar="N", help="the first N of each class")
     most_help = "of larger sets take N, evenly spread: bounds memory and time (%(default)s)"
-    add("--most-images", type=count, default=100_000, metavar="N", help=most_help)
+    add("--most-images", type=cli.count, default=100_000, metavar="N", help=most_help)
     add("--layer", choices=LAYERS, help="only this one (both, where there are)")
-    add("--alpha", type=positives, default=[1.0, 2.0], metavar="A,B", help="of alignment (1,2)")
+    add("--alpha", type=cli.positives, default=[1.0, 2.0], metavar="A,B", help="of alignment (1,2)")
     ts = [float(t) for t in range(1, 9)]
-    add("--t", type=positives, default=ts, metavar="A,B", help="of uniformity (1,2,...,8)")
-    add("--knn-k", type=count, default=200, metavar="K")
-    add("--knn-t", type=positive, default=0.07, metavar="T", help="temperature")
+    add("--t", type=cli.positives, default=ts, metavar="A,B", help="of uniformity (1,2,...,8)")
+    add("--knn-k", type=cli.count, default=200, metavar="K")
+    add("--knn-t", type=cli.positive, default=0.07, metavar="T", help="temperature")
     add("--lidar-views", type=int, default=10, metavar="N",
         help="of each image; published with 50; 0: leave LiDAR out (%(default)s)")  # fmt: skip
-    add("--lidar-images", type=count, default=1000, metavar="N", help="(%(default)s)")
+    add("--lidar-images", type=cli.count, default=1000, metavar="N", help="(%(default)s)")
     add("--intervals", action="store_true", help="95 %% confidence intervals over images")
     add_presentation(parser)
     add("--seed", type=cli.seed, default=0, help="of the views (%(default)s)")

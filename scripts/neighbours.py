@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.cli.shared import add_loading, check_least, loading_of
+from moco.cli.flags import add_loading, check_least, loading_of
 from moco.data.images import DATASETS
 from moco.errors import report_user_errors
 from moco.evaluate.extraction import choose_images

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from moco import cli
-from moco.cli.shared import add_loading, check_least, loading_of
+from moco.cli.flags import add_loading, check_least, loading_of
 from moco.data.labelled import NAMES
 from moco.errors import report_user_errors
 from moco.evaluate.transfer import SHOTS, Protocol, table, transfer

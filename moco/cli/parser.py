@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -133,6 +134,25 @@ def label_source(text: str) -> float | str:
     if not 0 < percent <= 100:
         raise argparse.ArgumentTypeError(f"expected percent above 0 and up to 100, got {text}")
     return percent
+
+
+def count(text: str) -> int:
+    """argparse type of a number of things."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive finite number, got {text}")
+    return value
+
+
+def positives(text: str) -> list[float]:
+    """argparse type of "1,2,3": each once, in ascending order."""
+    return sorted({positive(part) for part in text.split(",")})
 
 
 # How text is read where the annotation of a field does not say it.

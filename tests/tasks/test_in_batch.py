@@ -65,6 +65,15 @@ def test_a_step_is_the_equations(data) -> None:
     torch.testing.assert_close(gradient, module.encoder_q.conv1.weight.grad)
 
 
+def test_images_may_be_prepared_by_a_module() -> None:
+    module, (first, second, *_) = TwoViews(TinyNet(8), 8).eval(), two_views(0, 4)
+    as_they_are = module(first, second)[0]
+    module.prepare = torch.nn.Hardtanh(0, 0.1)
+    expected = F.normalize(module.encoder_q(first.clamp(0, 0.1)), dim=1)
+    torch.testing.assert_close(module(first, second)[0], expected)
+    assert not torch.allclose(as_they_are, expected)
+
+
 def forward64(module: TwoViews):
     """The module's own forward pass, without its rounding to float32."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 import torch
 
@@ -57,22 +56,3 @@ def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **lea
         if value is not None and value < smallest:
             flag = name.replace("_", "-")
             parser.error(f"--{flag} must be at least {smallest}, got {value}")
-
-
-def count(text: str) -> int:
-    """argparse type of a number of things."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return int(text)
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive finite number, got {text}")
-    return value
-
-
-def positives(text: str) -> list[float]:
-    """argparse type of "1,2,3": each once, in ascending order."""
-    return sorted({positive(part) for part in text.split(",")})
